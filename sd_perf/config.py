@@ -43,23 +43,51 @@ class UNetConfig:
     """GroupNorm groups at the entrance of each transformer"""
 
     def __post_init__(self) -> None:
-        for name in ("in_channels", "out_channels", "model_channels", "num_res_blocks", "num_head_channels",
-                     "context_dim", "resblock_groups", "transformer_groups"):  # fmt: skip
+        for name in (
+            "in_channels",
+            "out_channels",
+            "model_channels",
+            "num_res_blocks",
+            "num_head_channels",
+            "context_dim",
+            "resblock_groups",
+            "transformer_groups",
+        ):
             _require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "at least 1")
         _require(self.model_channels % 2 == 0, "model.model_channels", self.model_channels, "even")
-        _require(bool(self.channel_mult) and min(self.channel_mult) > 0, "model.channel_mult", self.channel_mult,
-                 "one positive multiple per level")  # fmt: skip
+        _require(
+            bool(self.channel_mult) and min(self.channel_mult) > 0,
+            "model.channel_mult",
+            self.channel_mult,
+            "one positive multiple per level",
+        )
         factors = tuple(2**level for level in range(len(self.channel_mult)))
-        _require(set(self.attention_resolutions) <= set(factors), "model.attention_resolutions",
-                 self.attention_resolutions, f"drawn from the levels' factors {factors}")  # fmt: skip
+        _require(
+            set(self.attention_resolutions) <= set(factors),
+            "model.attention_resolutions",
+            self.attention_resolutions,
+            f"drawn from the levels' factors {factors}",
+        )
         for mult in self.channel_mult:
             channels = mult * self.model_channels
-            _require(channels % self.num_head_channels == 0, "model.num_head_channels", self.num_head_channels,
-                     f"a divisor of every level's channels (here {channels})")  # fmt: skip
-            _require(channels % self.resblock_groups == 0, "model.resblock_groups", self.resblock_groups,
-                     f"a divisor of every level's channels (here {channels})")  # fmt: skip
-            _require(channels % self.transformer_groups == 0, "model.transformer_groups", self.transformer_groups,
-                     f"a divisor of every level's channels (here {channels})")  # fmt: skip
+            _require(
+                channels % self.num_head_channels == 0,
+                "model.num_head_channels",
+                self.num_head_channels,
+                f"a divisor of every level's channels (here {channels})",
+            )
+            _require(
+                channels % self.resblock_groups == 0,
+                "model.resblock_groups",
+                self.resblock_groups,
+                f"a divisor of every level's channels (here {channels})",
+            )
+            _require(
+                channels % self.transformer_groups == 0,
+                "model.transformer_groups",
+                self.transformer_groups,
+                f"a divisor of every level's channels (here {channels})",
+            )
 
     @property
     def downsampling(self) -> int:
@@ -82,8 +110,12 @@ class DiffusionConfig:
 
     def __post_init__(self) -> None:
         _require(self.num_timesteps > 0, "diffusion.num_timesteps", self.num_timesteps, "at least 1")
-        _require(0 < self.beta_start <= self.beta_end < 1, "diffusion.beta_start", self.beta_start,
-                 f"positive and at most beta_end ({self.beta_end})")  # fmt: skip
+        _require(
+            0 < self.beta_start <= self.beta_end < 1,
+            "diffusion.beta_start",
+            self.beta_start,
+            f"positive and at most beta_end ({self.beta_end})",
+        )
         _require(self.latent_scale > 0, "diffusion.latent_scale", self.latent_scale, "positive")
 
 
@@ -118,8 +150,12 @@ class DataConfig:
         for name in ("latent_size", "context_tokens", "workers", "prefetch_batches", "max_caption_bytes"):
             _require(getattr(self, name) > 0, f"data.{name}", getattr(self, name), "at least 1")
         _require(self.max_bad_samples >= 0, "data.max_bad_samples", self.max_bad_samples, "0 or more")
-        _require(self.format == "synthetic" or bool(self.path), "data.path", self.path,
-                 "the folder of the moments shards (or set data.format to synthetic)")  # fmt: skip
+        _require(
+            self.format == "synthetic" or bool(self.path),
+            "data.path",
+            self.path,
+            "the folder of the moments shards (or set data.format to synthetic)",
+        )
 
 
 @dataclass(frozen=True)
@@ -250,13 +286,25 @@ class Config:
 
     def __post_init__(self) -> None:
         factor = self.model.downsampling
-        _require(self.data.latent_size % factor == 0, "data.latent_size", self.data.latent_size,
-                 f"a multiple of {factor}, the factor between the UNet's first and last level")  # fmt: skip
+        _require(
+            self.data.latent_size % factor == 0,
+            "data.latent_size",
+            self.data.latent_size,
+            f"a multiple of {factor}, the factor between the UNet's first and last level",
+        )
         needs_text = self.data.format == "moments" and self.data.context == "open_clip"
-        _require(not needs_text or bool(self.text_encoder.weights), "text_encoder.weights", self.text_encoder.weights,
-                 'a file of weights (or "random"), since data.context is open_clip')  # fmt: skip
-        _require(self.sampling.steps <= self.diffusion.num_timesteps, "sampling.steps", self.sampling.steps,
-                 f"at most diffusion.num_timesteps ({self.diffusion.num_timesteps})")  # fmt: skip
+        _require(
+            not needs_text or bool(self.text_encoder.weights),
+            "text_encoder.weights",
+            self.text_encoder.weights,
+            'a file of weights (or "random"), since data.context is open_clip',
+        )
+        _require(
+            self.sampling.steps <= self.diffusion.num_timesteps,
+            "sampling.steps",
+            self.sampling.steps,
+            f"at most diffusion.num_timesteps ({self.diffusion.num_timesteps})",
+        )
 
     @property
     def learning_rate(self) -> float:
@@ -266,9 +314,12 @@ class Config:
     def micro_batch_size(self, world_size: int) -> int:
         """Samples per rank and forward pass. Raises ConfigError where the global batch does not divide."""
         parts = world_size * self.training.accumulate_steps
-        _require(self.training.global_batch_size % parts == 0, "training.global_batch_size",
-                 self.training.global_batch_size,
-                 f"a multiple of ranks x accumulate_steps = {world_size} x {self.training.accumulate_steps}")  # fmt: skip
+        _require(
+            self.training.global_batch_size % parts == 0,
+            "training.global_batch_size",
+            self.training.global_batch_size,
+            f"a multiple of ranks x accumulate_steps = {world_size} x {self.training.accumulate_steps}",
+        )
         return self.training.global_batch_size // parts
 
     def steps_of(self, samples: int) -> int:
