@@ -267,6 +267,8 @@ class RunConfig:
 
     dir: str = "runs/default"
     """folder that receives manifest, metrics and checkpoints"""
+    note: str = ""
+    """what the run can and cannot show; printed under its last table"""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,155 @@
+"""Checkpoints of a run: written aside by a thread, renamed when complete, stored by torch's distributed checkpoint.
+
+A checkpoint is a folder `checkpoints/samples_<position>` with the tensors (`model.<LDM key>`, `exp_avg.<LDM key>`,
+`exp_avg_sq.<LDM key>`) and `state.json`. Whatever moment the process dies at, every folder of that name is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from sd_perf.errors import CheckpointError
+from sd_perf.files import one_line, sync_folder, write_json
+
+_NAME = re.compile(r"samples_(\d{10})")
+_ASIDE = ".writing_"
+
+# Saving from one process is what is asked for here, not an oversight.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+
+class CheckpointStore:
+    """The `checkpoints` folder of one run; only the main rank writes."""
+
+    def __init__(self, folder: Path, keep: int | None = None) -> None:
+        self.folder = folder
+        self.keep = keep
+        self._thread: threading.Thread | None = None
+        self._failure: Exception | None = None
+
+    def complete(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(path for path in self.folder.iterdir() if _NAME.fullmatch(path.name))
+
+    def newest(self) -> Path | None:
+        """The newest complete checkpoint."""
+        return next(reversed(self.complete()), None)
+
+    def save(self, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> Path:
+        """Copy the tensors to the host, then write them in a thread; returns the folder they will have.
+
+        Waits for a write still under way; raises CheckpointError where that one failed.
+        """
+        self.wait()
+        path = self.folder / f"samples_{state['samples']:010d}"
+        host = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        self._thread = threading.Thread(target=self._write, args=(path, host, state), name="checkpoint writer")
+        self._thread.start()
+        return path
+
+    def wait(self) -> None:
+        """Block until the write under way is done; raises CheckpointError where it failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.raise_failure()
+
+    def raise_failure(self) -> None:
+        """CheckpointError where the last write failed; does not block."""
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            newest = self.newest()
+            kept = f"the newest complete one is {newest}" if newest else "there is no complete one yet"
+            raise CheckpointError(f"{self.folder}: a checkpoint could not be written ({one_line(failure)}); {kept}")
+
+    def _write(self, path: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+        aside = path.with_name(_ASIDE + path.name)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self.folder.glob(f"{_ASIDE}*"):  # of a process that was killed while it wrote
+                shutil.rmtree(leftover)
+            if path.exists():  # this position is saved already, and a resumed run would write the same again
+                return
+            aside.mkdir()
+            writer = dcp.FileSystemWriter(aside, single_file_per_rank=True, sync_files=True)
+            dcp.save(tensors, storage_writer=writer, no_dist=True)
+            write_json(aside / "state.json", state)
+            aside.rename(path)
+            sync_folder(self.folder)
+            self._drop_old()
+        except Exception as error:  # handed to the training thread by raise_failure
+            self._failure = error
+            shutil.rmtree(aside, ignore_errors=True)
+
+    def _drop_old(self) -> None:
+        for path in self.complete()[: -self.keep] if self.keep else []:
+            shutil.rmtree(path)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """`state.json` of a checkpoint folder."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such checkpoint")
+    try:
+        return json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a checkpoint of sd-perf (state.json: {one_line(error)})") from error
+
+
+def load_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Fill the tensors in place from a checkpoint folder. Names and shapes must be the checkpoint's."""
+    metadata = _read_metadata(path)
+    for name, tensor in tensors.items():
+        stored = metadata.state_dict_metadata.get(name)
+        if not isinstance(stored, TensorStorageMetadata):
+            raise CheckpointError(f"{path}: does not hold {name}; it was made by another model")
+        if stored.size != tensor.shape:
+            raise CheckpointError(
+                f"{path}: {name} has shape {tuple(stored.size)} there and {tuple(tensor.shape)} in this model; "
+                f"use the config the run was made with"
+            )
+    try:
+        dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(path), no_dist=True)
+    except Exception as error:  # the library raises many kinds for damaged files
+        raise CheckpointError(f"{path}: damaged ({one_line(error)}); use an older checkpoint of the run") from error
+
+
+def load_component(path: Path, component: str) -> dict[str, torch.Tensor]:
+    """All tensors of one component ("model", "exp_avg", ...) with the prefix taken off, on the CPU."""
+    stored = _read_metadata(path).state_dict_metadata
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in stored.items()
+        if name.startswith(f"{component}.") and isinstance(entry, TensorStorageMetadata)
+    }
+    if not tensors:
+        raise CheckpointError(f"{path}: holds no {component}")
+    load_tensors(path, tensors)
+    return {name.removeprefix(f"{component}."): tensor for name, tensor in tensors.items()}
+
+
+def _read_metadata(path: Path) -> Metadata:
+    """The folder's table of contents, checked against the sizes of its files."""
+    read_state(path)
+    try:
+        metadata = dcp.FileSystemReader(path).read_metadata()
+    except Exception as error:  # a truncated pickle raises many kinds
+        raise CheckpointError(f"{path}: damaged (.metadata: {one_line(error)})") from error
+    for entry in metadata.storage_data.values():
+        file, needed = path / entry.relative_path, entry.offset + entry.length
+        size = file.stat().st_size if file.is_file() else 0
+        if size < needed:
+            raise CheckpointError(f"{file}: truncated ({size} of at least {needed} bytes); use an older checkpoint")
+    return metadata

@@ -1,0 +1,85 @@
+"""The processes of a run: who this rank is, and the small agreements ranks make through the CPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sd_perf.errors import ConfigError, UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers. `cpu_group` carries flags and small objects and never touches a GPU."""
+
+    rank: int
+    size: int
+    device: torch.device
+    cpu_group: Any = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes the run folder."""
+        return self.rank == 0
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Sum of each value over all ranks, in float64."""
+        if self.size == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total, group=self.cpu_group)
+        return total.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every rank, in rank order."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.cpu_group)
+        return values
+
+    def on_main(self, function: Callable[[], Any]) -> Any:
+        """The function's value, computed by rank 0 alone; where that raises a UserError, every rank leaves with 2."""
+        box: list[Any] = [None]
+        if self.is_main:
+            try:
+                box = [function()]
+            except UserError as error:
+                box = [error]
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0, group=self.cpu_group)
+        if isinstance(box[0], UserError):
+            raise box[0] if self.is_main else SystemExit(2)
+        return box[0]
+
+
+def start_world(device_choice: str) -> World:
+    """Join the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or be the only one."""
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device = _device(device_choice, int(os.environ.get("LOCAL_RANK", "0")))
+    if size == 1:
+        return World(rank=0, size=1, device=device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    cpu_group = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
+    return World(rank, size, device, cpu_group)
+
+
+def stop_world() -> None:
+    """Leave the processes' group, where there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _device(choice: str, local_rank: int) -> torch.device:
+    has_cuda = torch.cuda.is_available()
+    if choice == "cuda" and not has_cuda:
+        raise ConfigError("training.device: 'cuda' cannot be used; torch sees no GPU here (see sd-perf doctor)")
+    if choice == "cpu" or not has_cuda:
+        return torch.device("cpu")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)

@@ -1,0 +1,63 @@
+"""Pictures from prompts: text states, DDIM with guidance, autoencoder's decoder.
+
+Shape letters: B pictures, C latent channels, S side of the latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from sd_perf.config import Config
+from sd_perf.diffusion.ddim import ddim_sample
+from sd_perf.diffusion.randomness import Stream, normal
+from sd_perf.errors import UserError
+
+Decoder = Callable[[torch.Tensor], torch.Tensor]
+
+
+@torch.no_grad()
+def generate(
+    unet: torch.nn.Module,
+    text_encoder: Callable[[list[str]], torch.Tensor],
+    decode: Decoder,
+    prompts: list[str],
+    config: Config,
+    seed: int,
+    batch_size: int = 8,
+) -> torch.Tensor:
+    """Images (len(prompts), 3, H, W) float32 in [0, 1], on the CPU.
+
+    `decode` takes the unscaled latents and gives images in [-1, 1]. Picture i is a function of (seed, i, prompt).
+    """
+    device = next(unet.parameters()).device
+    size, channels = config.data.latent_size, config.model.in_channels
+    uncond = text_encoder([""])
+    pictures = []
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        indices = torch.arange(start, start + len(batch), device=device)
+        noise = normal(seed, Stream.SAMPLER, indices, channels * size * size).view(-1, channels, size, size)
+        options = config.sampling.steps, config.sampling.guidance_scale
+        latents = ddim_sample(unet, noise, text_encoder(batch), uncond, config.diffusion, *options)
+        pictures.append(((decode(latents / config.diffusion.latent_scale) + 1) / 2).clamp(0, 1).float().cpu())
+    return torch.cat(pictures)
+
+
+def save_pictures(images: torch.Tensor, prompts: list[str], folder: Path) -> list[Path]:
+    """One PNG per picture, `0000_<start of the prompt>.png`; existing files are not overwritten."""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+        words = "".join(c if c.isalnum() else "_" for c in prompt)[:40].strip("_")
+        path = folder / f"{i:04d}_{words}.png"
+        if path.exists():
+            raise UserError(f"{path}: exists already; choose another --output")
+        pixels = (image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(path)
+        paths.append(path)
+    return paths

@@ -1,0 +1,65 @@
+"""Networks read from whatever a user points at: a run, a checkpoint, a foreign file, an autoencoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from sd_perf.config import UNetConfig
+from sd_perf.distributed.checkpoints import CheckpointStore, load_component
+from sd_perf.errors import CheckpointError
+from sd_perf.models.onnx_autoencoder import OnnxDecoder, OnnxEncoder
+from sd_perf.models.vae import AutoencoderConfig, AutoencoderKL
+from sd_perf.models.weight_files import load_into, read_diffusers_unet, read_ldm_checkpoint, split_components
+from sd_perf.training.run_folder import read_run_config
+
+
+def read_unet(source: Path) -> tuple[dict[str, torch.Tensor], UNetConfig]:
+    """UNet weights in LDM names and their config.
+
+    `source` is a run folder (its newest checkpoint), one of its checkpoints, a folder exported for diffusers, or a
+    .ckpt or .safetensors file in LDM names, which is taken to be the benchmark's UNet.
+    """
+    if source.suffix in (".ckpt", ".safetensors"):
+        unet = split_components(read_ldm_checkpoint(source)).get("unet")
+        if not unet:
+            raise CheckpointError(f"{source}: holds no UNet (no model.diffusion_model.* keys)")
+        return unet, UNetConfig()
+    if (source / "unet" / "config.json").is_file() or (source / "config.json").is_file():
+        return read_diffusers_unet(source)
+    checkpoint, run = newest_checkpoint(source)
+    return load_component(checkpoint, "model"), read_run_config(run).model
+
+
+def newest_checkpoint(source: Path) -> tuple[Path, Path]:
+    """The checkpoint that a run folder or a checkpoint folder stands for, and its run folder."""
+    if (source / "state.json").is_file():
+        return source, source.parent.parent
+    if not source.exists():
+        raise CheckpointError(f"{source}: no such run, checkpoint or weight file")
+    newest = CheckpointStore(source / "checkpoints").newest()
+    if newest is None:
+        raise CheckpointError(f"{source}: holds no complete checkpoint")
+    return newest, source
+
+
+def read_autoencoder(path: Path) -> AutoencoderKL:
+    """Stable Diffusion's autoencoder from a .ckpt or .safetensors file in LDM names, frozen."""
+    state = split_components(read_ldm_checkpoint(path)).get("vae")
+    if not state:
+        raise CheckpointError(f"{path}: holds no autoencoder (no first_stage_model.* keys)")
+    autoencoder = AutoencoderKL(AutoencoderConfig())
+    load_into(autoencoder, state, "the autoencoder", path)
+    return autoencoder.requires_grad_(False).eval()
+
+
+def read_encoder(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Images (B, 3, H, W) to moments (B, 8, H/8, W/8), from an .onnx encoder or an LDM file."""
+    return OnnxEncoder(path) if path.suffix == ".onnx" else torch.no_grad()(read_autoencoder(path).encode)
+
+
+def read_decoder(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Unscaled latents (B, 4, H/8, W/8) to images (B, 3, H, W) in [-1, 1], from an .onnx decoder or an LDM file."""
+    return OnnxDecoder(path) if path.suffix == ".onnx" else torch.no_grad()(read_autoencoder(path).decode)

@@ -1,0 +1,95 @@
+"""The frozen OpenCLIP text tower: captions to text states, as Stable Diffusion v2 conditions on them.
+
+The states are those before the last transformer block, through the final LayerNorm ("penultimate", Rombach et al.'s
+FrozenOpenCLIPEmbedder); tokens are padded with 0 and every position is attended. The tower is open_clip's own code.
+
+Shape letters: B captions, T text tokens, D channels.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sd_perf.config import TextEncoderConfig
+from sd_perf.errors import CheckpointError, ConfigError
+from sd_perf.files import one_line
+from sd_perf.models.torchvision_schemas import define_missing_torchvision_ops
+from sd_perf.models.weight_files import load_into, read_ldm_checkpoint, split_components
+
+
+class OpenClipTextEncoder(torch.nn.Module):
+    """`encoder(captions) -> (B, T, D)` float32 on the encoder's device, without gradients."""
+
+    def __init__(self, config: TextEncoderConfig) -> None:
+        super().__init__()
+        open_clip = _import_open_clip()
+        model_config = _model_config(open_clip, config.model)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # what weights: random means
+            self.tower = open_clip.model._build_text_tower(model_config["embed_dim"], model_config["text_cfg"])
+        self.tokenizer = open_clip.SimpleTokenizer(context_length=self.tower.context_length)
+        self.width = self.tower.ln_final.normalized_shape[0]
+        if config.weights != "random":
+            load_into(self.tower, _text_weights(Path(config.weights)), "the text encoder", Path(config.weights))
+        self.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def forward(self, captions: list[str]) -> torch.Tensor:
+        tower = self.tower
+        tokens = self.tokenizer(captions).to(tower.positional_embedding.device)
+        states = tower.token_embedding(tokens) + tower.positional_embedding
+        for block in tower.transformer.resblocks[:-1]:
+            states = block(states, attn_mask=tower.attn_mask)
+        return tower.ln_final(states).float()
+
+
+def _import_open_clip() -> Any:
+    define_missing_torchvision_ops()
+    try:
+        import open_clip
+    except ImportError as error:
+        raise ConfigError(
+            f"data.context: 'open_clip' needs open_clip ({one_line(error)}); pip install 'sd-perf[text]'"
+        ) from error
+    return open_clip
+
+
+def _model_config(open_clip: Any, model: str) -> dict[str, Any]:
+    """Config of a named model, or of a JSON file in open_clip's format."""
+    if model.endswith(".json"):
+        if not Path(model).is_file():
+            raise ConfigError(f"text_encoder.model: {model!r}: no such file")
+        open_clip.add_model_config(model)
+        model = Path(model).stem
+    config = open_clip.get_model_config(model)
+    if config is None or "text_cfg" not in config:
+        raise ConfigError(f"text_encoder.model: {model!r} is no model of open_clip, and no path of a model JSON")
+    return config
+
+
+def _text_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Text-tower weights of an LDM checkpoint or of a whole open_clip model; the causal mask is a constant."""
+    if path.suffix == ".ckpt":
+        state = split_components(read_ldm_checkpoint(path))["text"]
+    else:
+        state = _read_open_clip(path)
+    tower = {name: value for name, value in state.items() if not name.startswith("visual.")}
+    for constant in ("attn_mask", "logit_scale", "logit_bias"):
+        tower.pop(constant, None)
+    return tower
+
+
+def _read_open_clip(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; text_encoder.weights names the text encoder's weights")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # each format has its own errors for damaged files
+        raise CheckpointError(f"{path}: not a file of open_clip weights ({one_line(error)})") from error

@@ -1,0 +1,272 @@
+"""Weights in files: LDM checkpoints in, LDM and diffusers files out.
+
+Reading runs no code from the file: pickles go through torch's weights-only unpickler with a short list of harmless
+stand-ins, safetensors hold nothing but tensors. Writing never replaces a file, and a file that is there is complete.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sd_perf.config import UNetConfig
+from sd_perf.errors import CheckpointError, ConfigError
+from sd_perf.files import one_line
+from sd_perf.models.key_maps import diffusers_unet_config, from_diffusers, to_diffusers
+
+UNET_PREFIX = "model.diffusion_model."
+PREFIXES = {"unet": UNET_PREFIX, "vae": "first_stage_model.", "text": "cond_stage_model.model."}
+"""what the names of each component start with in a checkpoint of LDM"""
+
+INERT_GLOBALS = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
+    "pytorch_lightning.callbacks.lr_monitor.LearningRateMonitor",
+    "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
+    "lightning.pytorch.callbacks.early_stopping.EarlyStopping",
+    "lightning.pytorch.callbacks.lr_monitor.LearningRateMonitor",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.dtype",
+)
+"""What Lightning's checkpoints pickle beside tensors: callbacks as keys of their states, learning rates as numpy
+scalars. None of it is weights, so nothing of it is imported: a stand-in takes its place."""
+
+
+class _Inert:
+    """Stands for a pickled object that nobody will look at. Takes any arguments and any state, and forgets them."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+def read_ldm_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a Lightning `.ckpt` (its "state_dict") or of a `.safetensors` file, by their names of LDM.
+
+    Tensors stay in the file, mapped into memory, until they are read; none is copied here. Raises CheckpointError for
+    a file that is missing, truncated, of another kind, or that would need more than tensors, plain containers and
+    `INERT_GLOBALS` to be unpickled.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such file; give the path of an LDM .ckpt or .safetensors file")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    content = _unpickled(path)
+    state = content.get("state_dict") if isinstance(content, dict) else None
+    if not isinstance(state, dict):
+        raise CheckpointError(f'{path}: holds no "state_dict"; give a checkpoint as Lightning writes it')
+    for name, value in state.items():
+        if not (isinstance(name, str) and isinstance(value, Tensor)):
+            raise CheckpointError(f'{path}: {name!r} in its "state_dict" is no tensor; the file is damaged or hostile')
+    return dict(state)
+
+
+def split_components(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """A checkpoint's tensors as {"unet", "vae", "text"}, each by its own names, without the checkpoint's prefixes.
+
+    A component that the checkpoint lacks is empty; tensors of no component (the noise schedule) are left out.
+    """
+    return {
+        component: {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        for component, prefix in PREFIXES.items()
+    }
+
+
+def load_into(module: nn.Module, state: Mapping[str, Tensor], what: str, path: str | Path) -> None:
+    """Copies weights into a module, all of them or none.
+
+    Raises CheckpointError where names or shapes differ; it calls the module `what` ("the UNet") and the file `path`.
+    """
+    own = module.state_dict()
+    trouble = {
+        "missing": [name for name in own if name not in state],
+        "unexpected": [name for name in state if name not in own],
+        "of another shape": [name for name in own if name in state and state[name].shape != own[name].shape],
+    }
+    found = [f"{len(names)} {kind} (the first is {names[0]})" for kind, names in trouble.items() if names]
+    if found:
+        raise CheckpointError(f"{path}: not the weights of {what} as configured: {', '.join(found)}")
+    module.load_state_dict(state)
+
+
+def read_diffusers_unet(folder: str | Path) -> tuple[dict[str, Tensor], UNetConfig]:
+    """Weights (by LDM names) and config of a diffusers UNet: a folder with `config.json`, or with `unet/config.json`.
+
+    Raises CheckpointError for a folder without one, and for a network that is not the UNet of `sd_perf.config`.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        folder = folder / "unet"
+    path = folder / "config.json"
+    try:
+        entries = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as a diffusers config ({error})") from error
+    config = _unet_config(entries, path)
+    return from_diffusers(_read_safetensors(folder / "diffusion_pytorch_model.safetensors"), config), config
+
+
+def _unpickled(path: Path) -> Any:
+    with torch.serialization.safe_globals([(_Inert, name) for name in INERT_GLOBALS]):
+        try:
+            refused = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        except Exception as error:  # damage shows as nearly any error
+            raise CheckpointError(
+                f"{path}: is no whole checkpoint of torch.save ({_reason(error)}); check its size and checksum "
+                f"(a file of torch before 1.6 must be saved anew)"
+            ) from error
+        if refused:
+            raise CheckpointError(
+                f"{path}: refused unopened, since it wants {', '.join(refused)} imported and weights need no such thing; "
+                f'where you trust the file, save its "state_dict" alone'
+            )
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:
+            raise CheckpointError(f"{path}: cannot be read ({_reason(error)}); it is damaged or hostile") from error
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    safetensors = _safetensors()
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read as safetensors ({_reason(error)}); check its size and checksum"
+        ) from error
+
+
+def _unet_config(entries: dict[str, Any], path: Path) -> UNetConfig:
+    """The config whose `diffusers_unet_config` says what the file says."""
+    try:
+        widths, heads = entries["block_out_channels"], entries["attention_head_dim"]
+        kinds = entries["down_block_types"]
+        config = UNetConfig(
+            in_channels=entries["in_channels"],
+            out_channels=entries["out_channels"],
+            model_channels=widths[0],
+            channel_mult=tuple(width // widths[0] for width in widths),
+            num_res_blocks=entries["layers_per_block"],
+            attention_resolutions=tuple(2**n for n in reversed(range(len(kinds))) if kinds[n] != "DownBlock2D"),
+            num_head_channels=widths[0] // heads[0],
+            context_dim=entries["cross_attention_dim"],
+            resblock_groups=entries["norm_num_groups"],
+            transformer_groups=entries.get("transformer_norm_num_groups", entries["norm_num_groups"]),
+        )
+    except (LookupError, TypeError, ArithmeticError, ConfigError) as error:
+        raise CheckpointError(f"{path}: describes no UNet of this trainer ({type(error).__name__}: {error})") from error
+    for key, value in diffusers_unet_config(config, entries.get("sample_size", 64)).items():
+        if entries.get(key, value) != value:
+            raise CheckpointError(f"{path}: {key} is {entries[key]!r}, and this trainer's UNet has {value!r}")
+    return config
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+
+
+def export_ldm(unet_state: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str]) -> None:
+    """Writes the UNet's weights as safetensors under the names of an LDM checkpoint, with text beside them.
+
+    Raises CheckpointError where `path` exists or cannot be written.
+    """
+    with _written_aside(Path(path)) as draft:
+        _save_safetensors({UNET_PREFIX + name: value for name, value in unet_state.items()}, draft, metadata)
+
+
+def export_diffusers(
+    unet_state: Mapping[str, Tensor], config: UNetConfig, folder: str | Path, sample_size: int = 64
+) -> None:
+    """Writes `unet/config.json` and `unet/diffusion_pytorch_model.safetensors` into a folder.
+
+    Where ResBlocks and transformers have equal group counts, `UNet2DConditionModel.from_pretrained` loads the result.
+    The benchmark's have not, and there `unet/load_unet.py` comes with it and must be used: it says why. sample_size is
+    the latent side that pipelines draw by default. Raises CheckpointError where `unet` exists or cannot be written.
+    """
+    with _written_aside(Path(folder) / "unet") as draft:
+        draft.mkdir()
+        entries = diffusers_unet_config(config, sample_size)
+        (draft / "config.json").write_text(json.dumps(entries, indent=2) + "\n")
+        weights = to_diffusers(unet_state, config)
+        _save_safetensors(weights, draft / "diffusion_pytorch_model.safetensors", {})
+        if config.resblock_groups != config.transformer_groups:
+            (draft / "load_unet.py").write_text(LOADER)
+
+
+LOADER = '''\
+"""Loads the UNet in this folder into diffusers: `from load_unet import load_unet; unet = load_unet()`.
+
+The network normalises its ResBlocks and its head in `norm_num_groups` groups of channels, and the entrance of its
+transformers in `transformer_norm_num_groups`. A stock UNet2DConditionModel has the first number alone. Group counts
+leave no trace in the shapes of weights, so `UNet2DConditionModel.from_pretrained` loads these weights without an error
+and computes something else (it does warn that it ignores `transformer_norm_num_groups`). This loader sets the norms
+that the stock model gets wrong. `save_pretrained` of the result drops the number: keep this folder.
+"""
+
+import json
+from pathlib import Path
+
+from diffusers import Transformer2DModel, UNet2DConditionModel
+
+
+def load_unet(folder=Path(__file__).parent, **options):
+    """The UNet as it was trained. Options are those of `UNet2DConditionModel.from_pretrained`."""
+    groups = json.loads((Path(folder) / "config.json").read_text())["transformer_norm_num_groups"]
+    unet = UNet2DConditionModel.from_pretrained(folder, **options)
+    for module in unet.modules():
+        if isinstance(module, Transformer2DModel):
+            module.norm.num_groups = groups
+    return unet
+'''
+
+
+@contextmanager
+def _written_aside(target: Path) -> Iterator[Path]:
+    """A path to write a file or folder to. It becomes `target` when the block ends well, and is removed otherwise."""
+    if target.exists():
+        raise CheckpointError(f"{target}: exists already; nothing is overwritten, so give another path or move it away")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as aside:
+            draft = Path(aside) / target.name
+            yield draft
+            draft.rename(target)
+    except OSError as error:
+        raise CheckpointError(f"{target}: cannot be written ({error})") from error
+
+
+def _save_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    safetensors = _safetensors()
+    packed = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    try:
+        # Loaders of Hugging Face look for the format.
+        safetensors.torch.save_file(packed, path, {"format": "pt", **metadata})
+    except safetensors.SafetensorError as error:
+        raise OSError(_reason(error)) from error
+
+
+def _safetensors() -> Any:
+    """The package, imported where it is needed: models must import where nothing but torch is installed."""
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise CheckpointError("safetensors is not installed; run: pip install 'sd-perf[cli]'") from error
+    return safetensors
+
+
+def _reason(error: BaseException) -> str:
+    """The first sentence of what a library said; torch's go on with advice that does not fit here."""
+    return one_line(error).split(". ", 1)[0]

@@ -1,0 +1,113 @@
+"""YAML presets: read strictly into the config tree, written back for the manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sd_perf.config import Config
+from sd_perf.errors import ConfigError
+
+
+def load_preset(path: str | Path) -> Config:
+    """Config of a YAML file, `extends:` chains included. Raises ConfigError for anything it does not know."""
+    return config_from_dict(_read_chain(Path(path), ()))
+
+
+def config_from_dict(tree: dict[str, Any]) -> Config:
+    """Config of a nested dict, as a manifest holds it."""
+    return _build(Config, tree, "")
+
+
+def config_differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ, with both values."""
+    flat_old, flat_new = _flatten(dataclasses.asdict(old)), _flatten(dataclasses.asdict(new))
+    return {key: (flat_old[key], flat_new[key]) for key in flat_old if flat_old[key] != flat_new[key]}
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _read_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such config file; presets are in configs/")
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: extends itself")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a YAML file ({' '.join(str(error).split())})") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: must hold sections such as `training:`, not a {type(tree).__name__}")
+    base = tree.pop("extends", None)
+    if base is None:
+        return tree
+    return _merge(_read_chain(path.parent / str(base), (*seen, path.resolve())), tree)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merge(base[key], value) if both else value
+    return merged
+
+
+def _build(cls: type, tree: Any, prefix: str) -> Any:
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{prefix.rstrip('.')}: {tree!r} cannot be used; it must be a section of keys")
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in tree.items():
+        if key not in hints:
+            raise ConfigError(_unknown_key(f"{prefix}{key}", list(hints), prefix))
+        if dataclasses.is_dataclass(hints[key]):
+            values[key] = _build(typing.cast(type, hints[key]), value, f"{prefix}{key}.")
+        else:
+            values[key] = _convert(value, hints[key], f"{prefix}{key}")
+    return cls(**values)
+
+
+def _unknown_key(key: str, known: list[str], prefix: str) -> str:
+    close = difflib.get_close_matches(key.removeprefix(prefix), known, n=1)
+    advice = f"did you mean {prefix}{close[0]}?" if close else f"known here: {', '.join(known)}"
+    return f"{key}: unknown key; {advice}"
+
+
+def _convert(value: Any, hint: Any, key: str) -> Any:
+    """A YAML value as the field's type; ConfigError where it is of another."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        options = [option for option in arguments if option is not type(None)]
+        return None if value is None else _convert(value, options[0], key)
+    if origin is typing.Literal:
+        if value in arguments:
+            return value
+        raise ConfigError(f"{key}: {value!r} cannot be used; it must be one of {', '.join(map(str, arguments))}")
+    if origin is tuple:
+        if isinstance(value, list | tuple):
+            return tuple(_convert(item, arguments[0], key) for item in value)
+        raise ConfigError(f"{key}: {value!r} cannot be used; it must be a list")
+    return _scalar(value, hint, key)
+
+
+def _scalar(value: Any, hint: type, key: str) -> Any:
+    if hint is float and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-4, without a point, as text
+        except (TypeError, ValueError):
+            pass
+    elif type(value) is hint:
+        return value
+    name = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[hint]
+    raise ConfigError(f"{key}: {value!r} cannot be used; it must be {name}")

@@ -1,0 +1,262 @@
+"""The UNet of Stable Diffusion v2, written to be read.
+
+The network of Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models" (arXiv 2112.10752,
+appendix E), in the sizes of SD v2. It is the oracle that the fast UNet is held to, so it uses plain torch alone.
+Parameters carry the names of the LDM code base (`ldm/modules/diffusionmodules/openaimodel.py`), without the prefix
+`model.diffusion_model.` that checkpoints add.
+
+Shape letters: B batch, C channels, H and W latent rows and columns, L tokens, D channels per attention head,
+E channels of the time embedding (4 x model_channels).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sd_perf.config import UNetConfig
+
+MAX_PERIOD = 10_000
+"""longest wavelength of the time embedding, in units of 2 pi timesteps"""
+
+
+def sinusoidal_embedding(timesteps: Tensor, dim: int) -> Tensor:
+    """Timesteps (B,) as float32 features (B, dim): dim/2 cosines, then the sines of the same angles.
+
+    "Attention Is All You Need" (arXiv 1706.03762), section 3.5, with the two halves side by side and not interleaved.
+    Angles reach 999 radians, so they are float32 whatever the precision of the network.
+    """
+    half = dim // 2
+    steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
+    frequencies = torch.exp(-math.log(MAX_PERIOD) * steps / half)
+    angles = timesteps[:, None].float() * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def zeroed(layer: nn.Module) -> nn.Module:
+    """The layer with weight and bias 0, so that the branch it ends adds nothing at the start of training."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+def conv3x3(channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(channels, out_channels, kernel_size=3, stride=stride, padding=1)
+
+
+class ResBlock(nn.Module):
+    """x (B, C, H, W), emb (B, E) -> (B, C', H, W): two convolutions around which x is carried, shifted by the time."""
+
+    def __init__(self, channels: int, out_channels: int, emb_channels: int, groups: int) -> None:
+        super().__init__()
+        self.in_layers = nn.Sequential(
+            nn.GroupNorm(groups, channels, eps=1e-5), nn.SiLU(), conv3x3(channels, out_channels)
+        )
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(groups, out_channels, eps=1e-5),
+            nn.SiLU(),
+            nn.Identity(),  # LDM has its dropout here, which SD v2 sets to 0; the place keeps the conv's name
+            zeroed(conv3x3(out_channels, out_channels)),
+        )
+        same = channels == out_channels
+        self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, kernel_size=1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
+        return self.skip_connection(x) + self.out_layers(h)
+
+
+class Attention(nn.Module):
+    """x (B, L, C) attends to context (B, L', C') -> (B, L, C). Nothing is masked: padded text counts as text."""
+
+    def __init__(self, channels: int, context_channels: int, head_channels: int) -> None:
+        super().__init__()
+        self.head_channels = head_channels
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context_channels, channels, bias=False)
+        self.to_v = nn.Linear(context_channels, channels, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        q, k, v = (self.heads(t) for t in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        attended = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(D)) v
+        return self.to_out(attended.transpose(1, 2).flatten(2))
+
+    def heads(self, x: Tensor) -> Tensor:
+        """(B, L, C) -> (B, heads, L, D)"""
+        return x.unflatten(2, (-1, self.head_channels)).transpose(1, 2)
+
+
+class GEGLU(nn.Module):
+    """x (B, L, C) -> value * GELU(gate) (B, L, C'), with the exact GELU (arXiv 2002.05202)."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """x (B, L, C) -> (B, L, C) through 4C gated channels."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        # The middle place is LDM's dropout, as in ResBlock.
+        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """x (B, L, C), context (B, L', C') -> (B, L, C): attention to itself, to the text, feed-forward; norms first."""
+
+    def __init__(self, channels: int, context_dim: int, head_channels: int) -> None:
+        super().__init__()
+        self.attn1 = Attention(channels, channels, head_channels)
+        self.ff = FeedForward(channels)
+        self.attn2 = Attention(channels, context_dim, head_channels)
+        self.norm1 = nn.LayerNorm(channels, eps=1e-5)
+        self.norm2 = nn.LayerNorm(channels, eps=1e-5)
+        self.norm3 = nn.LayerNorm(channels, eps=1e-5)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        h = self.norm1(x)
+        x = x + self.attn1(h, h)
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """x (B, C, H, W), context (B, L', C') -> (B, C, H, W): a transformer over the H*W pixels as tokens."""
+
+    def __init__(self, channels: int, context_dim: int, head_channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, channels)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_dim, head_channels)])
+        self.proj_out = zeroed(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        tokens = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # (B, L = H*W, C)
+        for block in self.transformer_blocks:
+            tokens = block(tokens, context)
+        return x + self.proj_out(tokens).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class Downsample(nn.Module):
+    """(B, C, H, W) -> (B, C, H/2, W/2)"""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.op = conv3x3(channels, channels, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    """(B, C, H, W) -> (B, C, 2H, 2W)"""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = conv3x3(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Stage(nn.ModuleList):
+    """Layers in a row, each given what it asks for: ResBlocks the time, transformers the text."""
+
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                x = layer(x, emb)
+            elif isinstance(layer, SpatialTransformer):
+                x = layer(x, context)
+            else:
+                x = layer(x)
+        return x
+
+
+class UNet(nn.Module):
+    """The denoiser: 865,910,724 parameters in the benchmark's configuration.
+
+    Weights start at torch's defaults, but the last layer of every ResBlock, of every transformer and of the network
+    starts at 0, hence so does the output. Parameters are registered in LDM's order.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        emb_channels = 4 * config.model_channels
+        widths = [mult * config.model_channels for mult in config.channel_mult]
+
+        def res_block(channels: int, out_channels: int) -> nn.Module:
+            return ResBlock(channels, out_channels, emb_channels, config.resblock_groups)
+
+        def transformer(channels: int) -> nn.Module:
+            head_channels, groups = config.num_head_channels, config.transformer_groups
+            return SpatialTransformer(channels, config.context_dim, head_channels, groups)
+
+        def layers(channels: int, level: int) -> list[nn.Module]:
+            attends = 2**level in config.attention_resolutions
+            return [res_block(channels, widths[level]), *([transformer(widths[level])] if attends else [])]
+
+        self.time_embed = nn.Sequential(
+            nn.Linear(config.model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+        )
+
+        channels = config.model_channels
+        skips = [channels]  # channels of every activation that the way up will want back
+        self.input_blocks = nn.ModuleList([Stage([conv3x3(config.in_channels, channels)])])
+        for level, width in enumerate(widths):
+            for _ in range(config.num_res_blocks):
+                self.input_blocks.append(Stage(layers(channels, level)))
+                channels = width
+                skips.append(channels)
+            if level < len(widths) - 1:
+                self.input_blocks.append(Stage([Downsample(channels)]))
+                skips.append(channels)
+
+        self.middle_block = Stage([res_block(channels, channels), transformer(channels), res_block(channels, channels)])
+
+        self.output_blocks = nn.ModuleList()
+        for level, width in reversed(list(enumerate(widths))):
+            for block in range(config.num_res_blocks + 1):
+                last = block == config.num_res_blocks
+                upsample = [Upsample(width)] if last and level > 0 else []
+                self.output_blocks.append(Stage([*layers(channels + skips.pop(), level), *upsample]))
+                channels = width
+
+        self.out = nn.Sequential(
+            nn.GroupNorm(config.resblock_groups, channels, eps=1e-5),
+            nn.SiLU(),
+            zeroed(conv3x3(channels, config.out_channels)),
+        )
+
+    def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        """Predicts v (arXiv 2202.00512) from noisy latents.
+
+        latents (B, 4, H, W), with H and W multiples of `config.downsampling`; timesteps (B,) int64; context
+        (B, L, context_dim) text states. Returns (B, 4, H, W) in the precision of the network: that of the weights,
+        or autocast's.
+        """
+        features = sinusoidal_embedding(timesteps, self.config.model_channels)
+        emb = self.time_embed(features.to(latents.dtype))
+        h, skips = latents, []
+        for stage in self.input_blocks:
+            h = stage(h, emb, context)
+            skips.append(h)
+        h = self.middle_block(h, emb, context)
+        for stage in self.output_blocks:
+            h = stage(torch.cat([h, skips.pop()], dim=1), emb, context)
+        return self.out(h)

@@ -1,0 +1,32 @@
+"""Saves training state on its cadence, at the end, and when the run is asked to stop."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from sd_perf.training.callbacks.base import Callback
+
+if TYPE_CHECKING:
+    from sd_perf.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpointer(Callback):
+    """Training waits for the host copy only; a write that failed stops the run at the next step."""
+
+    def on_step(self, trainer: Trainer) -> None:
+        cadence = trainer.config.steps_of(trainer.config.checkpoint.every_samples)
+        if trainer.steps % cadence == 0 or trainer.is_over:
+            trainer.check()
+            if trainer.world.is_main:
+                path = trainer.store.save(trainer.tensors(), trainer.state())
+                logger.info("saving %s", path)
+        trainer.store.raise_failure()
+
+    def on_end(self, trainer: Trainer) -> None:
+        trainer.store.wait()
+
+    def close(self, trainer: Trainer) -> None:
+        trainer.store.wait()

@@ -1,0 +1,43 @@
+"""SIGTERM, SIGUSR1 and Ctrl-C: one flag, agreed across ranks, after which the run saves and leaves."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from sd_perf.training.callbacks.base import Callback
+
+if TYPE_CHECKING:
+    from sd_perf.training.trainer import Trainer
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_AGREE_EVERY_STEPS = 4  # ranks must leave at the same step; asking costs a round trip through the CPU group
+
+
+class StopOnSignal(Callback):
+    """Sets `trainer.stop_reason` on every rank at the same step."""
+
+    def __init__(self) -> None:
+        self._received: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def on_start(self, trainer: Trainer) -> None:
+        for number in _SIGNALS:
+            self._previous[number] = signal.signal(number, self._receive)
+
+    def on_step(self, trainer: Trainer) -> None:
+        if trainer.world.size > 1 and trainer.steps % _AGREE_EVERY_STEPS:
+            return
+        received = [name for name in trainer.world.gather(self._received and self._received.name) if name]
+        if received:
+            trainer.stop_reason = received[0]
+
+    def close(self, trainer: Trainer) -> None:
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self._received is signal.SIGINT and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._received = signal.Signals(number)

@@ -1,0 +1,93 @@
+"""What a config amounts to, without allocating its weights: parameters, FLOPs, memory, batch arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from sd_perf.config import Config
+from sd_perf.reference.unet import UNet
+
+
+class _FlashAttention(TorchFunctionMode):
+    """Attention on meta tensors as the fused kernels do it: without the matrix of scores in memory."""
+
+    def __torch_function__(self, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.nn.functional.scaled_dot_product_attention:
+            return torch.ops.aten._scaled_dot_product_flash_attention(*args)[0]
+        return function(*args, **(kwargs or {}))
+
+
+def dry_run(config: Config, world_size: int) -> dict[str, Any]:
+    """Facts of a run, as JSON takes them. Raises ConfigError where the batch does not divide."""
+    micro_batch = config.micro_batch_size(world_size)
+    with torch.device("meta"):
+        unet = UNet(config.model)
+    parameters = sum(parameter.numel() for parameter in unet.parameters())
+    flops_forward, flops_step = _flops(unet, config)
+    activations = _activation_bytes(unet, config)
+    weight_bytes = 4 * parameters
+    low_precision = 2 * parameters if config.training.precision == "bf16" else 0
+    memory = {
+        "weights": weight_bytes,
+        "gradients": weight_bytes,
+        "adamw_moments": 2 * weight_bytes,
+        "bf16_weight_copies": low_precision,
+        "activations": activations * micro_batch,
+    }
+    batch = config.training.global_batch_size
+    return {
+        "parameters": parameters,
+        "tensors": len(list(unet.parameters())),
+        "gflops_forward": round(flops_forward / 1e9, 1),
+        "gflops_forward_backward": round(flops_step / 1e9, 1),
+        "memory_bytes": {**memory, "total": sum(memory.values())},
+        "batch": {
+            "global": batch,
+            "ranks": world_size,
+            "accumulate_steps": config.training.accumulate_steps,
+            "per_rank_and_pass": micro_batch,
+        },
+        "learning_rate": config.learning_rate,
+        "steps": config.steps_of(config.training.max_samples),
+        "steps_between_checkpoints": config.steps_of(config.checkpoint.every_samples),
+    }
+
+
+def _inputs(config: Config, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One sample's latents, timesteps and text states on the meta device."""
+    size, options = config.data.latent_size, {"device": "meta", "dtype": dtype}
+    latents = torch.empty(1, config.model.in_channels, size, size, **options)
+    context = torch.empty(1, config.data.context_tokens, config.model.context_dim, **options)
+    return latents, torch.zeros(1, dtype=torch.int64, device="meta"), context
+
+
+def _flops(unet: UNet, config: Config) -> tuple[int, int]:
+    """FLOPs per sample of forward and of forward + backward (multiply-add is 2; nothing counted twice)."""
+    with FlopCounterMode(display=False) as forward:
+        output = unet(*_inputs(config, torch.float32))
+    with FlopCounterMode(display=False) as backward:
+        output.square().mean().backward()
+    return forward.get_total_flops(), forward.get_total_flops() + backward.get_total_flops()
+
+
+def _activation_bytes(unet: UNet, config: Config) -> int:
+    """Bytes per sample that the backward pass keeps, parameters aside."""
+    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    unet = unet.to(dtype)
+    own = {id(parameter) for parameter in unet.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        base = tensor if tensor._base is None else tensor._base
+        if id(base) not in own:
+            kept[id(base)] = base
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _FlashAttention():
+        unet(*_inputs(config, dtype))
+    return sum(tensor.numel() * tensor.element_size() for tensor in kept.values())

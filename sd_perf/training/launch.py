@@ -1,0 +1,57 @@
+"""From a config to a run: the pieces are built here, in the order they depend on each other."""
+
+from __future__ import annotations
+
+import torch
+from rich.console import Console
+
+from sd_perf.config import Config
+from sd_perf.data.build import build_loader
+from sd_perf.distributed.world import World
+from sd_perf.errors import UserError
+from sd_perf.models.build import build_text_encoder, build_unet
+from sd_perf.training.callbacks.base import Callback
+from sd_perf.training.callbacks.checkpointer import Checkpointer
+from sd_perf.training.callbacks.metrics import MetricsFile
+from sd_perf.training.callbacks.progress import ProgressDisplay
+from sd_perf.training.callbacks.signals import StopOnSignal
+from sd_perf.training.run_folder import open_run
+from sd_perf.training.trainer import Trainer
+
+
+def launch(config: Config, world: World, resume: bool, console: Console) -> str | None:
+    """Train; returns why the run was asked to stop, or None where it came to its end."""
+    config.micro_batch_size(world.size)  # a batch that does not divide must not leave a run folder behind
+    config = world.on_main(lambda: open_run(config, resume))
+    torch.use_deterministic_algorithms(config.training.deterministic)
+    trainer = build_trainer(config, world, default_callbacks(console))
+    newest = trainer.store.newest()
+    if newest is not None:
+        trainer.load(newest)
+    elif resume and world.is_main:
+        console.print(f"{trainer.folder}: no checkpoint to resume from")
+    if trainer.samples >= trainer.total_samples:
+        raise UserError(
+            f"{trainer.folder}: the run is complete ({trainer.samples:,} samples); to train on, resume it with a "
+            f"larger --training.max-samples"
+        )
+    return trainer.fit()
+
+
+def build_trainer(config: Config, world: World, callbacks: list[Callback]) -> Trainer:
+    """A trainer at sample 0, for a config whose seed is settled."""
+    if config.training.seed is None:
+        raise ValueError("the config's seed must be settled (sd_perf.training.run_folder.open_run)")
+    loader = build_loader(config, config.training.seed, world)
+    text_encoder = build_text_encoder(config, world.device) if _captions_only(config) else None
+    unet = build_unet(config.model, config.training.seed, world.device)
+    return Trainer(config, world, unet, loader, text_encoder, callbacks)
+
+
+def default_callbacks(console: Console) -> list[Callback]:
+    """Signals before checkpoints, so that the step that sees a signal saves; checkpoints before the last table."""
+    return [StopOnSignal(), MetricsFile(), Checkpointer(), ProgressDisplay(console)]
+
+
+def _captions_only(config: Config) -> bool:
+    return config.data.format == "moments" and config.data.context == "open_clip"

@@ -1,0 +1,209 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sd_perf.config import DataConfig
+from sd_perf.data.portable import PortableLoader
+from sd_perf.data.prepare.photographs import load_image, prepare_moments, read_captioned_images
+from sd_perf.data.shards import ShardIndex
+from sd_perf.errors import DataError, UserError
+from sd_perf.models.onnx_autoencoder import OnnxDecoder, OnnxEncoder
+
+Image = pytest.importorskip("PIL.Image", reason="needs Pillow")
+
+
+def encoder(images: torch.Tensor) -> torch.Tensor:
+    """Stands in for an autoencoder: pooled colours and their range."""
+    pooled = F.avg_pool2d(images, 8)
+    return torch.cat([pooled, pooled, pooled[:, :2]], dim=1)
+
+
+def text_encoder(captions: list[str]) -> torch.Tensor:
+    return torch.tensor([[[float(len(caption))] * 4] * 3 for caption in captions])
+
+
+def batch_of(folder: Path, size: int, count: int, **fields):
+    config = DataConfig(path=str(folder), latent_size=size // 8, **{"context": "open_clip", **fields})
+    split = {"global_batch_size": count, "micro_batch_size": count}
+    return next(PortableLoader(config, seed=0, context_dim=4, **split).batches(0))
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """Three pictures of one colour each, of different sizes, with two captions each."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    lines = []
+    for number, (name, extent) in enumerate([("a.png", (40, 30)), ("b.jpg", (30, 50)), ("c.png", (32, 32))]):
+        Image.new("RGB", extent, (50 * number, 100, 200)).save(folder / name)
+        captions = [f"picture {number}", f"other words for {number}"]
+        lines.append(
+            json.dumps({"file": name, "captions": captions, "width": extent[0], "flickr_url": "u", "sha256": "x"})
+        )
+    (tmp_path / "captions.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def test_reading_captions(photographs):
+    images = read_captioned_images(photographs)
+    assert [image.path.name for image in images] == ["a.png", "b.jpg", "c.png"]
+    assert images[1].captions == ("picture 1", "other words for 1")
+    assert images[1].metadata == {"file": "b.jpg", "width": 30, "flickr_url": "u"}
+    inside = photographs / "captions.jsonl"
+    inside.write_text('{"file": "c.png", "caption": "one"}\n\n')
+    assert [image.captions for image in read_captioned_images(photographs)] == [("one",)]
+    assert len(read_captioned_images(photographs, photographs.parent / "captions.jsonl")) == 3
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"{'file': 'a.png'}", "line 2 is not JSON"),
+        (b'["a.png"]', "line 2 does not name an image"),
+        (b'{"captions": ["x"]}', "line 2 does not name an image"),
+        (b'{"file": "a.png"}', r"line 2 \(a.png\) has no captions"),
+        (b'{"file": "a.png", "captions": []}', r"line 2 \(a.png\) has no captions"),
+        (b'{"file": "a.png", "captions": "x"}', r"line 2 \(a.png\) has no captions"),
+        (b'{"file": "a.png", "captions": ["x", 3]}', r"line 2 \(a.png\): caption 3 is not a string"),
+        (b'{"file": "a.png", "caption": "  "}', r"line 2 \(a.png\): caption is empty"),
+        (b'{"file": "a.png", "caption": "caf\xe9"}', "line 2 is not UTF-8"),
+        (b'{"file": "a.png", "caption": "\\ud800"}', r"line 2 \(a.png\): caption cannot be written as UTF-8"),
+        (b'{"file": "a.png", "caption": "' + b"\xc3\xa9" * 2049 + b'"}', "line 2 .* 4098 bytes, more than 4096"),
+        (b'{"file": "gone.png", "caption": "x"}', "line 2 names gone.png, which is not in"),
+    ],
+)
+def test_bad_lines(photographs, line, message):
+    file = photographs / "captions.jsonl"
+    file.write_bytes(b'{"file": "a.png", "caption": "x"}\n' + line)
+    with pytest.raises(DataError, match=message) as error:
+        read_captioned_images(photographs)
+    assert str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_bad_folders(tmp_path):
+    with pytest.raises(DataError, match="not a folder"):
+        read_captioned_images(tmp_path / "absent")
+    (tmp_path / "images").mkdir()
+    with pytest.raises(DataError, match=r"has no captions\.jsonl"):
+        read_captioned_images(tmp_path / "images")
+    with pytest.raises(DataError, match="cannot be read"):
+        read_captioned_images(tmp_path, tmp_path / "absent.jsonl")
+    (tmp_path / "captions.jsonl").write_text("\n")
+    with pytest.raises(DataError, match="no lines"):
+        read_captioned_images(tmp_path)
+
+
+def test_crop_is_centred_and_resize_antialiased(tmp_path):
+    ramp = np.zeros((10, 25, 3), np.uint8)
+    ramp[:] = np.arange(25)[None, :, None] * 10
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    image = load_image(tmp_path / "ramp.png", 10)
+    assert image.shape == (3, 10, 10) and image.dtype == torch.float32
+    # 15 columns too many: 7 go on the left
+    assert torch.equal(image[0, 0], torch.arange(7, 17) * 10 / 255)
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[:, ::2] = 255
+    Image.fromarray(stripes).save(tmp_path / "stripes.png")
+    assert float((load_image(tmp_path / "stripes.png", 16) - 0.5).abs().max()) < 0.05
+
+
+def test_orientation_and_modes(tmp_path):
+    pixels = np.zeros((16, 16), np.uint8)
+    pixels[:8] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    Image.fromarray(pixels).save(tmp_path / "grey.png", exif=exif)
+    image = load_image(tmp_path / "grey.png", 16)
+    assert image.shape == (3, 16, 16) and (image[:, 0] == 1).all() and (image[:, -1] == 0).all()
+
+
+def test_moments_of_photographs(photographs, tmp_path):
+    samples = read_captioned_images(photographs)
+    assert prepare_moments(samples, encoder, tmp_path / "out", 16, batch_size=2) == 3
+    batch = batch_of(tmp_path / "out", 16, 3)
+    for moments, caption in zip(batch.moments, batch.captions, strict=True):
+        number = int(caption.removeprefix("picture "))
+        tolerance = 0.03 if number == 1 else 1e-6  # JPEG
+        assert abs(float(moments[0].mean()) - (50 * number / 255 * 2 - 1)) < tolerance
+    index = ShardIndex.open(tmp_path / "out")
+    assert index.samples["context_size"].max() == 0
+    raw = (tmp_path / "out" / "00000.tar").read_bytes()
+    assert b'{"file": "a.png", "width": 40, "flickr_url": "u"}' in raw
+
+
+def test_the_benchmarks_pixel_range_and_more_captions(photographs, tmp_path):
+    samples = read_captioned_images(photographs)
+    options = {"pixel_range": "zero_one", "captions_per_image": 2, "samples_per_shard": 4}
+    assert prepare_moments(samples, encoder, tmp_path / "out", 16, text_encoder=text_encoder, **options) == 6
+    batch = batch_of(tmp_path / "out", 16, 6, context="precomputed", context_tokens=3)
+    assert sorted(batch.captions) == sorted(caption for sample in samples for caption in sample.captions)
+    for moments, caption, context in zip(batch.moments, batch.captions, batch.context, strict=True):
+        assert abs(float(moments[0].mean()) - 50 * int(caption[-1]) / 255) < 0.02
+        assert (context == len(caption)).all()
+
+
+def test_undecodable_image(photographs, tmp_path):
+    content = (photographs / "b.jpg").read_bytes()
+    for damaged in (b"no picture", content[: len(content) // 2], b""):
+        (photographs / "b.jpg").write_bytes(damaged)
+        samples = read_captioned_images(photographs)
+        with pytest.raises(DataError, match=r"captions\.jsonl line 2: .*b\.jpg cannot be decoded"):
+            prepare_moments(samples, encoder, tmp_path / "out", 16)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"encoder": lambda images: images}, r"line 1 to .*line 3: the encoder .* gives shape \(3, 3, 16, 16\)"),
+        ({"encoder": lambda images: encoder(images) / 0}, "encoder .* gives NaN or infinite"),
+        (
+            {"text_encoder": lambda captions: torch.zeros(len(captions), 4)},
+            r"line 1: the text encoder .* shape \(1, 4\)",
+        ),
+        ({"text_encoder": lambda captions: torch.full((len(captions), 3, 4), 1e6)}, "text encoder .* NaN or infinite"),
+        ({"size": 20}, "image size 20 .* multiple of 8"),
+        ({"captions_per_image": 0}, "at least 1"),
+    ],
+)
+def test_unusable_encoders_and_options(photographs, tmp_path, options, message):
+    options = {"encoder": encoder, "size": 16, **options}
+    with pytest.raises(DataError, match=message):
+        prepare_moments(read_captioned_images(photographs), folder=tmp_path / "out", **options)
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_unusable_onnx_files(tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime", reason="needs onnxruntime")
+    with pytest.raises(DataError, match="not a file"):
+        OnnxEncoder(tmp_path / "absent.onnx")
+    (tmp_path / "bad.onnx").write_bytes(b"no model")
+    with pytest.raises(DataError, match=r"bad\.onnx cannot be loaded"):
+        OnnxDecoder(tmp_path / "bad.onnx")
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    with pytest.raises(UserError, match=r"pip install 'sd-perf\[onnx\]'"):
+        OnnxEncoder(tmp_path / "bad.onnx")
+
+
+def test_photographs_through_a_real_autoencoder(real_data, tmp_path):
+    pytest.importorskip("onnxruntime", reason="needs onnxruntime")
+    models = {path.name.lower(): path for path in (real_data / "vaelight").glob("*.onnx")}
+    encode = OnnxEncoder(models["vaeencoder.onnx"], threads=1)
+    decode = OnnxDecoder(models["vaepreview.onnx"], threads=1)
+    samples = read_captioned_images(real_data / "coco_ccby" / "images")[:6]
+    assert prepare_moments(samples, encode, tmp_path / "out", 256, samples_per_shard=4) == 6
+    batch = batch_of(tmp_path / "out", 256, 6)
+    pictures = {sample.captions[0]: load_image(sample.path, 256) * 2 - 1 for sample in samples}
+    images = torch.stack([pictures[caption] for caption in batch.captions])
+    spread = 0.18215 * batch.moments[:, :4].transpose(0, 1).flatten(1).std(dim=1)
+    assert ((spread > 0.6) & (spread < 1.3)).all()
+    error = (decode(batch.moments[:, :4]) - images).square().mean(dim=(1, 2, 3))
+    assert float((10 * torch.log10(4 / error)).mean()) > 21
+    with pytest.raises(DataError, match="does not take an input"):
+        encode(torch.zeros(1, 4, 64, 64))
+    with pytest.raises(DataError, match="another encoder"):
+        OnnxEncoder(models["vaepreview.onnx"])(torch.zeros(1, 4, 8, 8))

@@ -1,0 +1,239 @@
+import errno
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sd_perf.data import shards
+from sd_perf.data.shards import INDEX_NAME, ShardIndex, ShardWriter
+from sd_perf.errors import DataError
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def part(index: ShardIndex, sample: int, name: str) -> bytes:
+    row = index.samples[sample]
+    data = (index.folder / index.shards[row["shard"]]).read_bytes()
+    return data[row[f"{name}_offset"] :][: row[f"{name}_size"]]
+
+
+def test_written_layout(make_shards):
+    folder = Path(make_shards(num=6).path)
+    assert sorted(os.listdir(folder)) == ["00000.tar", "00001.tar"]
+    with tarfile.open(folder / "00001.tar") as tar:
+        members = tar.getmembers()
+        arrays = np.load(io.BytesIO(tar.extractfile("000010001.npy").read()), allow_pickle=False)
+        metadata = json.load(tar.extractfile("000010001.json"))
+    assert members[0].isdir() and members[0].name == ""
+    names = [member.name for member in members[1:]]
+    assert names == sorted(names) and len(names) == 8
+    assert names[:4] == ["000010000.context.npy", "000010000.json", "000010000.npy", "000010000.txt"]
+    assert arrays.shape == (1, 8, 2, 2) and arrays.dtype == np.float32 and (arrays == 5).all()
+    assert metadata == {"number": 5}
+
+
+def test_index_finds_every_part(make_shards):
+    index = ShardIndex.open(make_shards(num=6).path, need_context=True)
+    assert len(index) == 6 and index.shards == ["00000.tar", "00001.tar"]
+    for i in range(6):
+        assert part(index, i, "caption") == f"caption {i}".encode()
+        assert (np.load(io.BytesIO(part(index, i, "moments"))) == i).all()
+        assert (np.load(io.BytesIO(part(index, i, "context"))) == -i).all()
+    assert index.name(4) == "000010000 in 00001.tar"
+
+
+def test_shards_made_by_taring_a_folder(tmp_path):
+    """As the benchmark's converter does: a nameless directory entry, then sorted files."""
+    source = tmp_path / "extracted"
+    source.mkdir()
+    for key in ("000310042", "000310007"):
+        for extension in ("npy", "txt", "json"):
+            (source / f"{key}.{extension}").write_text(f"{key} {extension}")
+    (tmp_path / "shards").mkdir()
+    with tarfile.open(tmp_path / "shards" / "00031.tar", "w") as tar:
+        tar.add(source, arcname="")
+    index = ShardIndex.open(tmp_path / "shards")
+    assert index.samples["key"].tolist() == [b"000310007", b"000310042"]
+    assert part(index, 1, "caption") == b"000310042 txt"
+
+
+def test_keys_end_at_the_first_dot_of_the_base_name(tmp_path):
+    names = ["v1.0/a.npy", "v1.0/a.TXT", "v1.0/b.context.npy", "v1.0/b.npy", "v1.0/b.txt", "v1.0/.hidden.npy"]
+    write_tar(tmp_path / "0.tar", [(name, name.encode()) for name in names])
+    index = ShardIndex.open(tmp_path)
+    assert index.samples["key"].tolist() == [b"v1.0/a", b"v1.0/b"]
+    assert part(index, 1, "context") == b"v1.0/b.context.npy"
+    assert part(index, 1, "moments") == b"v1.0/b.npy"
+    assert index.samples["context_size"].tolist() == [0, 18]
+
+
+def test_saved_index_is_reused_until_a_shard_changes(make_shards, monkeypatch):
+    folder = Path(make_shards().path)
+    built = ShardIndex.open(folder)
+    calls = []
+    scan = shards.scan_shard
+    monkeypatch.setattr(shards, "scan_shard", lambda *a: calls.append(a) or scan(*a))
+    assert (ShardIndex.open(folder).samples == built.samples).all() and not calls
+    os.utime(folder / "00001.tar", ns=(1, 1))
+    ShardIndex.open(folder)
+    assert len(calls) == 3
+    (folder / "00002.tar").unlink()
+    assert len(ShardIndex.open(folder)) == 8 and len(calls) == 5
+
+
+def test_processes_find_what_one_finds(make_shards, tmp_path):
+    folder = make_shards(num=12).path
+    one = ShardIndex.open(folder, tmp_path / "one.npz", processes=1)
+    two = ShardIndex.open(folder, tmp_path / "two.npz", processes=2)
+    assert (one.samples == two.samples).all() and one.samples.dtype == two.samples.dtype
+
+
+def test_fingerprint_is_of_the_data_alone(make_shards):
+    first, second = make_shards(name="a"), make_shards(name="elsewhere")
+    os.utime(Path(second.path) / "00000.tar", ns=(1, 1))
+    fingerprint = ShardIndex.open(first.path).fingerprint
+    assert ShardIndex.open(second.path).fingerprint == fingerprint and len(fingerprint) == 64
+    assert ShardIndex.open(make_shards(name="c", num=9).path).fingerprint != fingerprint
+    (Path(second.path) / "00000.tar").rename(Path(second.path) / "00000b.tar")
+    assert ShardIndex.open(second.path).fingerprint != fingerprint
+    longer, renamed = ([("a.npy", b"1"), (f"{key}.txt", text)] for key, text in [("a", b"22"), ("b", b"2")])
+    renamed[0] = ("b.npy", b"1")
+    base = write_tar(Path(first.path).parent / "d" / "0.tar", [("a.npy", b"1"), ("a.txt", b"2")]).parent
+    prints = {ShardIndex.open(base).fingerprint}
+    for number, members in enumerate((longer, renamed)):
+        folder = write_tar(base.with_name(f"e{number}") / "0.tar", members).parent
+        prints.add(ShardIndex.open(folder).fingerprint)
+    assert len(prints) == 3
+
+
+@pytest.mark.parametrize("cut", ["inside the last file", "before the end blocks", "between members", "inside a header"])
+def test_truncated_tar(make_shards, cut):
+    shard = Path(make_shards(num=4).path) / "00000.tar"
+    with tarfile.open(shard) as tar:
+        last, second = tar.getmembers()[-1], tar.getmembers()[5]
+        end = tar.offset
+    length = {
+        "inside the last file": last.offset_data + 3,
+        "before the end blocks": end,
+        "between members": second.offset,
+        "inside a header": second.offset + 100,
+    }[cut]
+    os.truncate(shard, length)
+    with pytest.raises(DataError, match=r"00000\.tar .*(truncated|tar file).*again"):
+        ShardIndex.open(shard.parent)
+    assert not (shard.parent / INDEX_NAME).exists() and len(os.listdir(shard.parent)) == 1
+
+
+def test_damaged_header_is_not_taken_for_the_end(make_shards):
+    shard = Path(make_shards(num=4).path) / "00000.tar"
+    with tarfile.open(shard) as tar:
+        offset = tar.getmembers()[5].offset
+    with shard.open("r+b") as stream:
+        stream.seek(offset)
+        stream.write(b"\xff" * 512)
+    with pytest.raises(DataError, match=f"damaged at byte {offset}"):
+        ShardIndex.open(shard.parent)
+
+
+def test_not_a_tar(tmp_path):
+    (tmp_path / "0.tar").write_bytes(b"no tar " * 1000)
+    with pytest.raises(DataError, match=r"0\.tar cannot be read as a tar file"):
+        ShardIndex.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a.npy", "a.txt", "b.txt"], "sample b has no .npy"),
+        (["a.npy", "a.json"], "sample a has no .txt"),
+        (["a.npy", "a.txt", "a.npy"], r"a\.npy occurs twice"),
+        ([], "no samples"),
+    ],
+)
+def test_unusable_members(tmp_path, names, message):
+    write_tar(tmp_path / "7.tar", [(name, b"x") for name in names])
+    with pytest.raises(DataError, match=message):
+        ShardIndex.open(tmp_path)
+
+
+def test_missing_context(make_shards):
+    folder = make_shards(context=False).path
+    assert len(ShardIndex.open(folder)) == 10
+    with pytest.raises(DataError, match=r"10 samples have no \.context\.npy, the first is 000000000 in 00000\.tar"):
+        ShardIndex.open(folder, need_context=True)
+
+
+def test_unusable_folders(tmp_path):
+    with pytest.raises(DataError, match="not a folder"):
+        ShardIndex.open(tmp_path / "absent")
+    with pytest.raises(DataError, match=r"is empty; data\.path"):
+        ShardIndex.open(tmp_path)
+    (tmp_path / "readme.txt").write_text("")
+    with pytest.raises(DataError, match=r"holds no \*\.tar"):
+        ShardIndex.open(tmp_path)
+
+
+def test_unwritable_index_is_told_before_the_scan(make_shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "scan_shard", lambda *a: pytest.fail("scanned"))
+    with pytest.raises(DataError, match=r"cannot be written .*set data\.index"):
+        ShardIndex.open(make_shards().path, tmp_path / "no such folder" / "index.npz")
+
+
+@pytest.mark.parametrize("content", [b"my novel", b"", b"PK\x03\x04 cut", "npy", "npz"])
+def test_foreign_index_file_is_left_alone(make_shards, tmp_path, content):
+    file = tmp_path / "precious"
+    with file.open("wb") as stream:
+        if content == "npy":
+            np.save(stream, np.ones(3))
+        elif content == "npz":
+            np.savez(stream, mine=np.ones(3))
+        else:
+            stream.write(content)
+    before = file.read_bytes()
+    with pytest.raises(DataError, match=r"precious is not a shard index; .*data\.index"):
+        ShardIndex.open(make_shards().path, file)
+    assert file.read_bytes() == before
+
+
+def test_writer_refuses_to_overwrite(make_shards):
+    folder = Path(make_shards().path)
+    before = (folder / "00000.tar").read_bytes()
+    with pytest.raises(DataError, match="exists already"):
+        ShardWriter(folder)
+    assert (folder / "00000.tar").read_bytes() == before
+
+
+def test_writer_leaves_all_or_nothing(tmp_path):
+    with pytest.raises(KeyError), ShardWriter(tmp_path, samples_per_shard=1) as writer:
+        for _ in range(3):
+            writer.write(np.zeros((8, 2, 2)), "caption")
+        raise KeyError
+    assert os.listdir(tmp_path) == []
+
+
+def test_full_disk(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(DataError, match="No space left"), ShardWriter(tmp_path) as writer:
+        writer.write(np.zeros((8, 2, 2)), "caption")
+        monkeypatch.setattr(tarfile.TarFile, "addfile", full)
+        writer.write(np.zeros((8, 2, 2)), "caption")
+    assert os.listdir(tmp_path) == []
+
+
+def test_equal_samples_give_equal_bytes(make_shards):
+    first, second = (Path(make_shards(name=name).path) for name in "ab")
+    assert (first / "00002.tar").read_bytes() == (second / "00002.tar").read_bytes()
