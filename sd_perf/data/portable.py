@@ -57,23 +57,17 @@ class PortableLoader:
 
     def _make(self, positions: np.ndarray) -> Batch:
         size = len(positions)
-        moments = torch.empty((size, *self._moments_shape), pin_memory=self._pin_memory)
-        context = None
-        if self._config.context == "precomputed":
-            context = torch.empty((size, *self._context_shape), pin_memory=self._pin_memory)
-        batch = Batch(self._pinned(torch.from_numpy(positions)), moments, [], context)
+        context = torch.empty(size, *self._context_shape) if self._config.context == "precomputed" else None
+        batch = Batch(torch.from_numpy(positions), torch.empty(size, *self._moments_shape), [], context)
         for row, position in enumerate(positions.tolist()):
             sample, replacement = self._good_sample(position)
-            moments.numpy()[row] = sample.moments
+            batch.moments.numpy()[row] = sample.moments
             batch.captions.append(sample.caption)
             if context is not None:
                 context.numpy()[row] = sample.context
             if replacement is not None:
                 batch.replacements.append(replacement)
-        return batch
-
-    def _pinned(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.pin_memory() if self._pin_memory else tensor
+        return pinned(batch) if self._pin_memory else batch
 
     def _good_sample(self, position: int) -> tuple[Sample, Replacement | None]:
         """The sample of a position, or the next good one of the order with the record of what it replaces."""
@@ -88,6 +82,13 @@ class PortableLoader:
                     raise BadSampleError(f"{culprit}; mend it, or set data.max_bad_samples above 0") from error
                 replacement = replacement or Replacement(position, self._index.name(number), str(error))
         raise DataError(f"{self.num_samples} samples in a row are bad; the last is {culprit}")
+
+
+def pinned(batch: Batch) -> Batch:
+    """The same batch in page-locked memory, which copies to a GPU without blocking."""
+    context = None if batch.context is None else batch.context.pin_memory()
+    tensors = (batch.sample_indices.pin_memory(), batch.moments.pin_memory())
+    return Batch(*tensors, batch.captions, context, batch.replacements)
 
 
 def _made_ahead(

@@ -34,7 +34,7 @@ _PARTS = {"npy": "moments", "txt": "caption", "context.npy": "context"}
 _MEMBER = re.compile(r"((?:.*/|)[^.]+)\.([^/]+)")
 _END_OF_ARCHIVE = bytes(1024)
 _SHARDS_PER_PROCESS = 8
-"""fewer shards than two processes' worth are scanned in this one: starting a process costs about a shard's scan"""
+"""shards that make another process worth its start"""
 
 _log = logging.getLogger(__name__)
 
@@ -68,21 +68,10 @@ def _row_type(key_bytes: int) -> np.dtype[Any]:
     return np.dtype([*fields, ("key", f"S{max(1, key_bytes)}")])
 
 
-def _read_members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
-    """Key -> extension -> (byte offset, size) of a shard's files, in the order of the tar."""
-    members: dict[str, dict[str, tuple[int, int]]] = {}
+def _list_files(path: Path) -> list[tarfile.TarInfo]:
     try:
         with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                match = _MEMBER.fullmatch(member.name)
-                if not member.isreg() or match is None:
-                    continue
-                key, extension = match[1], match[2].lower()
-                files = members.setdefault(key, {})
-                if extension in files:
-                    raise DataError(f"{path}: {key}.{extension} occurs twice; make the shard again with unique keys")
-                files[extension] = (member.offset_data, member.size)
-            end = tar.offset
+            members, end = tar.getmembers(), tar.offset
         with path.open("rb") as stream:
             # tarfile takes any header it cannot read for the end, so a cut or damaged tar shows only here.
             stream.seek(end)
@@ -91,20 +80,33 @@ def _read_members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
         raise DataError(f"{path} cannot be read as a tar file ({error}); fetch or make this shard again") from error
     if not whole:
         raise DataError(f"{path} is truncated or damaged at byte {end}; fetch or make this shard again")
-    return members
+    return [member for member in members if member.isreg()]
+
+
+def _group_by_key(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
+    """Key -> extension -> (byte offset, size) of a shard's files, in the order of the tar."""
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    for member in _list_files(path):
+        if match := _MEMBER.fullmatch(member.name):
+            key, extension = match[1], match[2].lower()
+            files = samples.setdefault(key, {})
+            if extension in files:
+                raise DataError(f"{path}: {key}.{extension} occurs twice; make the shard again with unique keys")
+            files[extension] = (member.offset_data, member.size)
+    return samples
 
 
 def scan_shard(path: Path, number: int) -> np.ndarray:
     """One row per sample of a tar file (see `ShardIndex.samples`); DataError where the shard cannot be used."""
-    members = _read_members(path)
+    samples = _group_by_key(path)
     rows: list[tuple[object, ...]] = []
-    for key, files in members.items():
+    for key, files in samples.items():
         for extension in ("npy", "txt"):
             if extension not in files:
                 raise DataError(f"{path}: sample {key} has no .{extension}; every sample needs .npy and .txt")
         places = [files.get(extension, (0, 0)) for extension in _PARTS]
         rows.append((number, *(value for place in places for value in place), os.fsencode(key)))
-    return np.array(rows, dtype=_row_type(max((len(os.fsencode(key)) for key in members), default=0)))
+    return np.array(rows, dtype=_row_type(max((len(os.fsencode(key)) for key in samples), default=0)))
 
 
 def _scan_all(paths: list[Path], processes: int | None) -> np.ndarray:
@@ -289,11 +291,13 @@ class ShardWriter:
             with self._guard():
                 if self._tar is not None:
                     self._tar.close()
-            if kind is None:
-                self._refuse_to_overwrite()
-                with self._guard():
-                    for aside in self._asides:
-                        aside.rename(aside.with_suffix(""))
+                if kind is None:
+                    self._name_shards()
         finally:
             for aside in self._asides:
                 aside.unlink(missing_ok=True)
+
+    def _name_shards(self) -> None:
+        self._refuse_to_overwrite()
+        for aside in self._asides:
+            aside.rename(aside.with_suffix(""))

@@ -13,6 +13,7 @@ import torch
 from sd_perf.config import DataConfig
 from sd_perf.data.batch import Batch
 from sd_perf.data.order import micro_batches
+from sd_perf.data.portable import pinned
 from sd_perf.data.shards import ShardWriter
 from sd_perf.diffusion.randomness import Stream, normal
 
@@ -75,12 +76,9 @@ class SyntheticLoader:
         samples = indices % self.num_samples
         for sample in samples[~self._drawn[samples]].unique().split(8):
             self._draw(sample)
-        tensors = (indices, self._moments[samples], self._context[samples])
-        if self._pin_memory:
-            indices, moments, context = (tensor.pin_memory() for tensor in tensors)
-        else:
-            indices, moments, context = tensors
-        return Batch(indices, moments, [f"synthetic sample {sample}" for sample in samples.tolist()], context)
+        captions = [f"synthetic sample {sample}" for sample in samples.tolist()]
+        batch = Batch(indices, self._moments[samples], captions, self._context[samples])
+        return pinned(batch) if self._pin_memory else batch
 
 
 def caption_context(caption: str, tokens: int, channels: int) -> np.ndarray:

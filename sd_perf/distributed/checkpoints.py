@@ -24,7 +24,7 @@ from sd_perf.files import one_line, sync_folder, write_json
 _NAME = re.compile(r"samples_(\d{10})")
 _ASIDE = ".writing_"
 
-# Saving from one process is what is asked for here, not an oversight.
+# Saving and loading in one process is what is asked for here, not an oversight.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 

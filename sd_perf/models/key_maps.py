@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from sd_perf.config import UNetConfig
-from sd_perf.errors import CheckpointError
+from sd_perf.errors import CheckpointError, ConfigError
 from sd_perf.models.vae import AutoencoderConfig
 
 _UNET_RES_BLOCK = {
@@ -65,7 +65,11 @@ def diffusers_unet_config(config: UNetConfig, sample_size: int = 64) -> dict[str
     sample_size is the latent side that pipelines draw when they are told none. diffusers has one number for the groups
     of all norms; it is given that of the ResBlocks, and a differing number for the transformers' entrance stands
     under `transformer_norm_num_groups`, which stock diffusers reports as unexpected and ignores.
+
+    Raises ConfigError where the first level is not of model_channels: in diffusers it always is.
     """
+    if config.channel_mult[0] != 1:
+        raise ConfigError(f"model.channel_mult: {config.channel_mult} has no form in diffusers; it must start with 1")
     attends = [2**level in config.attention_resolutions for level in range(len(config.channel_mult))]
     widths = [mult * config.model_channels for mult in config.channel_mult]
     entries = {

@@ -50,15 +50,11 @@ class _Inert:
         pass
 
 
-# ---------------------------------------------------------------------------------------------------------- reading
-
-
 def read_ldm_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a Lightning `.ckpt` (its "state_dict") or of a `.safetensors` file, by their names of LDM.
 
-    Tensors stay in the file, mapped into memory, until they are read; none is copied here. Raises CheckpointError for
-    a file that is missing, truncated, of another kind, or that would need more than tensors, plain containers and
-    `INERT_GLOBALS` to be unpickled.
+    Tensors are mapped into memory, not read. Raises CheckpointError for a file that is missing, truncated, of another
+    kind, or that would need more than tensors, plain containers and `INERT_GLOBALS` to be unpickled.
     """
     path = Path(path)
     if not path.is_file():
@@ -115,7 +111,7 @@ def read_diffusers_unet(folder: str | Path) -> tuple[dict[str, Tensor], UNetConf
     try:
         entries = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as a diffusers config ({error})") from error
+        raise CheckpointError(f"{path}: cannot be read as a diffusers config ({_reason(error)})") from error
     config = _unet_config(entries, path)
     return from_diffusers(_read_safetensors(folder / "diffusion_pytorch_model.safetensors"), config), config
 
@@ -126,13 +122,13 @@ def _unpickled(path: Path) -> Any:
             refused = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
         except Exception as error:  # damage shows as nearly any error
             raise CheckpointError(
-                f"{path}: is no whole checkpoint of torch.save ({_reason(error)}); check its size and checksum "
+                f"{path}: no whole checkpoint of torch.save ({_reason(error)}); check its size and checksum "
                 f"(a file of torch before 1.6 must be saved anew)"
             ) from error
         if refused:
             raise CheckpointError(
-                f"{path}: refused unopened, since it wants {', '.join(refused)} imported and weights need no such thing; "
-                f'where you trust the file, save its "state_dict" alone'
+                f"{path}: refused, because unpickling it would import {', '.join(refused)}, which no weights need; "
+                f'save its "state_dict" alone, with a program that trusts the file'
             )
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -168,14 +164,13 @@ def _unet_config(entries: dict[str, Any], path: Path) -> UNetConfig:
             transformer_groups=entries.get("transformer_norm_num_groups", entries["norm_num_groups"]),
         )
     except (LookupError, TypeError, ArithmeticError, ConfigError) as error:
-        raise CheckpointError(f"{path}: describes no UNet of this trainer ({type(error).__name__}: {error})") from error
+        raise CheckpointError(
+            f"{path}: describes no UNet of this trainer ({type(error).__name__}: {_reason(error)})"
+        ) from error
     for key, value in diffusers_unet_config(config, entries.get("sample_size", 64)).items():
         if entries.get(key, value) != value:
             raise CheckpointError(f"{path}: {key} is {entries[key]!r}, and this trainer's UNet has {value!r}")
     return config
-
-
-# ---------------------------------------------------------------------------------------------------------- writing
 
 
 def export_ldm(unet_state: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str]) -> None:

@@ -114,6 +114,20 @@ def test_made_ahead_but_not_further(make_shards, monkeypatch):
     stream.close()
 
 
+def test_pinning_covers_every_tensor(make_shards, monkeypatch):
+    """Page-locked memory needs a GPU, so only the asking is seen here."""
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: asked.append(tensor.shape[1:]) or tensor)
+    config = make_shards(NUM, bad=range(5), max_bad_samples=9)
+    plain = take(config, steps=1)
+    stream = loader(config, pin_memory=True).batches(0)
+    batch = next(stream)
+    stream.close()
+    assert {tuple(shape) for shape in asked} == {(), (8, 2, 2), (3, 5)}
+    assert delivered([batch]) == delivered(plain) and replaced([batch]) == replaced(plain) != []
+    assert torch.equal(batch.context, plain[0].context)
+
+
 def alive() -> int:
     return sum(thread.name.startswith("sd_perf_data") for thread in threading.enumerate())
 
@@ -129,13 +143,34 @@ def test_threads_end_with_the_iterator(make_shards, end):
     assert alive() == 0
 
 
+def test_closing_does_not_finish_what_was_planned(make_shards, monkeypatch):
+    source = loader(make_shards(NUM, workers=1, prefetch_batches=20), accumulate=6)
+    reads = []
+    read = source._reader.read
+
+    def slow(sample):
+        reads.append(sample)
+        time.sleep(0.02)
+        return read(sample)
+
+    monkeypatch.setattr(source._reader, "read", slow)
+    stream = source.batches(0)
+    next(stream)
+    stream.close()
+    assert len(reads) < 6
+
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 def test_descriptors_close_with_the_loader(make_shards):
     config = make_shards(NUM)
-    before = len(os.listdir("/proc/self/fd"))
+    before = descriptors()
     source = loader(config)
-    assert len(os.listdir("/proc/self/fd")) == before + 3
+    assert descriptors() == before + 3
     del source
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert descriptors() == before
 
 
 def replaced(batches: list[Batch]) -> list[tuple[int, str, str]]:

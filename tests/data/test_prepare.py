@@ -201,7 +201,10 @@ def test_photographs_through_a_real_autoencoder(real_data, tmp_path):
     images = torch.stack([pictures[caption] for caption in batch.captions])
     spread = 0.18215 * batch.moments[:, :4].transpose(0, 1).flatten(1).std(dim=1)
     assert ((spread > 0.6) & (spread < 1.3)).all()
-    error = (decode(batch.moments[:, :4]) - images).square().mean(dim=(1, 2, 3))
+    decoded = decode(batch.moments[:, :4])
+    assert decoded.shape == images.shape and decoded.abs().max() <= 1
+    assert float(decode(10 * batch.moments[:, :4]).abs().max()) == 1
+    error = (decoded - images).square().mean(dim=(1, 2, 3))
     assert float((10 * torch.log10(4 / error)).mean()) > 21
     with pytest.raises(DataError, match="does not take an input"):
         encode(torch.zeros(1, 4, 64, 64))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sd_perf.config import UNetConfig
-from sd_perf.errors import CheckpointError
+from sd_perf.errors import CheckpointError, ConfigError
 from sd_perf.models.key_maps import diffusers_unet_config, from_diffusers, module_map, to_diffusers
 from sd_perf.models.torchvision_schemas import define_missing_torchvision_ops
 from sd_perf.models.vae import AutoencoderConfig, AutoencoderKL
@@ -106,3 +106,8 @@ def test_config_says_both_group_counts_where_they_differ():
     assert diffusers_unet_config(UNetConfig(resblock_groups=16))["norm_num_groups"] == 16
     assert diffusers_unet_config(UNetConfig(resblock_groups=16))["transformer_norm_num_groups"] == 32
     assert "transformer_norm_num_groups" not in diffusers_unet_config(UNetConfig(resblock_groups=32))
+
+
+def test_config_without_a_form_in_diffusers():
+    with pytest.raises(ConfigError, match="channel_mult"):
+        diffusers_unet_config(UNetConfig(channel_mult=(2, 4), attention_resolutions=(1,)))

@@ -150,10 +150,7 @@ def prepare_moments(
             right = (len(batch), 8, size // FACTOR, size // FACTOR)
             _require_output(moments, tuple(moments.shape) == right, f"encoder (want {right})", batch)
             for sample, values in zip(batch, moments.numpy(), strict=True):
-                captions = list(sample.captions[:captions_per_image])
-                contexts = _encode_text(text_encoder, captions, sample)
-                for caption, context in zip(captions, contexts, strict=True):
-                    writer.write(values, caption, sample.metadata, context)
+                _write(writer, sample, values, list(sample.captions[:captions_per_image]), text_encoder)
             _log.info("%d of %d images encoded", start + len(batch), len(samples))
         return writer.num_samples
 
@@ -165,15 +162,22 @@ def _load(sample: CaptionedImage, size: int) -> torch.Tensor:
         raise DataError(f"{sample.where}: {error}") from error
 
 
-def _encode_text(
-    text_encoder: Callable[[list[str]], torch.Tensor] | None, captions: list[str], sample: CaptionedImage
-) -> list[np.ndarray | None]:
+def _write(
+    writer: ShardWriter,
+    sample: CaptionedImage,
+    moments: np.ndarray,
+    captions: list[str],
+    text_encoder: Callable[[list[str]], torch.Tensor] | None,
+) -> None:
     if text_encoder is None:
-        return [None] * len(captions)
+        for caption in captions:
+            writer.write(moments, caption, sample.metadata)
+        return
     context = text_encoder(captions).half().cpu()
     right = context.ndim == 3 and len(context) == len(captions)
     _require_output(context, right, f"text encoder (want ({len(captions)}, tokens, channels))", [sample])
-    return list(context.numpy())
+    for caption, states in zip(captions, context.numpy(), strict=True):
+        writer.write(moments, caption, sample.metadata, states)
 
 
 def _require_output(output: torch.Tensor, right_shape: bool, what: str, samples: Sequence[CaptionedImage]) -> None:

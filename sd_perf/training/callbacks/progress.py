@@ -34,7 +34,8 @@ class ProgressDisplay(Callback):
         begin = f"resuming at sample {trainer.samples:,}" if trainer.samples else "starting at sample 0"
         self.console.print(
             f"[bold]{trainer.folder}[/]: {begin} of {trainer.total_samples:,} on {where}, "
-            f"{trainer.config.training.precision}, seed {trainer.seed}"
+            f"{trainer.config.training.precision}, seed {trainer.seed}",
+            soft_wrap=True,
         )
         if self.console.is_terminal:
             columns = [TextColumn("{task.fields[line]}"), BarColumn()]
@@ -50,14 +51,14 @@ class ProgressDisplay(Callback):
         if self._bar:
             self._bar.update(self._bar.task_ids[0], completed=trainer.samples, line=line)
         else:
-            self.console.print(line, highlight=False)
+            self.console.print(line, highlight=False, soft_wrap=True)
 
     def on_end(self, trainer: Trainer) -> None:
         self._stop_bar()
         if trainer.world.is_main and self._losses and trainer.samples >= trainer.total_samples:
             self.console.print(self._summary(trainer))
             if trainer.config.run.note:
-                self.console.print(trainer.config.run.note.strip(), highlight=False)
+                self.console.print(trainer.config.run.note.strip(), highlight=False, width=100)
 
     def close(self, trainer: Trainer) -> None:
         self._stop_bar()

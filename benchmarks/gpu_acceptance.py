@@ -1,0 +1,320 @@
+"""The baseline on a GPU: is the plain trainer right there, and how fast is it.
+
+    python benchmarks/gpu_acceptance.py --output DIR
+
+Writes DIR/gpu_acceptance.json and prints a summary last. Runs from the repository root as it is, with torch, Triton
+and NumPy alone. Exit code 0: all is well; 1: a check is red or a measurement failed; 2: it cannot run here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # sd_perf is found without being installed
+
+from gpu_checks import Check, gpu_checks, make_check, passed
+from gpu_environment import TELEMETRY_KEYS, Telemetry, describe, git_sha, measure_ceilings, peak_flops
+from gpu_workload import AUTOCAST, MASTERS, Recipe, Workload
+from timing import Budget, CudaClock, rates, repetitions, timed
+
+from sd_perf.config import UNetConfig
+from sd_perf.files import one_line, write_json
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PARTS = ("environment", "correctness", "throughput")
+FLOPS_PER_SAMPLE = 2.409e12
+"""forward and backward of one sample of the benchmark's UNet, whatever a recipe computes beside them"""
+WARM_UP_ITERATIONS = 3
+"""kernels, plans and gradients exist after the first; torch's 11 are for DistributedDataParallel"""
+LEAST_REPLAYS, MOST_REPLAYS = 10, 2000
+FIRST_LOSS_BUDGET = 1e-3
+"""relative difference of the first timed loss from the first warm-up loss: same weights, same samples"""
+ROW_NOTE = (
+    "Inputs stay in GPU memory and the sample indices advance, so every iteration draws anew; no data loader. "
+    "Weights are random in every layer. One GPU, optimizer unsharded. Memory: peak after warm-up."
+)
+MEASURED_KEYS = (
+    "samples_per_second",
+    "samples_per_second_first_tenth",
+    "ms_per_sample",
+    "ms_per_iteration",
+    "mfu",
+    "timed_iterations",
+    "peak_memory_bytes",
+    "peak_reserved_bytes",
+    *TELEMETRY_KEYS,
+    "loss_warm_up",
+    "loss_start",
+    "loss_end",
+)
+
+
+@dataclass(frozen=True)
+class Rung:
+    """What one row measures."""
+
+    recipe: Recipe
+    batch: int
+    graph: bool
+
+
+def plan_rungs(batches: list[int]) -> list[Rung]:
+    """The rows: the smallest batch without a graph, where launches weigh most, then each recipe's sweep with one."""
+    sweep = [Rung(recipe, batch, True) for recipe in (AUTOCAST, MASTERS) for batch in batches]
+    return [Rung(AUTOCAST, min(batches), False), *sweep]
+
+
+def make_row(gpu: str, rung: Rung, measured: dict[str, Any]) -> dict[str, Any]:
+    """A row of the report: what was run, every measured key (None where it is missing), and why if it is."""
+    recipe = rung.recipe
+    row: dict[str, Any] = {
+        "gpu": gpu,
+        "batch": rung.batch,
+        "precision": recipe.precision,
+        "implementation": recipe.implementation + ("" if rung.graph else "_eager"),
+        "graph": rung.graph,
+        "attention": recipe.attention.name,
+    }
+    row |= {key: measured.get(key) for key in MEASURED_KEYS}
+    rate, peak = row["samples_per_second"], peak_flops(gpu)
+    if rate is not None and peak is not None:
+        row["mfu"] = rate * FLOPS_PER_SAMPLE / peak
+    return row | {"status": measured.get("status", "measured"), "reason": measured.get("reason"), "notes": ROW_NOTE}
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether GPU memory ran out, also where ending a broken capture raised a second error on top."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower():
+            return True
+        error = error.__context__
+    return False
+
+
+def attempt(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `measure` returns, or a status and the reason: `out of memory` is a result, `failed` is not."""
+    try:
+        return measure()
+    except Exception as error:  # whatever it is, the rows before and after it are worth having
+        return {"status": "out of memory" if is_out_of_memory(error) else "failed", "reason": one_line(error)}
+
+
+def check_losses(warm_up: float, start: float, end: float) -> None:
+    """Raises ValueError where the timed iterations did not train, or did not start where the warm-up did."""
+    if not abs(start - warm_up) <= FIRST_LOSS_BUDGET * abs(warm_up):
+        raise ValueError(f"the first timed loss is {start}, but the same iteration in warm-up had {warm_up}")
+    if not math.isfinite(end):
+        raise ValueError(f"the loss is {end} at the end")
+
+
+def time_iterations(rung: Rung, seconds: float) -> dict[str, Any]:
+    """Measured values of one rung, taking about so many seconds in all. The current stream must be a side stream."""
+    budget = Budget(seconds)
+    workload = Workload(rung.recipe, UNetConfig(), rung.batch, "cuda")
+    warm_up_losses = []
+    for _ in range(WARM_UP_ITERATIONS):
+        workload.iteration()
+        warm_up_losses.append(workload.loss.item())
+    workload.reset()
+    torch.cuda.empty_cache()  # the search for convolution kernels leaves workspaces behind
+    torch.cuda.reset_peak_memory_stats()
+    call = workload.capture().replay if rung.graph else workload.iteration
+    call()
+    loss_start = workload.loss.item()
+    seconds_each = timed(call, 2, CudaClock())[-1] / 1000
+    count = repetitions(budget.left(), seconds_each, LEAST_REPLAYS, MOST_REPLAYS)
+    with Telemetry() as telemetry:
+        intervals = timed(call, count, CudaClock())
+    loss_end = workload.loss.item()
+    check_losses(warm_up_losses[0], loss_start, loss_end)
+    return {
+        **rates(intervals, rung.batch),
+        "timed_iterations": count,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(),
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
+        **telemetry.summary(),
+        "loss_warm_up": warm_up_losses[0],
+        "loss_start": loss_start,
+        "loss_end": loss_end,
+    }
+
+
+def measure_rung(rung: Rung, seconds: float) -> dict[str, Any]:
+    """`time_iterations` on a stream of its own; the GPU's memory is free again afterwards, whatever happened."""
+
+    def on_side_stream() -> dict[str, Any]:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            return time_iterations(rung, seconds)
+
+    measured = attempt(on_side_stream)
+    gc.collect()
+    torch.cuda.empty_cache()
+    return measured
+
+
+def measure_rows(
+    gpu: str,
+    rungs: list[Rung],
+    budget: Budget,
+    measure: Callable[[Rung, float], dict[str, Any]],
+    save: Callable[[list[dict[str, Any]]], None],
+) -> list[dict[str, Any]]:
+    """One row per rung, each given an equal share of the seconds left; rows past the budget say so. Saves every row."""
+    rows: list[dict[str, Any]] = []
+    for done, rung in enumerate(rungs):
+        seconds = budget.share(len(rungs) - done)
+        if seconds > 0:
+            measured = measure(rung, seconds)
+        else:
+            measured = {"status": "left out", "reason": f"the budget of {budget.seconds:g} s was used up before it"}
+        rows.append(make_row(gpu, rung, measured))
+        print(f"{_row_line(rows[-1])}  ({budget.left():.0f} s left)", flush=True)
+        save(rows)
+    return rows
+
+
+def run_checks(groups: list[tuple[str, Callable[[], list[Check]]]]) -> list[Check]:
+    """Every group's checks; a group that raises is one red check."""
+    checks: list[Check] = []
+    for name, group in groups:
+        started = time.monotonic()
+        try:
+            checks += group()
+        except Exception as error:  # a missing kernel must not hide what the other groups find
+            checks.append(make_check(name, math.nan, 0.0, one_line(error)))
+        gc.collect()
+        torch.cuda.empty_cache()
+        print(f"checked: {name} ({time.monotonic() - started:.0f} s)", flush=True)
+    return checks
+
+
+def summary(report: dict[str, Any]) -> str:
+    """The report as text: environment, checks, rows."""
+    environment = report["environment"]
+    lines = [f"{environment['gpu']}, torch {environment['torch']}, {report['date']}, {report['git_sha']}"]
+    lines += [f"ceiling {name}: {value}" for name, value in environment.get("ceilings", {}).items()]
+    for check in report["correctness"]:
+        verdict = "ok " if check["passed"] else "RED"
+        error = "      nan" if check["error"] is None else f"{check['error']:9.2e}"
+        lines.append(f"{verdict} {error} (budget {check['budget']:7.1e})  {check['check']}  {check['note']}")
+    lines += [_row_line(row) for row in report["rows"]]
+    return "\n".join(lines + report["notes"])
+
+
+def _row_line(row: dict[str, Any]) -> str:
+    name = f"{row['implementation']:26s} batch {row['batch']:3d}"
+    if row["status"] != "measured":
+        return f"{name}  {row['status']}: {row['reason']}"
+    mfu = "  n/a" if row["mfu"] is None else f"{100 * row['mfu']:4.1f}%"
+    clock = "?" if row["sm_clock_mhz"] is None else f"{row['sm_clock_mhz']:.0f}"
+    power = "?" if row["power_w"] is None else f"{row['power_w']:.0f}"
+    return (
+        f"{name}  {row['samples_per_second']:7.1f} samples/s  {row['ms_per_sample']:6.2f} ms/sample  MFU {mfu}  "
+        f"{row['peak_memory_bytes'] / 2**30:5.1f} GiB  {clock} MHz  {power} W  "
+        f"loss {row['loss_start']:.3f} -> {row['loss_end']:.3f}"
+    )
+
+
+def exit_code(report: dict[str, Any], parts: list[str]) -> int:
+    """1 where a check is red or a row failed, else 0; memory or time that ran out is a finding, not a failure."""
+    red = "correctness" in parts and not passed(report["correctness"])
+    return int(red or any(row["status"] == "failed" for row in report["rows"]))
+
+
+def set_arithmetic(timing: bool) -> None:
+    """TF32 off; convolutions by the fastest kernel found when timing, else by one that repeats itself bit for bit."""
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = timing
+    torch.backends.cudnn.deterministic = not timing
+
+
+def run_parts(report: dict[str, Any], options: argparse.Namespace, save: Callable[[], None]) -> None:
+    """Fill the report part by part, saving after each."""
+    budget = Budget(options.seconds)
+    report["environment"] = describe()
+    report["git_sha"] = report["environment"]["git_sha"] = options.git_sha or git_sha(REPOSITORY)
+    if "environment" in options.parts:
+        report["environment"]["ceilings"] = attempt(measure_ceilings)
+        save()
+    if "correctness" in options.parts:
+        set_arithmetic(timing=False)
+        report["correctness"] = run_checks(gpu_checks())
+        save()
+    if "throughput" not in options.parts:
+        return
+    if not passed(report["correctness"]):
+        report["notes"].append("No throughput was measured: a check is red, and wrong code has no speed.")
+        return
+    set_arithmetic(timing=True)
+
+    def save_rows(rows: list[dict[str, Any]]) -> None:
+        report["rows"] = rows
+        save()
+
+    measure_rows(report["environment"]["gpu"], plan_rungs(options.batches), budget, measure_rung, save_rows)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Options of the command line; leaves with exit code 2 where they make no sense."""
+    parser = argparse.ArgumentParser(description="Correctness and speed of the plain trainer on one GPU.")
+    parser.add_argument("--output", type=Path, required=True, help="folder that receives gpu_acceptance.json")
+    parser.add_argument("--batches", default="8,16,32,64", help="batch sizes (default: 8,16,32,64)")
+    parser.add_argument("--parts", default=",".join(PARTS), help="parts to run (default: all three)")
+    parser.add_argument("--git-sha", help="commit of this tree, where it lies without git (default: ask git)")
+    parser.add_argument("--seconds", type=float, default=240.0, help="time to aim at, s (default: 240)")
+    options = parser.parse_args(arguments)
+    try:
+        options.batches = [int(batch) for batch in options.batches.split(",")]
+    except ValueError:
+        parser.error(f"--batches {options.batches}: give whole numbers with commas between them, such as 8,16")
+    if min(options.batches) < 1:
+        parser.error("--batches: every batch size must be at least 1")
+    options.parts = options.parts.split(",")
+    unknown = sorted(set(options.parts) - set(PARTS))
+    if unknown:
+        parser.error(f"--parts: no part is called {unknown[0]!r}; choose from {', '.join(PARTS)}")
+    if "throughput" in options.parts and "correctness" not in options.parts:
+        parser.error("--parts: throughput needs correctness in the same run, since wrong code has no speed")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    if not torch.cuda.is_available():
+        print("gpu_acceptance.py measures a CUDA GPU, and torch finds none on this machine.", file=sys.stderr)
+        return 2
+    options.output.mkdir(parents=True, exist_ok=True)
+    report: dict[str, Any] = {
+        "environment": {},
+        "correctness": [],
+        "rows": [],
+        "notes": [],
+        "command": shlex.join(["python", *sys.argv]),
+        "git_sha": None,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+    def save() -> None:
+        write_json(options.output / "gpu_acceptance.json", report)
+
+    run_parts(report, options, save)
+    save()
+    print(summary(report))
+    return exit_code(report, options.parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,200 @@
+"""What the numbers were measured on: the GPU, its two ceilings, its clocks under load, and the software."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from timing import CudaClock, timed
+
+DENSE_BF16_PEAK = {
+    "NVIDIA A100-SXM4-40GB": (312e12, "NVIDIA A100 datasheet"),
+    "NVIDIA A100-SXM4-80GB": (312e12, "NVIDIA A100 datasheet"),
+    "NVIDIA A100 80GB PCIe": (312e12, "NVIDIA A100 datasheet"),
+    "NVIDIA H100 80GB HBM3": (989e12, "NVIDIA H100 datasheet, SXM, half of the rate with sparsity"),
+    "NVIDIA H200": (989e12, "NVIDIA H200 datasheet, SXM, half of the rate with sparsity"),
+    "NVIDIA B200": (2250e12, "NVIDIA HGX B200 datasheet, one of eight GPUs, half of the rate with sparsity"),
+}
+"""FLOP/s and source by the exact name the driver gives, since PCIe and NVL cards of these chips are slower"""
+
+CLOCK_EVENT_REASONS = {
+    0x1: "idle",
+    0x2: "application clocks",
+    0x4: "software power cap",
+    0x8: "hardware slowdown",
+    0x10: "sync boost",
+    0x20: "software thermal slowdown",
+    0x40: "hardware thermal slowdown",
+    0x80: "hardware power brake",
+    0x100: "display clock",
+}
+"""bits of clocks_event_reasons.active"""
+
+TELEMETRY_FIELDS = ("clocks.sm", "power.draw", "temperature.gpu", "clocks_event_reasons.active")
+TELEMETRY_KEYS = ("sm_clock_mhz", "power_w", "temperature_c", "clock_event_reasons")
+
+GEMM_SIZE = 8192
+COPY_BYTES = 2**31
+
+
+def peak_flops(gpu: str) -> float | None:
+    """Dense bf16 FLOP/s of a GPU by name, or None where it is not in the table: a peak is never guessed."""
+    entry = DENSE_BF16_PEAK.get(gpu)
+    return None if entry is None else entry[0]
+
+
+def nvidia_smi(fields: Sequence[str]) -> list[str] | None:
+    """Values of the fields for torch's GPU 0, as nvidia-smi prints them; None where it cannot be asked. Only reads."""
+    uuid = torch.cuda.get_device_properties(0).uuid  # an index would be another GPU's under CUDA_VISIBLE_DEVICES
+    query = [
+        "nvidia-smi",
+        f"--query-gpu={','.join(fields)}",
+        "--format=csv,noheader,nounits",
+        f"--id=GPU-{uuid}",
+    ]
+    output = _output_of(query)
+    values = [value.strip() for value in (output or "").split(",")]
+    return values if len(values) == len(fields) else None
+
+
+def _output_of(command: list[str], folder: Path | None = None) -> str | None:
+    try:
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()
+
+
+def git_sha(folder: Path) -> str | None:
+    """Commit of the working tree at `folder`, with "-dirty" where it differs; None where git cannot say."""
+    return _output_of(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], folder) or None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def describe() -> dict[str, Any]:
+    """GPU, driver and software as they are. Needs a CUDA device."""
+    properties = torch.cuda.get_device_properties(0)
+    fields = ("driver_version", "power.limit", "clocks.max.sm", "clocks.max.mem")
+    driver, power_limit, sm_clock, memory_clock = nvidia_smi(fields) or ("",) * len(fields)
+    peak, source = DENSE_BF16_PEAK.get(properties.name, (None, None))
+    return {
+        "gpu": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "power_limit_w": _number(power_limit),
+        "sm_clock_max_mhz": _number(sm_clock),
+        "memory_clock_max_mhz": _number(memory_clock),
+        "dense_bf16_peak_flops": peak,
+        "dense_bf16_peak_source": source,
+        "driver": driver or None,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "triton": _version("triton"),
+    }
+
+
+def measure_ceilings() -> dict[str, float]:
+    """The two rates nothing runs past: copying in device memory (bytes read + written) and a bf16 matrix product."""
+    source = torch.randn(COPY_BYTES // 4, device="cuda")
+    target = torch.empty_like(source)
+    copy_seconds = _median_seconds(partial(target.copy_, source), 20)
+    # Random data: a product of zeros draws less power and runs faster than any real one.
+    a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    product = torch.empty_like(a)
+    gemm_seconds = _median_seconds(partial(torch.mm, a, b, out=product), 200)
+    return {
+        "copy_bytes_per_second": 2 * COPY_BYTES / copy_seconds,
+        "gemm_8192_bf16_flops": 2 * GEMM_SIZE**3 / gemm_seconds,
+    }
+
+
+def _median_seconds(call: Callable[[], object], count: int) -> float:
+    timed(call, 3, CudaClock())
+    return statistics.median(timed(call, count, CudaClock())) / 1000
+
+
+def _number(text: str) -> float | None:
+    """nvidia-smi writes [N/A] for what a card does not tell."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def reason_names(mask: str) -> list[str]:
+    """Names of the bits of clocks_event_reasons.active, given as 0x...; none where it is not a number."""
+    try:
+        bits = int(mask, 16)
+    except ValueError:
+        return []
+    return [name for bit, name in CLOCK_EVENT_REASONS.items() if bits & bit]
+
+
+def summarise_telemetry(samples: list[list[str]]) -> dict[str, Any]:
+    """Median clock and power, highest temperature and all reasons for lower clocks in the second half of samples.
+
+    A sample is the values of TELEMETRY_FIELDS. Values are None where there is no sample that tells.
+    """
+    settled = samples[len(samples) // 2 :]
+    columns = [[value for row in settled if (value := _number(row[field])) is not None] for field in range(3)]
+    clock, power, temperature = columns
+    reasons = sorted({name for row in settled for name in reason_names(row[3])})
+    values = (
+        statistics.median(clock) if clock else None,
+        statistics.median(power) if power else None,
+        max(temperature) if temperature else None,
+        reasons if settled else None,
+    )
+    return dict(zip(TELEMETRY_KEYS, values, strict=True))
+
+
+class Telemetry:
+    """Asks nvidia-smi about once a second, in a thread, while the block runs; `summary()` afterwards."""
+
+    def __init__(
+        self,
+        query: Callable[[], list[str] | None] = lambda: nvidia_smi(TELEMETRY_FIELDS),
+        period_seconds: float = 1.0,
+    ) -> None:
+        self._query = query
+        self._period = period_seconds
+        self._samples: list[list[str]] = []
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._sample, name="telemetry", daemon=True)
+
+    def _sample(self) -> None:
+        while not self._done.wait(self._period):
+            values = self._query()
+            # An answer that comes after the work has ended tells of an idle card.
+            if values is not None and not self._done.is_set():
+                self._samples.append(values)
+
+    def __enter__(self) -> Telemetry:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def summary(self) -> dict[str, Any]:
+        """`summarise_telemetry` of what was seen."""
+        return summarise_telemetry(self._samples)

@@ -1,0 +1,206 @@
+"""The plain training iteration as a repeatable piece of GPU work, eager or captured in one CUDA graph.
+
+Shape letters: B samples, C latent channels, S latent rows and columns, L text tokens, D context channels.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sd_perf.config import Config, DiffusionConfig, UNetConfig
+from sd_perf.diffusion.randomness import Stream, normal
+from sd_perf.reference.step import DiffusionStep
+from sd_perf.reference.unet import UNet
+from sd_perf.training.optimizer import build_optimizer
+
+MOMENTS_LOG_VARIANCE = -8.0
+"""of the inputs: a small spread, as the autoencoder gives real images"""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to run the plain UNet: what a row calls `implementation` and `precision`."""
+
+    implementation: str
+    """name in the rows"""
+    precision: str
+    """where each number format is used, in words"""
+    weights: torch.dtype
+    """of the parameters that forward and backward read"""
+    autocast: bool
+    """whether torch.autocast casts to bfloat16, layer by layer"""
+    attention: SDPBackend
+    """the only attention kernel allowed"""
+
+
+FP32 = Recipe("plain_fp32", "fp32, TF32 off", torch.float32, False, SDPBackend.MATH)
+AUTOCAST = Recipe(
+    "plain_autocast",
+    "fp32 parameters under bf16 autocast; norms and losses fp32",
+    torch.float32,
+    True,
+    SDPBackend.CUDNN_ATTENTION,
+)
+MASTERS = Recipe(
+    "plain_bf16_masters",
+    "bf16 weights and activations; AdamW on fp32 masters, from which the bf16 weights are rounded after every step",
+    torch.bfloat16,
+    False,
+    SDPBackend.CUDNN_ATTENTION,
+)
+
+
+class Predictor(torch.nn.Module):
+    """A UNet run by a recipe: `predictor(latents, timesteps, context)` takes the inputs of `UNet` in any precision."""
+
+    def __init__(self, unet: UNet, recipe: Recipe) -> None:
+        super().__init__()
+        self.unet = unet
+        self.recipe = recipe
+        self.dtype = next(unet.parameters()).dtype
+
+    def forward(self, latents: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        latents = latents.to(self.dtype, memory_format=torch.channels_last)
+        # Every weight is used once per iteration, so autocast's cache of casts saves nothing; without it no cast can
+        # outlive the capture it was made in.
+        autocast = torch.autocast(
+            latents.device.type, torch.bfloat16, enabled=self.recipe.autocast, cache_enabled=False
+        )
+        with autocast, sdpa_kernel(self.recipe.attention):
+            return self.unet(latents, timesteps, context.to(self.dtype))
+
+
+def channels_last(unet: UNet) -> UNet:
+    """The UNet itself, with its convolution weights as NHWC, the layout the tensor cores read."""
+    return unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def gradients(module: torch.nn.Module) -> list[torch.Tensor]:
+    """Gradients of all parameters that have one; the tensors themselves."""
+    return [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+
+
+def copy_all(sources: Iterable[torch.Tensor], targets: Iterable[torch.Tensor]) -> None:
+    """Copy each source into its target, in few launches; formats may differ."""
+    torch._foreach_copy_(list(targets), list(sources))
+
+
+def randomize(unet: torch.nn.Module, seed: int) -> None:
+    """Torch's default initialization of every layer, in place; the same values for the same seed and device.
+
+    Training starts some layers at 0, which would leave most gradients 0, and work on zeros can run faster than real
+    work; checks and timings use weights without zeros.
+    """
+    torch.manual_seed(seed)
+    for module in unet.modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear | torch.nn.GroupNorm | torch.nn.LayerNorm):
+            module.reset_parameters()
+
+
+class Workload:
+    """Training iterations over one batch of inputs that stays in device memory; no loader.
+
+    `iteration()` draws moments sample, noise and timesteps from the sample indices, runs forward, backward and AdamW,
+    and advances the indices by B; it never waits for the device, so it can be captured. Everything it changes is in
+    `state()`, and `reset()` brings the start state back bit for bit.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        config: UNetConfig,
+        batch: int,
+        device: str,
+        latent_size: int = 64,
+        context_tokens: int = 77,
+        seed: int = 0,
+    ) -> None:
+        """Inputs are moments (B, 2C, S, S) with S = latent_size, and context (B, L, D), as `make_inputs` draws them."""
+        self.batch, self.seed = batch, seed
+        with torch.device(device):
+            self.masters = channels_last(UNet(config))
+        self.unet = self.masters
+        if recipe.weights != torch.float32:
+            self.unet = copy.deepcopy(self.masters).to(recipe.weights)
+            for parameter in self.masters.parameters():
+                parameter.grad = torch.zeros_like(parameter)  # a place for the gradients of `unet`, cast
+        self.predictor = Predictor(self.unet, recipe)
+        self.diffusion = DiffusionStep(DiffusionConfig(), seed).to(device)
+        self.optimizer = build_optimizer(self.masters, Config())
+        # A number would be frozen into the graph; a tensor is read at every replay.
+        self.optimizer.param_groups[0]["lr"] = torch.tensor(Config().learning_rate, device=device)
+        self.sample_indices = torch.arange(batch, device=device)
+        self.loss = torch.zeros((), device=device)
+        self.moments, self.context = make_inputs(config, self.sample_indices, latent_size, context_tokens, seed)
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """The start state: weights of the seed, moments and step count 0, sample indices 0 to B - 1."""
+        randomize(self.masters, self.seed)
+        if self.unet is not self.masters:
+            copy_all(self.masters.parameters(), self.unet.parameters())
+        for tensors in self.optimizer.state.values():
+            torch._foreach_zero_(list(tensors.values()))
+        torch.arange(self.batch, out=self.sample_indices)
+        self.loss.zero_()
+
+    def state(self) -> list[torch.Tensor]:
+        """Every tensor that an iteration changes and the next one reads; the tensors themselves."""
+        moments = [tensor for tensors in self.optimizer.state.values() for tensor in tensors.values()]
+        return [*self.masters.parameters(), *self.unet.parameters(), *moments, self.sample_indices]
+
+    def iteration(self) -> None:
+        """One optimizer step; leaves the batch's mean loss in `loss`, a float32 scalar."""
+        # Gradients that start from None are written once, not zeroed and then added to. In a capture they are born in
+        # the graph's own memory and stay there.
+        self.unet.zero_grad(set_to_none=True)
+        loss = self.diffusion(self.predictor, self.moments, self.context, self.sample_indices)
+        loss.backward()
+        self._update()
+        self.sample_indices += self.batch
+        self.loss.copy_(loss.detach())
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        if self.unet is self.masters:
+            self.optimizer.step()
+            return
+        copy_all(gradients(self.unet), gradients(self.masters))
+        self.optimizer.step()
+        copy_all(self.masters.parameters(), self.unet.parameters())
+
+    def capture(self) -> torch.cuda.CUDAGraph:
+        """The iteration as one CUDA graph; nothing runs, so the state stays as it is.
+
+        The current stream must be a side stream on which the workload was made and a few iterations have run: they
+        load kernels, choose convolution algorithms and create what libraries keep, none of which may happen in a
+        capture. Replay on the same stream, and keep the workload alive as long.
+        """
+        stream = torch.cuda.current_stream()
+        if stream == torch.cuda.default_stream():
+            raise RuntimeError("a capture needs a side stream; enter torch.cuda.stream(torch.cuda.Stream()) first")
+        # The fused step never asks the host for anything, but torch wants to be told before it lets it be captured.
+        self.optimizer.param_groups[0]["capturable"] = True
+        self.unet.zero_grad(set_to_none=True)  # gives the warm-up's gradients back before the graph takes memory
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            self.iteration()
+        return graph
+
+
+def make_inputs(
+    config: UNetConfig, samples: torch.Tensor, latent_size: int, context_tokens: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Moments (B, 2C, S, S) whose latents have unit variance and context (B, L, D), random float32, of samples (B,)."""
+    batch, channels = len(samples), config.in_channels
+    latents = normal(seed, Stream.SYNTHETIC, samples, channels * latent_size**2)
+    mean = latents.view(batch, channels, latent_size, latent_size) / DiffusionConfig().latent_scale
+    moments = torch.cat([mean, torch.full_like(mean, MOMENTS_LOG_VARIANCE)], dim=1)
+    context = normal(seed + 1, Stream.SYNTHETIC, samples, context_tokens * config.context_dim)
+    return moments, context.view(batch, context_tokens, config.context_dim)

@@ -1,0 +1,85 @@
+"""Time: the script's own budget, the intervals between calls, and the settled rate in them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+
+class Budget:
+    """Seconds to spend, counted from construction. `now` gives seconds (tests pass their own)."""
+
+    def __init__(self, seconds: float, now: Callable[[], float] = time.monotonic) -> None:
+        self.seconds = seconds
+        self._now = now
+        self._started = now()
+
+    def left(self) -> float:
+        """Seconds left; negative once overspent."""
+        return self.seconds - (self._now() - self._started)
+
+    def share(self, parts: int) -> float:
+        """An equal share of what is left for each of the parts still to come, seconds."""
+        return max(0.0, self.left() / parts)
+
+
+class Clock(Protocol):
+    """Marks moments in a stream of work."""
+
+    def mark(self) -> None:
+        """Remember this moment."""
+        ...
+
+    def intervals(self) -> list[float]:
+        """Milliseconds between one mark and the next."""
+        ...
+
+
+class CudaClock:
+    """A `Clock` of CUDA events on the current stream: marks do not wait, `intervals` does."""
+
+    def __init__(self) -> None:
+        self._events: list[torch.cuda.Event] = []
+
+    def mark(self) -> None:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._events.append(event)
+
+    def intervals(self) -> list[float]:
+        self._events[-1].synchronize()
+        return [first.elapsed_time(then) for first, then in zip(self._events, self._events[1:], strict=False)]
+
+
+def timed(call: Callable[[], object], count: int, clock: Clock) -> list[float]:
+    """Milliseconds of each of `count` calls, one straight after the other."""
+    clock.mark()
+    for _ in range(count):
+        call()
+        clock.mark()
+    return clock.intervals()
+
+
+def repetitions(seconds: float, seconds_each: float, least: int, most: int) -> int:
+    """How many calls fit into the seconds, but at least `least` and at most `most`."""
+    return max(least, min(most, int(seconds / seconds_each)))
+
+
+def rates(intervals: list[float], batch: int) -> dict[str, float]:
+    """Rates of iterations that took so many milliseconds each.
+
+    The settled rate is the median of the second half, since clocks sink while the chip warms up; the mean rate of the
+    first tenth beside it shows by how much.
+    """
+    settled = statistics.median(intervals[len(intervals) // 2 :])
+    first = statistics.mean(intervals[: max(1, len(intervals) // 10)])
+    return {
+        "samples_per_second": 1000 * batch / settled,
+        "samples_per_second_first_tenth": 1000 * batch / first,
+        "ms_per_sample": settled / batch,
+        "ms_per_iteration": settled,
+    }

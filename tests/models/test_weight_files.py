@@ -1,0 +1,299 @@
+import collections
+import importlib.util
+import json
+import os
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from sd_perf.config import UNetConfig
+from sd_perf.errors import CheckpointError
+from sd_perf.models import weight_files
+from sd_perf.models.torchvision_schemas import define_missing_torchvision_ops
+from sd_perf.models.weight_files import (
+    export_diffusers,
+    export_ldm,
+    load_into,
+    read_diffusers_unet,
+    read_ldm_checkpoint,
+    split_components,
+)
+from sd_perf.reference.unet import UNet
+
+MIXED = UNetConfig(
+    model_channels=64, channel_mult=(1, 2), attention_resolutions=(2, 1), num_head_channels=32, context_dim=24
+)
+UNIFORM = UNetConfig(**{**vars(MIXED), "resblock_groups": 32})
+STATE = {"model.diffusion_model.out.2.bias": torch.arange(4.0)}
+
+
+def build(config: UNetConfig) -> UNet:
+    """A seeded UNet with torch's own initial weights in the layers that start at 0, so that the output is not 0."""
+    torch.manual_seed(0)
+    unet = UNet(config)
+    for layer in unet.modules():
+        if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)):
+            layer.reset_parameters()
+    return unet
+
+
+@torch.no_grad()
+def relative_error(theirs, ours: UNet) -> float:
+    """Of diffusers' output against ours."""
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(2, 4, 8, 8, generator=generator)
+    timesteps, context = torch.tensor([17, 981]), torch.randn(2, 5, ours.config.context_dim, generator=generator)
+    right = ours(latents, timesteps, context)
+    return ((theirs(latents, timesteps, context).sample - right).norm() / right.norm()).item()
+
+
+def same(state, right) -> bool:
+    return state.keys() == right.keys() and all(torch.equal(state[name], right[name]) for name in right)
+
+
+@pytest.fixture(scope="module")
+def diffusers():
+    define_missing_torchvision_ops()
+    return pytest.importorskip("diffusers")
+
+
+def pretend_lightning(monkeypatch, package: str) -> type:
+    """An importable ModelCheckpoint under the name that Lightning gives it, so that it can be pickled."""
+    name = f"{package}.callbacks.model_checkpoint"
+    parts = name.split(".")
+    for count in range(1, len(parts) + 1):
+        parent = ".".join(parts[:count])
+        if parent not in sys.modules:
+            monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
+    callback = type("ModelCheckpoint", (), {"__module__": name})
+    monkeypatch.setattr(sys.modules[name], "ModelCheckpoint", callback, raising=False)
+    return callback
+
+
+def test_lightning_checkpoint_without_lightning(tmp_path, monkeypatch):
+    """A real one has classes of Lightning as keys and numpy scalars as learning rates; neither package is imported."""
+    path = tmp_path / "epoch=0.ckpt"
+    older, newer = (pretend_lightning(monkeypatch, package) for package in ("pytorch_lightning", "lightning.pytorch"))
+    instance = older()
+    instance.best_model_path = "nowhere"
+    content = {
+        "epoch": 3,
+        "state_dict": collections.OrderedDict(STATE),
+        "callbacks": {older: {"best_model_score": torch.tensor(1.0)}, "other": [instance, newer]},
+        "lr_schedulers": [{"_last_lr": [np.float64(6.4e-5)]}],
+    }
+    torch.save(content, path)
+    monkeypatch.undo()
+    allowed = set(torch.serialization.get_safe_globals())
+    assert same(read_ldm_checkpoint(path), STATE)
+    assert set(torch.serialization.get_safe_globals()) == allowed, "the stand-ins outlive the reading"
+
+
+@pytest.mark.parametrize(("protocol", "named"), [(2, "system"), (4, "")])
+def test_hostile_pickle_is_refused_and_not_run(tmp_path, protocol, named):
+    path, trace = tmp_path / "hostile.ckpt", tmp_path / "trace"
+
+    class Hostile:
+        def __reduce__(self):
+            return os.system, (f"touch {trace}",)
+
+    torch.save({"state_dict": STATE, "x": Hostile()}, path, pickle_protocol=protocol)
+    with pytest.raises(CheckpointError, match=rf"hostile\.ckpt.*{named}"):
+        read_ldm_checkpoint(path)
+    assert not trace.exists()
+    torch.load(path, weights_only=False)
+    assert trace.exists(), "the file is not hostile, so the test shows nothing"
+
+
+def test_global_beyond_the_list_is_named(tmp_path):
+    torch.save({"state_dict": STATE, "when": collections.deque([1])}, tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError, match=r"collections\.deque"):
+        read_ldm_checkpoint(tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.5, 0.98])
+@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+def test_truncated_file(tmp_path, suffix, keep):
+    path = tmp_path / f"weights{suffix}"
+    if suffix == ".ckpt":
+        torch.save({"state_dict": STATE}, path)
+    else:
+        export_ldm(STATE, path, {})
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(keep * len(whole))])
+    with pytest.raises(CheckpointError, match=rf"weights\{suffix}.*check its size and checksum"):
+        read_ldm_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (STATE, "state_dict"),
+        ([1, 2], "state_dict"),
+        ({"state_dict": {"a": 1}}, "'a'.*no tensor"),
+        ("<html>404</html>", "no whole checkpoint"),
+        (None, "no such file"),
+    ],
+)
+def test_not_an_ldm_checkpoint(tmp_path, content, complaint):
+    path = tmp_path / "odd.ckpt"
+    if isinstance(content, str):
+        path.write_text(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(CheckpointError, match=rf"odd\.ckpt.*{complaint}") as caught:
+        read_ldm_checkpoint(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_split_components():
+    tensors = [torch.tensor(float(i)) for i in range(5)]
+    names = (
+        "model.diffusion_model.out.2.bias",
+        "first_stage_model.quant_conv.bias",
+        "cond_stage_model.model.ln_final.bias",
+        "betas",
+        "model_ema.decay",
+    )
+    parts = split_components(dict(zip(names, tensors, strict=True)))
+    assert parts == {
+        "unet": {"out.2.bias": tensors[0]},
+        "vae": {"quant_conv.bias": tensors[1]},
+        "text": {"ln_final.bias": tensors[2]},
+    }
+
+
+def test_load_into():
+    unet, other = build(MIXED), UNet(MIXED)
+    load_into(other, unet.state_dict(), "the UNet", "w.ckpt")
+    assert same(other.state_dict(), unet.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda state: state.pop("out.2.bias"), r"1 missing \(the first is out\.2\.bias\)"),
+        (lambda state: state.clear(), r"\d+ missing \(the first is time_embed\.0\.weight\)"),
+        (lambda state: state.update(a=torch.zeros(1), b=torch.zeros(1)), r"2 unexpected \(the first is a\)"),
+        (lambda state: state.update({"out.2.bias": torch.zeros(5)}), r"1 of another shape \(the first is out\.2\.bias"),
+    ],
+)
+def test_load_into_is_strict(change, complaint):
+    unet = build(MIXED)
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    state = {name: value + 1 for name, value in before.items()}
+    change(state)
+    with pytest.raises(CheckpointError, match=rf"^w\.ckpt: not the weights of the UNet.*{complaint}"):
+        load_into(unet, state, "the UNet", "w.ckpt")
+    assert same(unet.state_dict(), before)
+
+
+@pytest.mark.parametrize("config", [MIXED, UNIFORM], ids=["mixed", "uniform"])
+def test_export_ldm_round_trip(tmp_path, config):
+    state = build(config).to(memory_format=torch.channels_last).state_dict()
+    path = tmp_path / "new" / "unet.safetensors"
+    export_ldm(state, path, {"samples": "512000"})
+    assert same(split_components(read_ldm_checkpoint(path))["unet"], state)
+    safetensors = pytest.importorskip("safetensors")
+    with safetensors.safe_open(path, "pt") as file:
+        assert file.metadata()["samples"] == "512000"
+
+
+@pytest.mark.parametrize("config", [MIXED, UNIFORM], ids=["mixed", "uniform"])
+def test_export_diffusers_round_trip(tmp_path, config):
+    state = build(config).to(memory_format=torch.channels_last).state_dict()
+    export_diffusers(state, config, tmp_path)
+    for folder in (tmp_path, tmp_path / "unet"):
+        read, read_config = read_diffusers_unet(folder)
+        assert same(read, state)
+        assert read_config == config
+
+
+def test_uniform_groups_load_in_stock_diffusers(tmp_path, diffusers):
+    unet = build(UNIFORM)
+    export_diffusers(unet.state_dict(), UNIFORM, tmp_path, sample_size=8)
+    assert not (tmp_path / "unet" / "load_unet.py").exists()
+    stock = diffusers.UNet2DConditionModel.from_pretrained(tmp_path, subfolder="unet")
+    assert stock.config.sample_size == 8
+    assert relative_error(stock, unet) < 1e-5
+
+
+def test_mixed_groups_need_the_loader(tmp_path, diffusers):
+    unet = build(MIXED)
+    export_diffusers(unet.state_dict(), MIXED, tmp_path)
+    stock = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "unet")
+    assert relative_error(stock, unet) > 0.05, "stock diffusers got it right, so the loader is superfluous"
+    spec = importlib.util.spec_from_file_location("load_unet", tmp_path / "unet" / "load_unet.py")
+    loader = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loader)
+    assert relative_error(loader.load_unet(), unet) < 1e-5
+
+
+def test_reads_what_stock_diffusers_writes(tmp_path, diffusers):
+    unet = build(UNIFORM)
+    export_diffusers(unet.state_dict(), UNIFORM, tmp_path / "ours")
+    stock = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "ours" / "unet")
+    stock.save_pretrained(tmp_path / "theirs")
+    read, config = read_diffusers_unet(tmp_path / "theirs")
+    assert same(read, unet.state_dict())
+    assert config == UNIFORM
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"_class_name": "FluxTransformer2DModel"}, "_class_name"),
+        ({"use_linear_projection": False}, "use_linear_projection"),
+        ({"attention_head_dim": [2, 2]}, "attention_head_dim"),
+        ({"block_out_channels": [64, 100]}, "config.json"),
+        ({"norm_num_groups": 7}, "resblock_groups"),
+        ({"layers_per_block": [2, 2]}, "config.json"),
+    ],
+)
+def test_foreign_diffusers_config(tmp_path, change, complaint):
+    export_diffusers(build(UNIFORM).state_dict(), UNIFORM, tmp_path)
+    path = tmp_path / "unet" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(CheckpointError, match=complaint):
+        read_diffusers_unet(tmp_path)
+
+
+def test_no_diffusers_folder(tmp_path):
+    with pytest.raises(CheckpointError, match=r"unet/config\.json"):
+        read_diffusers_unet(tmp_path)
+
+
+def test_nothing_is_overwritten(tmp_path):
+    state = build(MIXED).state_dict()
+    path = tmp_path / "unet.safetensors"
+    path.write_text("precious")
+    with pytest.raises(CheckpointError, match="exists already"):
+        export_ldm(state, path, {})
+    (tmp_path / "unet").mkdir()
+    with pytest.raises(CheckpointError, match="exists already"):
+        export_diffusers(state, MIXED, tmp_path)
+    assert path.read_text() == "precious"
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["unet", "unet.safetensors"]
+
+
+def test_failed_export_leaves_nothing(tmp_path, monkeypatch):
+    state = build(MIXED).state_dict()
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(weight_files, "_save_safetensors", full_disk)
+    with pytest.raises(CheckpointError, match="No space left"):
+        export_ldm(state, tmp_path / "unet.safetensors", {})
+    with pytest.raises(CheckpointError, match="No space left"):
+        export_diffusers(state, MIXED, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_safetensors_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(CheckpointError, match=r"pip install 'sd-perf\[cli\]'"):
+        export_ldm(STATE, tmp_path / "unet.safetensors", {})

@@ -1,0 +1,135 @@
+"""A run stopped at any step and resumed is the run that never stopped; so is one on more processes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from sd_perf.distributed.checkpoints import CheckpointStore, load_component
+from sd_perf.training.callbacks.base import Callback
+from sd_perf.training.callbacks.checkpointer import Checkpointer
+from sd_perf.training.callbacks.metrics import MetricsFile
+from tests.training.conftest import start_train, train
+
+
+class StopAt(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step(self, trainer) -> None:
+        if trainer.steps == self.step:
+            trainer.stop_reason = "test"
+
+
+def final_tensors(run: Path) -> dict[str, torch.Tensor]:
+    newest = CheckpointStore(run / "checkpoints").newest()
+    assert newest is not None
+    return {part + name: tensor for part in ("model", "exp_avg", "exp_avg_sq")
+            for name, tensor in load_component(newest, part).items()}  # fmt: skip
+
+
+def assert_bit_identical(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different
+
+
+def relative_error(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Largest |a - b| / |b| (Euclidean norms) over the weight tensors."""
+    weights = [name for name in a if name.startswith("model") and b[name].any()]
+    return max(((a[name] - b[name]).norm() / b[name].norm()).item() for name in weights)
+
+
+@pytest.fixture
+def whole_run(make_config, make_trainer) -> dict[str, torch.Tensor]:
+    trainer = make_trainer(make_config("whole"), [MetricsFile(), Checkpointer()])
+    trainer.fit()
+    return final_tensors(trainer.folder)
+
+
+@pytest.mark.parametrize("stop", [1, 10, 23, 49])
+def test_resumed_run_is_bit_identical(stop, make_config, make_trainer, whole_run, tmp_path):
+    config = make_config("stopped")
+    first = make_trainer(config, [StopAt(stop), MetricsFile(), Checkpointer()])
+    assert first.fit() == "test" and first.steps == stop
+    second = make_trainer(config, [MetricsFile(), Checkpointer()], resume=True)
+    assert second.samples == 4 * stop
+    assert second.fit() is None
+    assert_bit_identical(final_tensors(second.folder), whole_run)
+    # The metrics file, too, is the one of a run that never stopped.
+    logs = [(tmp_path / run / "metrics.jsonl").read_text().splitlines() for run in ("stopped", "whole")]
+    stopped, whole = ([{k: json.loads(line)[k] for k in ("samples", "loss", "lr")} for line in log] for log in logs)
+    assert stopped == whole
+
+
+def test_lines_after_the_checkpoint_are_set_aside(make_config, make_trainer, tmp_path):
+    config = make_config("run")
+    make_trainer(config, [StopAt(10), MetricsFile(), Checkpointer()]).fit()
+    path = tmp_path / "run" / "metrics.jsonl"
+    kept = path.read_text()
+    later = json.dumps({"samples": 60, "loss": 1.0})
+    path.write_text(kept + later + "\n" + later[:7])  # steps after the checkpoint, and a torn last line
+    trainer = make_trainer(config, [StopAt(11), MetricsFile()], resume=True)
+    trainer.fit()
+    assert path.read_text() == kept
+    assert later in (tmp_path / "run" / "metrics.superseded.jsonl").read_text()
+
+
+def test_accumulation_changes_rounding_only(make_config, make_trainer, whole_run):
+    trainer = make_trainer(make_config("accumulated", training={"accumulate_steps": 2}), [Checkpointer()])
+    trainer.fit()
+    assert relative_error(final_tensors(trainer.folder), whole_run) < 1e-5
+
+
+def test_two_processes_equal_one_and_resume_across(preset, tmp_path, whole_run):
+    """50 steps on two gloo processes; stopped on two and resumed on one."""
+    train(preset, tmp_path / "two", processes=2)
+    two = final_tensors(tmp_path / "two")
+    error = relative_error(two, whole_run)
+    print(f"two processes against one, 50 steps: largest relative error {error:.1e}")
+    assert error < 1e-5
+    losses = [[json.loads(line)["loss"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+              for run in ("two", "whole")]  # fmt: skip
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+    train(preset, tmp_path / "across", "--training.max-samples", "100", processes=2)
+    train(preset, tmp_path / "across", "--resume")
+    assert relative_error(final_tensors(tmp_path / "across"), whole_run) < 1e-5
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_signal_saves_and_leaves(number, preset, tmp_path):
+    run = tmp_path / "run"
+    process = start_train(preset, run, "--training.max-samples", "100000")
+    wait_for(lambda: (run / "metrics.jsonl").is_file() and (run / "metrics.jsonl").read_text().count("\n") > 1)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert number.name in output and "--resume" in output
+    newest = CheckpointStore(run / "checkpoints").newest()
+    assert newest is not None
+    samples = int(newest.name.removeprefix("samples_"))
+    output = train(preset, run, "--resume", "--training.max-samples", str(samples + 8))
+    assert f"resuming at sample {samples:,}" in output
+
+
+def test_signal_to_one_rank_stops_both(preset, tmp_path):
+    run = tmp_path / "run"
+    process = start_train(preset, run, "--training.max-samples", "100000", processes=2)
+    wait_for(lambda: (run / "metrics.jsonl").is_file() and (run / "metrics.jsonl").read_text().count("\n") > 1)
+    process.send_signal(signal.SIGTERM)  # torchrun hands it to its workers, at different moments
+    output, errors = process.communicate(timeout=60)
+    assert "stopped by SIGTERM and saved" in output, errors
+    assert CheckpointStore(run / "checkpoints").newest() is not None
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
