@@ -159,9 +159,15 @@ def measure_rung(rung: Rung, seconds: float) -> dict[str, Any]:
             return time_iterations(rung, seconds)
 
     measured = attempt(on_side_stream)
+    attempt(release_memory)  # a broken GPU refuses this too, and the row that tells of it must still be written
+    return measured
+
+
+def release_memory() -> dict[str, Any]:
+    """Give all GPU memory that nothing refers to back to the driver."""
     gc.collect()
     torch.cuda.empty_cache()
-    return measured
+    return {}
 
 
 def measure_rows(
@@ -194,8 +200,7 @@ def run_checks(groups: list[tuple[str, Callable[[], list[Check]]]]) -> list[Chec
             checks += group()
         except Exception as error:  # a missing kernel must not hide what the other groups find
             checks.append(make_check(name, math.nan, 0.0, one_line(error)))
-        gc.collect()
-        torch.cuda.empty_cache()
+        attempt(release_memory)
         print(f"checked: {name} ({time.monotonic() - started:.0f} s)", flush=True)
     return checks
 
@@ -241,9 +246,8 @@ def set_arithmetic(timing: bool) -> None:
     torch.backends.cudnn.deterministic = not timing
 
 
-def run_parts(report: dict[str, Any], options: argparse.Namespace, save: Callable[[], None]) -> None:
-    """Fill the report part by part, saving after each."""
-    budget = Budget(options.seconds)
+def run_parts(report: dict[str, Any], options: argparse.Namespace, budget: Budget, save: Callable[[], None]) -> None:
+    """Fill the report part by part, saving after each part and row."""
     report["environment"] = describe()
     report["git_sha"] = report["environment"]["git_sha"] = options.git_sha or git_sha(REPOSITORY)
     if "environment" in options.parts:
@@ -292,7 +296,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Measure, write, print; returns the exit code."""
     options = parse(arguments)
+    budget = Budget(options.seconds)
     if not torch.cuda.is_available():
         print("gpu_acceptance.py measures a CUDA GPU, and torch finds none on this machine.", file=sys.stderr)
         return 2
@@ -310,7 +316,8 @@ def main(arguments: list[str] | None = None) -> int:
     def save() -> None:
         write_json(options.output / "gpu_acceptance.json", report)
 
-    run_parts(report, options, save)
+    run_parts(report, options, budget, save)
+    report["seconds"] = round(budget.seconds - budget.left(), 1)
     save()
     print(summary(report))
     return exit_code(report, options.parts)

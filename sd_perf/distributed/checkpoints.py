@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from sd_perf.errors import CheckpointError
@@ -23,6 +24,7 @@ from sd_perf.files import one_line, sync_folder, write_json
 
 _NAME = re.compile(r"samples_(\d{10})")
 _ASIDE = ".writing_"
+_ERRORS = (Exception, CheckpointException)  # the library's own error is no Exception but a BaseException
 
 # Saving and loading in one process is what is asked for here, not an oversight.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -35,7 +37,7 @@ class CheckpointStore:
         self.folder = folder
         self.keep = keep
         self._thread: threading.Thread | None = None
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
 
     def complete(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
@@ -72,7 +74,7 @@ class CheckpointStore:
         if failure is not None:
             newest = self.newest()
             kept = f"the newest complete one is {newest}" if newest else "there is no complete one yet"
-            raise CheckpointError(f"{self.folder}: a checkpoint could not be written ({one_line(failure)}); {kept}")
+            raise CheckpointError(f"{self.folder}: a checkpoint could not be written ({_root_cause(failure)}); {kept}")
 
     def _write(self, path: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
         aside = path.with_name(_ASIDE + path.name)
@@ -89,7 +91,7 @@ class CheckpointStore:
             aside.rename(path)
             sync_folder(self.folder)
             self._drop_old()
-        except Exception as error:  # handed to the training thread by raise_failure
+        except _ERRORS as error:  # handed to the training thread by raise_failure
             self._failure = error
             shutil.rmtree(aside, ignore_errors=True)
 
@@ -122,8 +124,8 @@ def load_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
             )
     try:
         dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(path), no_dist=True)
-    except Exception as error:  # the library raises many kinds for damaged files
-        raise CheckpointError(f"{path}: damaged ({one_line(error)}); use an older checkpoint of the run") from error
+    except _ERRORS as error:  # the library raises many kinds for damaged files
+        raise CheckpointError(f"{path}: damaged ({_root_cause(error)}); use an older checkpoint of the run") from error
 
 
 def load_component(path: Path, component: str) -> dict[str, torch.Tensor]:
@@ -145,11 +147,21 @@ def _read_metadata(path: Path) -> Metadata:
     read_state(path)
     try:
         metadata = dcp.FileSystemReader(path).read_metadata()
-    except Exception as error:  # a truncated pickle raises many kinds
-        raise CheckpointError(f"{path}: damaged (.metadata: {one_line(error)})") from error
+    except _ERRORS as error:  # a truncated pickle raises many kinds
+        raise CheckpointError(f"{path}: damaged (.metadata: {_root_cause(error)})") from error
     for entry in metadata.storage_data.values():
         file, needed = path / entry.relative_path, entry.offset + entry.length
         size = file.stat().st_size if file.is_file() else 0
         if size < needed:
             raise CheckpointError(f"{file}: truncated ({size} of at least {needed} bytes); use an older checkpoint")
     return metadata
+
+
+def _root_cause(error: BaseException) -> str:
+    """What the operating system or the library said first, on one line."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    first, cause = error, error.__cause__ or error.__context__
+    while cause is not None:
+        first, cause = cause, cause.__cause__ or cause.__context__
+    return one_line(first)

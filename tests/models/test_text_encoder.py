@@ -1,0 +1,97 @@
+"""The OpenCLIP text tower: published tokens, the penultimate states against open_clip's own forward, weights files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sd_perf.config import TextEncoderConfig
+from sd_perf.errors import CheckpointError, ConfigError
+from sd_perf.models.text_encoder import OpenClipTextEncoder
+
+TINY = str(Path(__file__).parents[2] / "configs" / "text_tiny.json")
+
+# Tokens of the Zen of Python's first four lines, as published with an independent implementation of the benchmark.
+ZEN = "Beautiful is better than ugly.\nExplicit is better than implicit.\nSimple is better than complex.\n" \
+      "Complex is better than complicated."  # fmt: skip
+ZEN_TOKENS = [49406, 1215, 533, 1539, 1126, 36070, 269, 33228, 533, 1539, 1126, 15269, 529, 269, 4129, 533, 1539, 1126,
+              16099, 269, 6324, 533, 1539, 1126, 11460, 14589, 269, 49407]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def encoder() -> OpenClipTextEncoder:
+    return OpenClipTextEncoder(TextEncoderConfig(TINY, "random"))
+
+
+def test_tokens():
+    import open_clip
+
+    tokens = open_clip.SimpleTokenizer(context_length=77)([ZEN])[0].tolist()
+    assert tokens == ZEN_TOKENS + [0] * 49
+
+
+def test_long_captions_end_with_the_end_token(encoder):
+    tokens = encoder.tokenizer(["word " * 100])[0]
+    assert len(tokens) == 24 and tokens[-1] == 49407
+
+
+def test_states_are_penultimate(encoder):
+    """open_clip's own forward, cut off after the last block but one, through ln_final."""
+    captions = ["a dog on a skateboard", ""]
+    tower, seen = encoder.tower, []
+    hook = tower.transformer.resblocks[-2].register_forward_hook(lambda *call: seen.append(call[-1]))
+    with torch.no_grad():
+        tower(encoder.tokenizer(captions))
+        expected = tower.ln_final(seen[0])
+    hook.remove()
+    states = encoder(captions)
+    assert states.shape == (2, 24, 128) and states.dtype == torch.float32
+    torch.testing.assert_close(states, expected, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        last = tower.ln_final(tower.transformer.resblocks[-1](seen[0], attn_mask=tower.attn_mask))
+    assert (states - last).norm() > 0.1 * last.norm()  # the last block would have been seen
+
+
+def test_attention_is_causal_and_padding_is_attended(encoder):
+    states = encoder(["a red cat", "a red dog"])
+    torch.testing.assert_close(states[0, :3], states[1, :3])
+    assert not torch.allclose(states[0, 3], states[1, 3])
+    assert states[0, -1].abs().sum() > 0
+
+
+def test_random_weights_are_the_same_every_time(encoder):
+    torch.manual_seed(123)
+    again = OpenClipTextEncoder(TextEncoderConfig(TINY, "random"))
+    torch.testing.assert_close(again(["a cat"]), encoder(["a cat"]), rtol=0, atol=0)
+
+
+def test_weights_of_open_clip_and_of_an_ldm_checkpoint(encoder, tmp_path):
+    changed = {name: value + 0.01 for name, value in encoder.tower.state_dict().items()}
+    extra = {"visual.proj": torch.zeros(2), "logit_scale": torch.ones(()), "attn_mask": encoder.tower.attn_mask}
+    torch.save({**changed, **extra}, tmp_path / "open_clip.bin")
+    ldm = {f"cond_stage_model.model.{name}": value for name, value in {**changed, **extra}.items()}
+    torch.save({"state_dict": ldm}, tmp_path / "sd.ckpt")
+    both = [OpenClipTextEncoder(TextEncoderConfig(TINY, str(tmp_path / name))) for name in ("open_clip.bin", "sd.ckpt")]
+    assert all(torch.equal(e.tower.ln_final.bias, changed["ln_final.bias"]) for e in both)
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "sentence"),
+    [
+        (TextEncoderConfig("ViT-H-41", "random"), ConfigError, "'ViT-H-41' is no model of open_clip"),
+        (TextEncoderConfig("absent.json", "random"), ConfigError, "no such file"),
+        (TextEncoderConfig(TINY, "absent.bin"), CheckpointError, r"absent\.bin: no such file"),
+        (TextEncoderConfig(TINY, TINY), CheckpointError, "not a file of open_clip weights"),
+    ],
+)
+def test_bad_input(config, error, sentence):
+    with pytest.raises(error, match=sentence):
+        OpenClipTextEncoder(config)
+
+
+def test_weights_of_another_model(encoder, tmp_path):
+    torch.save({"positional_embedding": torch.zeros(3, 3)}, tmp_path / "other.bin")
+    with pytest.raises(CheckpointError, match="the text encoder"):
+        OpenClipTextEncoder(TextEncoderConfig(TINY, str(tmp_path / "other.bin")))

@@ -1,0 +1,69 @@
+"""kill -9 at random moments: the newest checkpoint always loads, and the run it continues is the run never killed."""
+
+from __future__ import annotations
+
+import collections
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from sd_perf.distributed.checkpoints import CheckpointStore, read_state
+from sd_perf.training.callbacks.checkpointer import Checkpointer
+from tests.training.conftest import start_train, train
+from tests.training.test_resume import assert_bit_identical, final_tensors
+
+KILLS, IN_A_WRITE = 20, 5
+OPTIONS = ("--checkpoint.every-samples", "20", "--logging.every-steps", "1")
+
+
+def being_written(run: Path) -> bool:
+    return any((run / "checkpoints").glob(".writing_*"))
+
+
+def logged_steps(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_text().count("\n") if path.is_file() else 0
+
+
+def kill_once(preset: Path, run: Path, rng: random.Random, in_a_write: bool) -> str:
+    """Continue the run, kill it, and name the phase the kill hit, read off what it left behind."""
+    leftover = being_written(run)
+    process = start_train(preset, run, "--resume", "--training.max-samples", "1000000", *OPTIONS)
+    steps_before, start = logged_steps(run), time.monotonic()
+    if in_a_write:
+        while leftover and being_written(run):  # of the process killed before
+            time.sleep(0.001)
+        while not being_written(run) and time.monotonic() < start + 60:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.15))
+    else:
+        time.sleep(rng.uniform(0.5, 12))
+    process.kill()
+    process.communicate()
+    if logged_steps(run) <= steps_before:
+        return "start-up"
+    return "checkpoint write" if being_written(run) else "training step"
+
+
+@pytest.mark.slow
+def test_kill_nine(preset, tmp_path, make_config, make_trainer):
+    run, rng, phases, position = tmp_path / "run", random.Random(0), collections.Counter[str](), 0
+    while sum(phases.values()) < KILLS or phases["checkpoint write"] < IN_A_WRITE:
+        assert sum(phases.values()) < 3 * KILLS, f"too few kills hit a checkpoint write: {phases}"
+        phase = kill_once(preset, run, rng, in_a_write=sum(phases.values()) % 2 == 1)
+        phases[phase] += 1
+        newest = CheckpointStore(run / "checkpoints").newest()
+        print(f"kill {sum(phases.values())}: in {phase}; newest checkpoint {newest and newest.name}")
+        if newest:
+            final_tensors(run)  # every tensor loads
+            assert read_state(newest)["samples"] >= position
+            position = read_state(newest)["samples"]
+    print(dict(phases))
+
+    end = str(position + 40)
+    train(preset, run, "--resume", "--training.max-samples", end, *OPTIONS)
+    whole = make_trainer(make_config("whole", training={"max_samples": int(end)}), [Checkpointer()])
+    whole.fit()
+    assert_bit_identical(final_tensors(run), final_tensors(whole.folder))
