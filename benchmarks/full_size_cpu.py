@@ -99,7 +99,7 @@ def _reset_peak_memory() -> bool:
 
 @torch.no_grad()
 def encode_photographs(images_dir: Path, shards: Path, sizes: Sizes, stages: Stages) -> None:
-    """Photographs -> moments (8, S/8, S/8) and random text states (L, D) -> one shard. DataError without photographs."""
+    """Photographs -> moments (2C, S, S) and random text states (L, D) -> a shard. DataError without photographs."""
     samples = read_captioned_images(images_dir)[:PHOTOGRAPHS]
     if len(samples) < PHOTOGRAPHS:
         raise DataError(f"{images_dir} has {len(samples)} captioned photographs; {PHOTOGRAPHS} are needed")

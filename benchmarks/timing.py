@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -52,7 +53,7 @@ class CudaClock:
 
     def intervals(self) -> list[float]:
         self._events[-1].synchronize()
-        return [first.elapsed_time(then) for first, then in zip(self._events, self._events[1:], strict=False)]
+        return [first.elapsed_time(then) for first, then in pairwise(self._events)]
 
 
 def timed(call: Callable[[], object], count: int, clock: Clock) -> list[float]:

@@ -178,12 +178,20 @@ def prepare(
     from sd_perf.models.build import build_text_encoder
     from sd_perf.models.sources import read_encoder
 
-    samples = read_captioned_images(images, captions, captions_per_image)
+    samples = read_captioned_images(images, captions or "")
     precomputed = settings.data.context == "precomputed"
     text_encoder = build_text_encoder(settings, torch.device("cpu")) if precomputed else None
     pixels = 8 * settings.data.latent_size
     folder = Path(settings.data.path)
-    count = prepare_moments(samples, read_encoder(autoencoder), folder, pixels, samples_per_shard, text_encoder)
+    count = prepare_moments(
+        samples,
+        read_encoder(autoencoder),
+        folder,
+        pixels,
+        samples_per_shard,
+        text_encoder,
+        captions_per_image=captions_per_image,
+    )
     _console.print(f"{count} samples of {pixels}x{pixels} pixels -> {folder}", highlight=False)
     return 0
 
@@ -232,6 +240,9 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         print(f"sd-perf: {f'rank {_RANK}: ' if _RANK else ''}{error}", file=sys.stderr)
         code = 2
+    except BrokenPipeError:  # the reader of our output has left; so that Python does not complain at exit:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
     sys.exit(code)
 
 

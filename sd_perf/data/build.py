@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from sd_perf.config import Config
 from sd_perf.data.batch import Loader
 from sd_perf.data.portable import PortableLoader
@@ -13,7 +15,7 @@ from sd_perf.distributed.world import World
 def build_loader(config: Config, seed: int, world: World) -> Loader:
     """This rank's loader. The main rank builds the byte-offset index, the others read it."""
     data = config.data
-    options = {
+    options: dict[str, Any] = {
         "seed": seed,
         "global_batch_size": config.training.global_batch_size,
         "micro_batch_size": config.micro_batch_size(world.size),

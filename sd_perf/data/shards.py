@@ -13,7 +13,6 @@ import logging
 import os
 import re
 import tarfile
-import time
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -29,7 +28,6 @@ import numpy as np
 from sd_perf.errors import DataError
 
 INDEX_NAME = "sd_perf_index.npz"
-_INDEX_VERSION = 1
 _PARTS = {"npy": "moments", "txt": "caption", "context.npy": "context"}
 _MEMBER = re.compile(r"((?:.*/|)[^.]+)\.([^/]+)")
 _END_OF_ARCHIVE = bytes(1024)
@@ -104,8 +102,8 @@ def scan_shard(path: Path, number: int) -> np.ndarray:
         for extension in ("npy", "txt"):
             if extension not in files:
                 raise DataError(f"{path}: sample {key} has no .{extension}; every sample needs .npy and .txt")
-        places = [files.get(extension, (0, 0)) for extension in _PARTS]
-        rows.append((number, *(value for place in places for value in place), os.fsencode(key)))
+        places = (value for extension in _PARTS for value in files.get(extension, (0, 0)))
+        rows.append((number, *places, os.fsencode(key)))
     return np.array(rows, dtype=_row_type(max((len(os.fsencode(key)) for key in samples), default=0)))
 
 
@@ -113,13 +111,11 @@ def _scan_all(paths: list[Path], processes: int | None) -> np.ndarray:
     if processes is None:
         processes = min(os.cpu_count() or 1, len(paths) // _SHARDS_PER_PROCESS)
     parts: list[np.ndarray] = []
-    last_line = time.monotonic()
     # spawn, because forking a process that may hold CUDA or threads is not safe
     with ProcessPoolExecutor(processes, get_context("spawn")) if processes > 1 else nullcontext() as pool:
         for part in (pool.map if pool else map)(scan_shard, paths, range(len(paths))):
             parts.append(part)
-            if time.monotonic() - last_line > 10:
-                last_line = time.monotonic()
+            if len(parts) % 50 == 0:
                 _log.info("indexing shards: %d of %d, %d samples", len(parts), len(paths), sum(map(len, parts)))
     return np.concatenate(parts)
 
@@ -150,7 +146,7 @@ class ShardIndex:
         paths = _find_shards(folder)
         file = Path(file) if str(file) else folder / INDEX_NAME
         state: dict[str, Any] = {
-            "version": np.array(_INDEX_VERSION),
+            "version": np.array(1),
             "names": np.array([path.name for path in paths]),
             "sizes": np.array([path.stat().st_size for path in paths], dtype=np.int64),
             "mtimes": np.array([path.stat().st_mtime_ns for path in paths], dtype=np.int64),

@@ -12,9 +12,10 @@ import pytest
 from sd_perf.distributed.checkpoints import CheckpointStore, read_state
 from sd_perf.training.callbacks.checkpointer import Checkpointer
 from tests.training.conftest import start_train, train
-from tests.training.test_resume import assert_bit_identical, final_tensors
+from tests.training.test_resume import assert_bit_identical, final_tensors, wait_for
 
 KILLS, IN_A_WRITE = 20, 5
+AIMS = ("any moment", "a write", "training")
 OPTIONS = ("--checkpoint.every-samples", "20", "--logging.every-steps", "1")
 
 
@@ -27,19 +28,18 @@ def logged_steps(run: Path) -> int:
     return path.read_text().count("\n") if path.is_file() else 0
 
 
-def kill_once(preset: Path, run: Path, rng: random.Random, in_a_write: bool) -> str:
+def kill_once(preset: Path, run: Path, rng: random.Random, aim: str) -> str:
     """Continue the run, kill it, and name the phase the kill hit, read off what it left behind."""
-    leftover = being_written(run)
     process = start_train(preset, run, "--resume", "--training.max-samples", "1000000", *OPTIONS)
-    steps_before, start = logged_steps(run), time.monotonic()
-    if in_a_write:
-        while leftover and being_written(run):  # of the process killed before
-            time.sleep(0.001)
-        while not being_written(run) and time.monotonic() < start + 60:
-            time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.15))
+    steps_before = logged_steps(run)
+    if aim == "any moment":
+        time.sleep(rng.uniform(0.5, 8))
     else:
-        time.sleep(rng.uniform(0.5, 12))
+        wait_for(lambda: logged_steps(run) > steps_before)
+        time.sleep(rng.uniform(0, 2))
+    if aim == "a write":
+        wait_for(lambda: being_written(run), poll=0.001)
+        time.sleep(rng.uniform(0, 0.15))
     process.kill()
     process.communicate()
     if logged_steps(run) <= steps_before:
@@ -52,7 +52,7 @@ def test_kill_nine(preset, tmp_path, make_config, make_trainer):
     run, rng, phases, position = tmp_path / "run", random.Random(0), collections.Counter[str](), 0
     while sum(phases.values()) < KILLS or phases["checkpoint write"] < IN_A_WRITE:
         assert sum(phases.values()) < 3 * KILLS, f"too few kills hit a checkpoint write: {phases}"
-        phase = kill_once(preset, run, rng, in_a_write=sum(phases.values()) % 2 == 1)
+        phase = kill_once(preset, run, rng, AIMS[sum(phases.values()) % len(AIMS)])
         phases[phase] += 1
         newest = CheckpointStore(run / "checkpoints").newest()
         print(f"kill {sum(phases.values())}: in {phase}; newest checkpoint {newest and newest.name}")

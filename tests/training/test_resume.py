@@ -128,8 +128,8 @@ def test_signal_to_one_rank_stops_both(preset, tmp_path):
     assert CheckpointStore(run / "checkpoints").newest() is not None
 
 
-def wait_for(condition, seconds: float = 60) -> None:
+def wait_for(condition, seconds: float = 60, poll: float = 0.02) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited too long"
-        time.sleep(0.02)
+        time.sleep(poll)

@@ -1,0 +1,401 @@
+"""The logic of the GPU baseline, on a CPU: no number of these tests is a result."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import gpu_acceptance
+import gpu_checks
+import gpu_environment
+import timing
+from gpu_acceptance import Rung, attempt, check_losses, exit_code, make_row, measure_rows, plan_rungs, summary
+from gpu_workload import AUTOCAST, FP32, MASTERS, Recipe, Workload, make_inputs, randomize
+
+from sd_perf.config import Config, DiffusionConfig, UNetConfig
+from sd_perf.reference.step import DiffusionStep
+from sd_perf.reference.unet import UNet
+from sd_perf.training.optimizer import build_optimizer
+
+ROOT = Path(__file__).parents[2]
+TINY = UNetConfig(
+    model_channels=32,
+    channel_mult=(1, 2),
+    attention_resolutions=(1, 2),
+    num_head_channels=32,
+    context_dim=32,
+    transformer_groups=8,
+)
+RECIPES = [dataclasses.replace(recipe, attention=SDPBackend.MATH) for recipe in (FP32, AUTOCAST, MASTERS)]
+H100 = "NVIDIA H100 80GB HBM3"
+MEASURED = {
+    "samples_per_second": 100.0,
+    "ms_per_sample": 10.0,
+    "peak_memory_bytes": 2**30,
+    "loss_start": 1.0,
+    "loss_end": 0.9,
+}
+
+
+class FakeClock:
+    """A clock whose intervals are given."""
+
+    def __init__(self, milliseconds: list[float]) -> None:
+        self._milliseconds = milliseconds
+        self._marks = 0
+
+    def mark(self) -> None:
+        self._marks += 1
+
+    def intervals(self) -> list[float]:
+        return self._milliseconds[: self._marks - 1]
+
+
+def tiny_workload(recipe: Recipe) -> Workload:
+    return Workload(recipe, TINY, batch=2, device="cpu", latent_size=8, context_tokens=5)
+
+
+def make_report(rows: list[dict[str, Any]], checks: list[gpu_checks.Check]) -> dict[str, Any]:
+    report = {"environment": {"gpu": H100, "torch": torch.__version__}, "correctness": checks, "rows": rows}
+    return report | {"notes": [], "command": "", "git_sha": None, "date": "2026-01-01"}
+
+
+def test_rates_are_those_of_the_settled_half() -> None:
+    calls: list[int] = []
+    intervals = timing.timed(lambda: calls.append(0), 10, FakeClock([50.0] * 5 + [100.0, 100.0, 100.0, 900.0, 100.0]))
+    rates = timing.rates(intervals, batch=20)
+    assert len(calls) == 10
+    assert rates["ms_per_iteration"] == 100.0
+    assert rates["ms_per_sample"] == 5.0
+    assert rates["samples_per_second"] == 200.0
+    assert rates["samples_per_second_first_tenth"] == 400.0
+
+
+def test_budget_is_shared_and_can_be_overspent() -> None:
+    now = iter([0.0, 10.0, 10.0, 130.0, 130.0])
+    budget = timing.Budget(100.0, lambda: next(now))
+    assert budget.left() == 90.0
+    assert budget.share(9) == 10.0
+    assert budget.left() == -30.0
+    assert budget.share(3) == 0.0
+    assert timing.repetitions(-5.0, 0.1, least=10, most=100) == 10
+    assert timing.repetitions(5.0, 0.1, least=10, most=40) == 40
+    assert timing.repetitions(5.0, 0.25, least=10, most=40) == 20
+
+
+def test_an_unknown_gpu_has_no_peak() -> None:
+    assert gpu_environment.peak_flops(H100) == 989e12
+    assert gpu_environment.peak_flops("NVIDIA H100 PCIe") is None
+    rung = Rung(AUTOCAST, 8, True)
+    assert make_row(H100, rung, MEASURED)["mfu"] == pytest.approx(0.2436, abs=1e-4)
+    assert make_row("NVIDIA H100 PCIe", rung, MEASURED)["mfu"] is None
+
+
+def test_telemetry_tells_of_the_settled_half() -> None:
+    samples = [
+        *(["345", "80", "30", "0x1"], ["1980", "400", "45", "0x0"]),
+        ["1755", "695.2", "61", "0x0000000000000004"],
+        ["1725", "[N/A]", "63", "0x24"],
+    ]
+    assert gpu_environment.summarise_telemetry(samples) == {
+        "sm_clock_mhz": 1740.0,
+        "power_w": 695.2,
+        "temperature_c": 63.0,
+        "clock_event_reasons": ["software power cap", "software thermal slowdown"],
+    }
+    assert set(gpu_environment.summarise_telemetry([]).values()) == {None}
+
+
+def test_telemetry_samples_while_the_block_runs() -> None:
+    answers = itertools.count()
+    third = threading.Event()
+
+    def query() -> list[str] | None:
+        number = next(answers)
+        if number == 3:
+            third.set()
+        return None if number == 0 else [str(1000 + number), "1", "2", "0x0"]
+
+    with gpu_environment.Telemetry(query, period_seconds=0.001) as telemetry:
+        assert third.wait(10)
+    assert telemetry.summary()["sm_clock_mhz"] >= 1001
+
+
+def test_nvidia_smi_is_only_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def answer(command: list[str]) -> str:
+        commands.append(command)
+        return "1980, 695.2"
+
+    monkeypatch.setattr(gpu_environment, "_output_of", answer)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="12-34"))
+    assert gpu_environment.nvidia_smi(("clocks.sm", "power.draw")) == ["1980", "695.2"]
+    query = "--query-gpu=clocks.sm,power.draw"
+    assert commands == [["nvidia-smi", query, "--format=csv,noheader,nounits", "--id=GPU-12-34"]]
+    assert gpu_environment.nvidia_smi(("clocks.sm",)) is None
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.implementation)
+def test_replays_that_do_the_same_are_green(recipe: Recipe) -> None:
+    workload = tiny_workload(recipe)
+    checks = gpu_checks.check_replay(workload, lambda: workload.iteration, recipe.implementation)
+    assert [check["error"] for check in checks] == [0, 0, 0]
+    assert gpu_checks.passed(checks)
+
+
+def _skip_draws(workload: Workload) -> Callable[[], object]:
+    def replay() -> None:
+        workload.iteration()
+        workload.sample_indices.copy_(torch.arange(workload.batch))
+
+    return replay
+
+
+def _skip_optimizer(workload: Workload) -> Callable[[], object]:
+    workload.optimizer.step = lambda: None  # type: ignore[assignment,method-assign]
+    return workload.iteration
+
+
+def _run_while_capturing(workload: Workload) -> Callable[[], object]:
+    workload.iteration()
+    return workload.iteration
+
+
+@pytest.mark.parametrize("broken", [_skip_draws, _skip_optimizer, _run_while_capturing])
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.implementation)
+def test_replays_that_differ_are_red(recipe: Recipe, broken: Callable[[Workload], Callable[[], object]]) -> None:
+    workload = tiny_workload(recipe)
+    checks = gpu_checks.check_replay(workload, lambda: broken(workload), recipe.implementation)
+    assert not gpu_checks.passed(checks)
+
+
+def test_the_iteration_is_the_reference_step() -> None:
+    workload = tiny_workload(RECIPES[0])
+    unet = UNet(TINY)
+    randomize(unet, seed=0)
+    optimizer = build_optimizer(unet, Config())
+    optimizer.param_groups[0]["lr"] = Config().learning_rate
+    step = DiffusionStep(DiffusionConfig(), seed=0)
+    indices = torch.arange(2)
+    moments, context = make_inputs(TINY, indices, latent_size=8, context_tokens=5, seed=0)
+    for number in range(3):
+        workload.iteration()
+        optimizer.zero_grad()
+        loss = step(unet, moments, context, indices + 2 * number)
+        loss.backward()
+        optimizer.step()
+        torch.testing.assert_close(workload.loss, loss.detach(), rtol=1e-5, atol=0)
+    for mine, plain in zip(workload.masters.parameters(), unet.parameters(), strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-4, atol=2e-5)
+
+
+def test_bf16_weights_are_the_rounded_masters() -> None:
+    workload = tiny_workload(RECIPES[2])
+    before = workload.masters.out[2].weight.clone()
+    for _ in range(3):
+        workload.iteration()
+    assert not torch.equal(before, workload.masters.out[2].weight)
+    for weight, master in zip(workload.unet.parameters(), workload.masters.parameters(), strict=True):
+        assert weight.dtype == torch.bfloat16
+        assert torch.equal(weight, master.bfloat16())
+
+
+def test_precisions_are_held_to_float64() -> None:
+    checks = gpu_checks.check_precisions(TINY, 8, RECIPES, "cpu", "cpu", gradients=True)
+    assert len(checks) == 6
+    assert gpu_checks.passed(checks)
+    errors = {check["check"]: check["error"] for check in checks}
+    assert errors["plain_fp32: output"] < 1e-5 < 1e-3 < errors["plain_autocast: output"]
+    mislabelled = [dataclasses.replace(RECIPES[1], implementation="plain_fp32")]
+    assert not gpu_checks.passed(gpu_checks.check_precisions(TINY, 8, mislabelled, "cpu", "cpu", gradients=False))
+
+
+def test_draws_equal_themselves() -> None:
+    assert gpu_checks.passed(gpu_checks.check_draws("cpu"))
+
+
+def test_nan_never_passes_and_nothing_is_not_green() -> None:
+    check = gpu_checks.make_check("a", float("nan"), 1.0)
+    assert not check["passed"]
+    assert check["error"] is None
+    assert not gpu_checks.passed([])
+
+
+def test_bits_are_compared_not_values() -> None:
+    nan = torch.tensor([float("nan"), 0.0, 1.0])
+    assert gpu_checks.differing([nan], [nan.clone()]) == 0
+    assert gpu_checks.differing([nan], [torch.tensor([float("nan"), -0.0, 1.0])]) == 1
+
+
+def test_memory_that_runs_out_is_a_row_and_not_a_crash() -> None:
+    def fail_to_end_the_capture() -> dict[str, Any]:
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        finally:
+            raise RuntimeError("capture invalidated")
+
+    def break_otherwise() -> dict[str, Any]:
+        raise RuntimeError("no kernel")
+
+    assert attempt(lambda: MEASURED) == MEASURED
+    assert attempt(fail_to_end_the_capture)["status"] == "out of memory"
+    assert attempt(break_otherwise) == {"status": "failed", "reason": "no kernel"}
+
+
+def test_a_run_that_does_not_train_is_not_timed() -> None:
+    check_losses(1.0, 1.0005, 0.5)
+    with pytest.raises(ValueError, match="first timed loss"):
+        check_losses(1.0, 1.1, 0.5)
+    with pytest.raises(ValueError, match="first timed loss"):
+        check_losses(1.0, float("nan"), 0.5)
+    with pytest.raises(ValueError, match="at the end"):
+        check_losses(1.0, 1.0, float("nan"))
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_a_rung_is_timed_in_the_seconds_it_has(graph: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    workload = tiny_workload(RECIPES[1])
+    telemetry = gpu_environment.Telemetry(lambda: None)
+    monkeypatch.setattr(workload, "capture", lambda: SimpleNamespace(replay=workload.iteration))
+    monkeypatch.setattr(gpu_acceptance, "Workload", lambda *_: workload)
+    monkeypatch.setattr(gpu_acceptance, "CudaClock", lambda: FakeClock([50.0] * 100))
+    monkeypatch.setattr(gpu_acceptance, "Telemetry", lambda: telemetry)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    rung = Rung(RECIPES[1], 2, graph)
+    row = make_row("a CPU", rung, gpu_acceptance.time_iterations(rung, seconds=0.5))
+    assert row["status"] == "measured"
+    assert row["mfu"] is None
+    assert row["timed_iterations"] == gpu_acceptance.LEAST_REPLAYS
+    assert row["samples_per_second"] == 40.0
+    assert row["loss_start"] == row["loss_warm_up"]
+    assert row["loss_end"] != row["loss_start"]
+    missing = {key for key in gpu_acceptance.MEASURED_KEYS if row[key] is None}
+    assert missing == {"mfu", *gpu_environment.TELEMETRY_KEYS}
+    assert "samples/s" in summary(make_report([row], []))
+
+
+def test_rows_of_a_run_that_meets_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    outcomes = iter([MEASURED, {"status": "out of memory", "reason": "2 GiB"}, {"status": "failed", "reason": "odd"}])
+    clock = itertools.count(0.0, 6.0)
+    saved: list[int] = []
+    rows = measure_rows(
+        H100,
+        plan_rungs([8, 16]),
+        timing.Budget(40.0, lambda: next(clock)),
+        lambda rung, seconds: next(outcomes),
+        lambda rows: saved.append(len(rows)),
+    )
+    assert saved == [1, 2, 3, 4, 5]
+    assert [row["status"] for row in rows] == ["measured", "out of memory", "failed", "left out", "left out"]
+    assert [row["implementation"] for row in rows[:2]] == ["plain_autocast_eager", "plain_autocast"]
+    assert [row["batch"] for row in rows] == [8, 8, 16, 8, 16]
+    assert len({tuple(row) for row in rows}) == 1
+    assert all(row["samples_per_second"] is None for row in rows[1:])
+
+    green = [gpu_checks.make_check("draws", 0.0, 0.0)]
+    report = make_report(rows, green)
+    json.dumps(report, allow_nan=False)
+    text = summary(report)
+    assert "24.4%" in text
+    assert "left out: the budget of 40 s" in text.splitlines()[-1]
+    assert exit_code(report, ["correctness", "throughput"]) == 1
+    assert exit_code(make_report(rows[:2], green), ["correctness", "throughput"]) == 0
+    assert exit_code(make_report([], []), ["environment"]) == 0
+    capsys.readouterr()
+
+
+def test_red_code_gets_no_speed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(*_: object) -> dict[str, Any]:
+        raise AssertionError("timed although red")
+
+    def break_down() -> list[gpu_checks.Check]:
+        raise RuntimeError("No available kernel")
+
+    groups = [("draws", lambda: [gpu_checks.make_check("draws", 0.0, 0.0)]), ("attention", break_down)]
+    monkeypatch.setattr(gpu_acceptance, "describe", lambda: {"gpu": H100, "torch": "2"})
+    monkeypatch.setattr(gpu_acceptance, "gpu_checks", lambda: groups)
+    monkeypatch.setattr(gpu_acceptance, "measure_rung", refuse)
+    monkeypatch.setattr(gpu_acceptance, "set_arithmetic", lambda timing: None)
+    options = gpu_acceptance.parse(["--output", str(tmp_path), "--parts", "correctness,throughput", "--git-sha", "abc"])
+    report = make_report([], [])
+    gpu_acceptance.run_parts(report, options, timing.Budget(60), lambda: None)
+    assert report["rows"] == []
+    assert [check["passed"] for check in report["correctness"]] == [True, False]
+    assert report["correctness"][1]["note"] == "No available kernel"
+    assert report["git_sha"] == "abc"
+    assert "No throughput was measured" in summary(report).splitlines()[-1]
+    assert exit_code(report, options.parts) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batches", "8,x"], "whole numbers"),
+        (["--batches", "0"], "at least 1"),
+        (["--parts", "speed"], "no part is called 'speed'"),
+        (["--parts", "throughput"], "needs correctness"),
+    ],
+)
+def test_options_that_make_no_sense(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        gpu_acceptance.parse(["--output", str(tmp_path), *arguments])
+    assert leaving.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_acceptance.main(["--output", str(tmp_path / "out")]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+BLOCKED_IMPORTS = """
+import importlib.abc, sys
+
+ALLOWED = {
+    "torch", "triton", "numpy", "torchgen", "functorch",
+    "filelock", "typing_extensions", "sympy", "mpmath", "networkx", "jinja2", "markupsafe", "fsspec",
+    "setuptools", "_distutils_hack", "pkg_resources",
+    "sd_perf", "gpu_acceptance", "gpu_checks", "gpu_environment", "gpu_workload", "timing",
+}
+
+class Blocker(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        top = name.partition(".")[0]
+        if top not in ALLOWED and top not in sys.stdlib_module_names:
+            raise ModuleNotFoundError(f"{name} is blocked", name=name)
+
+sys.meta_path.insert(0, Blocker())
+sys.path.insert(0, "benchmarks")
+for name in ("yaml", "PIL", "tyro"):
+    try:
+        __import__(name)
+    except ModuleNotFoundError:
+        continue
+    sys.exit(f"{name} is not blocked")
+import gpu_acceptance, sd_perf.config, sd_perf.reference.step, sd_perf.reference.unet
+gpu_acceptance.parse(["--output", "unused"])
+"""
+
+
+def test_torch_triton_and_numpy_are_enough() -> None:
+    result = subprocess.run([sys.executable, "-c", BLOCKED_IMPORTS], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
