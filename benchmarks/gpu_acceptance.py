@@ -233,9 +233,10 @@ def _row_line(row: dict[str, Any]) -> str:
 
 
 def exit_code(report: dict[str, Any], parts: list[str]) -> int:
-    """1 where a check is red or a row failed, else 0; memory or time that ran out is a finding, not a failure."""
+    """1 where a check is red or a measurement failed, else 0; running out of memory or time is a finding."""
     red = "correctness" in parts and not passed(report["correctness"])
-    return int(red or any(row["status"] == "failed" for row in report["rows"]))
+    measured = [report["environment"].get("ceilings", {}), *report["rows"]]
+    return int(red or any(values.get("status") == "failed" for values in measured))
 
 
 def set_arithmetic(timing: bool) -> None:

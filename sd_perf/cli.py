@@ -24,7 +24,7 @@ try:
 except ImportError as missing:
     sys.exit(f"sd-perf: the command line needs {missing.name}; pip install 'sd-perf[cli]'")
 
-from sd_perf.config import Config
+from sd_perf.config import Config, SamplingConfig
 
 _INTERRUPTED = 75  # EX_TEMPFAIL: saved; run me again
 _RANK = int(os.environ.get("RANK", "0"))
@@ -93,8 +93,10 @@ def sample(
 
     checkpoint, run = newest_checkpoint(source)
     config = read_run_config(run)
-    given = {"steps": steps, "guidance_scale": guidance_scale}
-    sampling = dataclasses.replace(config.sampling, **{k: v for k, v in given.items() if v is not None})
+    sampling = SamplingConfig(
+        steps=config.sampling.steps if steps is None else steps,
+        guidance_scale=config.sampling.guidance_scale if guidance_scale is None else guidance_scale,
+    )
     config = dataclasses.replace(config, sampling=sampling)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     decode = read_decoder(autoencoder)

@@ -14,8 +14,9 @@ def build_unet(config: UNetConfig, seed: int, device: torch.device) -> UNet:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet = UNet(config)
-    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-    return unet.to(device=device, memory_format=layout)
+    # NHWC is what tensor cores want; memory_format is missing from torch's annotations of Module.to
+    layout = {"memory_format": torch.channels_last} if device.type == "cuda" else {}
+    return unet.to(device, **layout)  # type: ignore[call-overload]
 
 
 def build_text_encoder(config: Config, device: torch.device) -> torch.nn.Module:

@@ -72,10 +72,8 @@ def _model_config(open_clip: Any, model: str) -> dict[str, Any]:
 
 def _text_weights(path: Path) -> dict[str, torch.Tensor]:
     """Text-tower weights of an LDM checkpoint or of a whole open_clip model; the causal mask is a constant."""
-    if path.suffix == ".ckpt":
-        state = split_components(read_ldm_checkpoint(path))["text"]
-    else:
-        state = _read_open_clip(path)
+    is_ldm = path.suffix == ".ckpt"
+    state = split_components(read_ldm_checkpoint(path))["text"] if is_ldm else _read_open_clip(path)
     tower = {name: value for name, value in state.items() if not name.startswith("visual.")}
     for constant in ("attn_mask", "logit_scale", "logit_bias"):
         tower.pop(constant, None)

@@ -60,10 +60,11 @@ def dry_run(config: Config, world_size: int) -> dict[str, Any]:
 
 def _inputs(config: Config, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One sample's latents, timesteps and text states on the meta device."""
-    size, options = config.data.latent_size, {"device": "meta", "dtype": dtype}
-    latents = torch.empty(1, config.model.in_channels, size, size, **options)
-    context = torch.empty(1, config.data.context_tokens, config.model.context_dim, **options)
-    return latents, torch.zeros(1, dtype=torch.int64, device="meta"), context
+    size = config.data.latent_size
+    with torch.device("meta"):
+        latents = torch.empty(1, config.model.in_channels, size, size, dtype=dtype)
+        context = torch.empty(1, config.data.context_tokens, config.model.context_dim, dtype=dtype)
+        return latents, torch.zeros(1, dtype=torch.int64), context
 
 
 def _flops(unet: UNet, config: Config) -> tuple[int, int]:

@@ -97,8 +97,8 @@ class Trainer:
         loss = self.world.sum([self.loss.item()])[0] / self.world.size
         if not math.isfinite(loss):
             raise UserError(
-                f"loss is {loss} after {self.samples:,} samples; nothing of this step was saved, the newest "
-                f"checkpoint is {self.store.newest()}; lower optimizer.base_learning_rate or use training.precision fp32"
+                f"loss is {loss} after {self.samples:,} samples; this state was not saved, the newest checkpoint is "
+                f"{self.store.newest()}; lower optimizer.base_learning_rate or set training.precision to fp32"
             )
         return loss
 
