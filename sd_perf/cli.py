@@ -9,11 +9,12 @@ import json as json_module
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from sd_perf.errors import UserError
+from sd_perf.errors import ConfigError, UserError
 
 try:
     import tyro
@@ -27,14 +28,20 @@ except ImportError as missing:
 from sd_perf.config import Config, SamplingConfig
 
 _INTERRUPTED = 75  # EX_TEMPFAIL: saved; run me again
-_RANK = int(os.environ.get("RANK", "0"))
+_RANK, _LOCAL_RANK = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
 _Settings = Annotated[Config, tyro.conf.arg(name="")]
 _console = Console(quiet=_RANK > 0)
 _DESCRIPTION = "A fast, checkable trainer of the MLPerf text-to-image benchmark (Stable Diffusion v2)."
 
 
 def train(
-    config: Path, settings: _Settings, resume: bool = False, dry_run: bool = False, ranks: int = 1, json: bool = False
+    config: Path,
+    settings: _Settings,
+    resume: bool = False,
+    fresh: bool = False,
+    dry_run: bool = False,
+    ranks: int = 1,
+    json: bool = False,
 ) -> int:
     """Train a UNet. Every field of the preset can be overridden.
 
@@ -42,6 +49,7 @@ def train(
         config: YAML preset, such as configs/train_512_moments.yaml
         settings: fields of the preset
         resume: continue the run in its folder from its newest checkpoint (begin it where there is none)
+        fresh: move an earlier run in the folder aside (runs/smoke becomes runs/smoke.1, ...) and begin anew
         dry_run: print parameters, FLOPs, memory and batch arithmetic of the run, and exit
         ranks: processes that the dry run counts with
         json: print the dry run as JSON
@@ -53,7 +61,7 @@ def train(
 
     world = start_world(settings.training.device)
     try:
-        stop_reason = launch(settings, world, resume, _console)
+        stop_reason = launch(settings, world, resume, fresh, _console)
     finally:
         stop_world()
     if stop_reason is None:
@@ -85,12 +93,14 @@ def sample(
     """
     import torch
 
-    from sd_perf.evaluation.generate import generate, save_pictures
+    from sd_perf.evaluation.generate import generate, picture_paths, save_pictures
     from sd_perf.models.build import build_text_encoder, build_unet
     from sd_perf.models.sources import newest_checkpoint, read_decoder, read_unet
     from sd_perf.models.weight_files import load_into
     from sd_perf.training.run_folder import read_run_config
 
+    if not prompt:
+        raise UserError("--prompt: give one or more prompts")
     checkpoint, run = newest_checkpoint(source)
     config = read_run_config(run)
     sampling = SamplingConfig(
@@ -99,12 +109,12 @@ def sample(
     )
     config = dataclasses.replace(config, sampling=sampling)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    decode = read_decoder(autoencoder)
     unet = build_unet(config.model, 0, device)
     load_into(unet, read_unet(checkpoint)[0], "the UNet", checkpoint)
-    images = generate(unet.eval(), build_text_encoder(config, device), decode, list(prompt), config, seed)
-    for path in save_pictures(images, list(prompt), output):
-        _console.print(path, highlight=False)
+    decode, text_encoder = read_decoder(autoencoder), build_text_encoder(config, device)
+    paths = picture_paths(list(prompt), output)
+    save_pictures(generate(unet.eval(), text_encoder, decode, list(prompt), config, seed), paths)
+    _console.print(*paths, sep="\n", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -180,19 +190,13 @@ def prepare(
     from sd_perf.models.build import build_text_encoder
     from sd_perf.models.sources import read_encoder
 
+    folder = _shards_folder(settings)
     samples = read_captioned_images(images, captions or "")
     precomputed = settings.data.context == "precomputed"
     text_encoder = build_text_encoder(settings, torch.device("cpu")) if precomputed else None
-    pixels = 8 * settings.data.latent_size
-    folder = Path(settings.data.path)
+    pixels, encode = 8 * settings.data.latent_size, read_encoder(autoencoder)
     count = prepare_moments(
-        samples,
-        read_encoder(autoencoder),
-        folder,
-        pixels,
-        samples_per_shard,
-        text_encoder,
-        captions_per_image=captions_per_image,
+        samples, encode, folder, pixels, samples_per_shard, text_encoder, captions_per_image=captions_per_image
     )
     _console.print(f"{count} samples of {pixels}x{pixels} pixels -> {folder}", highlight=False)
     return 0
@@ -208,11 +212,16 @@ def synthetic(config: Path, settings: _Settings, samples: int = 4096) -> int:
     """
     from sd_perf.data.synthetic import write_synthetic_shards
 
-    data = settings.data
-    folder, seed = Path(data.path), settings.training.seed or 0
+    data, folder, seed = settings.data, _shards_folder(settings), settings.training.seed or 0
     write_synthetic_shards(folder, samples, data.latent_size, data.context_tokens, settings.model.context_dim, seed)
     _console.print(f"{samples} synthetic samples -> {folder}", highlight=False)
     return 0
+
+
+def _shards_folder(settings: Config) -> Path:
+    if not settings.data.path:
+        raise ConfigError("data.path: '' cannot be used; it must be the folder to write the shards to")
+    return Path(settings.data.path)
 
 
 def data() -> int:
@@ -239,8 +248,9 @@ def main(arguments: list[str] | None = None) -> None:
         code = _run([argument for argument in arguments if argument != "--debug"])
     except UserError as error:
         if debug:
-            raise
-        print(f"sd-perf: {f'rank {_RANK}: ' if _RANK else ''}{error}", file=sys.stderr)
+            traceback.print_exc()
+        if not (_LOCAL_RANK and isinstance(error, ConfigError)):  # one process of a node speaks of what all have read
+            print(f"sd-perf: {f'rank {_RANK}: ' if _RANK else ''}{error}", file=sys.stderr)
         code = 2
     except BrokenPipeError:  # the reader of our output has left; so that Python does not complain at exit:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -256,7 +266,9 @@ def _run(arguments: list[str]) -> int:
     if chosen in (train, prepare, synthetic):
         preset = _preset_of(arguments)
         commands = {**commands, arguments[0]: functools.partial(chosen, settings=preset)}
-    return tyro.extras.subcommand_cli_from_dict(commands, args=arguments, prog=prog, description=_DESCRIPTION)
+    return tyro.extras.subcommand_cli_from_dict(
+        commands, args=arguments, prog=prog, description=_DESCRIPTION, console_outputs=_LOCAL_RANK == 0
+    )
 
 
 def _preset_of(arguments: list[str]) -> Config:
@@ -271,26 +283,12 @@ def _preset_of(arguments: list[str]) -> Config:
 
 
 def _dry_run(settings: Config, ranks: int, as_json: bool) -> int:
-    from sd_perf.training.dry_run import dry_run
+    from sd_perf.training.dry_run import as_table, dry_run
 
     facts = dry_run(settings, ranks)
     if as_json:
         return _print_json(facts)
-    memory, batch = facts["memory_bytes"], facts["batch"]
-    table = Table(show_header=False, title="dry run", title_justify="left")
-    table.add_row("parameters", f"{facts['parameters']:,} in {facts['tensors']} tensors")
-    table.add_row("forward", f"{facts['gflops_forward']:,.1f} GFLOP per sample")
-    table.add_row("forward + backward", f"{facts['gflops_forward_backward']:,.1f} GFLOP per sample")
-    parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items() if name != "total")
-    table.add_row("memory per rank", f"{memory['total'] / 2**30:.2f} GiB: {parts}")
-    table.add_row(
-        "batch",
-        f"{batch['global']} samples per step = {batch['ranks']} ranks x {batch['accumulate_steps']} "
-        f"accumulation steps x {batch['per_rank_and_pass']}",
-    )
-    table.add_row("learning rate", f"{facts['learning_rate']:.4g} after {settings.optimizer.warmup_steps} steps")
-    table.add_row("steps", f"{facts['steps']:,}, a checkpoint every {facts['steps_between_checkpoints']:,}")
-    _console.print(table)
+    _console.print(as_table(facts))
     return 0
 
 

@@ -13,11 +13,16 @@ import yaml
 
 from sd_perf.config import Config
 from sd_perf.errors import ConfigError
+from sd_perf.files import one_line
 
 
 def load_preset(path: str | Path) -> Config:
     """Config of a YAML file, `extends:` chains included. Raises ConfigError for anything it does not know."""
-    return config_from_dict(_read_chain(Path(path), ()))
+    tree = _read_chain(Path(path))
+    try:
+        return config_from_dict(tree)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def config_from_dict(tree: dict[str, Any]) -> Config:
@@ -38,21 +43,22 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _read_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+def _read_chain(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if path.resolve() in extended_by:
+        raise ConfigError(f"{path}: extends itself; name another file, or take `extends` out")
     if not path.is_file():
-        raise ConfigError(f"{path}: no such config file; presets are in configs/")
-    if path.resolve() in seen:
-        raise ConfigError(f"{path}: extends itself")
+        advice = f"{extended_by[-1]} extends it" if extended_by else "presets are in configs/"
+        raise ConfigError(f"{path}: no such config file; {advice}")
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a YAML file ({' '.join(str(error).split())})") from error
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML ({one_line(error)})") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must hold sections such as `training:`, not a {type(tree).__name__}")
     base = tree.pop("extends", None)
     if base is None:
         return tree
-    return _merge(_read_chain(path.parent / str(base), (*seen, path.resolve())), tree)
+    return _merge(_read_chain(path.parent / str(base), (*extended_by, path.resolve())), tree)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -105,7 +111,7 @@ def _scalar(value: Any, hint: type, key: str) -> Any:
     if hint is float and not isinstance(value, bool):
         try:
             return float(value)  # YAML 1.1 reads 1e-4, without a point, as text
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             pass
     elif type(value) is hint:
         return value

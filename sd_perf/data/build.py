@@ -28,4 +28,4 @@ def build_loader(config: Config, seed: int, world: World) -> Loader:
     if data.format == "synthetic":
         return SyntheticLoader(data, latent_scale=config.diffusion.latent_scale, **options)
     world.on_main(lambda: len(ShardIndex.open(data.path, data.index)))
-    return PortableLoader(data, **options)
+    return world.together(lambda: PortableLoader(data, **options))

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from sd_perf.errors import DataError
+from sd_perf.files import disk_errors
 
 INDEX_NAME = "sd_perf_index.npz"
 _PARTS = {"npy": "moments", "txt": "caption", "context.npy": "context"}
@@ -38,19 +39,11 @@ _log = logging.getLogger(__name__)
 
 
 @contextmanager
-def _disk_errors(path: Path, remedy: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"{path} cannot be written ({error.strerror or error}); {remedy}") from error
-
-
-@contextmanager
 def _written_aside(path: Path, remedy: str) -> Iterator[io.BufferedWriter]:
     """A stream that becomes `path` when the block ends well, and leaves nothing when it does not."""
     aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        with _disk_errors(path, remedy):
+        with disk_errors(path, remedy, DataError):
             with aside.open("wb") as stream:
                 yield stream
             aside.replace(path)
@@ -243,7 +236,7 @@ class ShardWriter:
             raise DataError(f"{shard} exists already; write to another folder, or move the old shards away")
 
     def _guard(self) -> AbstractContextManager[None]:
-        return _disk_errors(self.folder, "make room or choose another folder")
+        return disk_errors(self.folder, "make room or choose another folder", DataError)
 
     def write(
         self,

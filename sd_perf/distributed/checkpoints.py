@@ -22,6 +22,9 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from sd_perf.errors import CheckpointError
 from sd_perf.files import one_line, sync_folder, write_json
 
+MAKE_ROOM = "make room, then continue the run with --resume"
+"""what to do where a file of a run cannot be written"""
+GO_BACK = "move this checkpoint away to go back to an older one"
 _NAME = re.compile(r"samples_(\d{10})")
 _ASIDE = ".writing_"
 _ERRORS = (Exception, CheckpointException)  # the library's own error is no Exception but a BaseException
@@ -49,6 +52,11 @@ class CheckpointStore:
         """The newest complete checkpoint."""
         return next(reversed(self.complete()), None)
 
+    def newest_in_words(self) -> str:
+        """What there is to go back to, for messages."""
+        newest = self.newest()
+        return f"the newest complete checkpoint is {newest}" if newest else "there is no complete checkpoint yet"
+
     def save(self, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> Path:
         """Copy the tensors to the host, then write them in a thread; returns the folder they will have.
 
@@ -72,9 +80,10 @@ class CheckpointStore:
         """CheckpointError where the last write failed; does not block."""
         failure, self._failure = self._failure, None
         if failure is not None:
-            newest = self.newest()
-            kept = f"the newest complete one is {newest}" if newest else "there is no complete one yet"
-            raise CheckpointError(f"{self.folder}: a checkpoint could not be written ({_root_cause(failure)}); {kept}")
+            raise CheckpointError(
+                f"{self.folder}: a checkpoint could not be written ({_root_cause(failure)}); "
+                f"{self.newest_in_words()}; {MAKE_ROOM}"
+            )
 
     def _write(self, path: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
         aside = path.with_name(_ASIDE + path.name)
@@ -105,9 +114,14 @@ def read_state(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
-        return json.loads((path / "state.json").read_text(encoding="utf-8"))
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a checkpoint of sd-perf (state.json: {one_line(error)})") from error
+        raise CheckpointError(
+            f"{path}: not a checkpoint of sd-perf (state.json: {one_line(error)}); {GO_BACK}"
+        ) from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: not a checkpoint of sd-perf (state.json holds no entries); {GO_BACK}")
+    return state
 
 
 def load_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -125,7 +139,7 @@ def load_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     try:
         dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(path), no_dist=True)
     except _ERRORS as error:  # the library raises many kinds for damaged files
-        raise CheckpointError(f"{path}: damaged ({_root_cause(error)}); use an older checkpoint of the run") from error
+        raise CheckpointError(f"{path}: damaged ({_root_cause(error)}); {GO_BACK}") from error
 
 
 def load_component(path: Path, component: str) -> dict[str, torch.Tensor]:
@@ -148,12 +162,12 @@ def _read_metadata(path: Path) -> Metadata:
     try:
         metadata = dcp.FileSystemReader(path).read_metadata()
     except _ERRORS as error:  # a truncated pickle raises many kinds
-        raise CheckpointError(f"{path}: damaged (.metadata: {_root_cause(error)})") from error
+        raise CheckpointError(f"{path}: damaged (.metadata: {_root_cause(error)}); {GO_BACK}") from error
     for entry in metadata.storage_data.values():
         file, needed = path / entry.relative_path, entry.offset + entry.length
         size = file.stat().st_size if file.is_file() else 0
         if size < needed:
-            raise CheckpointError(f"{file}: truncated ({size} of at least {needed} bytes); use an older checkpoint")
+            raise CheckpointError(f"{file}: truncated ({size} of at least {needed} bytes); {GO_BACK}")
     return metadata
 
 

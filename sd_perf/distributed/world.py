@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from sd_perf.errors import ConfigError, UserError
+
+Value = TypeVar("Value")
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,14 @@ class World:
         dist.all_reduce(total, group=self.cpu_group)
         return total.tolist()
 
+    def max(self, value: int) -> int:
+        """Largest value of any rank."""
+        if self.size == 1:
+            return value
+        largest = torch.tensor(value)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.cpu_group)
+        return int(largest)
+
     def gather(self, value: Any) -> list[Any]:
         """The value of every rank, in rank order."""
         if self.size == 1:
@@ -43,16 +56,36 @@ class World:
         dist.all_gather_object(values, value, group=self.cpu_group)
         return values
 
-    def on_main(self, function: Callable[[], Any]) -> Any:
+    def together(self, function: Callable[[], Value]) -> Value:
+        """The function's value on each rank; where one raises a UserError, rank 0 raises it and every rank leaves.
+
+        A rank that left alone would let the others wait for it in their next collective. The function must make no
+        agreements of its own.
+        """
+        if self.size == 1:
+            return function()
+        failure: UserError | None = None
+        try:
+            value = function()
+        except UserError as error:
+            _log.info("this rank failed", exc_info=error)
+            failure = error
+        if self.max(int(failure is not None)):
+            rank, told = next((rank, error) for rank, error in enumerate(self.gather(failure)) if error)
+            raise (failure or UserError(f"rank {rank}: {told}")) if self.is_main else SystemExit(2)
+        return value
+
+    def on_main(self, function: Callable[[], Value]) -> Value:
         """The function's value, computed by rank 0 alone; where that raises a UserError, every rank leaves with 2."""
+        if self.size == 1:
+            return function()
         box: list[Any] = [None]
         if self.is_main:
             try:
                 box = [function()]
             except UserError as error:
                 box = [error]
-        if self.size > 1:
-            dist.broadcast_object_list(box, src=0, group=self.cpu_group)
+        dist.broadcast_object_list(box, src=0, group=self.cpu_group)
         if isinstance(box[0], UserError):
             raise box[0] if self.is_main else SystemExit(2)
         return box[0]

@@ -14,6 +14,7 @@ from sd_perf.config import Config
 from sd_perf.diffusion.ddim import ddim_sample
 from sd_perf.diffusion.randomness import Stream, normal
 from sd_perf.errors import UserError
+from sd_perf.files import disk_errors
 
 Decoder = Callable[[torch.Tensor], torch.Tensor]
 
@@ -46,18 +47,25 @@ def generate(
     return torch.cat(pictures)
 
 
-def save_pictures(images: torch.Tensor, prompts: list[str], folder: Path) -> list[Path]:
-    """One PNG per picture, `0000_<start of the prompt>.png`; existing files are not overwritten."""
-    from PIL import Image
-
-    folder.mkdir(parents=True, exist_ok=True)
+def picture_paths(prompts: list[str], folder: Path) -> list[Path]:
+    """One `0000_<start of the prompt>.png` per prompt in a folder made for them; UserError where one is there."""
     paths = []
-    for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+    for i, prompt in enumerate(prompts):
         words = "".join(c if c.isalnum() else "_" for c in prompt)[:40].strip("_")
-        path = folder / f"{i:04d}_{words}.png"
+        paths.append(folder / f"{i:04d}_{words}.png")
+    for path in paths:
         if path.exists():
             raise UserError(f"{path}: exists already; choose another --output")
-        pixels = (image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-        Image.fromarray(pixels).save(path)
-        paths.append(path)
+    with disk_errors(folder, "choose another --output"):
+        folder.mkdir(parents=True, exist_ok=True)
     return paths
+
+
+def save_pictures(images: torch.Tensor, paths: list[Path]) -> None:
+    """One PNG per picture."""
+    from PIL import Image
+
+    for image, path in zip(images, paths, strict=True):
+        pixels = (image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+        with disk_errors(path, "make room, or choose another --output"):
+            Image.fromarray(pixels).save(path)

@@ -26,7 +26,7 @@ def build_text_encoder(config: Config, device: torch.device) -> torch.nn.Module:
     encoder = OpenClipTextEncoder(config.text_encoder).to(device)
     if encoder.width != config.model.context_dim:
         raise ConfigError(
-            f"model.context_dim: {config.model.context_dim} cannot be used; "
-            f"{config.text_encoder.model} gives states of {encoder.width} channels"
+            f"model.context_dim: {config.model.context_dim} cannot be used; it must be {encoder.width}, the width of "
+            f"{config.text_encoder.model}'s states"
         )
     return encoder

@@ -12,7 +12,14 @@ from sd_perf.distributed.checkpoints import CheckpointStore, load_component
 from sd_perf.errors import CheckpointError
 from sd_perf.models.onnx_autoencoder import OnnxDecoder, OnnxEncoder
 from sd_perf.models.vae import AutoencoderConfig, AutoencoderKL
-from sd_perf.models.weight_files import load_into, read_diffusers_unet, read_ldm_checkpoint, split_components
+from sd_perf.models.weight_files import (
+    load_into,
+    read_diffusers_unet,
+    read_ldm_checkpoint,
+    require_fit,
+    split_components,
+)
+from sd_perf.reference.unet import UNet
 from sd_perf.training.run_folder import read_run_config
 
 
@@ -20,17 +27,22 @@ def read_unet(source: Path) -> tuple[dict[str, torch.Tensor], UNetConfig]:
     """UNet weights in LDM names and their config.
 
     `source` is a run folder (its newest checkpoint), one of its checkpoints, a folder exported for diffusers, or a
-    .ckpt or .safetensors file in LDM names, which is taken to be the benchmark's UNet.
+    .ckpt or .safetensors file in LDM names, which is taken to be the benchmark's UNet. CheckpointError where the
+    weights are not those of the config.
     """
     if source.suffix in (".ckpt", ".safetensors"):
-        unet = split_components(read_ldm_checkpoint(source)).get("unet")
-        if not unet:
-            raise CheckpointError(f"{source}: holds no UNet (no model.diffusion_model.* keys)")
-        return unet, UNetConfig()
-    if (source / "unet" / "config.json").is_file() or (source / "config.json").is_file():
-        return read_diffusers_unet(source)
-    checkpoint, run = newest_checkpoint(source)
-    return load_component(checkpoint, "model"), read_run_config(run).model
+        state, config = split_components(read_ldm_checkpoint(source))["unet"], UNetConfig()
+        if not state:
+            raise CheckpointError(f"{source}: holds no UNet (no model.diffusion_model.* keys); give another file")
+    elif (source / "unet" / "config.json").is_file() or (source / "config.json").is_file():
+        state, config = read_diffusers_unet(source)
+    else:
+        source, run = newest_checkpoint(source)
+        state, config = load_component(source, "model"), read_run_config(run).model
+    with torch.device("meta"):
+        unet = UNet(config)
+    require_fit(unet, state, "the UNet", source)
+    return state, config
 
 
 def newest_checkpoint(source: Path) -> tuple[Path, Path]:
@@ -38,10 +50,10 @@ def newest_checkpoint(source: Path) -> tuple[Path, Path]:
     if (source / "state.json").is_file():
         return source, source.parent.parent
     if not source.exists():
-        raise CheckpointError(f"{source}: no such run, checkpoint or weight file")
+        raise CheckpointError(f"{source}: no such run, checkpoint or weight file; check the path")
     newest = CheckpointStore(source / "checkpoints").newest()
     if newest is None:
-        raise CheckpointError(f"{source}: holds no complete checkpoint")
+        raise CheckpointError(f"{source}: holds no complete checkpoint; give a run folder or one of its checkpoints")
     return newest, source
 
 

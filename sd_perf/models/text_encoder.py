@@ -27,13 +27,14 @@ class OpenClipTextEncoder(torch.nn.Module):
         super().__init__()
         open_clip = _import_open_clip()
         model_config = _model_config(open_clip, config.model)
+        weights = _text_weights(config.weights)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # what weights: random means
             self.tower = open_clip.model._build_text_tower(model_config["embed_dim"], model_config["text_cfg"])
         self.tokenizer = open_clip.SimpleTokenizer(context_length=self.tower.context_length)
         self.width = self.tower.ln_final.normalized_shape[0]
-        if config.weights != "random":
-            load_into(self.tower, _text_weights(Path(config.weights)), "the text encoder", Path(config.weights))
+        if weights is not None:
+            load_into(self.tower, weights, "the text encoder", config.weights)
         self.requires_grad_(False).eval()
 
     @torch.no_grad()
@@ -70,8 +71,16 @@ def _model_config(open_clip: Any, model: str) -> dict[str, Any]:
     return config
 
 
-def _text_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Text-tower weights of an LDM checkpoint or of a whole open_clip model; the causal mask is a constant."""
+def _text_weights(file: str) -> dict[str, torch.Tensor] | None:
+    """Text-tower weights of an LDM checkpoint or a whole open_clip model, or None for "random".
+
+    The causal mask is a constant and left out.
+    """
+    if file == "random":
+        return None
+    if not file:
+        raise ConfigError("text_encoder.weights: '' cannot be used; it must be a file of weights (or \"random\")")
+    path = Path(file)
     is_ldm = path.suffix == ".ckpt"
     state = split_components(read_ldm_checkpoint(path))["text"] if is_ldm else _read_open_clip(path)
     tower = {name: value for name, value in state.items() if not name.startswith("visual.")}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sd_perf.config import UNetConfig
 from sd_perf.errors import CheckpointError, ConfigError
-from sd_perf.files import one_line
+from sd_perf.files import disk_errors, one_line
 from sd_perf.models.key_maps import diffusers_unet_config, from_diffusers, to_diffusers
 
 UNET_PREFIX = "model.diffusion_model."
@@ -83,9 +83,15 @@ def split_components(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]
 
 
 def load_into(module: nn.Module, state: Mapping[str, Tensor], what: str, path: str | Path) -> None:
-    """Copies weights into a module, all of them or none.
+    """Copies weights into a module, all of them or none. Raises what `require_fit` does."""
+    require_fit(module, state, what, path)
+    module.load_state_dict(state)
 
-    Raises CheckpointError where names or shapes differ; it calls the module `what` ("the UNet") and the file `path`.
+
+def require_fit(module: nn.Module, state: Mapping[str, Tensor], what: str, path: str | Path) -> None:
+    """CheckpointError where names or shapes differ; it calls the module `what` ("the UNet") and the file `path`.
+
+    The module may be on the meta device.
     """
     own = module.state_dict()
     trouble = {
@@ -95,8 +101,9 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], what: str, path: s
     }
     found = [f"{len(names)} {kind} (the first is {names[0]})" for kind, names in trouble.items() if names]
     if found:
-        raise CheckpointError(f"{path}: not the weights of {what} as configured: {', '.join(found)}")
-    module.load_state_dict(state)
+        raise CheckpointError(
+            f"{path}: not the weights of {what} as configured: {', '.join(found)}; check file and config"
+        )
 
 
 def read_diffusers_unet(folder: str | Path) -> tuple[dict[str, Tensor], UNetConfig]:
@@ -233,14 +240,12 @@ def _written_aside(target: Path) -> Iterator[Path]:
     """A path to write a file or folder to. It becomes `target` when the block ends well, and is removed otherwise."""
     if target.exists():
         raise CheckpointError(f"{target}: exists already; nothing is overwritten, so give another path or move it away")
-    try:
+    with disk_errors(target, "make room, or choose another path", CheckpointError):
         target.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as aside:
             draft = Path(aside) / target.name
             yield draft
             draft.rename(target)
-    except OSError as error:
-        raise CheckpointError(f"{target}: cannot be written ({error})") from error
 
 
 def _save_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from rich.table import Table
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -53,9 +54,29 @@ def dry_run(config: Config, world_size: int) -> dict[str, Any]:
             "per_rank_and_pass": micro_batch,
         },
         "learning_rate": config.learning_rate,
+        "warmup_steps": config.optimizer.warmup_steps,
         "steps": config.steps_of(config.training.max_samples),
         "steps_between_checkpoints": config.steps_of(config.checkpoint.every_samples),
     }
+
+
+def as_table(facts: dict[str, Any]) -> Table:
+    """The facts of `dry_run` for the terminal."""
+    memory, batch = facts["memory_bytes"], facts["batch"]
+    table = Table(show_header=False, title="dry run", title_justify="left")
+    table.add_row("parameters", f"{facts['parameters']:,} in {facts['tensors']} tensors")
+    table.add_row("forward", f"{facts['gflops_forward']:,.1f} GFLOP per sample")
+    table.add_row("forward + backward", f"{facts['gflops_forward_backward']:,.1f} GFLOP per sample")
+    parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items() if name != "total")
+    table.add_row("memory per rank", f"{memory['total'] / 2**30:.2f} GiB: {parts}")
+    table.add_row(
+        "batch",
+        f"{batch['global']} samples per step = {batch['ranks']} ranks x {batch['accumulate_steps']} "
+        f"accumulation steps x {batch['per_rank_and_pass']}",
+    )
+    table.add_row("learning rate", f"{facts['learning_rate']:.4g} after {facts['warmup_steps']} steps")
+    table.add_row("steps", f"{facts['steps']:,}, a checkpoint every {facts['steps_between_checkpoints']:,}")
+    return table
 
 
 def _inputs(config: Config, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -15,26 +15,26 @@ from sd_perf.training.callbacks.checkpointer import Checkpointer
 from sd_perf.training.callbacks.metrics import MetricsFile
 from sd_perf.training.callbacks.progress import ProgressDisplay
 from sd_perf.training.callbacks.signals import StopOnSignal
-from sd_perf.training.run_folder import open_run
+from sd_perf.training.run_folder import open_run, settle_run
 from sd_perf.training.trainer import Trainer
 
 
-def launch(config: Config, world: World, resume: bool, console: Console) -> str | None:
-    """Train; returns why the run was asked to stop, or None where it came to its end."""
-    config.micro_batch_size(world.size)  # a batch that does not divide must not leave a run folder behind
-    config = world.on_main(lambda: open_run(config, resume))
-    torch.use_deterministic_algorithms(config.training.deterministic)
-    trainer = build_trainer(config, world, default_callbacks(console))
-    newest = trainer.store.newest()
+def launch(config: Config, world: World, resume: bool, fresh: bool, console: Console) -> str | None:
+    """Train; returns why the run was asked to stop, or None where it came to its end.
+
+    Nothing is written to the run folder before all that the run needs has been found good.
+    """
+    world.on_main(lambda: config.micro_batch_size(world.size))
+    settled = world.on_main(lambda: settle_run(config, resume, fresh))
+    torch.use_deterministic_algorithms(settled.training.deterministic)
+    trainer = build_trainer(settled, world, default_callbacks(console))
+    newest = world.on_main(trainer.store.newest) if resume else None
     if newest is not None:
-        trainer.load(newest)
-    elif resume and world.is_main:
-        console.print(f"{trainer.folder}: no checkpoint to resume from")
-    if trainer.samples >= trainer.total_samples:
-        raise UserError(
-            f"{trainer.folder}: the run is complete ({trainer.samples:,} samples); to train on, resume it with a "
-            f"larger --training.max-samples"
-        )
+        world.together(lambda: trainer.load(newest))
+    elif resume:
+        console.print(f"{trainer.folder}: no checkpoint to resume from", soft_wrap=True)
+    world.on_main(lambda: _require_work(trainer))
+    world.on_main(lambda: open_run(settled, resume, fresh))
     return trainer.fit()
 
 
@@ -43,7 +43,7 @@ def build_trainer(config: Config, world: World, callbacks: list[Callback]) -> Tr
     if config.training.seed is None:
         raise ValueError("the config's seed must be settled (sd_perf.training.run_folder.open_run)")
     loader = build_loader(config, config.training.seed, world)
-    text_encoder = build_text_encoder(config, world.device) if _captions_only(config) else None
+    text_encoder = world.together(lambda: build_text_encoder(config, world.device)) if _captions_only(config) else None
     unet = build_unet(config.model, config.training.seed, world.device)
     return Trainer(config, world, unet, loader, text_encoder, callbacks)
 
@@ -51,6 +51,14 @@ def build_trainer(config: Config, world: World, callbacks: list[Callback]) -> Tr
 def default_callbacks(console: Console) -> list[Callback]:
     """Signals before checkpoints, so that the step that sees a signal saves; checkpoints before the last table."""
     return [StopOnSignal(), MetricsFile(), Checkpointer(), ProgressDisplay(console)]
+
+
+def _require_work(trainer: Trainer) -> None:
+    if trainer.samples >= trainer.total_samples:
+        raise UserError(
+            f"{trainer.folder}: the run is complete ({trainer.samples:,} samples); to train on, resume it with a "
+            f"larger --training.max-samples"
+        )
 
 
 def _captions_only(config: Config) -> bool:

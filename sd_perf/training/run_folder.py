@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -20,7 +21,7 @@ import torch
 import sd_perf
 from sd_perf.config import Config
 from sd_perf.errors import ConfigError, UserError
-from sd_perf.files import one_line, write_json
+from sd_perf.files import disk_errors, one_line, write_json
 from sd_perf.presets import config_differences, config_from_dict
 
 # A resumed run may differ from its beginning in these: they change where and how, not what is computed.
@@ -31,28 +32,39 @@ _FREE_KEYS = ("run.", "logging.", "checkpoint.", "sampling.", "data.path", "data
 _PACKAGES = ("torch", "triton", "numpy", "open-clip-torch", "safetensors")
 
 
-def open_run(config: Config, resume: bool) -> Config:
-    """Claim the folder `config.run.dir` for this run; returns the config with its seed settled.
+def settle_run(config: Config, resume: bool, fresh: bool = False) -> Config:
+    """The config with its seed settled, where the folder `config.run.dir` lets this run begin. Writes nothing.
 
-    Raises UserError for a folder that holds a run (without `resume`), a run of another config, or cannot be written.
+    Raises UserError for a folder that holds a run (without `resume` or `fresh`) or a run of another config.
     """
+    if resume and fresh:
+        raise UserError("--resume continues the run in the folder and --fresh moves it aside; give one of them")
     folder = Path(config.run.dir)
-    manifest_path = folder / "run_manifest.json"
-    if manifest_path.is_file():
-        if not resume:
-            raise UserError(f"{folder}: holds a run already; continue it with --resume or choose another --run.dir")
-        config = _same_run(config, manifest_path)
-        starts = read_manifest(folder)["starts"]
-    else:
-        config = _with_seed(config)
-        starts = []
+    if fresh or not _holds_run(folder):
+        return _with_seed(config)
+    if resume:
+        return _same_run(config, folder)
+    raise UserError(
+        f"{folder}: holds a run already; continue it with --resume, move it aside with --fresh, or choose another "
+        f"--run.dir"
+    )
+
+
+def open_run(config: Config, resume: bool, fresh: bool = False) -> Config:
+    """Claim the folder for this run, with an earlier one moved aside if `fresh`; returns what `settle_run` does.
+
+    Raises UserError where that does, and for a folder that cannot be written or moved.
+    """
+    config = settle_run(config, resume, fresh)
+    folder = Path(config.run.dir)
+    if fresh and _holds_run(folder):
+        print(f"{folder}: the earlier run is now {_move_aside(folder)}")
+    starts = read_manifest(folder)["starts"] if _holds_run(folder) else []
     start = {"time": _now(), "command": shlex.join(sys.argv), "host": platform.node()}
     manifest = {"config": dataclasses.asdict(config), **provenance(), "starts": [*starts, start]}
-    try:
+    with disk_errors(folder, "make room there, or choose another --run.dir"):
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(manifest_path, manifest)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({one_line(error)}); choose another --run.dir") from error
+        write_json(folder / "run_manifest.json", manifest)
     return config
 
 
@@ -60,16 +72,22 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """`run_manifest.json` of a run folder."""
     path = folder / "run_manifest.json"
     if not path.is_file():
-        raise UserError(f"{folder}: not a run folder (no run_manifest.json)")
+        raise UserError(f"{folder}: is no run folder (no run_manifest.json); give one that sd-perf train has made")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: damaged ({one_line(error)})") from error
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({one_line(error)}); restore it from a copy") from error
+    if not (isinstance(manifest, dict) and {"config", "starts"} <= manifest.keys()):
+        raise UserError(f"{path}: holds no config and starts of a run; restore it from a copy")
+    return manifest
 
 
 def read_run_config(folder: Path) -> Config:
     """The config a run was made with."""
-    return config_from_dict(read_manifest(folder)["config"])
+    try:
+        return config_from_dict(read_manifest(folder)["config"])
+    except ConfigError as error:
+        raise ConfigError(f"{folder / 'run_manifest.json'}: {error}") from error
 
 
 def provenance() -> dict[str, Any]:
@@ -88,12 +106,26 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def _same_run(config: Config, manifest_path: Path) -> Config:
-    old = read_run_config(manifest_path.parent)
+def _holds_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("run_manifest.json", "metrics.jsonl", "checkpoints"))
+
+
+def _move_aside(folder: Path) -> Path:
+    """Rename runs/smoke to runs/smoke.1, or the first number that is free; nothing is replaced."""
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise UserError(f"{folder}: cannot be moved aside from within; start from another folder")
+    names = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
+    free = next(name for name in names if not os.path.lexists(name))
+    with disk_errors(free, "move the run yourself, or choose another --run.dir"):
+        return folder.rename(free)
+
+
+def _same_run(config: Config, folder: Path) -> Config:
+    old = read_run_config(folder)
     config = _with_seed(config, old.training.seed)
     for key, (was, now) in config_differences(old, config).items():
         if not key.startswith(_FREE_KEYS):
-            raise ConfigError(f"{key}: the run in {manifest_path.parent} has {was!r}, this config {now!r}; resume it "
+            raise ConfigError(f"{key}: the run in {folder} has {was!r}, this config {now!r}; resume it "
                               f"with the config it was made with, or choose another --run.dir")  # fmt: skip
     return config
 

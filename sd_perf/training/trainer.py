@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import torch
 
 from sd_perf.config import Config
 from sd_perf.data.batch import Batch, Loader, Replacement
-from sd_perf.distributed.checkpoints import CheckpointStore, load_tensors, read_state
+from sd_perf.distributed.checkpoints import GO_BACK, MAKE_ROOM, CheckpointStore, load_tensors, read_state
 from sd_perf.distributed.world import World
 from sd_perf.errors import CheckpointError, DataError, UserError
+from sd_perf.files import disk_errors
 from sd_perf.training.callbacks.base import Callback
 from sd_perf.training.optimizer import optimizer_tensors, set_step_count
 from sd_perf.training.step import TextEncoder, TrainStep
@@ -65,12 +67,15 @@ class Trainer:
     def fit(self) -> str | None:
         """Train to the end, or until asked to stop; returns the reason of a stop."""
         batches = self.loader.batches(self.samples)
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(getattr(batches, "close", lambda: None))
             for callback in self.callbacks:
-                callback.on_start(self)
+                stack.callback(callback.close, self)
+            self._each(lambda callback: callback.on_start(self))
             window_start, window_samples = time.monotonic(), self.samples
             while not self.is_over:
-                self.loss, replacements = self.step(self._timed(batches), self.steps)
+                ready = self.world.together(lambda: self._next_batches(batches))
+                self.loss, replacements = self.step(iter(ready), self.steps)
                 self.samples += self.config.training.global_batch_size
                 self._new_bad_samples += replacements
                 if self.steps % self.config.logging.every_steps == 0 or self.samples >= self.total_samples:
@@ -78,14 +83,7 @@ class Trainer:
                     window_start, window_samples = time.monotonic(), self.samples
                 for callback in self.callbacks:
                     callback.on_step(self)
-            for callback in self.callbacks:
-                callback.on_end(self)
-        finally:
-            close = getattr(batches, "close", None)
-            if close:
-                close()
-            for callback in self.callbacks:
-                callback.close(self)
+            self._each(lambda callback: callback.on_end(self))
         return self.stop_reason
 
     def check(self) -> float:
@@ -93,14 +91,20 @@ class Trainer:
 
         UserError where it is not a number, DataError where bad samples are more than the config allows.
         """
-        self._count_bad_samples()
+        replaced = [bad for rank in self.world.gather(self._new_bad_samples) for bad in rank]
+        self._new_bad_samples = []
+        self.bad_samples += len(replaced)
         loss = self.world.sum([self.loss.item()])[0] / self.world.size
-        if not math.isfinite(loss):
-            raise UserError(
-                f"loss is {loss} after {self.samples:,} samples; this state was not saved, the newest checkpoint is "
-                f"{self.store.newest()}; lower optimizer.base_learning_rate or set training.precision to fp32"
-            )
+        self.world.on_main(lambda: self._judge(loss, replaced))
         return loss
+
+    def save(self) -> Path:
+        """Begin to write a checkpoint (main rank). UserError where the state has blown up: then nothing is written."""
+        tensors = self.tensors()
+        # The loss was taken before the update. A norm's squares leave float32 long before the numbers themselves do.
+        if not torch.nn.utils.get_total_norm(list(tensors.values())).isfinite():
+            raise self._diverged("weights or optimizer moments are")
+        return self.store.save(tensors, self.state())
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor of the training state by its checkpoint name; the tensors themselves."""
@@ -120,9 +124,14 @@ class Trainer:
     def load(self, path: Path) -> None:
         """Continue from a checkpoint of this run, written at any world size."""
         state = read_state(path)
+        if not {"samples", "steps", "bad_samples", "dataset"} <= state.keys():
+            raise CheckpointError(f"{path}: its state.json lacks entries; {GO_BACK}")
         dataset = self.state()["dataset"]
         if state["dataset"] != dataset:
-            raise CheckpointError(f"{path}: was trained on other data ({state['dataset']}, here {dataset})")
+            raise CheckpointError(
+                f"{path}: was trained on other data ({state['dataset']}, here {dataset}); resume with the data the run "
+                f"was begun with, or choose another --run.dir"
+            )
         load_tensors(path, self.tensors())
         set_step_count(self.step.optimizer, state["steps"])
         self.samples, self.bad_samples = state["samples"], state["bad_samples"]
@@ -138,25 +147,44 @@ class Trainer:
             "data_wait": self._data_seconds / seconds,
         }
         self._data_seconds = 0.0
-        for callback in self.callbacks:
-            callback.on_log(self, metrics)
+        self._each(lambda callback: callback.on_log(self, metrics))
 
-    def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        while True:
-            start = time.monotonic()
-            batch = next(batches)
-            self._data_seconds += time.monotonic() - start
-            yield batch
+    def _each(self, hook: Callable[[Callback], None]) -> None:
+        """Call a hook of every callback, in order; where one fails on one rank, all leave."""
 
-    def _count_bad_samples(self) -> None:
-        everywhere = [bad for rank in self.world.gather(self._new_bad_samples) for bad in rank]
-        self._new_bad_samples = []
-        self.bad_samples += len(everywhere)
-        if self.world.is_main and everywhere:
-            with (self.folder / "bad_samples.jsonl").open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(vars(bad)) + "\n" for bad in everywhere)
+        def call() -> None:
+            for callback in self.callbacks:
+                hook(callback)
+
+        self.world.together(call)
+
+    def _next_batches(self, batches: Iterator[Batch]) -> list[Batch]:
+        """The micro-batches of a step: all of them before it begins, so that a rank without data can say so."""
+        self.store.raise_failure()  # of a checkpoint written meanwhile
+        start = time.monotonic()
+        ready = [next(batches) for _ in range(self.config.training.accumulate_steps)]
+        self._data_seconds += time.monotonic() - start
+        return ready
+
+    def _judge(self, loss: float, replaced: list[Replacement]) -> None:
+        """Write down what was replaced since the last look, and stop a run that is past its limits."""
+        path = self.folder / "bad_samples.jsonl"
+        if replaced:
+            with disk_errors(path, MAKE_ROOM), path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(vars(bad)) + "\n" for bad in replaced)
         if self.bad_samples > self.config.data.max_bad_samples:
+            last = f", the last {replaced[-1].key}: {replaced[-1].reason}" if replaced else ""
             raise DataError(
-                f"{self.bad_samples} bad samples, more than data.max_bad_samples "
-                f"({self.config.data.max_bad_samples}); the last: {everywhere[-1].key}: {everywhere[-1].reason}"
+                f"{self.config.data.path}: {self.bad_samples} bad samples, more than data.max_bad_samples "
+                f"({self.config.data.max_bad_samples}){last}; mend those listed in {path}, or raise the limit"
             )
+        if not math.isfinite(loss):
+            raise self._diverged("loss is")
+
+    def _diverged(self, what: str) -> UserError:
+        self.store.wait()
+        return UserError(
+            f"{what} not finite after {self.samples:,} samples; this state was not saved, "
+            f"{self.store.newest_in_words()}; begin anew with a lower optimizer.base_learning_rate, or with "
+            f"training.precision fp32"
+        )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -114,31 +112,20 @@ def test_a_failed_write_is_told_and_leaves_the_last_one(tmp_path, monkeypatch):
 
     monkeypatch.setattr("sd_perf.distributed.checkpoints.dcp.save", fail)
     store.save(tensors(), {"samples": 20})
-    with pytest.raises(CheckpointError, match=r"No space left on device.*newest complete one is .*samples_0000000010"):
+    with pytest.raises(
+        CheckpointError, match=r"No space left on device.*newest complete checkpoint is .*samples_0000000010"
+    ):
         store.wait()
     store.wait()  # told once
     assert list(tmp_path.iterdir()) == [newest]
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 256 KiB."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root")
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode != 0:
-        pytest.skip(f"cannot mount a tmpfs: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def test_disk_full(small_disk):
+def test_disk_full(mount_tmpfs):
+    small_disk = mount_tmpfs("size=256k")
     store = CheckpointStore(small_disk)
     newest = save(store, 10)
     store.save({"model.a": torch.randn(100_000)}, {"samples": 20})
-    with pytest.raises(CheckpointError, match=r"could not be written \(.*\); the newest complete one is"):
+    with pytest.raises(CheckpointError, match=r"could not be written \(.*\); the newest complete checkpoint is"):
         store.wait()
     assert store.complete() == [newest]
     assert shutil.disk_usage(small_disk).free > 128 * 1024  # the failed write gave its space back

@@ -14,16 +14,14 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpointer(Callback):
-    """Training waits for the host copy only; a write that failed stops the run at the next step."""
+    """Training waits for the host copy only; the trainer stops before the next step where a write has failed."""
 
     def on_step(self, trainer: Trainer) -> None:
         cadence = trainer.config.steps_of(trainer.config.checkpoint.every_samples)
         if trainer.steps % cadence == 0 or trainer.is_over:
             trainer.check()
-            if trainer.world.is_main:
-                path = trainer.store.save(trainer.tensors(), trainer.state())
-                logger.info("saving %s", path)
-        trainer.store.raise_failure()
+            path = trainer.world.on_main(trainer.save)
+            logger.info("saving %s", path)
 
     def on_end(self, trainer: Trainer) -> None:
         trainer.store.wait()

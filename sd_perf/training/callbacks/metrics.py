@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from sd_perf.files import write_text
+from sd_perf.distributed.checkpoints import MAKE_ROOM
+from sd_perf.files import disk_errors, write_text
 from sd_perf.training.callbacks.base import Callback
 
 if TYPE_CHECKING:
@@ -22,16 +23,19 @@ class MetricsFile(Callback):
     def on_start(self, trainer: Trainer) -> None:
         if trainer.world.is_main:
             path = trainer.folder / "metrics.jsonl"
-            _set_aside_lines_after(path, trainer.samples)
-            self._file = path.open("a", encoding="utf-8", buffering=1)
+            with disk_errors(path, MAKE_ROOM):
+                _set_aside_lines_after(path, trainer.samples)
+                self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         if self._file:
-            self._file.write(json.dumps(metrics) + "\n")
+            with disk_errors(Path(self._file.name), MAKE_ROOM):
+                self._file.write(json.dumps(metrics) + "\n")
 
     def close(self, trainer: Trainer) -> None:
         if self._file:
-            self._file.close()
+            with disk_errors(Path(self._file.name), MAKE_ROOM):  # it tries again what could not be written
+                self._file.close()
 
 
 def _set_aside_lines_after(path: Path, samples: int) -> None:

@@ -29,9 +29,9 @@ class StopOnSignal(Callback):
     def on_step(self, trainer: Trainer) -> None:
         if trainer.world.size > 1 and trainer.steps % _AGREE_EVERY_STEPS:
             return
-        received = [name for name in trainer.world.gather(self._received and self._received.name) if name]
+        received = trainer.world.max(self._received or 0)
         if received:
-            trainer.stop_reason = received[0]
+            trainer.stop_reason = signal.Signals(received).name
 
     def close(self, trainer: Trainer) -> None:
         for number, previous in self._previous.items():
