@@ -7,7 +7,7 @@ TORCH     ?= torch==2.13.0
 REAL_DATA ?=
 BIN       := .venv/bin
 STAMP     := .venv/installed
-PYTEST    := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(if $(REAL_DATA),--real-data $(REAL_DATA))
+PYTEST    := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 $(if $(REAL_DATA),--real-data $(REAL_DATA))
 
 .PHONY: install train test test-all check
 

@@ -31,7 +31,10 @@ _INTERRUPTED = 75  # EX_TEMPFAIL: saved; run me again
 _RANK, _LOCAL_RANK = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
 _Settings = Annotated[Config, tyro.conf.arg(name="")]
 _console = Console(quiet=_RANK > 0)
-_DESCRIPTION = "A fast, checkable trainer of the MLPerf text-to-image benchmark (Stable Diffusion v2)."
+_DESCRIPTION = (
+    "A fast, checkable trainer of the MLPerf text-to-image benchmark (Stable Diffusion v2). "
+    "Bad input is one sentence and exit code 2; --debug, with any command, adds the traceback."
+)
 
 
 def train(
