@@ -9,6 +9,7 @@ Shape letters: B images and captions, H rows, W columns.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +63,7 @@ class ClipScorer:
         return torch.cat(parts).double().mean().item()
 
 
-def _to_picture(image: torch.Tensor):  # type: ignore[no-untyped-def]  # Pillow is an extra
+def _to_picture(image: torch.Tensor) -> Any:
     from PIL import Image
 
     return Image.fromarray((image * 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy())
