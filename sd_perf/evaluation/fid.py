@@ -27,7 +27,7 @@ _INDEFINITE = 1e-5
 """A covariance stored in float32 has eigenvalues down to about -1e-6 of the largest; below this it is none."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Gaussian:
     """Mean (D,) and covariance (D, D), float64, of features; DataError for what cannot be such a pair."""
 

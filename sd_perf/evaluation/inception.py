@@ -142,7 +142,7 @@ def _shrink_7() -> Mixed:
 
 
 class FidInception(nn.Module):
-    """`network(images) -> (B, 2048)`: images (B, 3, H, W) of any size, float in [0, 1]; the features are averages."""
+    """`network(images) -> (B, 2048)`: images (B, 3, H, W) of any size, float in [0, 1]; ValueError outside of it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -160,6 +160,8 @@ class FidInception(nn.Module):
         self.eval()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if not ((images >= 0) & (images <= 1)).all():  # also false for NaN
+            raise ValueError("images must be in [0, 1]")
         x = F.interpolate(images, (299, 299), mode="bilinear", align_corners=False)
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(2 * x - 1)))
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, stride=2)))

@@ -96,6 +96,8 @@ def test_model_of_the_benchmark_is_known():
 def test_bad_input(scorer, files, tmp_path):
     with pytest.raises(ValueError, match="3 images cannot be scored against 2 captions"):
         scorer.similarities(pictures(), CAPTIONS[:2])
+    with pytest.raises(ValueError, match="no images"):
+        scorer.score(torch.zeros(0, 3, 64, 64), [])
     for value in (1.01, -0.01, float("nan")):
         with pytest.raises(ValueError, match=r"\[0, 1\]"):
             scorer.similarities(torch.full((1, 3, 64, 64), value), CAPTIONS[:1])

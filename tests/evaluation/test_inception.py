@@ -77,6 +77,14 @@ def test_features_are_torchvisions_with_the_patches(theirs, weights):
     assert not any(parameter.requires_grad for parameter in network.parameters())
 
 
+@pytest.mark.parametrize("value", [-0.1, 1.1, 255.0, float("nan")])
+def test_images_outside_the_range_are_refused(value):
+    with torch.device("meta"):
+        network = FidInception()
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        network(torch.full((1, 3, 8, 8), value))
+
+
 def test_checksum(weights):
     with pytest.raises(CheckpointError, match="SHA-1"):
         read_inception(weights)
