@@ -19,8 +19,9 @@ from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 from sd_perf.config import Config
+from sd_perf.distributed.checkpoints import MAKE_ROOM
 from sd_perf.errors import ConfigError, DataError, UserError
-from sd_perf.files import one_line
+from sd_perf.files import disk_errors, one_line
 from sd_perf.mlperf.rules import CLIP_TARGET, FID_TARGET
 
 LOG_NAME = "result_0.txt"
@@ -195,8 +196,8 @@ def scores_of(events: list[Event]) -> dict[int, dict[str, float]]:
 def _drop_cut_line(path: Path) -> None:
     """Take out a last line without an end, which a kill left: the resumed run writes it again."""
     if path.is_file():
-        content = path.read_bytes()
-        os.truncate(path, content.rfind(b"\n") + 1)
+        with disk_errors(path, MAKE_ROOM):
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 class _LogFile(logging.FileHandler):
@@ -204,4 +205,4 @@ class _LogFile(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1] or OSError("unknown")
-        raise UserError(f"{self.baseFilename}: cannot be written ({one_line(error)}); make room, then resume")
+        raise UserError(f"{self.baseFilename}: cannot be written ({one_line(error)}); {MAKE_ROOM}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import ModuleType
 
@@ -25,6 +26,10 @@ def register_model(open_clip: ModuleType, key: str, model: str) -> str:
     if model.endswith(".json"):
         if not Path(model).is_file():
             raise ConfigError(f"{key}: {model!r}: no such file")
+        try:
+            json.loads(Path(model).read_text(encoding="utf-8"))  # open_clip would stumble over it ever after
+        except ValueError as error:
+            raise ConfigError(f"{key}: {model!r} cannot be read as JSON ({one_line(error)})") from error
         open_clip.add_model_config(model)
         model = Path(model).stem
     if open_clip.get_model_config(model) is None:

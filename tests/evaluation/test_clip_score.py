@@ -105,6 +105,9 @@ def test_bad_input(scorer, files, tmp_path):
         ClipScorer("ViT-Nothing", files[1])
     with pytest.raises(ConfigError, match="no such file"):
         ClipScorer(str(tmp_path / "absent.json"), files[1])
+    (tmp_path / "damaged.json").write_text("{")
+    with pytest.raises(ConfigError, match="cannot be read as JSON"):
+        ClipScorer(str(tmp_path / "damaged.json"), files[1])
     with pytest.raises(CheckpointError, match=r"absent\.pt: no such file"):
         ClipScorer(files[0], tmp_path / "absent.pt")
     (tmp_path / "damaged.pt").write_bytes(b"no weights")
