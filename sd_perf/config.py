@@ -262,6 +262,27 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
+class MLPerfConfig:
+    """The MLPerf log of the run, `result_0.txt`."""
+
+    division: Literal["none", "closed", "open"] = "none"
+    """none: no log; closed: refuses values that the closed division's rules do not allow; open: takes any"""
+    org: str = ""
+    """submission_org"""
+    platform: str = ""
+    """submission_platform"""
+    status: Literal["", "onprem", "cloud", "preview", "research"] = ""
+    """submission_status"""
+    eval_samples: int = 30_000
+    """prompts scored per evaluated checkpoint"""
+    caches_cleared: bool = False
+    """that the system's file caches were dropped before this process started; logged as cache_clear"""
+
+    def __post_init__(self) -> None:
+        _require(self.eval_samples > 1, "mlperf.eval_samples", self.eval_samples, "at least 2")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """The run folder."""
 
@@ -285,6 +306,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    mlperf: MLPerfConfig = field(default_factory=MLPerfConfig)
 
     def __post_init__(self) -> None:
         factor = self.model.downsampling

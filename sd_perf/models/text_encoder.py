@@ -9,14 +9,13 @@ Shape letters: B captions, T text tokens, D channels.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from sd_perf.config import TextEncoderConfig
 from sd_perf.errors import CheckpointError, ConfigError
 from sd_perf.files import one_line
-from sd_perf.models.torchvision_schemas import define_missing_torchvision_ops
+from sd_perf.models.open_clip_library import import_open_clip, register_model
 from sd_perf.models.weight_files import load_into, read_ldm_checkpoint, split_components
 
 
@@ -25,8 +24,9 @@ class OpenClipTextEncoder(torch.nn.Module):
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
-        open_clip = _import_open_clip()
-        model_config = _model_config(open_clip, config.model)
+        open_clip = import_open_clip("text_encoder.model")
+        name = register_model(open_clip, "text_encoder.model", config.model)
+        model_config = open_clip.get_model_config(name)
         weights = _text_weights(config.weights)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # what weights: random means
@@ -45,30 +45,6 @@ class OpenClipTextEncoder(torch.nn.Module):
         for block in tower.transformer.resblocks[:-1]:
             states = block(states, attn_mask=tower.attn_mask)
         return tower.ln_final(states).float()
-
-
-def _import_open_clip() -> Any:
-    define_missing_torchvision_ops()
-    try:
-        import open_clip
-    except ImportError as error:
-        raise ConfigError(
-            f"data.context: 'open_clip' needs open_clip ({one_line(error)}); pip install 'sd-perf[text]'"
-        ) from error
-    return open_clip
-
-
-def _model_config(open_clip: Any, model: str) -> dict[str, Any]:
-    """Config of a named model, or of a JSON file in open_clip's format."""
-    if model.endswith(".json"):
-        if not Path(model).is_file():
-            raise ConfigError(f"text_encoder.model: {model!r}: no such file")
-        open_clip.add_model_config(model)
-        model = Path(model).stem
-    config = open_clip.get_model_config(model)
-    if config is None or "text_cfg" not in config:
-        raise ConfigError(f"text_encoder.model: {model!r} is no model of open_clip, and no path of a model JSON")
-    return config
 
 
 def _text_weights(file: str) -> dict[str, torch.Tensor] | None:

@@ -9,10 +9,12 @@ from sd_perf.config import Config
 from sd_perf.data.build import build_loader
 from sd_perf.distributed.world import World
 from sd_perf.errors import UserError
+from sd_perf.mlperf.rules import require_closed
 from sd_perf.models.build import build_text_encoder, build_unet
 from sd_perf.training.callbacks.base import Callback
 from sd_perf.training.callbacks.checkpointer import Checkpointer
 from sd_perf.training.callbacks.metrics import MetricsFile
+from sd_perf.training.callbacks.mlperf import MLPerfLogger
 from sd_perf.training.callbacks.progress import ProgressDisplay
 from sd_perf.training.callbacks.signals import StopOnSignal
 from sd_perf.training.run_folder import open_run, settle_run
@@ -24,10 +26,12 @@ def launch(config: Config, world: World, resume: bool, fresh: bool, console: Con
 
     Nothing is written to the run folder before all that the run needs has been found good.
     """
+    if config.mlperf.division == "closed":
+        world.on_main(lambda: require_closed(config))
     world.on_main(lambda: config.micro_batch_size(world.size))
     settled = world.on_main(lambda: settle_run(config, resume, fresh))
     torch.use_deterministic_algorithms(settled.training.deterministic)
-    trainer = build_trainer(settled, world, default_callbacks(console))
+    trainer = build_trainer(settled, world, default_callbacks(config, console))
     newest = world.on_main(trainer.store.newest) if resume else None
     if newest is not None:
         world.together(lambda: trainer.load(newest))
@@ -48,9 +52,13 @@ def build_trainer(config: Config, world: World, callbacks: list[Callback]) -> Tr
     return Trainer(config, world, unet, loader, text_encoder, callbacks)
 
 
-def default_callbacks(console: Console) -> list[Callback]:
-    """Signals before checkpoints, so that the step that sees a signal saves; checkpoints before the last table."""
-    return [StopOnSignal(), MetricsFile(), Checkpointer(), ProgressDisplay(console)]
+def default_callbacks(config: Config, console: Console) -> list[Callback]:
+    """Signals before checkpoints, so that the step that sees a signal saves; checkpoints before the last table.
+
+    The MLPerf log comes before checkpoints, since a block ends with its last update, not when its state is copied.
+    """
+    log: list[Callback] = [] if config.mlperf.division == "none" else [MLPerfLogger(config)]
+    return [StopOnSignal(), MetricsFile(), *log, Checkpointer(), ProgressDisplay(console)]
 
 
 def _require_work(trainer: Trainer) -> None:

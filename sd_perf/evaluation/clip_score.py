@@ -1,0 +1,71 @@
+"""CLIP score: the cosine between each image and its own caption (Hessel et al. 2021, arXiv:2104.08718).
+
+The benchmark's variant is the plain mean of the cosines: no weight of 2.5, no factor of 100, no clamp at 0. The model,
+its picture preparation and its tokenizer are open_clip's own.
+
+Shape letters: B images and captions, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from sd_perf.errors import CheckpointError
+from sd_perf.files import one_line
+from sd_perf.models.open_clip_library import import_open_clip, register_model
+
+
+class ClipScorer:
+    """Both towers of an open_clip model, given by name or JSON file, with weights from a local file, in float32.
+
+    ConfigError where open_clip or the model is missing, CheckpointError where the weights are missing or another
+    model's. Nothing is downloaded.
+    """
+
+    def __init__(self, model: str, weights: Path, device: torch.device | str = "cpu") -> None:
+        open_clip = import_open_clip("clip_score.model")
+        name = register_model(open_clip, "clip_score.model", model)
+        if not weights.is_file():
+            raise CheckpointError(f"{weights}: no such file; give the open_clip weights of {name}")
+        try:
+            self.model, _, self._prepare = open_clip.create_model_and_transforms(
+                name, str(weights.resolve()), device=device, pretrained_text=False, weights_only=True
+            )
+        except Exception as error:  # damaged files and other models' weights raise many kinds
+            raise CheckpointError(f"{weights}: cannot be used as the weights of {name} ({one_line(error)})") from error
+        self.model.requires_grad_(False).eval()
+        self._tokenize = open_clip.get_tokenizer(name)
+        self._device = device
+
+    @torch.no_grad()
+    def similarities(self, images: torch.Tensor, captions: list[str]) -> torch.Tensor:
+        """Cosines (B,) float32, on the CPU, of images (B, 3, H, W) float in [0, 1] with their captions.
+
+        As the benchmark does, images become 8-bit pictures first (x 255, truncated) and are resized by Pillow.
+        ValueError where the numbers of images and captions differ, or a value is outside [0, 1] or no number.
+        """
+        if len(images) != len(captions):
+            raise ValueError(f"{len(images)} images cannot be scored against {len(captions)} captions")
+        if not ((images >= 0) & (images <= 1)).all():  # also false for NaN
+            raise ValueError("images must be in [0, 1]")
+        pictures = torch.stack([self._prepare(_to_picture(image)) for image in images]).to(self._device)
+        tokens = self._tokenize(captions).to(self._device)
+        return F.cosine_similarity(self.model.encode_image(pictures), self.model.encode_text(tokens)).float().cpu()
+
+    def score(self, images: torch.Tensor, captions: list[str], batch_size: int = 32) -> float:
+        """Mean cosine, accumulated in float64; ValueError for no images at all."""
+        if not captions:
+            raise ValueError("the mean score of no images is no number")
+        starts = range(0, len(captions), batch_size)
+        parts = [self.similarities(images[i : i + batch_size], captions[i : i + batch_size]) for i in starts]
+        return torch.cat(parts).double().mean().item()
+
+
+def _to_picture(image: torch.Tensor) -> Any:
+    from PIL import Image
+
+    return Image.fromarray((image * 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy())

@@ -1,0 +1,191 @@
+"""The Inception v3 of FID: 2048 features per image, with the weights that the benchmark names.
+
+Szegedy et al. 2015 (arXiv:1512.00567) with the changes of the TensorFlow model of 2015-12-05 that FID is defined by:
+1008 classes, no auxiliary head, average pools that leave their padding out of the mean, and a max pool in the last
+block. Names and shapes are those of pytorch-fid's weights, which are torchvision's.
+
+Shape letters: B images, C channels, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sd_perf.errors import CheckpointError
+from sd_perf.files import one_line
+from sd_perf.models.weight_files import load_into
+
+WEIGHTS_FILE = "pt_inception-2015-12-05-6726825d.pth"
+WEIGHTS_SHA1 = "bd836944fd6db519dfd8d924aa457f5b3c8357ff"
+NUM_FEATURES = 2048
+
+Pool = Literal["average", "max", "max_stride_2"]
+
+
+class Conv(NamedTuple):
+    """One convolution: output channels, kernel (rows, columns), stride, padding (rows, columns)."""
+
+    channels: int
+    kernel: tuple[int, int]
+    stride: int
+    padding: tuple[int, int]
+
+
+Layer = tuple[Conv, ...]
+"""one convolution, or several over the same input whose outputs are concatenated"""
+
+
+def _conv(channels: int, rows: int = 1, columns: int = 0, stride: int = 1) -> Layer:
+    """A layer of one convolution, with a square kernel unless columns are given; padded where the stride is 1."""
+    columns = columns or rows
+    padding = (rows // 2, columns // 2) if stride == 1 else (0, 0)
+    return (Conv(channels, (rows, columns), stride, padding),)
+
+
+class ConvNorm(nn.Module):
+    """Convolution without bias, BatchNorm (eps 1e-3), ReLU."""
+
+    def __init__(self, in_channels: int, conv: Conv) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, *conv, bias=False)
+        self.bn = nn.BatchNorm2d(conv.channels, eps=1e-3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(self.bn(self.conv(x)), inplace=True)
+
+
+class Mixed(nn.Module):
+    """Branches side by side over one input, concatenated; the last one is the pool.
+
+    A branch's layers are named `<branch>_1`, `<branch>_2`, ..., with a and b where a layer is two convolutions; a
+    branch of one layer gives it its own name. `branch_pool`, where there is one, follows the pool.
+    """
+
+    def __init__(self, in_channels: int, pool: Pool, branches: dict[str, list[Layer]]) -> None:
+        super().__init__()
+        self.pool = pool
+        self.names: dict[str, list[list[str]]] = {}
+        for branch, layers in branches.items():
+            channels = in_channels
+            self.names[branch] = []
+            for number, layer in enumerate(layers, start=1):
+                name = branch if len(layers) == 1 else f"{branch}_{number}"
+                names = [name] if len(layer) == 1 else [name + "a", name + "b"]
+                for own_name, conv in zip(names, layer, strict=True):
+                    self.add_module(own_name, ConvNorm(channels, conv))
+                channels = sum(conv.channels for conv in layer)
+                self.names[branch].append(names)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pooled = self._pooled(x)
+        outputs = [self._branch(name, pooled if name == "branch_pool" else x) for name in self.names]
+        return torch.cat(outputs if "branch_pool" in self.names else [*outputs, pooled], 1)
+
+    def _branch(self, branch: str, x: torch.Tensor) -> torch.Tensor:
+        for names in self.names[branch]:
+            x = torch.cat([self.get_submodule(name)(x) for name in names], 1)
+        return x
+
+    def _pooled(self, x: torch.Tensor) -> torch.Tensor:
+        if self.pool == "average":
+            return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+        if self.pool == "max":
+            return F.max_pool2d(x, 3, stride=1, padding=1)
+        return F.max_pool2d(x, 3, stride=2)
+
+
+def _mixed_5(in_channels: int, pool_channels: int) -> Mixed:
+    branches: dict[str, list[Layer]] = {
+        "branch1x1": [_conv(64)],
+        "branch5x5": [_conv(48), _conv(64, 5)],
+        "branch3x3dbl": [_conv(64), _conv(96, 3), _conv(96, 3)],
+        "branch_pool": [_conv(pool_channels)],
+    }
+    return Mixed(in_channels, "average", branches)
+
+
+def _mixed_6(inner: int) -> Mixed:
+    branches: dict[str, list[Layer]] = {
+        "branch1x1": [_conv(192)],
+        "branch7x7": [_conv(inner), _conv(inner, 1, 7), _conv(192, 7, 1)],
+        "branch7x7dbl": [_conv(inner), _conv(inner, 7, 1), _conv(inner, 1, 7), _conv(inner, 7, 1), _conv(192, 1, 7)],
+        "branch_pool": [_conv(192)],
+    }
+    return Mixed(768, "average", branches)
+
+
+def _mixed_7(in_channels: int, pool: Pool) -> Mixed:
+    fork = _conv(384, 1, 3) + _conv(384, 3, 1)
+    branches: dict[str, list[Layer]] = {
+        "branch1x1": [_conv(320)],
+        "branch3x3": [_conv(384), fork],
+        "branch3x3dbl": [_conv(448), _conv(384, 3), fork],
+        "branch_pool": [_conv(192)],
+    }
+    return Mixed(in_channels, pool, branches)
+
+
+def _shrink_6() -> Mixed:
+    double = [_conv(64), _conv(96, 3), _conv(96, 3, stride=2)]
+    return Mixed(288, "max_stride_2", {"branch3x3": [_conv(384, 3, stride=2)], "branch3x3dbl": double})
+
+
+def _shrink_7() -> Mixed:
+    long = [_conv(192), _conv(192, 1, 7), _conv(192, 7, 1), _conv(192, 3, stride=2)]
+    return Mixed(768, "max_stride_2", {"branch3x3": [_conv(192), _conv(320, 3, stride=2)], "branch7x7x3": long})
+
+
+class FidInception(nn.Module):
+    """`network(images) -> (B, 2048)`: images (B, 3, H, W) of any size, float in [0, 1]; ValueError outside of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.Conv2d_1a_3x3 = ConvNorm(3, Conv(32, (3, 3), 2, (0, 0)))
+        self.Conv2d_2a_3x3 = ConvNorm(32, Conv(32, (3, 3), 1, (0, 0)))
+        self.Conv2d_2b_3x3 = ConvNorm(32, Conv(64, (3, 3), 1, (1, 1)))
+        self.Conv2d_3b_1x1 = ConvNorm(64, Conv(80, (1, 1), 1, (0, 0)))
+        self.Conv2d_4a_3x3 = ConvNorm(80, Conv(192, (3, 3), 1, (0, 0)))
+        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = _mixed_5(192, 32), _mixed_5(256, 64), _mixed_5(288, 64)
+        self.Mixed_6a = _shrink_6()
+        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = (_mixed_6(c) for c in (128, 160, 160, 192))
+        self.Mixed_7a = _shrink_7()
+        self.Mixed_7b, self.Mixed_7c = _mixed_7(1280, "average"), _mixed_7(2048, "max")
+        self.fc = nn.Linear(NUM_FEATURES, 1008)  # in the file; FID has no use for it
+        self.eval()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if not ((images >= 0) & (images <= 1)).all():  # also false for NaN
+            raise ValueError("images must be in [0, 1]")
+        x = F.interpolate(images, (299, 299), mode="bilinear", align_corners=False)
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(2 * x - 1)))
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, stride=2)))
+        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(F.max_pool2d(x, 3, stride=2))))
+        x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))))
+        return self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x))).mean((2, 3))
+
+
+def read_inception(path: Path, sha1: str | None = WEIGHTS_SHA1) -> FidInception:
+    """The network with pytorch-fid's weights from a local file, frozen; `sha1` None takes other weights.
+
+    CheckpointError for a file that is missing, has another checksum, or holds other tensors.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; it must be {WEIGHTS_FILE} of pytorch-fid's releases")
+    if sha1 is not None:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha1").hexdigest()
+        if found != sha1:
+            raise CheckpointError(f"{path}: its SHA-1 is {found}, that of {WEIGHTS_FILE} is {sha1}; get it again")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files raise many kinds
+        raise CheckpointError(f"{path}: not a file of weights ({one_line(error)})") from error
+    network = FidInception()
+    load_into(network, state, "FID's Inception v3", path)
+    return network.requires_grad_(False)

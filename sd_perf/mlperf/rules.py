@@ -1,0 +1,89 @@
+"""The closed division's rules for Stable Diffusion v2, as data (MLCommons training rules, ruleset 5.0.0).
+
+Free in the closed division: learning rate, warm-up steps, batch size, and everything that changes speed only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from sd_perf.config import Config, DiffusionConfig, UNetConfig
+from sd_perf.errors import ConfigError
+
+RULESET = "5.0.0"
+TRAIN_SAMPLES = 6_513_144
+"""samples of the benchmark's training set, as submissions log it"""
+EVAL_SAMPLES = 30_000
+"""prompts per evaluated checkpoint"""
+CHECKPOINT_SAMPLES = 512_000
+"""distance between checkpoints, samples, rounded up to whole batches"""
+FID_TARGET = 90.0
+"""at most this"""
+CLIP_TARGET = 0.15
+"""at least this, at the same checkpoint"""
+
+_OPTIMIZER = "AdamW's constants are fixed; free are learning rate, warm-up steps and batch size"
+_SAMPLER = "checkpoints are scored on pictures of 50 DDIM steps with guidance 8"
+_DATA = "the training set is used as it is, every sample once per epoch"
+
+FIXED: dict[str, tuple[Any, str]] = {
+    "data.format": ("moments", "training is on the benchmark's own data"),
+    "data.latent_size": (64, "images keep the reference's size, 512 x 512, latents 64 x 64"),
+    "data.context_tokens": (77, "the text states are those of the reference, 77 tokens"),
+    "data.allow_empty_captions": (True, _DATA),
+    "data.max_bad_samples": (0, _DATA),
+    "text_encoder.model": ("ViT-H-14", "the text encoder is the reference's, frozen"),
+    "optimizer.beta_1": (0.9, _OPTIMIZER),
+    "optimizer.beta_2": (0.999, _OPTIMIZER),
+    "optimizer.epsilon": (1e-8, _OPTIMIZER),
+    "optimizer.weight_decay": (0.01, _OPTIMIZER),
+    "optimizer.warmup_start": (1e-6, "the schedule is the reference's: linear from 1e-6 of the rate, then constant"),
+    "training.seed": (None, "seeds come from the clock or the system's entropy, anew for every run"),
+    "checkpoint.keep": (None, "every checkpoint up to the first that passes may have to be scored"),
+    "sampling.steps": (50, _SAMPLER),
+    "sampling.guidance_scale": (8.0, _SAMPLER),
+    "mlperf.eval_samples": (EVAL_SAMPLES, "a checkpoint is scored on the 30,000 prompts of COCO 2014"),
+    "mlperf.caches_cleared": (True, "file caches are dropped before every run (then set it to true)"),
+}
+"""key: (the only value allowed, the rule)"""
+
+for _section, _defaults, _rule in (
+    ("model", UNetConfig(), "the network is the reference's UNet of 865,910,724 parameters"),
+    ("diffusion", DiffusionConfig(), "noise schedule, loss and latents are the reference's"),
+):
+    FIXED |= {f"{_section}.{f.name}": (getattr(_defaults, f.name), _rule) for f in dataclasses.fields(_defaults)}
+
+PRECISIONS = ("fp64", "fp32", "tf32", "fp16", "bf16", "fp8")
+"""number formats that the rules allow without asking"""
+
+
+def violations(config: Config) -> Iterator[tuple[str, Any, str, str]]:
+    """(key, value, what is allowed, rule) of each value that the closed division does not allow."""
+    for key, (allowed, rule) in FIXED.items():
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        if value != allowed:
+            yield key, value, "not set" if allowed is None else repr(allowed), rule
+    if config.training.precision not in PRECISIONS:
+        yield "training.precision", config.training.precision, f"one of {PRECISIONS}", "approved number formats"
+    if config.text_encoder.weights == "random":
+        yield "text_encoder.weights", "random", "a file", FIXED["text_encoder.model"][1]
+    batch, every = config.training.global_batch_size, config.checkpoint.every_samples
+    cadence = config.steps_of(CHECKPOINT_SAMPLES) * batch
+    if config.steps_of(every) * batch != cadence:
+        rule = f"checkpoints are CEIL(512000 / {batch}) steps apart"
+        yield "checkpoint.every_samples", every, f"{CHECKPOINT_SAMPLES} (here {cadence:,} samples)", rule
+    if config.training.max_samples < 2 * CHECKPOINT_SAMPLES:
+        rule = "at least two checkpoints are scored"
+        yield "training.max_samples", config.training.max_samples, f"at least {2 * CHECKPOINT_SAMPLES}", rule
+
+
+def require_closed(config: Config) -> None:
+    """ConfigError naming the first key that cannot comply, its value, what is allowed, and the rule."""
+    for key, value, allowed, rule in violations(config):
+        raise ConfigError(
+            f"{key}: {value!r} is not allowed in the closed division, only {allowed}: {rule}; change it, or set "
+            f"mlperf.division to open"
+        )

@@ -1,0 +1,49 @@
+"""Writes the training part of the run's MLPerf log; evaluation appends the rest (`sd_perf.mlperf.log`)."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from sd_perf.config import Config
+from sd_perf.mlperf.log import LOG_NAME, MLPerfLog, import_mlperf
+from sd_perf.training.callbacks.base import Callback
+
+if TYPE_CHECKING:
+    from sd_perf.training.trainer import Trainer
+
+
+class MLPerfLogger(Callback):
+    """Initialisation begins when this is made, so make it first. Written by the main rank.
+
+    A block is the way from one checkpoint to the next. A run that was asked to stop leaves its block open, and the
+    resumed run closes it; so the time between the two processes counts, as the clock on the wall does.
+    """
+
+    def __init__(self, config: Config) -> None:
+        import_mlperf("mllog")  # a missing package should be told now
+        self._init_ms = time.time_ns() // 1_000_000
+        self._cadence = config.steps_of(config.checkpoint.every_samples)
+        self._log: MLPerfLog | None = None
+
+    def on_start(self, trainer: Trainer) -> None:
+        if trainer.world.is_main:  # the trainer lets no rank go on, and touch the data, before this one has
+            self._log = MLPerfLog(trainer.folder / LOG_NAME, trainer.config)
+            self._log.start_init(self._init_ms)
+            self._log.describe(trainer.seed, trainer.loader.num_samples)
+            self._log.start_run()
+            self._log.start_block(trainer.samples)
+
+    def on_step(self, trainer: Trainer) -> None:
+        if trainer.steps % self._cadence == 0 or trainer.samples >= trainer.total_samples:
+            trainer.world.on_main(lambda: self._end_block(trainer))
+
+    def _end_block(self, trainer: Trainer) -> None:
+        assert self._log is not None
+        if trainer.world.device.type == "cuda":
+            torch.cuda.synchronize()  # a block ends when its last update is done, not when it is queued
+        self._log.stop_block(trainer.samples)
+        if trainer.samples < trainer.total_samples:
+            self._log.start_block(trainer.samples)

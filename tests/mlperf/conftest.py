@@ -1,0 +1,62 @@
+"""A config of the closed division, and a complete log written for it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sd_perf.config import Config
+from sd_perf.mlperf.log import MLPerfLog
+from sd_perf.presets import config_from_dict
+
+CLOSED = {
+    "data": {"format": "moments", "path": "shards", "allow_empty_captions": True},
+    "text_encoder": {"weights": "512-base-ema.ckpt"},
+    "optimizer": {"base_learning_rate": 2.3e-7},
+    "mlperf": {
+        "division": "closed",
+        "org": "sd-perf",
+        "platform": "laptop",
+        "status": "onprem",
+        "caches_cleared": True,
+    },
+}
+SCORES = {512_000: (140.0, 0.12), 1_024_000: (110.0, 0.14), 1_536_000: (89.0, 0.151), 2_048_000: (80.0, 0.17)}
+
+
+@pytest.fixture
+def closed() -> Callable[..., Config]:
+    """closed(section={key: value}): the benchmark's config with keys changed."""
+
+    def make(**changes: dict) -> Config:
+        config = config_from_dict(CLOSED)
+        for section, values in changes.items():
+            config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
+        return config
+
+    return make
+
+
+@pytest.fixture
+def write_log(closed, tmp_path) -> Callable[..., Path]:
+    """A log of a run of four blocks of an hour from time 0, evaluated afterwards and concluded."""
+
+    def write(config: Config | None = None, scores: dict[int, tuple[float, float]] = SCORES) -> Path:
+        path = tmp_path / "result_0.txt"
+        log = MLPerfLog(path, config or closed())
+        log.start_init()
+        log.describe(seed=12345, train_samples=6_513_144)
+        log.start_run()
+        for number, samples in enumerate(SCORES):
+            log.start_block(samples - 512_000)
+            log.stop_block(samples, time_ms=3_600_000 * (number + 1))
+        evaluation = MLPerfLog(path, config or closed())  # another process
+        for samples, (fid, clip) in scores.items():
+            evaluation.add_evaluation(samples, fid, clip, start_ms=4_000_000, stop_ms=5_000_000)
+        evaluation.conclude()
+        return path
+
+    return write

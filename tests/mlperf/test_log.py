@@ -1,0 +1,136 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from sd_perf.errors import ConfigError, DataError, UserError
+from sd_perf.mlperf.log import MLPerfLog, read_log, scores_of
+
+pytest.importorskip("mlperf_logging")
+
+ONCE = ["submission_division", "submission_benchmark", "init_start", "init_stop", "run_start", "seed", "train_samples",
+        "eval_samples", "gradient_accumulation_steps", "global_batch_size", "opt_name", "opt_adamw_beta_1",
+        "opt_adamw_beta_2", "opt_adamw_epsilon", "opt_adamw_weight_decay", "opt_base_learning_rate",
+        "opt_learning_rate_warmup_steps", "cache_clear", "run_stop"]  # fmt: skip
+
+
+def keys(path) -> list[str]:
+    return [event.key for event in read_log(path)]
+
+
+def values(path) -> dict:
+    return {event.key: event.value for event in read_log(path)}
+
+
+def begin(path, config) -> MLPerfLog:
+    log = MLPerfLog(path, config)
+    log.start_init(1000)
+    log.describe(seed=7, train_samples=100)
+    log.start_run()
+    return log
+
+
+def test_lines_are_whole_and_in_order(write_log):
+    path = write_log()
+    order = keys(path)
+    assert [key for key in ONCE if order.count(key) != 1] == []
+    places = [order.index(key) for key in ("submission_division", "init_start", "seed", "init_stop", "run_start")]
+    assert places == sorted(places)
+    found = values(path)
+    assert found["opt_base_learning_rate"] == pytest.approx(2.3e-7 * 512)
+    assert found["seed"] == 12345 and found["eval_samples"] == 30_000 and found["cache_clear"] is True
+    line = json.loads(path.read_text().splitlines()[0].removeprefix(":::MLLOG "))
+    assert line["metadata"]["file"] == "sd_perf/mlperf/log.py"  # no path of this machine
+
+
+def test_run_stop_is_the_end_of_the_first_passing_block(write_log):
+    stop = read_log(write_log())[-1]
+    assert (stop.key, stop.time_ms) == ("run_stop", 3 * 3_600_000)
+    assert stop.metadata["status"] == "success" and stop.metadata["samples_count"] == 1_536_000
+
+
+def test_run_that_passes_nowhere_is_aborted_at_its_end(write_log):
+    stop = read_log(write_log(scores={1_536_000: (95.0, 0.2), 2_048_000: (80.0, 0.1499)}))[-1]
+    assert stop.metadata["status"] == "aborted" and stop.time_ms == 4 * 3_600_000
+
+
+def test_conclusion_stands(write_log, closed):
+    path = write_log(scores={512_000: (100.0, 0.1)})
+    log = MLPerfLog(path, closed())
+    log.add_evaluation(1_024_000, 50.0, 0.2, 1, 2)
+    assert log.conclude() == "aborted" and keys(path).count("run_stop") == 1
+    with pytest.raises(UserError, match="has its run_stop"):
+        log.start_run()
+
+
+def test_resume_repeats_nothing(closed, tmp_path):
+    path = tmp_path / "result_0.txt"
+    begin(path, closed()).start_block(0)
+    begin(path, closed()).start_block(300_000)  # stopped inside the first block: the block goes on
+    log = begin(path, closed())
+    log.stop_block(512_000)
+    log.start_block(512_000)
+    begin(path, closed()).start_block(0)  # the checkpoint of 512,000 was lost: the first block is trained again
+    order = keys(path)
+    assert [key for key in ONCE if key != "run_stop" and order.count(key) != 1] == []
+    blocks = [(e.key, e.metadata["samples_count"]) for e in read_log(path) if e.key.startswith("block")]
+    assert blocks == [("block_start", 0), ("block_stop", 512_000), ("block_start", 512_000), ("block_start", 0)]
+
+
+@pytest.mark.parametrize("length", [5, 40, None], ids=["token", "middle", "all but the line's end"])
+def test_line_cut_off_by_a_kill(closed, tmp_path, length):
+    """A resumed run writes it again, whole; the rest stays."""
+    path = tmp_path / "result_0.txt"
+    begin(path, closed())
+    whole = keys(path)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:length])  # run_start
+    begin(path, closed())
+    assert keys(path) == whole
+
+
+def test_damaged_line_is_told(closed, tmp_path):
+    path = tmp_path / "result_0.txt"
+    begin(path, closed())
+    path.write_text(path.read_text().replace('"key": "seed"', '"kee": "seed"'))
+    with pytest.raises(DataError, match=r"result_0\.txt: line 8 is damaged"):
+        MLPerfLog(path, closed())
+
+
+def test_launchers_prefix_is_ignored(closed, tmp_path):
+    path = tmp_path / "result_0.txt"
+    begin(path, closed())
+    expected = read_log(path)
+    path.write_text("srun: hello\n" + "".join(f"0: {line}\n" for line in path.read_text().splitlines()))
+    assert read_log(path) == expected
+
+
+def test_last_score_of_a_checkpoint_counts(write_log, closed):
+    path = write_log()
+    MLPerfLog(path, closed()).add_evaluation(512_000, 70.0, 0.2, 1, 2)
+    assert scores_of(read_log(path))[512_000] == {"FID": 70.0, "CLIP": 0.2}
+
+
+def test_bad_use(closed, tmp_path):
+    log = begin(tmp_path / "result_0.txt", closed())
+    with pytest.raises(ValueError, match="cannot be logged"):
+        log.add_evaluation(512_000, float("nan"), 0.2, 1, 2)
+    with pytest.raises(UserError, match="no block has ended"):
+        log.conclude()
+    with pytest.raises(DataError, match="no such MLPerf log"):
+        read_log(tmp_path / "absent.txt")
+
+
+def test_full_disk_is_told(closed):
+    log = MLPerfLog(Path("/dev/full"), closed())
+    with pytest.raises(UserError, match="/dev/full: cannot be written"):
+        log.start_init()
+
+
+def test_missing_package_is_told(closed, tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("mlperf_logging")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "mlperf_logging", None)
+    with pytest.raises(ConfigError, match=r"pip install 'sd-perf\[mlperf\]'"):
+        MLPerfLog(tmp_path / "result_0.txt", closed())
