@@ -1,4 +1,4 @@
-"""The command line: `sd-perf train | sample | export | data | doctor`."""
+"""The command line: `sd-perf train | sample | export | data | report | doctor`."""
 
 from __future__ import annotations
 
@@ -141,6 +141,18 @@ def export(source: Path, output: Path, format: Literal["ldm", "diffusers"] = "ld
     return 0
 
 
+def report(run: Path) -> int:
+    """Write RUN/report.html: curves, scores, pictures, verdict and configuration of a run in one file to pass on.
+
+    Args:
+        run: run folder
+    """
+    from sd_perf.report.page import write_report
+
+    _console.print(write_report(run), highlight=False, soft_wrap=True)
+    return 0
+
+
 def doctor(json: bool = False) -> int:
     """Say what is installed, what is missing and for what, and what torch can compute on.
 
@@ -237,6 +249,7 @@ _COMMANDS: dict[str, Callable[..., int]] = {
     "sample": sample,
     "export": export,
     "data": data,
+    "report": report,
     "doctor": doctor,
 }
 _DATA_COMMANDS: dict[str, Callable[..., int]] = {"prepare": prepare, "synthetic": synthetic}

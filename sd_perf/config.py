@@ -211,6 +211,8 @@ class TrainingConfig:
     """fp32 everywhere, or bf16 autocast over fp32 weights"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one and says what it took"""
+    cpu_threads: int | None = None
+    """threads of CPU arithmetic per process; none: as many as torch likes"""
     seed: int | None = None
     """seed of weights, data order and every draw; none: drawn from system entropy and kept in the manifest"""
     deterministic: bool = False
@@ -219,6 +221,12 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name in ("global_batch_size", "accumulate_steps", "max_samples"):
             _require(getattr(self, name) > 0, f"training.{name}", getattr(self, name), "at least 1")
+        _require(
+            self.cpu_threads is None or self.cpu_threads > 0,
+            "training.cpu_threads",
+            self.cpu_threads,
+            "at least 1, or none",
+        )
         _require(self.seed is None or 0 <= self.seed < 2**63, "training.seed", self.seed, "in [0, 2**63)")
 
 

@@ -22,6 +22,7 @@ _PACKAGES = (
     ("open-clip-torch", "text encoder in the step, sampling", "pip install 'sd-perf[text]'"),
     ("pillow", "data prepare, sampling", "pip install 'sd-perf[images]'"),
     ("onnxruntime", "autoencoders in .onnx files", "pip install 'sd-perf[onnx]'"),
+    ("matplotlib", "report", "pip install 'sd-perf[report]'"),
     ("diffusers", "tests only: an independent UNet", "pip install 'sd-perf[dev]'"),
 )
 

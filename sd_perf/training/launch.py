@@ -31,6 +31,8 @@ def launch(config: Config, world: World, resume: bool, fresh: bool, console: Con
     world.on_main(lambda: config.micro_batch_size(world.size))
     settled = world.on_main(lambda: settle_run(config, resume, fresh))
     torch.use_deterministic_algorithms(settled.training.deterministic)
+    if settled.training.cpu_threads is not None:
+        torch.set_num_threads(settled.training.cpu_threads)
     trainer = build_trainer(settled, world, default_callbacks(config, console))
     newest = world.on_main(trainer.store.newest) if resume else None
     if newest is not None:
