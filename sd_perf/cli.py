@@ -153,6 +153,40 @@ def report(run: Path) -> int:
     return 0
 
 
+def evaluate(source: Path) -> int:
+    """Score every checkpoint of a run that has no scores yet: FID, CLIP score; adds them to the MLPerf log.
+
+    Args:
+        source: run folder; its config's section evaluation says with what
+    """
+    import torch
+
+    from sd_perf.evaluation.evaluate import evaluate_run, scores_table
+    from sd_perf.training.run_folder import read_run_config
+
+    config = read_run_config(source)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.training.cpu_threads is not None:
+        torch.set_num_threads(config.training.cpu_threads)
+    evaluate_run(source, config, device, lambda scores: _console.print(scores, highlight=False, soft_wrap=True))
+    _console.print(scores_table(source))
+    return 0
+
+
+def check(source: Path) -> int:
+    """Run the official compliance checker on a run's MLPerf log; exits 1 where the log fails.
+
+    Args:
+        source: run folder, or an MLPerf log
+    """
+    from sd_perf.mlperf.check import check as check_log
+    from sd_perf.mlperf.log import LOG_NAME
+
+    verdict = check_log(source / LOG_NAME if source.is_dir() else source)
+    _console.print(str(verdict), highlight=False, soft_wrap=True)
+    return 0 if verdict.passed else 1
+
+
 def doctor(json: bool = False) -> int:
     """Say what is installed, what is missing and for what, and what torch can compute on.
 
@@ -233,6 +267,37 @@ def synthetic(config: Path, settings: _Settings, samples: int = 4096) -> int:
     return 0
 
 
+def scenes(output: Path, samples: int = 4096, seed: int = 1, uncaptioned_every: int = 0) -> int:
+    """Draw captioned 64x64 pictures of two coloured shapes: the tiny world, which trains in minutes on a CPU.
+
+    Args:
+        output: new folder for the PNG files and their captions.jsonl
+        samples: how many pictures
+        seed: of the pictures
+        uncaptioned_every: each n-th picture gets the empty caption, which guidance needs; 0: none does
+    """
+    from sd_perf.data.prepare.scenes import write_scenes
+
+    write_scenes(output, samples, seed, uncaptioned_every)
+    _console.print(f"{samples} scenes -> {output}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def statistics(config: Path, settings: _Settings, images: Path) -> int:
+    """Write the statistics that FID compares with (evaluation.statistics) from a folder of captioned images.
+
+    Args:
+        config: YAML preset of the run
+        settings: fields of the preset
+        images: folder of images with a captions.jsonl
+    """
+    from sd_perf.evaluation.evaluate import write_statistics
+
+    count = write_statistics(images, settings)
+    _console.print(f"statistics of {count} images -> {settings.evaluation.statistics}", highlight=False, soft_wrap=True)
+    return 0
+
+
 def _shards_folder(settings: Config) -> Path:
     if not settings.data.path:
         raise ConfigError("data.path: '' cannot be used; it must be the folder to write the shards to")
@@ -240,19 +305,29 @@ def _shards_folder(settings: Config) -> Path:
 
 
 def data() -> int:
-    """Make shards: `sd-perf data prepare` (from images), `sd-perf data synthetic`."""
+    """Make data: `sd-perf data prepare` (shards from images), `synthetic`, `scenes`, `statistics`."""
     return _run(["data", "--help"])
+
+
+def mlperf() -> int:
+    """MLPerf logs: `sd-perf mlperf check`."""
+    return _run(["mlperf", "--help"])
 
 
 _COMMANDS: dict[str, Callable[..., int]] = {
     "train": train,
+    "evaluate": evaluate,
     "sample": sample,
     "export": export,
     "data": data,
+    "mlperf": mlperf,
     "report": report,
     "doctor": doctor,
 }
-_DATA_COMMANDS: dict[str, Callable[..., int]] = {"prepare": prepare, "synthetic": synthetic}
+_GROUPS: dict[str, dict[str, Callable[..., int]]] = {
+    "data": {"prepare": prepare, "synthetic": synthetic, "scenes": scenes, "statistics": statistics},
+    "mlperf": {"check": check},
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -276,10 +351,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _run(arguments: list[str]) -> int:
     commands, prog = _COMMANDS, "sd-perf"
-    if arguments[:1] == ["data"]:
-        commands, prog, arguments = _DATA_COMMANDS, "sd-perf data", arguments[1:]
+    if arguments and arguments[0] in _GROUPS:
+        commands, prog, arguments = _GROUPS[arguments[0]], f"sd-perf {arguments[0]}", arguments[1:]
     chosen = commands.get(arguments[0]) if arguments else None
-    if chosen in (train, prepare, synthetic):
+    if chosen in (train, prepare, synthetic, statistics):
         preset = _preset_of(arguments)
         commands = {**commands, arguments[0]: functools.partial(chosen, settings=preset)}
     return tyro.extras.subcommand_cli_from_dict(

@@ -281,13 +281,40 @@ class MLPerfConfig:
     """submission_platform"""
     status: Literal["", "onprem", "cloud", "preview", "research"] = ""
     """submission_status"""
-    eval_samples: int = 30_000
-    """prompts scored per evaluated checkpoint"""
     caches_cleared: bool = False
     """that the system's file caches were dropped before this process started; logged as cache_clear"""
 
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How `sd-perf evaluate` scores checkpoints."""
+
+    prompts: str = ""
+    """captions to draw: a .tsv with a column `caption` (the benchmark's), or a captions.jsonl"""
+    num_prompts: int = 30_000
+    """prompts drawn, from the top of the file"""
+    batch_size: int = 32
+    """pictures drawn at a time"""
+    autoencoder: str = ""
+    """file of the decoder: .onnx, .ckpt or .safetensors"""
+    features: str = ""
+    """network whose features FID compares: the FID Inception (.pth), or a feature net (.safetensors)"""
+    statistics: str = ""
+    """.npz with mu and sigma of the real pictures' features"""
+    clip_model: str = "ViT-H-14"
+    """open_clip model of the CLIP score, or the path of a model JSON"""
+    clip_weights: str = ""
+    """file of its weights"""
+    fid_target: float = 90.0
+    """a run has converged at the first checkpoint with an FID of at most this ..."""
+    clip_target: float = 0.15
+    """... and a CLIP score of at least this"""
+    judge: bool = False
+    """also count the pictures that show their caption, as a program reads them (tiny world only)"""
+
     def __post_init__(self) -> None:
-        _require(self.eval_samples > 1, "mlperf.eval_samples", self.eval_samples, "at least 2")
+        _require(self.num_prompts > 1, "evaluation.num_prompts", self.num_prompts, "at least 2")
+        _require(self.batch_size > 0, "evaluation.batch_size", self.batch_size, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -314,6 +341,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     mlperf: MLPerfConfig = field(default_factory=MLPerfConfig)
 
     def __post_init__(self) -> None:

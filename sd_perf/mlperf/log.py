@@ -103,7 +103,7 @@ class MLPerfLog:
         values = {
             "seed": seed,
             "train_samples": train_samples,
-            "eval_samples": self._config.mlperf.eval_samples,
+            "eval_samples": self._config.evaluation.num_prompts,
             "gradient_accumulation_steps": training.accumulate_steps,
             "global_batch_size": training.global_batch_size,
             "opt_name": "adamw",

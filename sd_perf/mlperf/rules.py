@@ -44,7 +44,7 @@ FIXED: dict[str, tuple[Any, str]] = {
     "checkpoint.keep": (None, "every checkpoint up to the first that passes may have to be scored"),
     "sampling.steps": (50, _SAMPLER),
     "sampling.guidance_scale": (8.0, _SAMPLER),
-    "mlperf.eval_samples": (EVAL_SAMPLES, "a checkpoint is scored on the 30,000 prompts of COCO 2014"),
+    "evaluation.num_prompts": (EVAL_SAMPLES, "a checkpoint is scored on the 30,000 prompts of COCO 2014"),
     "mlperf.caches_cleared": (True, "file caches are dropped before every run (then set it to true)"),
 }
 """key: (the only value allowed, the rule)"""

@@ -25,7 +25,7 @@ from sd_perf.files import disk_errors, one_line, write_json
 from sd_perf.presets import config_differences, config_from_dict
 
 # A resumed run may differ from its beginning in these: they change where and how, not what is computed.
-_FREE_KEYS = ("run.", "logging.", "checkpoint.", "sampling.", "data.path", "data.index", "data.workers",
+_FREE_KEYS = ("run.", "logging.", "checkpoint.", "sampling.", "evaluation.", "data.path", "data.index", "data.workers",
               "data.prefetch_batches", "data.max_bad_samples", "training.max_samples", "training.device",
               "training.accumulate_steps", "training.cpu_threads", "text_encoder.weights")  # fmt: skip
 

@@ -38,7 +38,7 @@ def test_our_log_passes_older_rulesets(write_log, ruleset):
 
 
 def test_our_log_of_the_open_division(write_log, closed):
-    config = closed(mlperf={"division": "open", "eval_samples": 256}, optimizer={"beta_2": 0.95})
+    config = closed(mlperf={"division": "open"}, evaluation={"num_prompts": 256}, optimizer={"beta_2": 0.95})
     path = write_log(config, scores={512_000: (300.0, 0.1), 1_024_000: (200.0, -0.1)})
     verdict = check(path, "open")
     assert verdict.passed and verdict.status == "aborted", str(verdict)

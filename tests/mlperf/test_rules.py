@@ -19,7 +19,8 @@ OTHERS = {
     "training": {"seed": 0, "max_samples": 1_000_000},
     "checkpoint": {"every_samples": 256_000, "keep": 2},
     "sampling": {"steps": 20, "guidance_scale": 7.5},
-    "mlperf": {"eval_samples": 10_000, "caches_cleared": False},
+    "mlperf": {"caches_cleared": False},
+    "evaluation": {"num_prompts": 10_000},
 }
 
 

@@ -20,7 +20,7 @@ class StopAt(Callback):
 
 def test_log_of_a_run_stopped_resumed_and_evaluated(make_config, make_trainer):
     """52 samples, stop, the rest to 120 with blocks of 40; evaluated, it passes the open division's check."""
-    config = make_config(training={"max_samples": 120}, mlperf={"division": "open", "eval_samples": 16})
+    config = make_config(training={"max_samples": 120}, mlperf={"division": "open"}, evaluation={"num_prompts": 16})
     for stop in (52, None):
         callbacks = [StopAt(stop), MLPerfLogger(config), Checkpointer()]
         trainer = make_trainer(config, callbacks, resume=stop is None)
