@@ -180,7 +180,7 @@ def prepare(
     from sd_perf.models.build import build_text_encoder
     from sd_perf.models.sources import read_encoder
 
-    samples = read_captioned_images(images, captions or "")
+    samples = read_captioned_images(images, captions or "", settings.data.allow_empty_captions)
     precomputed = settings.data.context == "precomputed"
     text_encoder = build_text_encoder(settings, torch.device("cpu")) if precomputed else None
     pixels = 8 * settings.data.latent_size

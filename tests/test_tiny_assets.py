@@ -63,7 +63,7 @@ def test_sizes():
 def test_the_autoencoder_keeps_what_captions_say(scenes, images, moments):
     decoded = read_decoder(ASSETS / "autoencoder.safetensors")(moments[:, :4])
     error = ((decoded.clamp(-1, 1) + 1) / 2 - images).square().mean(dim=(1, 2, 3))
-    assert float((-10 * torch.log10(error)).mean()) > MIN_PSNR
+    assert float((-10 * torch.log10(error)).mean()) > 33
     pictures = ((decoded + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).numpy()
     accepted = [judge(picture, scene.caption) for picture, scene in zip(pictures, scenes, strict=True)]
     assert np.mean(accepted) >= 0.97
@@ -97,7 +97,7 @@ def test_words_without_a_row_mean_nothing_and_do_no_harm(encoder):
 
 def test_clip_finds_captions(scenes, similarity):
     own = torch.tensor([CAPTIONS.index(scene.caption) for scene in scenes])
-    assert float((similarity.argmax(dim=1) == own).float().mean()) > MIN_R1
+    assert float((similarity.argmax(dim=1) == own).float().mean()) > 0.9
     right, wrong = (similarity[torch.arange(len(own)), index].mean() for index in (own, own.roll(1)))
     assert right > wrong + 0.2
 

@@ -75,3 +75,12 @@ def test_captions_are_short():
     open_clip = pytest.importorskip("open_clip", reason="needs open_clip")
     tokens = open_clip.SimpleTokenizer(context_length=24)([attributes.caption for attributes in all_attributes()])
     assert int((tokens != 0).sum(dim=1).max()) <= 12
+
+
+def test_scenes_without_captions(tmp_path):
+    pytest.importorskip("PIL", reason="needs Pillow")
+    write_scenes(tmp_path, 4, seed=7, uncaptioned_every=2)
+    images = read_captioned_images(tmp_path, allow_empty=True)
+    assert [image.captions[0] for image in images] == ["", render(7, 1).caption, "", render(7, 3).caption]
+    with pytest.raises(DataError, match="line 1 .*caption is empty"):
+        read_captioned_images(tmp_path)

@@ -99,10 +99,11 @@ def _between(limits: tuple[float, float], draw: float) -> float:
     return limits[0] + (limits[1] - limits[0]) * draw
 
 
-def write_scenes(folder: str | Path, num: int, seed: int) -> None:
+def write_scenes(folder: str | Path, num: int, seed: int, uncaptioned_every: int = 0) -> None:
     """Scenes 0 to num - 1 of a seed as PNG files with a captions.jsonl, as `sd-perf data prepare` reads them.
 
-    DataError where the folder already holds something.
+    Where `uncaptioned_every` is n > 0, each n-th scene has the empty caption, from which a model learns what it is to
+    be guided away from (Ho & Salimans, arXiv 2207.12598); preparing them takes data.allow_empty_captions. DataError where the folder already holds something.
     """
     try:
         from PIL import Image
@@ -116,6 +117,7 @@ def write_scenes(folder: str | Path, num: int, seed: int) -> None:
     for index in range(num):
         scene, name = render(seed, index), f"{index:06d}.png"
         Image.fromarray(scene.image).save(folder / name)
-        lines.append(json.dumps({"file": name, "caption": scene.caption}))
+        uncaptioned = uncaptioned_every > 0 and index % uncaptioned_every == 0
+        lines.append(json.dumps({"file": name, "caption": "" if uncaptioned else scene.caption}))
     # Last, so that a folder with captions is a folder with all its pictures.
     (folder / "captions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
