@@ -82,5 +82,5 @@ def test_scenes_without_captions(tmp_path):
     write_scenes(tmp_path, 4, seed=7, uncaptioned_every=2)
     images = read_captioned_images(tmp_path, allow_empty=True)
     assert [image.captions[0] for image in images] == ["", render(7, 1).caption, "", render(7, 3).caption]
-    with pytest.raises(DataError, match="line 1 .*caption is empty"):
+    with pytest.raises(DataError, match=r"line 1 .*caption is empty"):
         read_captioned_images(tmp_path)

@@ -103,7 +103,8 @@ def write_scenes(folder: str | Path, num: int, seed: int, uncaptioned_every: int
     """Scenes 0 to num - 1 of a seed as PNG files with a captions.jsonl, as `sd-perf data prepare` reads them.
 
     Where `uncaptioned_every` is n > 0, each n-th scene has the empty caption, from which a model learns what it is to
-    be guided away from (Ho & Salimans, arXiv 2207.12598); preparing them takes data.allow_empty_captions. DataError where the folder already holds something.
+    be guided away from (Ho & Salimans, arXiv 2207.12598); preparing them takes data.allow_empty_captions.
+    DataError where the folder already holds something.
     """
     try:
         from PIL import Image
