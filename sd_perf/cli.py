@@ -240,7 +240,7 @@ def prepare(
     from sd_perf.models.sources import read_encoder
 
     folder = _shards_folder(settings)
-    samples = read_captioned_images(images, captions or "")
+    samples = read_captioned_images(images, captions or "", settings.data.allow_empty_captions)
     precomputed = settings.data.context == "precomputed"
     text_encoder = build_text_encoder(settings, torch.device("cpu")) if precomputed else None
     pixels, encode = 8 * settings.data.latent_size, read_encoder(autoencoder)

@@ -155,9 +155,7 @@ def evaluate_run(run: Path, config: Config, device: torch.device, tell: Callable
 def _conclude(run: Path, config: Config, complete: bool) -> None:
     """End the MLPerf log where a checkpoint has passed, or where no further one will come."""
     options = config.evaluation
-    passed = any(
-        line["fid"] <= options.fid_target and line["clip"] >= options.clip_target for line in read_scores(run)
-    )
+    passed = any(line["fid"] <= options.fid_target and line["clip"] >= options.clip_target for line in read_scores(run))
     if config.mlperf.division == "none" or not (passed or complete):
         return
     log = MLPerfLog(run / LOG_NAME, config)

@@ -24,7 +24,9 @@ def read_prompts(path: Path, num: int) -> list[str]:
             else:
                 prompts = [_first_caption(json.loads(line)) for line in file if line.strip()]
     except (UnicodeDecodeError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise DataError(f"{path}: not a .tsv with a column `caption`, nor a captions.jsonl ({one_line(error)})") from error
+        raise DataError(
+            f"{path}: not a .tsv with a column `caption`, nor a captions.jsonl ({one_line(error)})"
+        ) from error
     if len(prompts) < num:
         raise DataError(f"{path}: holds {len(prompts)} captions, and evaluation.num_prompts is {num}")
     return prompts[:num]

@@ -26,6 +26,7 @@ CLIP_TARGET = 0.15
 
 _OPTIMIZER = "AdamW's constants are fixed; free are learning rate, warm-up steps and batch size"
 _SAMPLER = "checkpoints are scored on pictures of 50 DDIM steps with guidance 8"
+_TARGET = "a run has converged at FID 90 or less and CLIP score 0.15 or more, both at one checkpoint"
 _DATA = "the training set is used as it is, every sample once per epoch"
 
 FIXED: dict[str, tuple[Any, str]] = {
@@ -45,6 +46,8 @@ FIXED: dict[str, tuple[Any, str]] = {
     "sampling.steps": (50, _SAMPLER),
     "sampling.guidance_scale": (8.0, _SAMPLER),
     "evaluation.num_prompts": (EVAL_SAMPLES, "a checkpoint is scored on the 30,000 prompts of COCO 2014"),
+    "evaluation.fid_target": (FID_TARGET, _TARGET),
+    "evaluation.clip_target": (CLIP_TARGET, _TARGET),
     "mlperf.caches_cleared": (True, "file caches are dropped before every run (then set it to true)"),
 }
 """key: (the only value allowed, the rule)"""

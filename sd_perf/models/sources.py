@@ -17,6 +17,7 @@ from sd_perf.models.weight_files import (
     read_diffusers_unet,
     read_ldm_checkpoint,
     require_fit,
+    safetensors_config,
     split_components,
 )
 from sd_perf.reference.unet import UNet
@@ -58,11 +59,16 @@ def newest_checkpoint(source: Path) -> tuple[Path, Path]:
 
 
 def read_autoencoder(path: Path) -> AutoencoderKL:
-    """Stable Diffusion's autoencoder from a .ckpt or .safetensors file in LDM names, frozen."""
-    state = split_components(read_ldm_checkpoint(path)).get("vae")
+    """An autoencoder, frozen: Stable Diffusion's from a .ckpt or .safetensors file in LDM names, or one of other sizes
+    from a .safetensors file that holds nothing else and whose metadata carries an AutoencoderConfig as JSON.
+    """
+    state = read_ldm_checkpoint(path)
+    config = safetensors_config(path, AutoencoderConfig) if path.suffix == ".safetensors" else None
+    if config is None:
+        state = split_components(state)["vae"]
     if not state:
         raise CheckpointError(f"{path}: holds no autoencoder (no first_stage_model.* keys)")
-    autoencoder = AutoencoderKL(AutoencoderConfig())
+    autoencoder = AutoencoderKL(config)
     load_into(autoencoder, state, "the autoencoder", path)
     return autoencoder.requires_grad_(False).eval()
 

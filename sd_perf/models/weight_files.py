@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from sd_perf.config import UNetConfig
 from sd_perf.errors import CheckpointError, ConfigError
 from sd_perf.files import disk_errors, one_line
 from sd_perf.models.key_maps import diffusers_unet_config, from_diffusers, to_diffusers
+
+T = TypeVar("T")
 
 UNET_PREFIX = "model.diffusion_model."
 PREFIXES = {"unet": UNET_PREFIX, "vae": "first_stage_model.", "text": "cond_stage_model.model."}
@@ -151,6 +153,26 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path}: cannot be read as safetensors ({_reason(error)}); check its size and checksum"
         ) from error
+
+
+def safetensors_config(path: Path, kind: type[T]) -> T | None:
+    """The config, a dataclass, that a .safetensors file carries as JSON in its metadata; None where it carries none.
+
+    Raises CheckpointError for a file that cannot be read, and for metadata that is no such config.
+    """
+    safetensors = _safetensors()
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get("config")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read as safetensors ({_reason(error)})") from error
+    if text is None:
+        return None
+    try:
+        entries = json.loads(text)
+        return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in entries.items()})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: its metadata is no {kind.__name__} ({_reason(error)})") from error
 
 
 def _unet_config(entries: dict[str, Any], path: Path) -> UNetConfig:

@@ -39,11 +39,14 @@ class CaptionedImage:
     """file, width, height, license, flickr_url, as far as the line has them"""
 
 
-def read_captioned_images(images_dir: str | Path, captions_file: str | Path = "") -> list[CaptionedImage]:
+def read_captioned_images(
+    images_dir: str | Path, captions_file: str | Path = "", allow_empty: bool = False
+) -> list[CaptionedImage]:
     """Images of a folder with their captions, in the order of the captions file.
 
     The file (default: captions.jsonl in the folder or beside it) has a JSON object per line: `file`, relative to
-    the folder, and `captions`, a list, or `caption`. DataError, with file and line, for anything else.
+    the folder, and `captions`, a list, or `caption`. DataError, with file and line, for anything else, and for an
+    empty caption unless allow_empty.
     """
     images_dir = Path(images_dir)
     if not images_dir.is_dir():
@@ -54,7 +57,9 @@ def read_captioned_images(images_dir: str | Path, captions_file: str | Path = ""
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); name the captions file") from error
     images = [
-        _parse_line(line, images_dir, f"{path} line {number}") for number, line in enumerate(lines, 1) if line.strip()
+        _parse_line(line, images_dir, f"{path} line {number}", allow_empty)
+        for number, line in enumerate(lines, 1)
+        if line.strip()
     ]
     if not images:
         raise DataError(f"{path} has no lines; it needs one JSON object per image")
@@ -68,7 +73,7 @@ def _find_captions(images_dir: Path) -> Path:
     raise DataError(f"{images_dir} has no captions.jsonl in it or beside it; write one or name the captions file")
 
 
-def _parse_line(line: bytes, images_dir: Path, where: str) -> CaptionedImage:
+def _parse_line(line: bytes, images_dir: Path, where: str, allow_empty: bool) -> CaptionedImage:
     try:
         entry = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -81,18 +86,18 @@ def _parse_line(line: bytes, images_dir: Path, where: str) -> CaptionedImage:
     if not isinstance(captions, list) or not captions:
         raise DataError(f"{where} ({entry['file']}) has no captions; it needs a list `captions` or a string `caption`")
     for caption in captions:
-        _check_caption(caption, f"{where} ({entry['file']})")
+        _check_caption(caption, f"{where} ({entry['file']})", allow_empty)
     path = images_dir / entry["file"]
     if not path.is_file():
         raise DataError(f"{where} names {entry['file']}, which is not in {images_dir}")
     return CaptionedImage(path, tuple(captions), where, {name: entry[name] for name in _KEPT if name in entry})
 
 
-def _check_caption(caption: object, where: str) -> None:
+def _check_caption(caption: object, where: str, allow_empty: bool) -> None:
     if not isinstance(caption, str):
         raise DataError(f"{where}: caption {caption!r} is not a string")
     try:
-        parse_caption(caption.encode("utf-8"), MAX_CAPTION_BYTES, allow_empty=False)
+        parse_caption(caption.encode("utf-8"), MAX_CAPTION_BYTES, allow_empty)
     except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can say and UTF-8 cannot
         raise DataError(f"{where}: caption cannot be written as UTF-8") from error
     except BadSampleError as error:

@@ -1,0 +1,124 @@
+"""The tiny world: 64x64 pictures of two coloured shapes side by side or one above the other, with true captions.
+
+Small enough that a UNet of a few million parameters learns it in minutes on a CPU, and made so that a program can read
+a picture's caption back from its pixels (`sd_perf.evaluation.judge`). There are 96 captions; where exactly the shapes
+lie, how large they are and how bright the background is differs from picture to picture.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sd_perf.errors import DataError, UserError
+
+SIZE = 64
+"""rows and columns of a picture, pixels"""
+COLOURS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (40, 70, 220), "yellow": (240, 210, 40)}
+"""name: RGB, 0 to 255"""
+SHAPES = ("square", "circle")
+RELATIONS = ("left of", "above")
+DISTANCE = (15.0, 17.0)
+"""of each shape's centre from the picture's, along the relation's axis, pixels"""
+SIDESTEP = 5.0
+"""largest distance of a shape's centre from the picture's, across the relation's axis, pixels"""
+HALF_WIDTH = (11.0, 13.5)
+"""half a square's side or a circle's radius, pixels; with DISTANCE, shapes neither touch nor leave the picture"""
+BACKGROUND = (160.0, 235.0)
+"""grey level of the background, 0 to 255"""
+
+
+@dataclass(frozen=True)
+class Attributes:
+    """What a caption says: the first shape is left of the second, or above it. The colours differ."""
+
+    first_colour: str
+    first_shape: str
+    relation: str
+    second_colour: str
+    second_shape: str
+
+    @property
+    def caption(self) -> str:
+        """Plain English: "a red square left of a blue circle"."""
+        return f"a {self.first_colour} {self.first_shape} {self.relation} a {self.second_colour} {self.second_shape}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture and what it shows."""
+
+    image: np.ndarray
+    """(64, 64, 3) uint8 RGB"""
+    caption: str
+    attributes: Attributes
+
+
+def all_attributes() -> list[Attributes]:
+    """Every combination that the world holds, each once."""
+    return [
+        Attributes(first, shape, relation, second, other)
+        for first in COLOURS
+        for second in COLOURS
+        if first != second
+        for shape in SHAPES
+        for other in SHAPES
+        for relation in RELATIONS
+    ]
+
+
+def render(seed: int, index: int) -> Scene:
+    """Scene number `index` of a seed: the same picture and caption on every call. Both are >= 0."""
+    # Uniform doubles alone, because numpy promises the same stream of these for a bit generator, not of every method.
+    draws = iter(np.random.Generator(np.random.Philox(key=[seed, index])).random(8))
+    world = all_attributes()
+    attributes = world[int(next(draws) * len(world))]
+    image = np.full((SIZE, SIZE, 3), _between(BACKGROUND, next(draws)))
+    names = ((attributes.first_colour, attributes.first_shape), (attributes.second_colour, attributes.second_shape))
+    for side, (colour, shape) in zip((-1, 1), names, strict=True):
+        along = (SIZE - 1) / 2 + side * _between(DISTANCE, next(draws))
+        across = (SIZE - 1) / 2 + _between((-SIDESTEP, SIDESTEP), next(draws))
+        x, y = (along, across) if attributes.relation == "left of" else (across, along)
+        cover = coverage(shape, x, y, _between(HALF_WIDTH, next(draws)))[..., None]
+        image = image * (1 - cover) + np.array(COLOURS[colour]) * cover
+    return Scene(np.rint(image).astype(np.uint8), attributes.caption, attributes)
+
+
+def coverage(shape: str, x: float, y: float, half_width: float) -> np.ndarray:
+    """How much of each pixel a shape covers: (64, 64) float64 in [0, 1], antialiased; x, y, half_width in pixels."""
+    pixels = np.arange(SIZE, dtype=np.float64)
+    columns, rows = np.abs(pixels[None, :] - x), np.abs(pixels[:, None] - y)
+    distance = np.maximum(columns, rows) if shape == "square" else np.hypot(columns, rows)
+    return np.clip(half_width - distance + 0.5, 0, 1)
+
+
+def _between(limits: tuple[float, float], draw: float) -> float:
+    return limits[0] + (limits[1] - limits[0]) * draw
+
+
+def write_scenes(folder: str | Path, num: int, seed: int, uncaptioned_every: int = 0) -> None:
+    """Scenes 0 to num - 1 of a seed as PNG files with a captions.jsonl, as `sd-perf data prepare` reads them.
+
+    Where `uncaptioned_every` is n > 0, each n-th scene has the empty caption, from which a model learns what it is to
+    be guided away from (Ho & Salimans, arXiv 2207.12598); preparing them takes data.allow_empty_captions.
+    DataError where the folder already holds something.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise UserError("images need Pillow: pip install 'sd-perf[images]'") from error
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise DataError(f"{folder} is not empty; name a new folder for the scenes")
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for index in range(num):
+        scene, name = render(seed, index), f"{index:06d}.png"
+        Image.fromarray(scene.image).save(folder / name)
+        uncaptioned = uncaptioned_every > 0 and index % uncaptioned_every == 0
+        lines.append(json.dumps({"file": name, "caption": "" if uncaptioned else scene.caption}))
+    # Last, so that a folder with captions is a folder with all its pictures.
+    (folder / "captions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
