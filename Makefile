@@ -19,9 +19,19 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
-train: install
-	test -d data/smoke || $(BIN)/sd-perf data synthetic --config configs/smoke.yaml
+# The tiny world: pictures, moments, training, scores, report.
+train: data/smoke/moments/00000.tar
 	$(BIN)/sd-perf train --config configs/smoke.yaml --fresh
+	$(BIN)/sd-perf evaluate --source runs/smoke
+	$(BIN)/sd-perf report --run runs/smoke
+
+data/smoke/moments/00000.tar: | install
+	rm -rf data/smoke
+	$(BIN)/sd-perf data scenes --output data/smoke/scenes --samples 4096 --seed 1 --uncaptioned-every 10
+	$(BIN)/sd-perf data scenes --output data/smoke/prompts --samples 256 --seed 3
+	$(BIN)/sd-perf data statistics --config configs/smoke.yaml --images data/smoke/prompts
+	$(BIN)/sd-perf data prepare --config configs/smoke.yaml --images data/smoke/scenes \
+	    --autoencoder assets/tiny/autoencoder.safetensors --samples-per-shard 4096
 
 test: install
 	$(PYTEST) -m "not slow"

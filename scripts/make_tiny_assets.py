@@ -24,12 +24,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from sd_perf.config import TextEncoderConfig
 from sd_perf.data.prepare.scenes import COLOURS, RELATIONS, SHAPES, Attributes, all_attributes, render
 from sd_perf.evaluation.feature_net import FeatureNet, read_feature_net
 from sd_perf.evaluation.judge import judge
+from sd_perf.models.open_clip_library import read_clip
 from sd_perf.models.sources import read_autoencoder
-from sd_perf.models.text_encoder import read_clip
 from sd_perf.models.torchvision_schemas import define_missing_torchvision_ops
 from sd_perf.models.vae import AutoencoderConfig, AutoencoderKL
 
@@ -219,7 +218,7 @@ def measure_clip(folder: Path, images: torch.Tensor, captions: list[str]) -> dic
     """Both ways; a scene's caption is right, whichever of the scenes that share it is meant."""
     from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
-    model, tokenizer = read_clip(TextEncoderConfig(str(folder / "clip.json"), str(folder / "clip.safetensors")))
+    model, tokenizer = read_clip("clip", str(folder / "clip.json"), folder / "clip.safetensors")
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
     pictures = model.encode_image(((images + 1) / 2 - mean) / std, normalize=True)
     similarity = pictures @ model.encode_text(tokenizer(all_captions()), normalize=True).T

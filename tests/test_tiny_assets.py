@@ -11,8 +11,9 @@ from sd_perf.config import TextEncoderConfig
 from sd_perf.data.prepare.scenes import all_attributes, render
 from sd_perf.evaluation.feature_net import read_feature_net
 from sd_perf.evaluation.judge import judge
+from sd_perf.models.open_clip_library import VOCABULARY, read_clip
 from sd_perf.models.sources import read_autoencoder, read_decoder, read_encoder
-from sd_perf.models.text_encoder import VOCABULARY, OpenClipTextEncoder, read_clip
+from sd_perf.models.text_encoder import OpenClipTextEncoder
 from sd_perf.models.torchvision_schemas import define_missing_torchvision_ops
 from sd_perf.presets import load_preset
 
@@ -50,7 +51,7 @@ def similarity(images) -> torch.Tensor:
     """Cosines of 200 pictures and 96 captions, by open_clip's own preprocessing and code."""
     from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
-    model, tokenizer = read_clip(CLIP)
+    model, tokenizer = read_clip("clip", CLIP.model, Path(CLIP.weights))
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
     pictures = model.encode_image((images - mean) / std, normalize=True)
     return pictures @ model.encode_text(tokenizer(CAPTIONS), normalize=True).T

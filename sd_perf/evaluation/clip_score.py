@@ -14,9 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from sd_perf.errors import CheckpointError
-from sd_perf.files import one_line
-from sd_perf.models.open_clip_library import import_open_clip, register_model
+from sd_perf.models.open_clip_library import import_open_clip, read_clip
 
 
 class ClipScorer:
@@ -27,18 +25,10 @@ class ClipScorer:
     """
 
     def __init__(self, model: str, weights: Path, device: torch.device | str = "cpu") -> None:
-        open_clip = import_open_clip("clip_score.model")
-        name = register_model(open_clip, "clip_score.model", model)
-        if not weights.is_file():
-            raise CheckpointError(f"{weights}: no such file; give the open_clip weights of {name}")
-        try:
-            self.model, _, self._prepare = open_clip.create_model_and_transforms(
-                name, str(weights.resolve()), device=device, pretrained_text=False, weights_only=True
-            )
-        except Exception as error:  # damaged files and other models' weights raise many kinds
-            raise CheckpointError(f"{weights}: cannot be used as the weights of {name} ({one_line(error)})") from error
-        self.model.requires_grad_(False).eval()
-        self._tokenize = open_clip.get_tokenizer(name)
+        clip, self._tokenize = read_clip("evaluation.clip_model", model, weights)
+        self.model = clip.to(device)
+        side = self.model.visual.image_size
+        self._prepare = import_open_clip("evaluation.clip_model").image_transform(side, is_train=False)
         self._device = device
 
     @torch.no_grad()

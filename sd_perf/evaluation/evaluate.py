@@ -136,9 +136,8 @@ def evaluate_run(run: Path, config: Config, device: torch.device, tell: Callable
     checkpoints = {read_state(path)["samples"]: path for path in CheckpointStore(run / "checkpoints").complete()}
     if not checkpoints:
         raise CheckpointError(f"{run}: holds no complete checkpoint to evaluate")
-    waiting = sorted(checkpoints.keys() - done)
-    evaluator = Evaluator(config, device) if waiting else None
-    for samples in waiting if evaluator else []:
+    evaluator = Evaluator(config, device)
+    for samples in sorted(checkpoints.keys() - done):
         start = time.time()
         pictures = evaluator.draw(load_component(checkpoints[samples], "model"), config.training.seed or 0)
         scores = evaluator.score(pictures, samples)

@@ -1,14 +1,21 @@
-"""open_clip as an optional package: imported late, with sentences for what is missing."""
+"""open_clip as an optional package: imported late, with sentences for what is missing; its models from local files."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from sd_perf.errors import ConfigError
+import torch
+
+from sd_perf.errors import CheckpointError, ConfigError
 from sd_perf.files import one_line
 from sd_perf.models.torchvision_schemas import define_missing_torchvision_ops
+from sd_perf.models.weight_files import load_into
+
+VOCABULARY = 49408
+"""tokens of CLIP's byte-pair encoding"""
 
 
 def import_open_clip(key: str) -> ModuleType:
@@ -35,3 +42,45 @@ def register_model(open_clip: ModuleType, key: str, model: str) -> str:
     if open_clip.get_model_config(model) is None:
         raise ConfigError(f"{key}: {model!r} is no model of open_clip, and no path of a model JSON")
     return model
+
+
+def read_clip(key: str, model: str, weights: Path) -> tuple[Any, Any]:
+    """open_clip's whole frozen model (`encode_image`, `encode_text`), float32 on the CPU, and its tokenizer.
+
+    ConfigError naming the config key where the model is unknown, CheckpointError for weights that are not its own.
+    """
+    open_clip = import_open_clip(key)
+    name = register_model(open_clip, key, model)
+    state = read_open_clip_weights(weights)
+    clip = open_clip.create_model(name)
+    state.pop("attn_mask", None)  # a constant that old files carry
+    load_into(clip, state, "CLIP", weights)
+    return clip.requires_grad_(False).eval(), open_clip.get_tokenizer(name)
+
+
+def read_open_clip_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors of an open_clip .bin, .pt or .safetensors file. CheckpointError where it is missing or damaged."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; give the open_clip weights of the model")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return _with_whole_vocabulary(load_file(path))
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # each format has its own errors for damaged files
+        raise CheckpointError(f"{path}: not a file of open_clip weights ({one_line(error)})") from error
+
+
+def _with_whole_vocabulary(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights whose token embedding is complete.
+
+    Of CLIP's 49,408 tokens a small world knows a dozen. Its file keeps only their rows (`token_embedding.rows`, with
+    their numbers in `token_embedding.ids`); every other token is 0: it takes a place in the caption, and means nothing.
+    """
+    if "token_embedding.rows" in state:
+        rows, ids = state.pop("token_embedding.rows"), state.pop("token_embedding.ids")
+        whole = torch.zeros(VOCABULARY, rows.shape[1], dtype=rows.dtype)
+        whole[ids] = rows
+        state["token_embedding.weight"] = whole
+    return state
