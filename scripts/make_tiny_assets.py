@@ -4,8 +4,8 @@
     python scripts/make_tiny_assets.py --stages features report
 
 Stages: autoencoder, clip, features (each trains one network and writes its file), report (measures what is in the
-folder, and writes report.json beside it). Runs are seeded: the same machine and torch give the same files. Training
-sees scenes 0, 1, 2, ... of seed 1; the report measures scenes of seed 2.
+folder, and writes report.json there). Runs are seeded. Training sees scenes 0, 1, 2, ... of seed 1; the report
+measures scenes of seed 2.
 """
 
 from __future__ import annotations
