@@ -4,8 +4,8 @@
     python scripts/make_tiny_assets.py --stages features report
 
 Stages: autoencoder, clip, features (each trains one network and writes its file), report (measures what is in the
-folder, and writes report.json beside it). Runs are seeded: the same machine and torch give the same files. Training
-sees scenes 0, 1, 2, ... of seed 1; the report measures scenes of seed 2.
+folder, and writes report.json there). Runs are seeded. Training sees scenes 0, 1, 2, ... of seed 1; the report
+measures scenes of seed 2.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from sd_perf.config import TextEncoderConfig
 from sd_perf.data.prepare.scenes import COLOURS, RELATIONS, SHAPES, Attributes, all_attributes, render
 from sd_perf.evaluation.feature_net import FeatureNet, read_feature_net
 from sd_perf.evaluation.judge import judge
-from sd_perf.models.open_clip_library import read_clip
 from sd_perf.models.sources import read_autoencoder
+from sd_perf.models.open_clip_library import read_clip
 from sd_perf.models.torchvision_schemas import define_missing_torchvision_ops
 from sd_perf.models.vae import AutoencoderConfig, AutoencoderKL
 

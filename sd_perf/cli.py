@@ -168,7 +168,7 @@ def evaluate(source: Path) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if config.training.cpu_threads is not None:
         torch.set_num_threads(config.training.cpu_threads)
-    evaluate_run(source, config, device, lambda scores: _console.print(scores, highlight=False, soft_wrap=True))
+    evaluate_run(source, config, device, functools.partial(_console.print, highlight=False, soft_wrap=True))
     _console.print(scores_table(source))
     return 0
 

@@ -72,10 +72,20 @@ class Evaluator:
             "clip": self.clip.score(pictures, self.prompts, batch_size),
         }
         if self.config.evaluation.judge:
-            images = pictures.permute(0, 2, 3, 1).numpy()
-            verdicts = [judge(image, prompt) for image, prompt in zip(images, self.prompts, strict=True)]
-            scores["judge"] = float(np.mean(verdicts))
+            scores |= judge_scores(pictures, self.prompts)
         return {**scores, "n": len(pictures)}
+
+
+def judge_scores(pictures: torch.Tensor, prompts: list[str]) -> dict[str, float]:
+    """Shares of pictures (B, 3, H, W) that show their own caption, and the next picture's where that is another."""
+    images = list(pictures.permute(0, 2, 3, 1).numpy())
+    own = zip(images, prompts, strict=True)
+    others = zip(images, prompts, prompts[1:] + prompts[:1], strict=True)
+    shuffled = [judge(image, other) for image, prompt, other in others if other != prompt]
+    return {
+        "judge": float(np.mean([judge(image, prompt) for image, prompt in own])),
+        "judge_shuffled": float(np.mean(shuffled)),
+    }
 
 
 def read_features(path: Path, device: torch.device) -> torch.nn.Module:
@@ -130,8 +140,8 @@ def write_grid(pictures: torch.Tensor, prompts: list[str], folder: Path, samples
     return path
 
 
-def evaluate_run(run: Path, config: Config, device: torch.device, tell: Callable[[dict[str, Any]], None]) -> None:
-    """Score every complete checkpoint of a run that has no scores yet, oldest first; `tell` is given each line."""
+def evaluate_run(run: Path, config: Config, device: torch.device, tell: Callable[[str], None]) -> None:
+    """Score every complete checkpoint of a run that has no scores yet, oldest first; `tell` is told of each."""
     done = {line["samples"] for line in read_scores(run)}
     checkpoints = {read_state(path)["samples"]: path for path in CheckpointStore(run / "checkpoints").complete()}
     if not checkpoints:
@@ -147,7 +157,7 @@ def evaluate_run(run: Path, config: Config, device: torch.device, tell: Callable
             log.add_evaluation(samples, scores["fid"], scores["clip"], int(1000 * start), int(1000 * time.time()))
         with disk_errors(run / "scores.jsonl", _MAKE_ROOM), (run / "scores.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(scores) + "\n")
-        tell(scores)
+        tell(f"{samples:,} samples: FID {scores['fid']:.2f}, CLIP {scores['clip']:.4f} (n = {scores['n']:,})")
     _conclude(run, config, complete=max(checkpoints) >= config.training.max_samples)
 
 
@@ -172,8 +182,10 @@ def read_scores(run: Path) -> list[dict[str, Any]]:
 
 def scores_table(run: Path) -> Table:
     """All scores of a run for the terminal."""
-    table = Table("samples", "FID", "CLIP", "judge", "n", title=f"{run}", title_justify="left")
+    judged = any("judge" in line for line in read_scores(run))
+    columns = ["samples", "FID", "CLIP", *(["shows its caption", "shows another's"] if judged else []), "n"]
+    table = Table(*columns, title=f"{run}", title_justify="left")
     for line in read_scores(run):
-        judged = f"{100 * line['judge']:.0f} %" if "judge" in line else ""
-        table.add_row(f"{line['samples']:,}", f"{line['fid']:.2f}", f"{line['clip']:.4f}", judged, f"{line['n']:,}")
+        shares = [f"{100 * line[key]:.0f} %" for key in ("judge", "judge_shuffled") if key in line]
+        table.add_row(f"{line['samples']:,}", f"{line['fid']:.2f}", f"{line['clip']:.4f}", *shares, f"{line['n']:,}")
     return table

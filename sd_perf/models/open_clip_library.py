@@ -52,7 +52,7 @@ def read_clip(key: str, model: str, weights: Path) -> tuple[Any, Any]:
     open_clip = import_open_clip(key)
     name = register_model(open_clip, key, model)
     state = read_open_clip_weights(weights)
-    clip = open_clip.create_model(name)
+    clip = open_clip.CLIP(**open_clip.get_model_config(name))
     state.pop("attn_mask", None)  # a constant that old files carry
     load_into(clip, state, "CLIP", weights)
     return clip.requires_grad_(False).eval(), open_clip.get_tokenizer(name)
