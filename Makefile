@@ -1,4 +1,4 @@
-# make install | train | test | test-all | check        (TORCH=... and REAL_DATA=... below)
+# make install | train | resume | test | test-all | check        (TORCH=... and REAL_DATA=... below)
 
 PYTHON    ?= python3
 # The torch that everything is tested with; another build: make install TORCH="torch==2.12.0 --index-url ..."
@@ -9,7 +9,7 @@ BIN       := .venv/bin
 STAMP     := .venv/installed
 PYTEST    := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 $(if $(REAL_DATA),--real-data $(REAL_DATA))
 
-.PHONY: install train test test-all check
+.PHONY: install train resume scores test test-all check
 
 install: $(STAMP)
 
@@ -22,8 +22,16 @@ $(STAMP): pyproject.toml
 # The tiny world: pictures, moments, training, scores, report.
 train: data/smoke/moments/00000.tar
 	$(BIN)/sd-perf train --config configs/smoke.yaml --fresh
-	$(BIN)/sd-perf evaluate --source runs/smoke
-	$(BIN)/sd-perf report --run runs/smoke
+	$(MAKE) --no-print-directory scores
+
+# After Ctrl-C: the rest of the run that `make train` began.
+resume: data/smoke/moments/00000.tar
+	$(BIN)/sd-perf train --config configs/smoke.yaml --resume
+	$(MAKE) --no-print-directory scores
+
+scores: install
+	$(BIN)/sd-perf evaluate runs/smoke
+	$(BIN)/sd-perf report runs/smoke
 
 data/smoke/moments/00000.tar: | install
 	rm -rf data/smoke

@@ -24,12 +24,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from sd_perf.config import TextEncoderConfig
 from sd_perf.data.prepare.scenes import COLOURS, RELATIONS, SHAPES, Attributes, all_attributes, render
 from sd_perf.evaluation.feature_net import FeatureNet, read_feature_net
 from sd_perf.evaluation.judge import judge
-from sd_perf.models.sources import read_autoencoder
 from sd_perf.models.open_clip_library import read_clip
+from sd_perf.models.sources import read_autoencoder
 from sd_perf.models.torchvision_schemas import define_missing_torchvision_ops
 from sd_perf.models.vae import AutoencoderConfig, AutoencoderKL
 

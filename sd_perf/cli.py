@@ -29,6 +29,7 @@ from sd_perf.config import Config, SamplingConfig
 
 _INTERRUPTED = 75  # EX_TEMPFAIL: saved; run me again
 _RANK, _LOCAL_RANK = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+_Run = tyro.conf.Positional[Path]
 _Settings = Annotated[Config, tyro.conf.arg(name="")]
 _console = Console(quiet=_RANK > 0)
 _DESCRIPTION = (
@@ -52,7 +53,7 @@ def train(
         config: YAML preset, such as configs/train_512_moments.yaml
         settings: fields of the preset
         resume: continue the run in its folder from its newest checkpoint (begin it where there is none)
-        fresh: move an earlier run in the folder aside (runs/smoke becomes runs/smoke.1, ...) and begin anew
+        fresh: move a complete run in the folder aside (runs/smoke becomes runs/smoke.1, ...) and begin anew
         dry_run: print parameters, FLOPs, memory and batch arithmetic of the run, and exit
         ranks: processes that the dry run counts with
         json: print the dry run as JSON
@@ -141,7 +142,7 @@ def export(source: Path, output: Path, format: Literal["ldm", "diffusers"] = "ld
     return 0
 
 
-def report(run: Path) -> int:
+def report(run: _Run) -> int:
     """Write RUN/report.html: curves, scores, pictures, verdict and configuration of a run in one file to pass on.
 
     Args:
@@ -153,36 +154,36 @@ def report(run: Path) -> int:
     return 0
 
 
-def evaluate(source: Path) -> int:
+def evaluate(run: _Run) -> int:
     """Score every checkpoint of a run that has no scores yet: FID, CLIP score; adds them to the MLPerf log.
 
     Args:
-        source: run folder; its config's section evaluation says with what
+        run: run folder; its config's section evaluation says with what
     """
     import torch
 
     from sd_perf.evaluation.evaluate import evaluate_run, scores_table
     from sd_perf.training.run_folder import read_run_config
 
-    config = read_run_config(source)
+    config = read_run_config(run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if config.training.cpu_threads is not None:
         torch.set_num_threads(config.training.cpu_threads)
-    evaluate_run(source, config, device, functools.partial(_console.print, highlight=False, soft_wrap=True))
-    _console.print(scores_table(source))
+    evaluate_run(run, config, device, functools.partial(_console.print, highlight=False, soft_wrap=True))
+    _console.print(scores_table(run))
     return 0
 
 
-def check(source: Path) -> int:
+def check(run: _Run) -> int:
     """Run the official compliance checker on a run's MLPerf log; exits 1 where the log fails.
 
     Args:
-        source: run folder, or an MLPerf log
+        run: run folder, or an MLPerf log
     """
     from sd_perf.mlperf.check import check as check_log
     from sd_perf.mlperf.log import LOG_NAME
 
-    verdict = check_log(source / LOG_NAME if source.is_dir() else source)
+    verdict = check_log(run / LOG_NAME if run.is_dir() else run)
     _console.print(str(verdict), highlight=False, soft_wrap=True)
     return 0 if verdict.passed else 1
 

@@ -20,6 +20,7 @@ import torch
 
 import sd_perf
 from sd_perf.config import Config
+from sd_perf.distributed.checkpoints import CheckpointStore, read_state
 from sd_perf.errors import ConfigError, UserError
 from sd_perf.files import disk_errors, one_line, write_json
 from sd_perf.presets import config_differences, config_from_dict
@@ -40,6 +41,8 @@ def settle_run(config: Config, resume: bool, fresh: bool = False) -> Config:
     if resume and fresh:
         raise UserError("--resume continues the run in the folder and --fresh moves it aside; give one of them")
     folder = Path(config.run.dir)
+    if fresh:
+        _require_finished(folder)
     if fresh or not _holds_run(folder):
         return _with_seed(config)
     if resume:
@@ -108,6 +111,19 @@ def provenance() -> dict[str, Any]:
 
 def _holds_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("run_manifest.json", "metrics.jsonl", "checkpoints"))
+
+
+def _require_finished(folder: Path) -> None:
+    """UserError for a run that was stopped on its way: moving it aside is easily regretted."""
+    newest = CheckpointStore(folder / "checkpoints").newest()
+    if newest is None:
+        return
+    samples, total = read_state(newest).get("samples", 0), read_run_config(folder).training.max_samples
+    if samples < total:
+        raise UserError(
+            f"{folder}: holds an unfinished run ({samples:,} of {total:,} samples); continue it with --resume instead "
+            f"of --fresh (`make resume` for the smoke run), or move the folder away yourself"
+        )
 
 
 def _move_aside(folder: Path) -> Path:

@@ -293,11 +293,11 @@ def command(capsys: pytest.CaptureFixture, *arguments: object) -> tuple[int, str
 
 def test_command(tmp_path, capsys):
     run = write_bare(tmp_path / "run")
-    code, output, _ = command(capsys, "report", "--run", run)
+    code, output, _ = command(capsys, "report", run)
     assert code == 0 and output.strip() == str(run / "report.html")
 
 
 def test_command_on_no_run(tmp_path, capsys):
-    code, _, errors = command(capsys, "report", "--run", tmp_path)
+    code, _, errors = command(capsys, "report", tmp_path)
     assert code == 2 and errors == f"sd-perf: {tmp_path}: is no run folder (no run_manifest.json); give one that " \
                                    f"sd-perf train has made\n"  # fmt: skip
