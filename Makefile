@@ -7,6 +7,8 @@ TORCH     ?= torch==2.13.0
 REAL_DATA ?=
 BIN       := .venv/bin
 STAMP     := .venv/installed
+# Threads that wait must not spin: where another process has the core, spinning makes two threads slower than one.
+export OMP_WAIT_POLICY := PASSIVE
 PYTEST    := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 $(if $(REAL_DATA),--real-data $(REAL_DATA))
 
 .PHONY: install train resume scores test test-all check

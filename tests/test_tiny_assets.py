@@ -73,7 +73,7 @@ def test_the_autoencoder_keeps_what_captions_say(scenes, images, moments):
 def test_latents_of_the_preset_have_unit_variance(moments):
     assert read_autoencoder(ASSETS / "autoencoder.safetensors").config.downsampling == 8
     mean, log_variance = moments.chunk(2, dim=1)
-    scale = load_preset(ROOT / "configs" / "tiny_world.yaml").diffusion.latent_scale
+    scale = load_preset(ROOT / "configs" / "smoke.yaml").diffusion.latent_scale
     noise = log_variance.exp().mean(dim=(0, 2, 3))
     variance = scale**2 * (mean.var(dim=(0, 2, 3)) + noise)
     assert ((variance > 0.9) & (variance < 1.1)).all()  # of every channel
@@ -85,7 +85,7 @@ def test_text_states(encoder):
     assert states.shape == (97, 24, 128) and states.dtype == torch.float32
     distances = torch.cdist(states.flatten(1), states.flatten(1)) + torch.eye(97) * 1e6
     assert float(distances.min()) > 1
-    assert encoder.width == load_preset(ROOT / "configs" / "tiny_world.yaml").model.context_dim
+    assert encoder.width == load_preset(ROOT / "configs" / "smoke.yaml").model.context_dim
 
 
 def test_words_without_a_row_mean_nothing_and_do_no_harm(encoder):

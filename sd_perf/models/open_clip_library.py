@@ -51,17 +51,20 @@ def read_clip(key: str, model: str, weights: Path) -> tuple[Any, Any]:
     """
     open_clip = import_open_clip(key)
     name = register_model(open_clip, key, model)
-    state = read_open_clip_weights(weights)
+    state = read_open_clip_weights(weights, key.replace("model", "weights"))
     clip = open_clip.CLIP(**open_clip.get_model_config(name))
     state.pop("attn_mask", None)  # a constant that old files carry
     load_into(clip, state, "CLIP", weights)
     return clip.requires_grad_(False).eval(), open_clip.get_tokenizer(name)
 
 
-def read_open_clip_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors of an open_clip .bin, .pt or .safetensors file. CheckpointError where it is missing or damaged."""
+def read_open_clip_weights(path: Path, key: str) -> dict[str, torch.Tensor]:
+    """Tensors of an open_clip .bin, .pt or .safetensors file, which a config key names.
+
+    CheckpointError where it is missing or damaged.
+    """
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; give the open_clip weights of the model")
+        raise CheckpointError(f"{path}: no such file; {key} names a file of open_clip weights")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

@@ -57,7 +57,11 @@ def _text_weights(file: str) -> dict[str, torch.Tensor] | None:
         raise ConfigError("text_encoder.weights: '' cannot be used; it must be a file of weights (or \"random\")")
     path = Path(file)
     is_ldm = path.suffix == ".ckpt"
-    state = split_components(read_ldm_checkpoint(path))["text"] if is_ldm else read_open_clip_weights(path)
+    state = (
+        split_components(read_ldm_checkpoint(path))["text"]
+        if is_ldm
+        else read_open_clip_weights(path, "text_encoder.weights")
+    )
     tower = {name: value for name, value in state.items() if not name.startswith("visual.")}
     for constant in ("attn_mask", "logit_scale", "logit_bias"):
         tower.pop(constant, None)

@@ -162,14 +162,28 @@ def test_fresh_moves_earlier_runs_aside(config, folder, capsys):
     ]
 
 
+def write_state(folder: Path, samples: int) -> Path:
+    path = folder / "checkpoints" / f"samples_{samples:010d}" / "state.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"samples": samples}))
+    return path
+
+
 def test_fresh_takes_another_config_and_moves_all_of_a_run(config, folder, make_config):
     open_run(config, resume=False)
-    (folder / "checkpoints" / "samples_0000000004").mkdir(parents=True)
-    (folder / "checkpoints" / "samples_0000000004" / "state.json").write_text("{}")
+    state = write_state(folder, config.training.max_samples)
     other = make_config("runs/run", model={"num_res_blocks": 2})
     assert open_run(other, resume=False, fresh=True) == other
-    assert (folder.parent / "run.1" / "checkpoints" / "samples_0000000004" / "state.json").read_text() == "{}"
+    assert (folder.parent / "run.1" / state.relative_to(folder)).is_file()
     assert not (folder / "checkpoints").exists()
+
+
+def test_fresh_refuses_an_unfinished_run(config, folder):
+    open_run(config, resume=False)
+    write_state(folder, 40)
+    with pytest.raises(UserError, match=r"holds an unfinished run \(40 of 200 samples\); continue it with --resume"):
+        open_run(config, resume=False, fresh=True)
+    assert [path.name for path in folder.parent.iterdir()] == ["run"]
 
 
 def test_fresh_renames_a_link_and_not_what_it_names(config, folder):
