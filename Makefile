@@ -37,7 +37,7 @@ scores: install
 
 data/smoke/moments/00000.tar: | install
 	rm -rf data/smoke
-	$(BIN)/sd-perf data scenes --output data/smoke/scenes --samples 4096 --seed 1 --uncaptioned-every 10
+	$(BIN)/sd-perf data scenes --output data/smoke/scenes --samples 4096 --seed 1 --uncaptioned-every 10 --shards
 	$(BIN)/sd-perf data scenes --output data/smoke/prompts --samples 256 --seed 3
 	$(BIN)/sd-perf data statistics --config configs/smoke.yaml --images data/smoke/prompts
 	$(BIN)/sd-perf data prepare --config configs/smoke.yaml --images data/smoke/scenes \

@@ -228,7 +228,7 @@ def prepare(
     Args:
         config: YAML preset of the run that will train on the shards
         settings: fields of the preset
-        images: folder of images
+        images: folder of images with a captions.jsonl, or of raw shards (*.tar of .jpg, .txt, .json)
         autoencoder: file that holds the encoder: .onnx, or .ckpt or .safetensors in LDM names
         captions: captions.jsonl with `file` and `captions` (default: in the images' folder or its parent)
         captions_per_image: samples made of each image, one per caption
@@ -237,11 +237,15 @@ def prepare(
     import torch
 
     from sd_perf.data.prepare.photographs import prepare_moments, read_captioned_images
+    from sd_perf.data.prepare.raw_shards import read_raw_shards
     from sd_perf.models.build import build_text_encoder
     from sd_perf.models.sources import read_encoder
 
     folder = _shards_folder(settings)
-    samples = read_captioned_images(images, captions or "", settings.data.allow_empty_captions)
+    if captions is None and any(images.glob("*.tar")):
+        samples = read_raw_shards(images, settings.data.allow_empty_captions)
+    else:
+        samples = read_captioned_images(images, captions or "", settings.data.allow_empty_captions)
     precomputed = settings.data.context == "precomputed"
     text_encoder = build_text_encoder(settings, torch.device("cpu")) if precomputed else None
     pixels, encode = 8 * settings.data.latent_size, read_encoder(autoencoder)
@@ -268,18 +272,20 @@ def synthetic(config: Path, settings: _Settings, samples: int = 4096) -> int:
     return 0
 
 
-def scenes(output: Path, samples: int = 4096, seed: int = 1, uncaptioned_every: int = 0) -> int:
+def scenes(output: Path, samples: int = 4096, seed: int = 1, uncaptioned_every: int = 0, shards: bool = False) -> int:
     """Draw captioned 64x64 pictures of two coloured shapes: the tiny world, which trains in minutes on a CPU.
 
     Args:
-        output: new folder for the PNG files and their captions.jsonl
+        output: new folder
         samples: how many pictures
         seed: of the pictures
         uncaptioned_every: each n-th picture gets the empty caption, which guidance needs; 0: none does
+        shards: raw shards (tar files of images and captions) instead of PNG files with a captions.jsonl
     """
-    from sd_perf.data.prepare.scenes import write_scenes
+    from sd_perf.data.prepare.scenes import write_scene_shards, write_scenes
 
-    write_scenes(output, samples, seed, uncaptioned_every)
+    write = write_scene_shards if shards else write_scenes
+    write(output, samples, seed, uncaptioned_every)
     _console.print(f"{samples} scenes -> {output}", highlight=False, soft_wrap=True)
     return 0
 

@@ -74,7 +74,7 @@ def _list_files(path: Path) -> list[tarfile.TarInfo]:
     return [member for member in members if member.isreg()]
 
 
-def _group_by_key(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
+def group_by_key(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
     """Key -> extension -> (byte offset, size) of a shard's files, in the order of the tar."""
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     for member in _list_files(path):
@@ -89,7 +89,7 @@ def _group_by_key(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
 
 def scan_shard(path: Path, number: int) -> np.ndarray:
     """One row per sample of a tar file (see `ShardIndex.samples`); DataError where the shard cannot be used."""
-    samples = _group_by_key(path)
+    samples = group_by_key(path)
     rows: list[tuple[object, ...]] = []
     for key, files in samples.items():
         for extension in ("npy", "txt"):
@@ -246,7 +246,6 @@ class ShardWriter:
         context: np.ndarray | None = None,
     ) -> None:
         """Add a sample: moments (2C, H, W), stored as float32 (1, 2C, H, W); context (T, D) float16 or float32."""
-        shard, place = divmod(self.num_samples, self.samples_per_shard)
         files = {
             "json": json.dumps(metadata or {}, ensure_ascii=False).encode(),
             "npy": _npy_bytes(np.asarray(moments, dtype="<f4")[None]),
@@ -254,6 +253,11 @@ class ShardWriter:
         }
         if context is not None:
             files["context.npy"] = _npy_bytes(context)
+        self.write_files(files)
+
+    def write_files(self, files: dict[str, bytes]) -> None:
+        """Add a sample as its files, by extension."""
+        shard, place = divmod(self.num_samples, self.samples_per_shard)
         with self._guard():
             tar = self._start(shard) if self._tar is None or place == 0 else self._tar
             for extension in sorted(files):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -30,13 +31,15 @@ class CaptionedImage:
     """One line of a captions file."""
 
     path: Path
-    """the image"""
+    """the image, or the raw shard that holds it"""
     captions: tuple[str, ...]
     """one or more"""
     where: str
     """captions file and line, for messages"""
     metadata: dict[str, Any] = field(default_factory=dict)
     """file, width, height, license, flickr_url, as far as the line has them"""
+    place: tuple[int, int] | None = None
+    """byte offset and size of the image in a raw shard"""
 
 
 def read_captioned_images(
@@ -104,8 +107,8 @@ def _check_caption(caption: object, where: str, allow_empty: bool) -> None:
         raise DataError(f"{where}: {error}") from error
 
 
-def load_image(path: str | Path, size: int) -> torch.Tensor:
-    """An image as (3, size, size) float32 RGB in [0, 1]; DataError where it cannot be decoded.
+def load_image(path: str | Path | BinaryIO, size: int) -> torch.Tensor:
+    """An image, by path or as its bytes, as (3, size, size) float32 RGB in [0, 1]; DataError if it cannot be decoded.
 
     Shorter side resized to `size` (bicubic, antialiased), centre cropped; EXIF orientation is not applied.
     """
@@ -117,7 +120,8 @@ def load_image(path: str | Path, size: int) -> torch.Tensor:
         with Image.open(path) as file:
             image = file.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} cannot be decoded as an image ({error}); mend or remove it") from error
+        name = path if isinstance(path, str | Path) else "the image"
+        raise DataError(f"{name} cannot be decoded as an image ({error}); mend or remove it") from error
     short = min(image.size)
     width, height = (side * size // short for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2
@@ -162,7 +166,12 @@ def prepare_moments(
 
 def _load(sample: CaptionedImage, size: int) -> torch.Tensor:
     try:
-        return load_image(sample.path, size)
+        if sample.place is None:
+            return load_image(sample.path, size)
+        offset, length = sample.place
+        with sample.path.open("rb") as shard:
+            shard.seek(offset)
+            return load_image(io.BytesIO(shard.read(length)), size)
     except DataError as error:
         raise DataError(f"{sample.where}: {error}") from error
 

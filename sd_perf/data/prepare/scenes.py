@@ -7,12 +7,15 @@ lie, how large they are and how bright the background is differs from picture to
 
 from __future__ import annotations
 
+import io
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from sd_perf.data.shards import ShardWriter
 from sd_perf.errors import DataError, UserError
 
 SIZE = 64
@@ -106,19 +109,33 @@ def write_scenes(folder: str | Path, num: int, seed: int, uncaptioned_every: int
     be guided away from (Ho & Salimans, arXiv 2207.12598); preparing them takes data.allow_empty_captions.
     DataError where the folder already holds something.
     """
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise UserError("images need Pillow: pip install 'sd-perf[images]'") from error
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise DataError(f"{folder} is not empty; name a new folder for the scenes")
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
-    for index in range(num):
-        scene, name = render(seed, index), f"{index:06d}.png"
-        Image.fromarray(scene.image).save(folder / name)
-        uncaptioned = uncaptioned_every > 0 and index % uncaptioned_every == 0
-        lines.append(json.dumps({"file": name, "caption": "" if uncaptioned else scene.caption}))
+    for index, (png, caption) in enumerate(_pictures(num, seed, uncaptioned_every)):
+        (folder / f"{index:06d}.png").write_bytes(png)
+        lines.append(json.dumps({"file": f"{index:06d}.png", "caption": caption}))
     # Last, so that a folder with captions is a folder with all its pictures.
     (folder / "captions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_scene_shards(folder: str | Path, num: int, seed: int, uncaptioned_every: int = 0) -> None:
+    """The same scenes as raw shards, the benchmark's layout of images before they are encoded."""
+    with ShardWriter(folder) as writer:
+        for png, caption in _pictures(num, seed, uncaptioned_every):
+            writer.write_files({"json": b"{}", "png": png, "txt": caption.encode()})
+
+
+def _pictures(num: int, seed: int, uncaptioned_every: int) -> Iterator[tuple[bytes, str]]:
+    """PNG bytes and captions of scenes 0 to num - 1."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise UserError("images need Pillow: pip install 'sd-perf[images]'") from error
+    for index in range(num):
+        scene, png = render(seed, index), io.BytesIO()
+        Image.fromarray(scene.image).save(png, format="png")
+        uncaptioned = uncaptioned_every > 0 and index % uncaptioned_every == 0
+        yield png.getvalue(), "" if uncaptioned else scene.caption

@@ -1,0 +1,46 @@
+"""The benchmark's raw images: tar shards of `<key>.jpg`, `<key>.txt` and `<key>.json`, as img2dataset writes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import BinaryIO
+
+from sd_perf.data.prepare.photographs import MAX_CAPTION_BYTES, CaptionedImage
+from sd_perf.data.samples import parse_caption
+from sd_perf.data.shards import group_by_key
+from sd_perf.errors import BadSampleError, DataError
+
+EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+"""of the images"""
+
+
+def read_raw_shards(folder: str | Path, allow_empty: bool = False) -> list[CaptionedImage]:
+    """Images of a folder's *.tar shards with their captions, in the order of the shards.
+
+    DataError, with shard and key, for a shard that cannot be read, a sample without image or caption, and a caption
+    that is not UTF-8, too long, or empty (unless allow_empty).
+    """
+    images = []
+    for path in sorted(Path(folder).glob("*.tar")):
+        with path.open("rb") as shard:
+            for key, files in group_by_key(path).items():
+                images.append(_image(path, shard, key, files, allow_empty))
+    if not images:
+        raise DataError(f"{folder} holds no raw shards with images in them")
+    return images
+
+
+def _image(
+    path: Path, shard: BinaryIO, key: str, files: dict[str, tuple[int, int]], allow_empty: bool
+) -> CaptionedImage:
+    where = f"{path}: sample {key}"
+    place = next((files[extension] for extension in EXTENSIONS if extension in files), None)
+    if place is None or "txt" not in files:
+        raise DataError(f"{where} needs an image ({', '.join(EXTENSIONS)}) and a .txt; it has {', '.join(files)}")
+    offset, size = files["txt"]
+    shard.seek(offset)
+    try:
+        caption = parse_caption(shard.read(size), MAX_CAPTION_BYTES, allow_empty)
+    except BadSampleError as error:
+        raise DataError(f"{where}: {error}") from error
+    return CaptionedImage(path, (caption,), where, {"file": f"{path.name}/{key}"}, place)
