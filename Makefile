@@ -7,8 +7,9 @@ TORCH     ?= torch==2.13.0
 REAL_DATA ?=
 BIN       := .venv/bin
 STAMP     := .venv/installed
-# Threads that wait must not spin: where another process has the core, spinning makes two threads slower than one.
-export OMP_WAIT_POLICY := PASSIVE
+# Threads that wait for each other spin for microseconds, then sleep: where another process has the core, spinning for
+# longer makes two threads many times slower than one.
+export GOMP_SPINCOUNT := 20000
 PYTEST    := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 $(if $(REAL_DATA),--real-data $(REAL_DATA))
 
 .PHONY: install train resume scores test test-all check
