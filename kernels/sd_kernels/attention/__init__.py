@@ -1,0 +1,130 @@
+"""Self-attention of packed q | k | v, and cross-attention of packed k | v: heads of 64, no mask, no dropout.
+
+Order of preference by published TFLOP/s on an H100 at head dim 64, forward and backward, 4096 tokens (FlashAttention 2:
+321, 279; cuDNN: 408, 417; FlashAttention 3: 476, 453), then by what packing the gradient costs. FlashAttention 2 and
+Transformer Engine run only when named: `flash_sdpa` has the former's kernels, `cudnn` the latter's.
+
+| backend | passes over the packed gradient besides the kernel's own |
+|---|---|
+| fa2, fa4, te | none: written into its slices |
+| fa3 | none; of a context's k and v one (77 rows) |
+| cudnn, flash_sdpa, efficient, math | one `stack`, which reads and writes it |
+
+Shape letters: B samples, L queries, T keys, H heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import torch
+
+from sd_kernels.sd_v2_shapes import BATCH, SD_V2, Architecture, counted, transformers
+from sd_kernels.spec import Backend, Case, Inputs, OpSpec, Work
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def _make(name: str, B: int, L: int, T: int, H: int, D: int = SD_V2.head_dim, **data: Any) -> Case:
+    """Self-attention where T is 0."""
+    return Case(name, {"B": B, "L": L, "T": T or L, "H": H, "D": D}, {"num_heads": H}, {"cross": T > 0, **data})
+
+
+def _calls(unet: Architecture) -> list[tuple[int, int, int, int]]:
+    """(queries, keys or 0, heads, head dim)"""
+    sizes = [(layer.side**2, layer.channels // unet.head_dim) for layer in transformers(unet)]
+    return [(L, T, H, unet.head_dim) for (L, H), T in product(sizes, (0, unet.context_length))]
+
+
+def _case(call: tuple[int, int, int, int]) -> Case:
+    tokens, keys, heads, _ = call
+    return _make(f"{tokens} tokens, {heads} heads, {'cross' if keys else 'self'}", BATCH, *call)
+
+
+def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
+    B, L, T, H, D = case.shape.values()
+    if not case.data["cross"]:
+        return {"qkv": make.data(B, L, 3 * H * D), "kv": None, **case.options}
+    return {"qkv": make.data(B, L, H * D), "kv": make.data(B, T, 2 * H * D), **case.options}
+
+
+def _work(case: Case, dtype: torch.dtype) -> Work:
+    """Two matrix products forward; five backward, one of which makes the scores again. float32 row sums not counted."""
+    B, L, T, H, D = case.shape.values()
+    forward, queries, keys = 4.0 * B * H * L * T * D, B * L * H * D * dtype.itemsize, B * T * H * D * dtype.itemsize
+    return Work(forward, 2 * queries + 2 * keys, 4 * queries + 4 * keys, backward_flops=2.5 * forward)
+
+
+def _head_dims(most: int, single_key: bool = True) -> Callable[[Case, torch.dtype], str]:
+    def refuses(case: Case, dtype: torch.dtype) -> str:
+        if case.shape["D"] % 8 or case.shape["D"] > most:
+            return f"takes head dims that are multiples of 8 up to {most}, not {case.shape['D']}"
+        return "" if single_key or case.shape["T"] > 1 else "takes no single key"
+
+    return refuses
+
+
+def _sixteen_bytes(case: Case, dtype: torch.dtype) -> str:
+    D = case.shape["D"]
+    return f"takes head dims of whole 16 bytes, not {D} of {dtype}" if D * dtype.itemsize % 16 else ""
+
+
+def _flash(name: str, requires: str, package: str, install: str, most: int, **limits: Any) -> Backend:
+    limits |= {"gpu_dtypes": HALF, "refuses": _head_dims(most)}
+    return Backend(name, f"{__name__}.flash", name, requires, package, install, **limits)
+
+
+def _sdpa(name: str, attribute: str, **limits: Any) -> Backend:
+    return Backend(name, f"{__name__}.sdpa", attribute=attribute, **limits)
+
+
+SPEC = OpSpec(
+    name="attention",
+    summary="softmax(q k^T / sqrt(D)) v from packed q | k | v",
+    backends=(
+        _flash(
+            "fa3", "flash_attn_interface", "flash-attn-3 at 01afd16d",
+            "build hopper/ of github.com/Dao-AILab/flash-attention", 256, capability=(9, 0), majors=(9,),
+        ),
+        _flash(
+            "fa4", "flash_attn.cute", "flash-attn-4 4.0.0b36",
+            "pip install flash-attn-4==4.0.0b36", 128, capability=(9, 0), majors=(9, 10),
+        ),
+        _sdpa("cudnn", "cudnn", capability=(8, 0), gpu_dtypes=HALF, refuses=_head_dims(128, single_key=False)),
+        _sdpa("flash_sdpa", "flash", gpu_dtypes=HALF, refuses=_head_dims(256)),
+        _sdpa("efficient", "efficient", capability=(8, 0), refuses=_sixteen_bytes),
+        _sdpa("math", "math"),
+        _flash(
+            "fa2", "flash_attn.flash_attn_interface", "flash-attn 2.8.3.post2",
+            "pip install --no-build-isolation flash-attn==2.8.3.post2", 256, capability=(8, 0), automatic=False,
+        ),
+        Backend(
+            "te", f"{__name__}.te", package="transformer_engine 2.20.2",
+            install="pip install --no-build-isolation transformer_engine[pytorch]==2.20.2",
+            capability=(8, 0), gpu_dtypes=HALF, refuses=_head_dims(128), automatic=False,
+        ),
+        Backend("reference", f"{__name__}.reference"),
+    ),
+    cases=counted(_calls(SD_V2), _case),
+    cases_of=lambda unet: counted(_calls(unet), _case),
+    # Not single keys, nor means far from 0: there a gradient is the small rest of large terms, which flash attention's
+    # algorithm (the output, rounded, gives the rows' sums) leaves with up to four times plain torch's error.
+    small_cases=(
+        _make("tiny, cross", 1, 7, 9, 2, 16),
+        _make("self, 5 heads", 2, 37, 0, 5),
+        _make("cross, 77 keys", 2, 33, 77, 5),
+        _make("self, rows apart", 2, 16, 0, 3, padding=16),
+        _make("tiny, self", 1, 3, 0, 2, 8),
+        _make("cross, rows apart", 2, 9, 77, 2, padding=16),
+        _make("one token", 2, 1, 0, 2),
+        _make("one query", 2, 1, 77, 1),
+        _make("one head", 1, 129, 0, 1),
+        _make("other head dim", 2, 10, 0, 2, 40),
+        _make("shifted mean", 2, 24, 77, 2, mean=-0.5),
+        _make("large scores", 2, 24, 0, 2, std=3.0),
+    ),
+    inputs=_inputs,
+    work=_work,
+)  # fmt: skip

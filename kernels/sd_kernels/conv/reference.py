@@ -1,0 +1,11 @@
+"""A convolution without bias in plain torch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def conv(x: torch.Tensor, weight: torch.Tensor, *, stride: int = 1, padding: int = 1) -> torch.Tensor:
+    """x (B, C, H, W) convolved with weight (K, C, h, w), zeros beyond the borders: (B, K, H', W')."""
+    return F.conv2d(x, weight, stride=stride, padding=padding)

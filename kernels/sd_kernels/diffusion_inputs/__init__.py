@@ -1,0 +1,68 @@
+"""What the UNet is trained on: draws, latents from the autoencoder's moments, noising, v-target."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sd_kernels.sd_v2_shapes import BATCH, SD_V2, Architecture
+from sd_kernels.spec import Backend, Case, Inputs, OpSpec, Work
+
+OPTIONS = {"seed": 1, "latent_scale": 0.18215, "timestep_stream": 0, "noise_stream": 1, "moments_stream": 2}
+
+
+def latents(unet: Architecture) -> tuple[Case, ...]:
+    """The one call of a step, on latents (B, C, H, W)."""
+    side = unet.side
+    shape = {"B": BATCH, "C": unet.in_channels, "H": side, "W": side}
+    return (Case(f"{side} x {side} latents", shape, options=OPTIONS),)
+
+
+def _small(name: str, B: int, H: int, W: int, C: int = 4, seed: int = 1, **data: Any) -> Case:
+    return Case(name, {"B": B, "C": C, "H": H, "W": W}, options={**OPTIONS, "seed": seed}, data=data)
+
+
+def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
+    """A schedule of 1000 steps that is not the benchmark's; log-variances as the case has them, means beside 0."""
+    B, C, H, W = (case.shape[letter] for letter in "BCHW")
+    moments = torch.cat((make.tensor(B, C, H, W), make.data(B, C, H, W)), dim=1).detach()
+    alphas_cumprod = torch.linspace(0.999, 0.005, 1000, dtype=torch.float64, device=make.device)
+    return {
+        "moments": moments.to(case.data.get("moments", torch.float32)),
+        "sample_indices": make.integers(0, case.data.get("samples", 2**20), B),
+        "sqrt_alphas_cumprod": alphas_cumprod.sqrt().float(),
+        "sqrt_one_minus_alphas_cumprod": (1 - alphas_cumprod).sqrt().float(),
+        "dtype": make.dtype,
+        **case.options,
+    }
+
+
+def _work(case: Case, dtype: torch.dtype) -> Work:
+    numbers = case.shape["B"] * case.shape["C"] * case.shape["H"] * case.shape["W"]
+    return Work(0.0, numbers * (2 * 4 + dtype.itemsize + 4), 0.0)
+
+
+SPEC = OpSpec(
+    name="diffusion_inputs",
+    summary="draws, latents from moments, noising and v-target",
+    backends=(
+        Backend("triton", f"{__name__}.triton", capability=(8, 0)),
+        Backend("reference", f"{__name__}.reference"),
+    ),
+    cases=latents(SD_V2),
+    cases_of=latents,
+    small_cases=(
+        _small("tiny", 1, 2, 2),
+        _small("ragged", 3, 5, 60, samples=2**62, seed=2**64 - 3),
+        _small("large log-variances", 2, 8, 8, std=20.0),
+        _small("bfloat16 moments", 2, 16, 16, moments=torch.bfloat16, mean=-2.3, std=0.5),
+        _small("float16 moments", 2, 3, 4, moments=torch.float16, mean=-2.3, std=0.5),
+        _small("eight channels", 2, 6, 6, C=8),
+    ),
+    inputs=_inputs,
+    work=_work,
+    outputs=("noisy", "target", "timesteps"),
+    exact=("timesteps",),
+    differentiable=False,
+)

@@ -1,0 +1,42 @@
+"""What the UNet is trained on, in plain torch."""
+
+from __future__ import annotations
+
+import torch
+
+from sd_kernels.philox import normal, uniform_integers
+
+
+def diffusion_inputs(
+    moments: torch.Tensor,
+    sample_indices: torch.Tensor,
+    sqrt_alphas_cumprod: torch.Tensor,
+    sqrt_one_minus_alphas_cumprod: torch.Tensor,
+    *,
+    seed: int,
+    latent_scale: float,
+    timestep_stream: int,
+    noise_stream: int,
+    moments_stream: int,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Noised latents, v-target (B, C, H, W) and timesteps (B,) int64 of the samples with these indices (B,) int64.
+
+    `moments` (B, 2C, H, W) are the autoencoder's: mean, then log-variance, which is clamped to [-30, 20]. The tables
+    (T,) float32 hold sqrt(alphas_cumprod) and sqrt(1 - alphas_cumprod). Noised latents are of `dtype`, the target is
+    float32, both channels-last. Draws are keyed by (seed, index, stream): see `philox`.
+
+    Rombach et al. 2022 (latents), Ho et al. 2020 (noising), Salimans & Ho 2022, section 4 (v).
+    """
+    mean, logvar = moments.to(sqrt_alphas_cumprod.dtype).chunk(2, dim=1)
+    posterior_noise, noise = (
+        normal(seed, stream, sample_indices, mean[0].numel()).view(mean.shape)
+        for stream in (moments_stream, noise_stream)
+    )
+    timesteps = uniform_integers(seed, timestep_stream, sample_indices, len(sqrt_alphas_cumprod))
+    latents = latent_scale * (mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * posterior_noise)
+    signal = sqrt_alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    sigma = sqrt_one_minus_alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    noisy = (signal * latents + sigma * noise).to(dtype, memory_format=torch.channels_last)
+    target = (signal * noise - sigma * latents).contiguous(memory_format=torch.channels_last)
+    return noisy, target, timesteps

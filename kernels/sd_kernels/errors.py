@@ -1,0 +1,42 @@
+"""The errors of this package; each message is one sentence that says what was given and what is taken."""
+
+from __future__ import annotations
+
+import torch
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class KernelError(ValueError):
+    """Inputs that an op does not take, or a backend that cannot be had."""
+
+
+def require(condition: bool, op: str, got: str, takes: str) -> None:
+    """Raise KernelError unless the condition holds."""
+    if not condition:
+        raise KernelError(f"{op}: got {got}; takes {takes}")
+
+
+def require_floating(op: str, *tensors: torch.Tensor) -> None:
+    """Raise KernelError unless the tensors are float32, bfloat16 or float16, on one device, and none is empty."""
+    for tensor in tensors:
+        require(tensor.dtype in FLOATING, op, str(tensor.dtype), "float32, bfloat16 or float16")
+        require(tensor.numel() > 0, op, f"the empty shape {tuple(tensor.shape)}", "at least one element")
+        require(tensor.device == tensors[0].device, op, f"{tensors[0].device} and {tensor.device}", "one device")
+
+
+def require_convolution(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:
+    """Raise KernelError unless x (B, C, H, W) and weight (O, C, h, w) are alike, and dense in channels-last memory."""
+    for name, tensor in (("x", x), ("weight", weight)):
+        what = f"{name} of shape {tuple(tensor.shape)}"
+        require(tensor.dim() == 4 and tensor.numel() > 0, op, what, "four axes, none of them empty")
+        require(tensor.is_floating_point(), op, f"{name} of {tensor.dtype}", "floating-point numbers")
+        # Otherwise cuDNN would be given a copy at every call.
+        is_dense = tensor.is_contiguous(memory_format=torch.channels_last)
+        strides = f"{what} with strides {tensor.stride()}"
+        require(is_dense, op, strides, f"channels-last memory ({name}.to(memory_format=torch.channels_last))")
+    alike = x.dtype == weight.dtype and x.device == weight.device
+    both = f"x of {x.dtype} on {x.device} and weight of {weight.dtype} on {weight.device}"
+    require(alike, op, both, "one dtype and one device")
+    shapes = f"x of shape {tuple(x.shape)} and weight of shape {tuple(weight.shape)}"
+    require(x.shape[1] == weight.shape[1], op, shapes, "as many channels in both")

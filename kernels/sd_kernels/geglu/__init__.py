@@ -1,0 +1,51 @@
+"""GEGLU: the gated activation between the two linears of a feed-forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sd_kernels.sd_v2_shapes import BATCH, counted, transformers
+from sd_kernels.spec import Backend, Case, Inputs, OpSpec, Work
+
+
+def _case(layer: Any) -> Case:
+    tokens = layer.side**2
+    return Case(f"{tokens} tokens, {4 * layer.channels}", {"B": BATCH, "L": tokens, "N": 4 * layer.channels})
+
+
+def _small(name: str, rows: int, columns: int, **data: Any) -> Case:
+    return Case(name, {"B": 1, "L": rows, "N": columns}, data=data)
+
+
+def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
+    return {"x": make.data(case.shape["B"], case.shape["L"], 2 * case.shape["N"])}
+
+
+def _work(case: Case, dtype: torch.dtype) -> Work:
+    outputs = case.shape["B"] * case.shape["L"] * case.shape["N"]
+    return Work(0.0, 3 * outputs * dtype.itemsize, 5 * outputs * dtype.itemsize)
+
+
+SPEC = OpSpec(
+    name="geglu",
+    summary="value * gelu(gate), exact erf",
+    backends=(
+        Backend("triton", f"{__name__}.triton", capability=(8, 0)),
+        Backend("reference", f"{__name__}.reference"),
+    ),
+    cases=counted(transformers(), _case),
+    cases_of=lambda unet: counted(transformers(unet), _case),
+    small_cases=(
+        _small("tiny", 2, 5),
+        _small("one row", 1, 1280),
+        _small("ragged", 37, 333),
+        _small("wide", 3, 2560),
+        _small("rows apart", 9, 320, padding=16),
+        _small("shifted mean", 20, 256, mean=-2.3, std=0.5),
+        _small("large gates", 8, 256, std=6.0),
+    ),
+    inputs=_inputs,
+    work=_work,
+)

@@ -1,0 +1,132 @@
+"""Group normalisation with SiLU, and with the additions and the concatenation that come before it in the UNet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sd_kernels.sd_v2_shapes import BATCH, SD_V2, Architecture, ResBlock, Transformer, counted, layers
+from sd_kernels.spec import Backend, Case, Inputs, OpSpec, Work
+
+
+@dataclass(frozen=True)
+class _Call:
+    side: int
+    sources: tuple[int, ...]
+    added: str
+    num_groups: int
+    eps: float
+    silu: bool
+    hand_on: bool
+
+
+def _calls(unet: Architecture) -> list[_Call]:
+    """Norms from input to output; a convolution's bias and every residual is added by the norm that reads it."""
+    calls, added = [], "shift"
+    for layer in layers(unet):
+        if isinstance(layer, ResBlock):
+            calls.append(_Call(layer.side, layer.sources, added, unet.block_groups, 1e-5, silu=True, hand_on=True))
+            calls.append(
+                _Call(layer.side, (layer.channels,), "shift", unet.block_groups, 1e-5, silu=True, hand_on=False)
+            )
+            added = "shift and residual"
+        elif isinstance(layer, Transformer):
+            calls.append(
+                _Call(layer.side, (layer.channels,), added, unet.transformer_groups, 1e-6, silu=False, hand_on=True)
+            )
+            added = "residual"
+        else:
+            added = "shift"
+    last = (unet.widths[0],)
+    calls.append(_Call(unet.side, last, added, unet.block_groups, 1e-5, silu=True, hand_on=False))
+    return calls
+
+
+def _case(call: _Call) -> Case:
+    options = {"num_groups": call.num_groups, "eps": call.eps, "silu": call.silu, "hand_on": call.hand_on}
+    channels = "+".join(map(str, call.sources))
+    name = f"{call.side}x{call.side}x{channels} in {call.num_groups}, adds {call.added or 'nothing'}"
+    return _make(
+        name + (", hands on" if call.hand_on else ""), BATCH, call.side, call.side, call.sources, call.added, options
+    )
+
+
+def _make(
+    name: str, B: int, H: int, W: int, sources: tuple[int, ...], added: str, options: dict[str, Any], **data: Any
+) -> Case:
+    shape = {"B": B, "H": H, "W": W, "C1": sources[0], "C2": sum(sources[1:])}
+    return Case(name, shape, options, {"added": added, **data})
+
+
+def _small(
+    name: str, B: int, H: int, W: int, sources: tuple[int, ...], added: str = "", G: int = 16, hand_on: bool = False,
+    silu: bool = True, **data: Any,
+) -> Case:  # fmt: skip
+    options = {"num_groups": G, "eps": 1e-5, "silu": silu, "hand_on": hand_on}
+    return _make(name, B, H, W, sources, added, options, **data)
+
+
+def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
+    B, H, W, C1, C2 = case.shape.values()
+    added = case.data["added"]
+    return {
+        "x": make.image(B, C1, H, W),
+        "weight": make.tensor(C1 + C2, mean=1.0, std=0.3),
+        "bias": make.tensor(C1 + C2, std=0.3),
+        "shift": make.tensor(B, C1, std=0.5) if "shift" in added else None,
+        "residual": make.image(B, C1, H, W) if "residual" in added else None,
+        "other": make.image(B, C2, H, W) if C2 else None,
+        **case.options,
+    }
+
+
+def _work(case: Case, dtype: torch.dtype) -> Work:
+    B, H, W, C1, C2 = case.shape.values()
+    first, both = (B * H * W * channels * dtype.itemsize for channels in (C1, C1 + C2))
+    residual, hand_on = "residual" in case.data["added"], case.options["hand_on"]
+    reads_again = 0 if hand_on else residual * first
+    return Work(0.0, 2 * both + (residual + hand_on) * first, 3 * both + hand_on * first + reads_again)
+
+
+def _apex_refuses(case: Case, dtype: torch.dtype) -> str:
+    from sd_kernels.group_norm.apex_limits import refusal
+
+    return refusal(case.shape["C1"] + case.shape["C2"], case.options["num_groups"], dtype)
+
+
+SPEC = OpSpec(
+    name="group_norm",
+    summary="additions, concatenation, group normalisation, SiLU",
+    backends=(
+        Backend("triton", f"{__name__}.triton", capability=(8, 0)),
+        Backend(
+            "apex",
+            f"{__name__}.apex",
+            package="apex 6424da3b",
+            install="build Apex from source with APEX_GROUP_NORM=1 (PyPI's apex is another package)",
+            capability=(7, 5),
+            refuses=_apex_refuses,
+        ),
+        Backend("torch", f"{__name__}.torch"),
+        Backend("reference", f"{__name__}.reference"),
+    ),
+    cases=counted(_calls(SD_V2), _case),
+    cases_of=lambda unet: counted(_calls(unet), _case),
+    small_cases=(
+        _small("tiny", 1, 2, 1, (32,), "shift and residual", hand_on=True),
+        _small("two sources, groups astride", 2, 3, 5, (320, 640), "shift and residual", hand_on=True),
+        _small("transformer's", 2, 5, 5, (320,), "shift and residual", G=32, hand_on=True, silu=False),
+        _small("shifted mean", 2, 9, 16, (320,), "shift", mean=-2.3, std=0.5),
+        _small("several tiles", 2, 15, 20, (320,), "shift and residual", hand_on=True),
+        _small("one pixel", 1, 1, 1, (2560,), "residual"),
+        _small("2560 channels in 32", 1, 3, 3, (1280, 1280), "shift", G=32, hand_on=True),
+        _small("ragged channels", 3, 7, 3, (48, 80), "residual", hand_on=True),
+        _small("pixels apart", 2, 4, 6, (64,), "shift and residual", padding=16),
+        _small("nothing added", 2, 4, 4, (96,), G=32, silu=False),
+    ),
+    inputs=_inputs,
+    work=_work,
+    outputs=("y", "sum"),
+)

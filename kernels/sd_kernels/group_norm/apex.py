@@ -1,0 +1,40 @@
+"""Group normalisation by Apex's NHWC kernels (apex.contrib.group_norm of commit 6424da3b, July 2026).
+
+Apex's module hands what it cannot do to torch without a word; this adapter calls the registered op and refuses.
+Additions before the norm and the concatenation are passes of torch's own. Never run on hardware by this project.
+"""
+
+from __future__ import annotations
+
+import apex.contrib.group_norm  # noqa: F401  registers torch.ops.apex.group_norm_nhwc_fprop
+import torch
+
+from sd_kernels.errors import require
+from sd_kernels.group_norm.apex_limits import refusal
+from sd_kernels.group_norm.reference import prologue
+from sd_kernels.group_norm.rows import is_channels_last
+
+
+def group_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    shift: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    other: torch.Tensor | None = None,
+    *,
+    num_groups: int,
+    eps: float,
+    silu: bool = False,
+    hand_on: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """See `reference.group_norm`."""
+    total = prologue(x, shift, residual)
+    source = total if other is None else torch.cat((total, other), dim=1)
+    why = refusal(source.shape[1], num_groups, source.dtype)
+    require(not why, "group_norm/apex", why, "what Apex's kernels compute; choose triton")
+    require(is_channels_last(source), "group_norm/apex", f"strides {source.stride()}", "channels-last memory")
+    passes = 2 if source.shape[2] * source.shape[3] > 1024 else 1
+    act = "silu" if silu else ""
+    y, _ = torch.ops.apex.group_norm_nhwc_fprop(source, num_groups, weight, bias, eps, act, passes, False)
+    return (y, total) if hand_on else y

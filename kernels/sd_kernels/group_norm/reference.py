@@ -1,0 +1,45 @@
+"""Group normalisation in plain torch, with what the UNet does just before and after it.
+
+Shape letters: B samples, C channels (C1 of the first source), H and W rows and columns, G groups.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def prologue(x: torch.Tensor, shift: torch.Tensor | None, residual: torch.Tensor | None) -> torch.Tensor:
+    """x (B, C1, H, W) + shift (B, C1) + residual (B, C1, H, W), those that are given."""
+    if shift is not None:
+        x = x + shift[:, :, None, None]
+    return x if residual is None else x + residual
+
+
+def group_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    shift: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    other: torch.Tensor | None = None,
+    *,
+    num_groups: int,
+    eps: float,
+    silu: bool = False,
+    hand_on: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Normalise (x + shift + residual), concatenated with `other` along the channels, then scale, shift and SiLU.
+
+    Wu and He, "Group Normalization" (2018); biased variance. Returns y (B, C, H, W), and with `hand_on` also the sum
+    x + shift + residual (B, C1, H, W), which a skip connection needs.
+    """
+    total = prologue(x, shift, residual)
+    source = total if other is None else torch.cat((total, other), dim=1)
+    groups = source.reshape(source.shape[0], num_groups, -1)
+    wide = groups if groups.dtype == torch.float64 else groups.float()
+    variance, mean = torch.var_mean(wide, dim=-1, keepdim=True, correction=0)
+    normalised = ((wide - mean) * torch.rsqrt(variance + eps)).reshape(source.shape)
+    y = (normalised * weight[:, None, None] + bias[:, None, None]).to(x.dtype)
+    y = F.silu(y) if silu else y
+    return (y, total) if hand_on else y

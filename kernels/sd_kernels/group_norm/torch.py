@@ -1,0 +1,29 @@
+"""Group normalisation by torch's own operators: each addition, concatenation and SiLU is a pass of its own."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from sd_kernels.group_norm.reference import prologue
+
+
+def group_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    shift: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    other: torch.Tensor | None = None,
+    *,
+    num_groups: int,
+    eps: float,
+    silu: bool = False,
+    hand_on: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """See `reference.group_norm`."""
+    total = prologue(x, shift, residual)
+    source = total if other is None else torch.cat((total, other), dim=1)
+    y = F.group_norm(source, num_groups, weight, bias, eps)
+    y = F.silu(y) if silu else y
+    return (y, total) if hand_on else y

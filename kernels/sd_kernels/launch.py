@@ -1,0 +1,115 @@
+"""The one door through which Triton kernels run: launches are counted, and can be recorded instead of run.
+
+Under Triton's interpreter (TRITON_INTERPRET=1 when triton is imported) kernels take CPU tensors. It truncates where a
+GPU rounds when bfloat16 or FP8 is stored, so there outputs of low precision are allocated in float32 and rounded by
+torch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+from sd_kernels.errors import KernelError
+
+executed: Counter[str] = Counter()
+"""launches of this process by kernel name"""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch that was recorded, not run: exactly what Triton's own binder would be given."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+@dataclass
+class _State:
+    recorded: list[Launch] | None = None
+    poison: bool = False
+
+
+_state = _State()
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Record launches instead of running them; tensors may then be empty ones on any device."""
+    launches: list[Launch] = []
+    _state.recorded = launches
+    try:
+        yield launches
+    finally:
+        _state.recorded = None
+
+
+def is_recording() -> bool:
+    """Whether launches are recorded; then a product of torch's own between them need not be computed either."""
+    return _state.recorded is not None
+
+
+@contextmanager
+def poisoned_outputs() -> Iterator[None]:
+    """Fill what `empty` gives with NaN (integers: their least), so that an element never written is seen."""
+    _state.poison = True
+    try:
+        yield
+    finally:
+        _state.poison = False
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Run `kernel[grid](*arguments, **options)`; constexprs, num_warps and num_stages are options.
+
+    Multiplies and adds are fused unless an option says otherwise: Triton's default changes between versions.
+    """
+    options.setdefault("enable_fp_fusion", True)
+    if _state.recorded is not None:
+        _state.recorded.append(Launch(kernel, arguments, options))
+        return
+    tensor = next(argument for argument in arguments if isinstance(argument, torch.Tensor))
+    name = kernel.__name__ if hasattr(kernel, "__name__") else kernel.fn.__name__
+    if tensor.device.type != "cuda" and not interpreted():
+        raise KernelError(
+            f"{name}: got tensors on {tensor.device}; takes CUDA tensors (the reference backend takes any; "
+            "TRITON_INTERPRET=1 in the environment runs kernels on a CPU, slowly)"
+        )
+    executed[name] += 1
+    kernel[grid](*arguments, **options)
+
+
+def empty(like: torch.Tensor, shape: tuple[int, ...] | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """An output: a dense tensor of `like`'s memory order, or of `shape`; `rounded` must follow the launch."""
+    dtype = dtype or like.dtype
+    if interpreted() and dtype.is_floating_point and dtype.itemsize < 4:
+        dtype = torch.float32
+    if shape is not None:
+        output = torch.empty(shape, dtype=dtype, device=like.device)
+    else:
+        output = torch.empty_like(like, dtype=dtype, memory_format=_dense_format(like))
+    if _state.poison:
+        output.fill_(float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min)
+    return output
+
+
+def _dense_format(tensor: torch.Tensor) -> torch.memory_format:
+    is_image = tensor.dim() == 4 and tensor.stride(1) == 1
+    return torch.channels_last if is_image else torch.contiguous_format
+
+
+def rounded(output: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What `empty` gave, in the dtype that was asked for: torch rounds where the interpreter would truncate."""
+    return output if output.dtype == dtype else output.to(dtype)

@@ -1,0 +1,67 @@
+"""LayerNorm of a residual sum that is handed on: the three norms of a transformer block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sd_kernels.sd_v2_shapes import BATCH, SD_V2, Architecture, counted, transformers
+from sd_kernels.spec import Backend, Case, Inputs, OpSpec, Work
+
+
+def _case(call: tuple[Any, bool]) -> Case:
+    layer, residual = call
+    name = f"{layer.side**2} tokens, {layer.channels}" + (", residual" if residual else "")
+    return Case(name, {"B": BATCH, "L": layer.side**2, "C": layer.channels}, data={"residual": residual})
+
+
+def _calls(unet: Architecture) -> list[tuple[Any, bool]]:
+    """The first norm of a transformer has nothing to add; the others add an attention's output."""
+    return [(layer, residual) for layer in transformers(unet) for residual in (False, True, True)]
+
+
+def _small(name: str, rows: int, columns: int, residual: bool = True, **data: Any) -> Case:
+    return Case(name, {"B": 1, "L": rows, "C": columns}, data={"residual": residual, **data})
+
+
+def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
+    batch, tokens, channels = (case.shape[letter] for letter in "BLC")
+    inputs = {
+        "x": make.data(batch, tokens, channels),
+        "weight": make.tensor(channels, mean=1.0, std=0.2),
+        "bias": make.tensor(channels),
+    }
+    return inputs | ({"residual": make.tensor(batch, tokens, channels)} if case.data["residual"] else {})
+
+
+def _work(case: Case, dtype: torch.dtype) -> Work:
+    elements = case.shape["B"] * case.shape["L"] * case.shape["C"] * dtype.itemsize
+    # Backward reads the normed sum and both gradients, and writes one.
+    return Work(0.0, (4 if case.data["residual"] else 2) * elements, 4 * elements)
+
+
+SPEC = OpSpec(
+    name="layer_norm",
+    summary="x + residual and its LayerNorm",
+    backends=(
+        Backend("triton", f"{__name__}.triton", capability=(8, 0)),
+        Backend("torch", f"{__name__}.torch"),
+        Backend("reference", f"{__name__}.reference"),
+    ),
+    cases=counted(_calls(SD_V2), _case),
+    cases_of=lambda unet: counted(_calls(unet), _case),
+    small_cases=(
+        _small("tiny", 3, 5),
+        _small("no residual", 37, 320, residual=False),
+        _small("shifted mean", 150, 320, mean=-2.3, std=0.5),
+        _small("ragged", 37, 333),
+        _small("one row", 1, 1280),
+        _small("wide", 3, 2560),
+        _small("rows apart", 19, 640, padding=16),
+        _small("rows apart, no residual", 9, 1280, residual=False, padding=8),
+    ),
+    inputs=_inputs,
+    work=_work,
+    outputs=("y", "sum"),
+)

@@ -1,0 +1,73 @@
+"""Linear layers in 16 bits: torch's product, with the bias in its epilogue.
+
+A residual is not taken here: torch's product copies it into the output before it adds, which is a pass more than the
+next norm needs, which reads it anyway.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import bfloat16, dtype, float16, float32
+
+from sd_kernels.sd_v2_shapes import BATCH, SD_V2, Architecture, counted, res_blocks, transformers
+from sd_kernels.spec import Backend, Case, Inputs, OpSpec, Work
+
+Call = tuple[str, int, int, int, bool]
+"""name, rows of a sample, columns in, columns out, whether there is a bias"""
+
+
+def _calls(unet: Architecture) -> list[Call]:
+    """Packed: queries, keys and values of a self-attention; keys and values of all texts; all time embeddings."""
+    calls: list[Call] = []
+    for layer in transformers(unet):
+        L, C = layer.side**2, layer.channels
+        outputs = [("projection in or out", C, C, True)] * 2 + [("self qkv", C, 3 * C, False), ("cross q", C, C, False)]
+        outputs += [("attention out", C, C, True)] * 2 + [("feed-forward in", C, 8 * C, True)]
+        calls += [(name, L, K, N, bias) for name, K, N, bias in [*outputs, ("feed-forward out", 4 * C, C, True)]]
+    texts = sum(2 * layer.channels for layer in transformers(unet))
+    times = sum(block.channels for block in res_blocks(unet))
+    calls.append(("keys and values of all texts", unet.context_length, unet.context_width, texts, False))
+    width, embedding = unet.widths[0], 4 * unet.widths[0]
+    calls += [("time in", 1, width, embedding, True), ("time out", 1, embedding, embedding, True)]
+    return [*calls, ("all time projections", 1, embedding, times, True)]
+
+
+def _case(call: Call) -> Case:
+    name, L, K, N, bias = call
+    return Case(f"{name}, {L} x {K} to {N}", {"B": BATCH, "L": L, "K": K, "N": N}, data={"bias": bias})
+
+
+def _small(name: str, L: int, K: int, N: int, bias: bool = True, **data: Any) -> Case:
+    return Case(name, {"B": 2, "L": L, "K": K, "N": N}, data={"bias": bias, **data})
+
+
+def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
+    B, L, K, N = case.shape.values()
+    weight = make.tensor(N, K, std=K**-0.5).detach().contiguous().requires_grad_()
+    return {"x": make.data(B, L, K), "weight": weight, "bias": make.tensor(N, std=0.3) if case.data["bias"] else None}
+
+
+def _work(case: Case, dtype: dtype) -> Work:
+    B, L, K, N = case.shape.values()
+    once = (B * L * (K + N) + N * K) * dtype.itemsize
+    return Work(2.0 * B * L * K * N, once, 2 * once)
+
+
+SPEC = OpSpec(
+    name="linear",
+    summary="product with a weight, and bias",
+    backends=(Backend("torch", f"{__name__}.torch"), Backend("reference", f"{__name__}.reference")),
+    cases=counted(_calls(SD_V2), _case),
+    cases_of=lambda unet: counted(_calls(unet), _case),
+    small_cases=(
+        _small("tiny", 2, 3, 4),
+        _small("no bias", 5, 32, 48, bias=False),
+        _small("77 tokens", 77, 64, 32, bias=False),
+        _small("rows apart", 6, 64, 16, padding=8),
+        _small("one row", 1, 320, 1280),
+    ),
+    inputs=_inputs,
+    work=_work,
+    dtypes=(bfloat16, float16, float32),
+)

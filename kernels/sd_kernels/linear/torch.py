@@ -1,0 +1,18 @@
+"""A linear layer by torch: cuBLAS on a GPU, which adds the bias as it writes."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from sd_kernels.errors import require, require_floating
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x (..., K) times weight (N, K) transposed, plus bias (N,); all of one dtype."""
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    require_floating("linear", *(tensor for tensor in tensors if tensor.dtype != torch.float64))
+    got = f"x {tuple(x.shape)}, weight {tuple(weight.shape)}" + ("" if bias is None else f", bias {tuple(bias.shape)}")
+    fits = weight.dim() == 2 and x.shape[-1] == weight.shape[1] and (bias is None or bias.shape == weight.shape[:1])
+    require(fits, "linear", got, "x (..., K), weight (N, K), bias (N,)")
+    return F.linear(x, weight, bias)

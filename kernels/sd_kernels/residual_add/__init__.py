@@ -1,0 +1,60 @@
+"""A residual sum that no norm follows: before a resampling convolution, and at the end of a feed-forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sd_kernels.sd_v2_shapes import BATCH, SD_V2, Architecture, Resample, counted, layers, transformers
+from sd_kernels.spec import Backend, Case, Inputs, OpSpec, Work
+
+
+def _case(call: tuple[int, int, bool]) -> Case:
+    side, channels, is_image = call
+    name = f"{side} x {side} x {channels}" if is_image else f"{side**2} tokens, {channels}"
+    return Case(name, {"B": BATCH, "S": side, "C": channels}, data={"image": is_image})
+
+
+def _calls(unet: Architecture) -> list[tuple[int, int, bool]]:
+    images = [(layer.side, layer.channels, True) for layer in layers(unet) if isinstance(layer, Resample)]
+    return images + [(layer.side, layer.channels, False) for layer in transformers(unet)]
+
+
+def _small(name: str, batch: int, side: int, channels: int, **data: Any) -> Case:
+    return Case(name, {"B": batch, "S": side, "C": channels}, data={"image": True, **data})
+
+
+def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
+    batch, side, channels = (case.shape[letter] for letter in "BSC")
+    shape = (batch, channels, side, side) if case.data["image"] else (batch, side**2, channels)
+    draw = make.image if case.data["image"] else make.data
+    inputs = {"x": draw(*shape), "residual": draw(*shape)}
+    return inputs | ({"bias": make.tensor(channels)} if case.data.get("bias", True) else {})
+
+
+def _work(case: Case, dtype: torch.dtype) -> Work:
+    elements = case.shape["B"] * case.shape["S"] ** 2 * case.shape["C"]
+    return Work(0.0, 3 * elements * dtype.itemsize, elements * dtype.itemsize)
+
+
+SPEC = OpSpec(
+    name="residual_add",
+    summary="x + residual + bias",
+    backends=(
+        Backend("triton", f"{__name__}.triton", capability=(8, 0)),
+        Backend("reference", f"{__name__}.reference"),
+    ),
+    cases=counted(_calls(SD_V2), _case),
+    cases_of=lambda unet: counted(_calls(unet), _case),
+    small_cases=(
+        _small("tiny", 2, 2, 5),
+        _small("two stages of sums", 3, 15, 320, mean=-2.3, std=0.5),
+        _small("one pixel", 1, 1, 2560),
+        _small("tokens, ragged", 3, 5, 333, image=False),
+        _small("pixels apart", 2, 3, 640, padding=16),
+        _small("no bias", 2, 3, 64, bias=False),
+    ),
+    inputs=_inputs,
+    work=_work,
+)

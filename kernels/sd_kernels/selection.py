@@ -1,0 +1,106 @@
+"""Which backend runs an op: named, or the first that can be had; decided once, when a model is built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+
+import torch
+
+from sd_kernels.errors import KernelError
+from sd_kernels.registry import all_ops
+from sd_kernels.spec import Backend, Case, Function, OpSpec, Target
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend that runs an op, and why each backend before it does not."""
+
+    op: str
+    backend: str
+    wanted: str
+    passed_over: dict[str, str] = field(default_factory=dict)
+
+    def function(self) -> Function:
+        """The implementation."""
+        return all_ops()[self.op].backend(self.backend).function(self.op)
+
+
+def reasons_against(
+    backend: Backend, target: Target, cases: Iterable[Case] = (), dtype: torch.dtype = torch.bfloat16
+) -> list[str]:
+    """Everything that keeps a backend from running these cases on the target; empty where nothing does."""
+    missing = backend.missing(target)
+    if not missing and target.device == "cuda" and backend.gpu_dtypes and dtype not in backend.gpu_dtypes:
+        missing = f"takes {' or '.join(map(str, backend.gpu_dtypes))} on a GPU, not {dtype}"
+    refusals = (f"{case.name}: {why}" for case in cases if (why := backend.refuses(case, dtype)))
+    return [*([missing] if missing else []), *dict.fromkeys(refusals)]
+
+
+def choose(
+    op: str,
+    wanted: str = AUTO,
+    target: Target | None = None,
+    cases: Iterable[Case] = (),
+    dtype: torch.dtype = torch.bfloat16,
+    strict: bool = False,
+) -> Choice:
+    """The backend for an op.
+
+    A backend that is asked for by name and cannot be had is an error that lists every reason. `auto` takes the first
+    that can; with `strict` it may pass over none but those that are for newer GPUs.
+    """
+    spec = _spec(op)
+    target = target or Target.here()
+    cases = list(cases)
+    if wanted != AUTO:
+        return _named(spec, wanted, target, cases, dtype)
+    # The interpreter is for tests, which name their backend.
+    target = replace(target, interpreted=False)
+    passed_over: dict[str, str] = {}
+    for backend in spec.backends:
+        against = reasons_against(backend, target, cases, dtype)
+        if not backend.automatic:
+            against = ["only when named", *against]
+        if not against:
+            break
+        passed_over[backend.name] = "; ".join(against)
+    chosen = Choice(op, backend.name, wanted, passed_over)
+    slower = [f"{name}: {why}" for name, why in passed_over.items() if _may_be_had(spec.backend(name), target)]
+    if strict and slower:
+        raise KernelError(
+            f"kernels.{op}: auto would take {chosen.backend!r} on {target.name}, which kernels.strict forbids "
+            f"({' | '.join(slower)}); install what is missing, or name the backend"
+        )
+    return chosen
+
+
+def _may_be_had(backend: Backend, target: Target) -> bool:
+    is_for_others = target.device == "cuda" and bool(backend.unfit(target))
+    return backend.automatic and not is_for_others
+
+
+def _spec(op: str) -> OpSpec:
+    if op not in all_ops():
+        raise KernelError(f"{op!r} is not an op{_suggestion(op, list(all_ops()))}; ops are {', '.join(all_ops())}")
+    return all_ops()[op]
+
+
+def _named(spec: OpSpec, wanted: str, target: Target, cases: list[Case], dtype: torch.dtype) -> Choice:
+    names = [backend.name for backend in spec.backends]
+    if wanted not in names:
+        hint = _suggestion(wanted, names)
+        raise KernelError(f"kernels.{spec.name}: {wanted!r} is not a backend{hint}; choose auto, {', '.join(names)}")
+    against = reasons_against(spec.backend(wanted), target, cases, dtype)
+    if against:
+        why = "; ".join(against)
+        raise KernelError(f"kernels.{spec.name}: {wanted!r} cannot be had on {target.name}: {why}; or choose auto")
+    return Choice(spec.name, wanted, wanted)
+
+
+def _suggestion(word: str, names: list[str]) -> str:
+    close = get_close_matches(word, names, 1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,112 @@
+"""The 1x1 convolution as a matrix product for each source, the second added to the first: torch.mm, on a GPU cuBLAS.
+
+Sources are read where they are, and both slices of the weights' gradient are written into one tensor. The second
+product reads and writes the output once more, in its own epilogue: 2 * K numbers a pixel, where a concatenation would
+write and read 2 * (C1 + C2), up to three times as many at the UNet's widths. Between the two the output is rounded.
+
+Shape letters: M pixels (B * H * W), C1 and C2 channels of the sources, K of the output.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sd_kernels.errors import require
+
+OP = "skip_conv"
+
+
+def _rows(image: torch.Tensor) -> torch.Tensor:
+    """The view (M, C) of a channels-last image (B, C, H, W)."""
+    return image.permute(0, 2, 3, 1).view(-1, image.shape[1])
+
+
+def _images(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    B, _, H, W = like.shape
+    return rows.view(B, H, W, rows.shape[1]).permute(0, 3, 1, 2)
+
+
+@torch.library.custom_op("sd_kernels::skip_conv_forward", mutates_args=())
+def skip_conv_forward(x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor | None) -> torch.Tensor:
+    C1, weights = x.shape[1], weight.flatten(1)
+    y = torch.mm(_rows(x), weights[:, :C1].t())
+    if other is not None:
+        y.addmm_(_rows(other), weights[:, C1:].t())
+    return _images(y, x)
+
+
+@torch.library.custom_op("sd_kernels::skip_conv_backward", mutates_args=())
+def skip_conv_backward(
+    x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor | None, dy: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    C1, weights = x.shape[1], weight.flatten(1)
+    grad = _rows(dy.contiguous(memory_format=torch.channels_last))
+    dweight = weight.new_empty(weights.shape)
+    torch.mm(grad.t(), _rows(x), out=dweight[:, :C1])
+    dx = _images(torch.mm(grad, weights[:, :C1]), x)
+    if other is None:
+        return dx, dweight.view(weight.shape), x.new_empty(0)
+    torch.mm(grad.t(), _rows(other), out=dweight[:, C1:])
+    return dx, dweight.view(weight.shape), _images(torch.mm(grad, weights[:, C1:]), x)
+
+
+def _channels_last(like: torch.Tensor, channels: int) -> torch.Tensor:
+    B, _, H, W = like.shape
+    return like.new_empty(B, H, W, channels).permute(0, 3, 1, 2)
+
+
+@skip_conv_forward.register_fake
+def _(x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor | None) -> torch.Tensor:
+    return _channels_last(x, weight.shape[0])
+
+
+@skip_conv_backward.register_fake
+def _(
+    x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor | None, dy: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dother = x.new_empty(0) if other is None else _channels_last(x, other.shape[1])
+    return _channels_last(x, x.shape[1]), weight.new_empty(weight.shape), dother
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, weight, other = inputs
+    ctx.save_for_backward(x, weight, *(() if other is None else (other,)))
+
+
+def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    x, weight, *others = ctx.saved_tensors
+    dx, dweight, dother = skip_conv_backward(x, weight, others[0] if others else None, dy)
+    return dx, dweight, dother if others else None
+
+
+skip_conv_forward.register_autograd(_backward, setup_context=_save)
+
+
+def skip_conv(x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
+    """See `reference.skip_conv`; sources in channels-last memory (pixels may be apart), and so is what comes out."""
+    sources = {"x": x} if other is None else {"x": x, "other": other}
+    for name, image in sources.items():
+        what = f"{name} of shape {tuple(image.shape)}"
+        require(image.dim() == 4 and image.numel() > 0, OP, what, "images (B, C, H, W), none of them empty")
+        B, C, H, W = image.shape
+        require((x.shape[0], *x.shape[2:]) == (B, H, W), OP, what, f"images like x, of shape {tuple(x.shape)}")
+        require(image.is_floating_point(), OP, f"{name} of {image.dtype}", "floating-point numbers")
+        require(_has_rows(image), OP, f"{what} with strides {image.stride()}", "channels-last memory")
+    tensors = [*sources.values(), weight]
+    dtypes, devices = ({str(getattr(t, name)) for t in tensors} for name in ("dtype", "device"))
+    both = f"{' and '.join(sorted(dtypes))} on {' and '.join(sorted(devices))}"
+    require(len(dtypes) == len(devices) == 1, OP, both, "one dtype and one device")
+    C = sum(image.shape[1] for image in sources.values())
+    suitable = weight.dim() == 4 and weight.shape[1:] == (C, 1, 1) and (weight.stride(1) == 1 or C == 1)
+    strides = f"weight of shape {tuple(weight.shape)} with strides {weight.stride()}"
+    require(suitable, OP, strides, f"weight (K, {C}, 1, 1), channels adjacent")
+    return skip_conv_forward(x, weight, other)
+
+
+def _has_rows(image: torch.Tensor) -> bool:
+    try:
+        return _rows(image).stride(1) == 1 or image.shape[1] == 1
+    except RuntimeError:  # pixels are not evenly apart, so that there is no such view
+        return False

@@ -1,0 +1,199 @@
+"""The merged form (see `merged`) with a kernel each way around torch's 2x2 convolution: merging, and interleaving.
+
+Merging reads the nine taps and writes sixteen, sums in float32; its gradient reads sixteen and writes nine.
+Interleaving reads each parity's pixels and writes them to their places; its gradient reads dy and writes the
+convolution's gradient, with zeros where a parity has no pixel. So y and dy are moved once more than by a convolution
+that could interleave by itself, and nothing else is.
+
+Shape letters: B samples, C channels, K output channels, H and W rows and columns of the small image.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from sd_kernels.launch import empty, launch, rounded
+from sd_kernels.upsample_conv.merged import check
+
+ROWS, OUTPUTS, COLUMNS = 32, 8, 128
+"""tiles of pixels or output channels by channels: 128 divides the widths of the UNet's three calls"""
+
+
+@triton.jit
+def _tile(rows_total, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (rows < rows_total)[:, None]
+    if N % COLUMNS != 0:
+        inside = inside & (columns < N)[None, :]
+    return rows, columns[None, :], inside
+
+
+@triton.jit
+def _three_taps(place, C: tl.constexpr, inside):
+    first = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(place + C, mask=inside, other=0.0).to(tl.float32)
+    third = tl.load(place + 2 * C, mask=inside, other=0.0).to(tl.float32)
+    return first, second, third
+
+
+@triton.jit
+def _store_merged(merged, a: tl.constexpr, r: tl.constexpr, first, second, third, K, C: tl.constexpr, inside):
+    """Row r of the 2x2 kernels of parities (a, 0) and (a, 1), from three taps; `merged` is (2, 2, K, 2, 2, C)."""
+    even = merged + 2 * a * K * 4 * C + 2 * r * C
+    odd = even + K * 4 * C
+    tl.store(even, first, mask=inside)
+    tl.store(even + C, second + third, mask=inside)
+    tl.store(odd, first + second, mask=inside)
+    tl.store(odd + C, third, mask=inside)
+
+
+@triton.jit
+def merge_forward_kernel(weight, merged, K, C: tl.constexpr, OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr):
+    outputs, columns, inside = _tile(K, C, OUTPUTS, COLUMNS)
+    source = weight + outputs[:, None] * 9 * C + columns
+    place = merged + outputs[:, None] * 4 * C + columns
+    top0, top1, top2 = _three_taps(source, C, inside)
+    middle0, middle1, middle2 = _three_taps(source + 3 * C, C, inside)
+    bottom0, bottom1, bottom2 = _three_taps(source + 6 * C, C, inside)
+    _store_merged(place, 0, 0, top0, top1, top2, K, C, inside)
+    _store_merged(place, 0, 1, middle0 + bottom0, middle1 + bottom1, middle2 + bottom2, K, C, inside)
+    _store_merged(place, 1, 0, top0 + middle0, top1 + middle1, top2 + middle2, K, C, inside)
+    _store_merged(place, 1, 1, bottom0, bottom1, bottom2, K, C, inside)
+
+
+@triton.jit
+def _load_merged(dmerged, a: tl.constexpr, r: tl.constexpr, K, C: tl.constexpr, inside):
+    """What `_store_merged` hands back to its three taps."""
+    even = dmerged + 2 * a * K * 4 * C + 2 * r * C
+    odd = even + K * 4 * C
+    even0 = tl.load(even, mask=inside, other=0.0).to(tl.float32)
+    even1 = tl.load(even + C, mask=inside, other=0.0).to(tl.float32)
+    odd0 = tl.load(odd, mask=inside, other=0.0).to(tl.float32)
+    odd1 = tl.load(odd + C, mask=inside, other=0.0).to(tl.float32)
+    return even0 + odd0, even1 + odd0, even1 + odd1
+
+
+@triton.jit
+def _store_taps(place, first, second, third, C: tl.constexpr, inside):
+    tl.store(place, first, mask=inside)
+    tl.store(place + C, second, mask=inside)
+    tl.store(place + 2 * C, third, mask=inside)
+
+
+@triton.jit
+def merge_backward_kernel(dmerged, dweight, K, C: tl.constexpr, OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr):
+    outputs, columns, inside = _tile(K, C, OUTPUTS, COLUMNS)
+    source = dmerged + outputs[:, None] * 4 * C + columns
+    place = dweight + outputs[:, None] * 9 * C + columns
+    even0, even1, even2 = _load_merged(source, 0, 0, K, C, inside)
+    odd0, odd1, odd2 = _load_merged(source, 1, 0, K, C, inside)
+    _store_taps(place, even0 + odd0, even1 + odd1, even2 + odd2, C, inside)
+    even0, even1, even2 = _load_merged(source, 0, 1, K, C, inside)
+    _store_taps(place + 3 * C, even0 + odd0, even1 + odd1, even2 + odd2, C, inside)
+    odd0, odd1, odd2 = _load_merged(source, 1, 1, K, C, inside)
+    _store_taps(place + 6 * C, even0 + odd0, even1 + odd1, even2 + odd2, C, inside)
+
+
+@triton.jit
+def interleave_forward_kernel(
+    z, y, pixels, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    rows, columns, inside = _tile(pixels, K, ROWS, COLUMNS)
+    row, column, sample = rows // (2 * W) % (2 * H), rows % (2 * W), rows // (4 * H * W)
+    a, c = row % 2, column % 2
+    position = (sample * (H + 1) + row // 2 + a) * (W + 1) + column // 2 + c
+    source = (position * 4 + 2 * a + c).to(tl.int64)
+    value = tl.load(z + source[:, None] * K + columns, mask=inside, other=0.0)
+    tl.store(y + rows.to(tl.int64)[:, None] * K + columns, value, mask=inside)
+
+
+@triton.jit
+def interleave_backward_kernel(
+    dy, dz, slots, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    rows, columns, inside = _tile(slots, K, ROWS, COLUMNS)
+    position = rows // 4
+    a, c = rows // 2 % 2, rows % 2
+    i = position // (W + 1) % (H + 1) - a
+    j = position % (W + 1) - c
+    has_pixel = (i >= 0) & (i < H) & (j >= 0) & (j < W)
+    sample = position // ((H + 1) * (W + 1))
+    source = ((sample * 2 * H + 2 * i + a) * 2 * W + 2 * j + c).to(tl.int64)
+    value = tl.load(dy + source[:, None] * K + columns, mask=inside & has_pixel[:, None], other=0.0)
+    tl.store(dz + rows.to(tl.int64)[:, None] * K + columns, value, mask=inside)
+
+
+def _launch(kernel: Any, source: torch.Tensor, shape: tuple[int, ...], rows: int, N: int, **sizes: int) -> torch.Tensor:
+    """Run a kernel over `rows` of N channels; gives its output of shape `shape` (B, C, H, W), channels-last."""
+    B, channels, H, W = shape
+    output = empty(source, (B, H, W, channels))
+    tile = {"OUTPUTS": OUTPUTS} if "C" in sizes else {"ROWS": ROWS}
+    grid = triton.cdiv(rows, *tile.values()), triton.cdiv(N, COLUMNS)
+    source = source.contiguous(memory_format=torch.channels_last)
+    launch(kernel, grid, source, output, rows, **sizes, **tile, COLUMNS=COLUMNS)
+    return rounded(output, source.dtype).permute(0, 3, 1, 2)
+
+
+def _fake(like: torch.Tensor, B: int, channels: int, H: int, W: int) -> torch.Tensor:
+    return like.new_empty(B, H, W, channels).permute(0, 3, 1, 2)
+
+
+@torch.library.custom_op("sd_kernels::upsample_conv_merge_forward", mutates_args=())
+def merge_forward(weight: torch.Tensor) -> torch.Tensor:
+    K, C = weight.shape[:2]
+    return _launch(merge_forward_kernel, weight, (4 * K, C, 2, 2), K, C, C=C)
+
+
+@torch.library.custom_op("sd_kernels::upsample_conv_merge_backward", mutates_args=())
+def merge_backward(dmerged: torch.Tensor) -> torch.Tensor:
+    K, C = dmerged.shape[0] // 4, dmerged.shape[1]
+    return _launch(merge_backward_kernel, dmerged, (K, C, 3, 3), K, C, C=C)
+
+
+@torch.library.custom_op("sd_kernels::upsample_conv_interleave_forward", mutates_args=())
+def interleave_forward(z: torch.Tensor) -> torch.Tensor:
+    B, K, H, W = z.shape[0], z.shape[1] // 4, z.shape[2] - 1, z.shape[3] - 1
+    return _launch(interleave_forward_kernel, z, (B, K, 2 * H, 2 * W), 4 * B * H * W, K, H=H, W=W, K=K)
+
+
+@torch.library.custom_op("sd_kernels::upsample_conv_interleave_backward", mutates_args=())
+def interleave_backward(dy: torch.Tensor) -> torch.Tensor:
+    B, K, H, W = dy.shape[0], dy.shape[1], dy.shape[2] // 2, dy.shape[3] // 2
+    slots = 4 * B * (H + 1) * (W + 1)
+    return _launch(interleave_backward_kernel, dy, (B, 4 * K, H + 1, W + 1), slots, K, H=H, W=W, K=K)
+
+
+@merge_forward.register_fake
+def _(weight: torch.Tensor) -> torch.Tensor:
+    return _fake(weight, 4 * weight.shape[0], weight.shape[1], 2, 2)
+
+
+@merge_backward.register_fake
+def _(dmerged: torch.Tensor) -> torch.Tensor:
+    return _fake(dmerged, dmerged.shape[0] // 4, dmerged.shape[1], 3, 3)
+
+
+@interleave_forward.register_fake
+def _(z: torch.Tensor) -> torch.Tensor:
+    return _fake(z, z.shape[0], z.shape[1] // 4, 2 * (z.shape[2] - 1), 2 * (z.shape[3] - 1))
+
+
+@interleave_backward.register_fake
+def _(dy: torch.Tensor) -> torch.Tensor:
+    return _fake(dy, dy.shape[0], 4 * dy.shape[1], dy.shape[2] // 2 + 1, dy.shape[3] // 2 + 1)
+
+
+merge_forward.register_autograd(lambda ctx, dmerged: merge_backward(dmerged))
+interleave_forward.register_autograd(lambda ctx, dy: interleave_backward(dy))
+
+
+def upsample_conv(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """See `reference.upsample_conv`; x and weight dense in channels-last memory, and so is what comes out."""
+    check(x, weight)
+    return interleave_forward(F.conv2d(x, merge_forward(weight), padding=1))

@@ -1,0 +1,238 @@
+"""The logic of the kernel benchmark, on a CPU: no number of these tests is a result."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import gpu_acceptance
+import kernel_speed
+from kernel_speed import COMPILED, Entry, Parity, is_bad, make_row, measure_all, parse, plan, reduced, step_lines
+from timing import Budget
+
+from sd_kernels import geglu
+from sd_kernels.registry import all_ops, source_digest
+from sd_kernels.spec import DECLARED_TARGETS, Case, Target
+from tests.benchmarks.test_gpu_acceptance import FakeClock
+from tests.kernels.faults import planted
+
+H100 = DECLARED_TARGETS["h100"]
+MACHINE = {"gpu": "a CPU", "torch": "2", "triton": "3", "copy_gb_per_second": 1.0}
+SMALL = dataclasses.replace(geglu.SPEC.small_cases[2], calls=3)
+MEASURED = {"status": "measured", "us": 10.0, "gb_per_second": 5.0, "percent_of_copy": 90.0, "tflop_per_second": 0.0}
+
+
+def entry(backend: str, against: str = "", case: Case = SMALL) -> Entry:
+    return Entry(geglu.SPEC, case, backend, torch.float32, against)
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls are replayed one by one, on no stream, each 'taking' 2 ms."""
+
+    def capture(calls: list[Callable[[], Any]], count: int) -> Callable[[], None]:
+        return lambda: [call() for call in calls][:0]  # type: ignore[return-value]
+
+    class Stream:
+        def __enter__(self) -> None: ...
+        def __exit__(self, *_: object) -> None: ...
+
+    monkeypatch.setattr(kernel_speed, "capture", capture)
+    monkeypatch.setattr(kernel_speed, "CudaClock", lambda: FakeClock([2.0] * 1000))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: Stream())
+
+
+def test_the_plan_has_every_backend_and_the_compiled_reference() -> None:
+    entries = plan(parse(["--ops", "geglu"]), H100)
+    assert [entry.backend for entry in entries[:3]] == ["triton", "reference", COMPILED]
+    assert len(entries) == 3 * len(geglu.SPEC.cases)
+    assert all(entry.case.shape["B"] == 64 and not entry.against for entry in entries)
+    on_cpu = plan(parse(["--ops", "geglu", "--batch", "2", "--cases", "64 tokens"]), Target("cpu", "cpu"))
+    assert [bool(entry.against) for entry in on_cpu] == [True, False, False]
+    assert on_cpu[0].case.shape["B"] == 2
+    assert plan(parse(["--cases", "no such case"]), H100) == []
+
+
+@pytest.mark.parametrize("spec", all_ops().values(), ids=lambda spec: spec.name)
+def test_a_batch_scales_what_is_counted_in_samples(spec: Any) -> None:
+    whole, half = (
+        [item.case for item in plan(parse(["--ops", spec.name, "--batch", batch]), H100) if item.backend == COMPILED]
+        for batch in ("64", "32")
+    )
+    assert [case.shape for case in whole] == [case.shape for case in spec.cases]
+    for full, less in zip(whole, half, strict=True):
+        assert "B" not in full.shape or 2 * less.shape["B"] == full.shape["B"]
+
+
+def test_every_op_is_in_the_quick_plan_once() -> None:
+    entries = plan(parse(["--quick"]), H100)
+    assert {(entry.spec.name) for entry in entries} == set(all_ops())
+    assert len([entry for entry in entries if entry.backend == "reference"]) == len(all_ops())
+
+
+@pytest.mark.parametrize("spec", all_ops().values(), ids=lambda spec: spec.name)
+def test_a_case_is_reduced_until_it_fits_float64(spec: Any) -> None:
+    for case in spec.cases:
+        small = reduced(spec, case, spec.dtypes[-1])
+        assert spec.work(small, spec.dtypes[-1]).forward_bytes <= kernel_speed.PARITY_BYTES
+        assert small.shape.keys() == case.shape.keys() and small.data == case.data
+    flat = Case("flat", {"B": 1, "L": 2**20, "N": 2**10})
+    assert reduced(geglu.SPEC, flat, torch.float32).shape == {"B": 1, "L": 2**14, "N": 2**10}
+
+
+def test_inputs_exceed_the_cache() -> None:
+    sets = kernel_speed.input_sets(entry("reference"), 2**18, "cpu")
+    assert sum(inputs["x"].numel() * 4 for inputs in sets) >= 2 * 2**18
+    assert not torch.equal(sets[0]["x"], sets[1]["x"])
+    assert len(kernel_speed.input_sets(entry("reference"), 1, "cpu")) == 1
+    assert len(kernel_speed.input_sets(entry("reference"), 2**30, "cpu")) == kernel_speed.MOST_SETS
+
+
+def test_forward_and_backward_are_those_of_the_op() -> None:
+    function = geglu.SPEC.reference()
+    sets = kernel_speed.input_sets(entry("reference"), 2**17, "cpu")
+    [out, *_] = [call() for call in kernel_speed.forwards(function, sets)]
+    assert torch.equal(out, function(**sets[0]))
+    calls = kernel_speed.backwards(function, sets)
+    assert len(calls) == len(sets) > 1
+    first, again = calls[0](), calls[0]()
+    assert first[0].shape == sets[0]["x"].shape and torch.equal(first[0], again[0])
+
+
+def test_green_is_timed(on_cpu: None) -> None:
+    parity = Parity("cpu")
+    measured = kernel_speed.measure(entry("triton"), parity, copy=1e9, l2_bytes=2**17, seconds=0.01)
+    assert measured.keys() == {"forward", "backward"}
+    forward = measured["forward"]
+    assert forward["status"] == "measured" and forward["parity"]["ok"] and forward["parity"]["checked"] > 20
+    # 2 ms for as many calls as take GRAPH_SECONDS at the speed of a copy
+    assert forward["us"] == pytest.approx(2000 / forward["graph_calls"])
+    assert forward["graph_calls"] % forward["input_sets"] == 0
+    assert forward["gb_per_second"] == pytest.approx(entry("triton").work("forward") / forward["us"] / 1000)
+    assert forward["percent_of_copy"] == pytest.approx(100 * forward["gb_per_second"])
+    row = make_row(MACHINE, entry("triton"), "forward", forward)
+    json.dumps(row, allow_nan=False)
+    assert None not in [value for key, value in row.items() if key != "reason"]
+    assert row["source"] == source_digest("geglu") and row["gpu"] == "a CPU"
+
+
+def test_the_compiled_reference_is_held_to_the_same_rule(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: lambda x: function(x) * 1.01)
+    measured = kernel_speed.measure(entry(COMPILED), Parity("cpu"), 1e9, 2**17, 0.01)
+    assert measured["forward"]["status"] == "red" and "WRONG" in measured["forward"]["reason"]
+    rows = [make_row(MACHINE, entry(COMPILED), way, measured[way]) for way in measured]
+    assert not any(map(is_bad, rows))
+
+
+def test_red_is_not_timed(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> dict[str, Any]:
+        raise AssertionError("timed although red")
+
+    monkeypatch.setattr(kernel_speed, "time_direction", refuse)
+    with planted("geglu", ("slope = cdf + gate", "slope = cdf - gate")) as function:
+        monkeypatch.setattr(geglu.triton, "geglu", function)
+        measured = kernel_speed.measure(entry("triton"), Parity("cpu"), 1e9, 2**17, 0.01)
+    for way in ("forward", "backward"):
+        row = make_row(MACHINE, entry("triton"), way, measured[way])
+        assert (row["status"], row["us"], row["parity"]["ok"]) == ("red", None, False)
+        assert "grad x" in row["reason"] and "WRONG" in row["reason"]
+        assert is_bad(row)
+
+
+def test_nan_is_the_worst() -> None:
+    verdict = kernel_speed.harness.Verdict("geglu", "triton", "tiny", "float32", "y", "rms", 1.0, 1.0, 2.0)
+    nan = dataclasses.replace(verdict, error=float("nan"))
+    far = dataclasses.replace(verdict, error=1e9)
+    assert max([verdict, nan, far], key=kernel_speed._badness) is nan
+
+
+def test_rows_of_a_run_that_meets_everything() -> None:
+    def run_out_of_memory(_: Entry) -> dict[str, Any]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def fail(_: Entry) -> dict[str, Any]:
+        raise RuntimeError("no kernel")
+
+    green = {"ok": True, "checked": 1, "worst": ""}
+    outcomes = iter([lambda _: {way: {"parity": green, **MEASURED} for way in kernel_speed.DIRECTIONS},
+                     run_out_of_memory, fail])  # fmt: skip
+    now = iter([0.0, 1.0, 2.0, 3.0, 99.0])
+    saved: list[int] = []
+    entries = [entry("triton"), entry("apex", "No module named 'apex'"), *map(entry, ["torch", "cudnn", "reference"])]
+    rows = measure_all(
+        entries,
+        MACHINE,
+        Budget(10.0, lambda: next(now)),
+        lambda item: next(outcomes)(item),
+        lambda rows: saved.append(len(rows)),
+    )
+    assert saved == [2, 4, 6, 8, 10]
+    statuses = ["measured", "absent", "out of memory", "failed", "left out"]
+    assert [row["status"] for row in rows[::2]] == statuses
+    assert [row["direction"] for row in rows[:2]] == ["forward", "backward"]
+    assert len({tuple(row) for row in rows}) == 1
+    assert [is_bad(row) for row in rows[::2]] == [False, False, False, True, False]
+    assert [row["parity"]["ok"] for row in rows[::2]] == [True, False, False, False, False]
+    json.dumps(rows, allow_nan=False)
+    assert step_lines(rows) == ["geglu, these calls of one training step: triton 0.06 ms"]
+    assert "10.0 us" in kernel_speed.row_line(rows[0]) and "apex" in kernel_speed.row_line(rows[2])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [(["--batch", "0"], "at least 1"), (["--ops", "geglo"], "geglo"), (["--dtype", "x"], "x")]
+)
+def test_options_that_make_no_sense(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        parse(arguments)
+    assert leaving.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_no_such_case_and_no_gpu_are_one_sentence(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for arguments in (["--cases", "none such"], []):
+        assert kernel_speed.main(arguments) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+    assert kernel_speed.main(["--dry", "--ops", "geglu"]) == 0
+    assert "2013 MB forward and 3355 MB backward" in capsys.readouterr().out
+
+
+def test_a_bare_checkout_is_enough() -> None:
+    script = Path(kernel_speed.__file__)
+    command = [sys.executable, "-E", str(script), "--dry", "--quick"]
+    result = subprocess.run(command, cwd="/", capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_gpu_acceptance_runs_them_within_its_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def run(entries: list[Entry], budget: Budget, seconds: float, save: Callable[[list[dict]], None]) -> list[dict]:
+        seen.update(entries=entries, budget=budget.seconds)
+        save([make_row(MACHINE, entries[0], "forward", {"status": "red", "reason": "WRONG"})])
+        return []
+
+    monkeypatch.setattr(kernel_speed, "run", run)
+    monkeypatch.setattr(gpu_acceptance, "describe", lambda: {"gpu": "NVIDIA H100 80GB HBM3", "torch": "2"})
+    options = gpu_acceptance.parse(["--output", str(tmp_path), "--parts", "kernels", "--git-sha", "abc"])
+    report = {"rows": [], "correctness": [], "kernels": [], "command": "", "date": "", "notes": []}
+    gpu_acceptance.run_parts(report, options, Budget(400), lambda: None)
+    assert seen["budget"] <= 160
+    assert {item.spec.name for item in seen["entries"]} == set(all_ops())
+    written = json.loads((tmp_path / "kernels_nvidia_h100_80gb_hbm3.json").read_text())
+    assert written["rows"] == report["kernels"] and written["git_sha"] == "abc"
+    assert gpu_acceptance.exit_code(report, options.parts) == 1
+    assert "red: WRONG" in gpu_acceptance.summary(report)

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from sd_kernels import harness
+from sd_kernels.errors import KernelError
+from sd_kernels.fp8_linear import SPEC
+from sd_kernels.fp8_linear.quantise import fp8_quantise
+from sd_kernels.fp8_linear.reference import FORWARD, GRADIENT, quantise
+from sd_kernels.fp8_linear.reference import fp8_linear as reference
+from sd_kernels.fp8_linear.triton import fp8_linear
+from tests.kernels.faults import assert_caught, planted
+
+CASES = {case.name: case for case in SPEC.small_cases}
+
+
+@pytest.mark.parametrize(
+    ("case", "fault"),
+    [
+        ("77 tokens", ("(grad_scale, scale)", "(grad_scale, weight_scale)")),
+        ("after LayerNorm", ("mean, rstd, amax, norm_weight", "mean, rstd, amax - (1 << 22), norm_weight")),
+        ("after GEGLU", ("dx = geglu_backward(*kept, dx)", "dx = geglu_backward(kept[0].roll(64, -1), dx)")),
+        ("after LayerNorm", ("layer_norm_backward(*kept, dx, grads[1])", "layer_norm_backward(*kept, dx, None)")),
+        ("after LayerNorm", ("norm_bias, residual, eps)", "norm_bias, residual, 1.0)")),
+        ("77 tokens", ("column_sum(grad, grad.dtype)", "column_sum(grad[:-1], grad.dtype)")),
+        ("77 tokens", ("x.dtype, bias, fast", "x.dtype, None, fast")),
+    ],
+    ids=[
+        "weights' scale for the values'", "stale scale", "halves swapped in backward", "handed gradient lost",
+        "wrong eps", "last row left out of the bias", "bias forgotten",
+    ],
+)  # fmt: skip
+def test_planted_faults_are_red(case: str, fault: tuple[str, str]) -> None:
+    assert_caught("fp8_linear", CASES[case], fault, dtype=torch.bfloat16)
+
+
+def rows_lost(function: Any) -> int:
+    """Of gradients whose rows are 2^0 to 2^-27, how many rows of dx are more than a quarter off."""
+    x, weight = torch.randn(28, 64, dtype=torch.bfloat16, requires_grad=True), torch.randn(32, 64).bfloat16()
+    grad = (torch.randn(28, 32) * 2.0 ** -torch.arange(28.0)[:, None]).bfloat16()
+    (dx,) = torch.autograd.grad(function(x, weight), x, grad)
+    exact = grad.float() @ weight.float()
+    return int(((dx - exact).norm(dim=1) > 0.25 * exact.norm(dim=1)).sum())
+
+
+def test_gradients_have_the_range_of_e5m2() -> None:
+    torch.manual_seed(0)
+    assert rows_lost(fp8_linear) == 0
+    with planted("fp8_linear", ("fp8_quantise(grad, GRADIENT)", "fp8_quantise(grad, FORWARD)")) as e4m3:
+        assert rows_lost(e4m3) > 5
+
+
+@pytest.mark.parametrize("dtype", [FORWARD, GRADIENT])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 3e4])
+def test_numbers_and_their_transpose_equal_plain_torch(dtype: torch.dtype, scale: float) -> None:
+    x = torch.randn(150, 80, generator=torch.Generator().manual_seed(2)) * scale
+    numbers, transposed, inverse = fp8_quantise(x, dtype)
+    expected, expected_inverse = quantise(x, dtype)
+    assert torch.equal(inverse, expected_inverse)
+    assert torch.equal(numbers.view(torch.uint8), expected.view(torch.uint8))
+    assert transposed.shape == (80, 160)
+    assert torch.equal(transposed[:, :150].view(torch.uint8), expected.t().contiguous().view(torch.uint8))
+    assert not transposed[:, 150:].float().any()
+
+
+def test_zeros_stay_zeros_and_nan_stays_nan() -> None:
+    numbers, _, inverse = fp8_quantise(torch.zeros(16, 16), FORWARD)
+    assert inverse == 1.0
+    assert not numbers.float().any()
+    broken = torch.ones(16, 16)
+    broken[3, 4] = float("nan")
+    numbers, _, inverse = fp8_quantise(broken, FORWARD)
+    assert inverse.isnan()
+
+
+BAD = {"x": torch.zeros(4, 32).bfloat16(), "weight": torch.zeros(16, 32).bfloat16()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"x": torch.zeros(4, 32)}, "bfloat16 or float16"),
+        ({"weight": torch.zeros(16, 40).bfloat16()}, "multiples of 16"),
+        ({"x": torch.zeros(4, 48).bfloat16()}, "a last axis of 32"),
+        ({"producer": "gelu"}, "none, geglu, layer_norm"),
+        ({"producer": "layer_norm"}, "other parts than its own"),
+        ({"norm_weight": torch.zeros(32).bfloat16()}, "other parts than its own"),
+        ({"x": torch.zeros(0, 32).bfloat16()}, "empty shape"),
+    ],
+)
+def test_bad_input_is_one_sentence(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(KernelError, match=words):
+        fp8_linear(**{**BAD, **changes})
+
+
+class FakeLinear(torch.nn.Module):
+    """te.Linear's signature, with the reference's arithmetic; keeps what it was called with."""
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, params_dtype: Any = None, device: str = "cuda"
+    ) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(out_features, in_features, dtype=params_dtype))
+        self.bias = torch.nn.Parameter(torch.zeros(out_features, dtype=params_dtype)) if bias else None
+        self.scale = torch.ones(())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert x.shape[0] % 8 == 0
+        assert FAKE["recipe"] is not None
+        FAKE["rows"] = x.shape[0]
+        return reference(x, self.weight, self.bias)
+
+    def get_extra_state(self) -> torch.Tensor:
+        return self.scale
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        self.scale = state
+
+
+FAKE: dict[str, Any] = {}
+
+
+@contextmanager
+def fake_autocast(
+    enabled: bool = True, calibrating: bool = False, recipe: Any = None, amax_reduction_group: Any = None
+) -> Iterator[None]:
+    FAKE["recipe"] = recipe
+    yield
+    FAKE["recipe"] = None
+
+
+@pytest.fixture
+def te(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The adapter over a stand-in of Transformer Engine with its signatures."""
+    names = "transformer_engine", "transformer_engine.pytorch", "transformer_engine.common"
+    modules = {name: types.ModuleType(name) for name in (*names, "transformer_engine.common.recipe")}
+    vars(modules["transformer_engine.pytorch"]).update(Linear=FakeLinear, autocast=fake_autocast)
+    recipe = {"DelayedScaling": dict, "Float8CurrentScaling": dict, "Format": types.SimpleNamespace(HYBRID="hybrid")}
+    vars(modules["transformer_engine.common.recipe"]).update(recipe)
+    modules["transformer_engine"].pytorch = modules["transformer_engine.pytorch"]  # type: ignore[attr-defined]
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "sd_kernels.fp8_linear.te", raising=False)
+    yield importlib.import_module("sd_kernels.fp8_linear.te")
+    sys.modules.pop("sd_kernels.fp8_linear.te", None)
+
+
+@pytest.mark.parametrize("name", ["77 tokens", "after GEGLU", "after LayerNorm"])
+def test_transformer_engine_is_called_with_its_signature(te: Any, name: str) -> None:
+    assert all(verdict.ok for verdict in harness.check(SPEC, "te", CASES[name], torch.float32))
+    assert FAKE["rows"] == te.padded_rows(CASES[name].shape["B"])
+
+
+def test_recipes_are_hybrid_and_named(te: Any) -> None:
+    assert te.make_recipe("current") == {"fp8_format": "hybrid"}
+    assert te.make_recipe("delayed") == {"fp8_format": "hybrid", "amax_history_len": 16, "amax_compute_algo": "max"}
+    with pytest.raises(KernelError, match="delayed or current"):
+        te.make_recipe("block")
+    with pytest.raises(KernelError, match="multiples of 16"):
+        te.Linear(24, 16, True, "delayed", torch.bfloat16)
+
+
+def test_precision_state_travels_beside_the_weights(te: Any) -> None:
+    model = torch.nn.ModuleDict({"ff": te.Linear(16, 16, True, "delayed", torch.bfloat16)})
+    model["ff"].inner.scale = torch.tensor(3.0)
+    state = te.precision_state(model)
+    assert list(state) == ["ff.inner"]
+    other = torch.nn.ModuleDict({"ff": te.Linear(16, 16, True, "delayed", torch.bfloat16)})
+    te.load_precision_state(other, state)
+    assert other["ff"].inner.scale == 3.0
+    with pytest.raises(KernelError, match=r"differ \(ff.inner\)"):
+        te.load_precision_state(other, {})

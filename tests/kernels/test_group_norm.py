@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from sd_kernels import harness
+from sd_kernels.errors import KernelError
+from sd_kernels.group_norm import SPEC
+from sd_kernels.group_norm import triton as kernels
+from sd_kernels.spec import Case, Inputs
+from tests.kernels.faults import assert_caught
+
+CASES = {case.name: case for case in SPEC.small_cases}
+
+
+@pytest.mark.parametrize(
+    ("case", "fault"),
+    [
+        ("shifted mean", ("/ (N * CPG) + eps)", "/ (N * CPG) + 1e-3)")),
+        ("nothing added", ("/ (N * CPG) + eps)", "/ (N * CPG - 1) + eps)")),
+        ("several tiles", ("tile_deviation + count * offset * offset", "tile_deviation")),
+        ("several tiles", ("value += _read(residual", "value = value + 0.0 * _read(residual")),
+        ("pixels apart", ("value += tl.where(first, added[None, :], 0.0)", "value += 0.0")),
+        ("two sources, groups astride", ("rows, channels - C1, second, ", "rows, channels - C1 + 1, second, ")),
+        ("ragged channels", ("value = value * tl.sigmoid(value)", "value = value * tl.sigmoid(1.702 * value)")),
+        ("several tiles", ("grad += _read(dtotal", "grad = grad + 0.0 * _read(dtotal")),
+        ("nothing added", ("- plain_mean - value * product_mean", "- plain_mean")),
+        ("tiny", ("- N * plain - sums", "- plain - sums")),
+        ("tiny", ("shift + sums[:, 3]", "shift")),
+        ("several tiles", ("sums = channel_sums.sum(1)", "sums = channel_sums[:, :1].sum(1)")),
+    ],
+    ids=[
+        "wrong eps", "unbiased variance", "tiles' means forgotten", "missing residual", "missing shift",
+        "other source astray", "wrong SiLU", "handed gradient lost", "variance's gradient lost",
+        "shift's gradient wrong", "shift without handed", "one tile's weight gradient",
+    ],
+)  # fmt: skip
+def test_planted_faults_are_red(case: str, fault: tuple[str, str]) -> None:
+    assert_caught("group_norm", CASES[case], fault)
+
+
+def test_one_pass_variance_is_red() -> None:
+    case = replace(CASES["pixels apart"], name="far mean", data={"added": "", "mean": 30.0, "std": 0.5})
+    one_pass = "_to_groups(tl.sum(value * value, axis=0), member) - elements * own_mean * own_mean"
+    assert_caught("group_norm", case, ("_to_groups(tl.sum(difference * difference, axis=0), member)", one_pass))
+
+
+def results(case: Case) -> dict[str, torch.Tensor]:
+    return harness.evaluate(SPEC, kernels.group_norm, SPEC.inputs(case, Inputs(case, torch.float32)))
+
+
+@pytest.mark.parametrize("window", [1, 64])
+def test_the_lag_between_statistics_and_results_changes_nothing(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = results(CASES["several tiles"])
+    monkeypatch.setattr(kernels, "interpreted", lambda: False)
+    monkeypatch.setattr(kernels, "WINDOW", window)
+    for name, value in results(CASES["several tiles"]).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_a_sample_does_not_depend_on_its_batch() -> None:
+    case = CASES["shifted mean"]
+    inputs = SPEC.inputs(case, Inputs(case, torch.float32))
+    alone = {**inputs, "x": inputs["x"][1:], "shift": inputs["shift"][1:]}
+    assert torch.equal(kernels.group_norm(**alone)[0], kernels.group_norm(**inputs)[1])
+
+
+def test_a_gradient_may_come_in_another_memory_order() -> None:
+    case = CASES["nothing added"]
+    inputs = SPEC.inputs(case, Inputs(case, torch.float32))
+    y = kernels.group_norm(**inputs)
+    grad = torch.randn(y.shape)
+    expected = torch.autograd.grad(
+        y, inputs["x"], grad.contiguous(memory_format=torch.channels_last), retain_graph=True
+    )
+    assert torch.equal(torch.autograd.grad(y, inputs["x"], grad)[0], expected[0])
+
+
+def image(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.zeros(*shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"x": torch.zeros(2, 32, 4, 4)}, "channels-last"),
+        ({"x": image(2, 32, 4, 4, dtype=torch.int32)}, "int32"),
+        ({"x": image(0, 32, 4, 4)}, "empty shape"),
+        ({"x": torch.zeros(2, 32)}, r"images \(B, C, H, W\)"),
+        ({"num_groups": 5}, "32 channels in 5 groups"),
+        ({"weight": torch.ones(16)}, r"\(32,\) for 32 channels"),
+        ({"shift": torch.zeros(32)}, "a shift of shape"),
+        ({"residual": image(2, 32, 4, 3)}, "a residual of shape"),
+        ({"residual": image(2, 32, 4, 4, dtype=torch.bfloat16)}, "one dtype"),
+        ({"other": image(2, 8, 3, 4)}, "other of shape"),
+        ({"bias": torch.zeros(32, device="meta")}, "one device"),
+    ],
+)
+def test_bad_input_is_one_sentence(changes: dict[str, Any], words: str) -> None:
+    good = {"x": image(2, 32, 4, 4), "weight": torch.ones(32), "bias": torch.zeros(32), "num_groups": 16, "eps": 1e-5}
+    with pytest.raises(KernelError, match=words):
+        kernels.group_norm(**{**good, **changes})
+
+
+@pytest.fixture
+def fake_apex(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
+    """A stand-in with the signature of Apex's registered op; keeps the calls."""
+    calls: list[tuple[Any, ...]] = []
+
+    def group_norm_nhwc_fprop(
+        x: torch.Tensor,
+        G: int,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        eps: float,
+        act: str,
+        passes: int,
+        use_v2: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append((tuple(x.shape), G, eps, act, passes, use_v2))
+        y = torch.nn.functional.group_norm(x, G, weight, bias, eps)
+        return (torch.nn.functional.silu(y) if act == "silu" else y), torch.zeros(x.shape[0], 2 * G)
+
+    for name in ("apex", "apex.contrib", "apex.contrib.group_norm"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setattr(
+        torch.ops, "apex", types.SimpleNamespace(group_norm_nhwc_fprop=group_norm_nhwc_fprop), raising=False
+    )
+    monkeypatch.delitem(sys.modules, "sd_kernels.group_norm.apex", raising=False)
+    yield calls
+    sys.modules.pop("sd_kernels.group_norm.apex", None)
+
+
+def test_apex_is_called_with_its_signature(fake_apex: list[tuple[Any, ...]]) -> None:
+    case = CASES["two sources, groups astride"]
+    assert all(verdict.ok for verdict in harness.check(SPEC, "apex", case, torch.float32))
+    assert fake_apex[0] == ((2, 960, 3, 5), 16, 1e-5, "silu", 1, False)
+
+
+def test_apex_refuses_what_it_would_hand_to_torch(fake_apex: list[tuple[Any, ...]]) -> None:
+    from sd_kernels.group_norm.apex import group_norm
+
+    options = {"weight": torch.ones(96), "bias": torch.zeros(96), "num_groups": 16, "eps": 1e-5}
+    with pytest.raises(KernelError, match="no kernel for 96 channels"):
+        group_norm(image(1, 96, 2, 2), **options)
+    with pytest.raises(KernelError, match="not 8"):
+        group_norm(image(1, 96, 2, 2), **{**options, "num_groups": 8})
+    assert SPEC.backend("apex").refuses(CASES["nothing added"], torch.bfloat16)
+    assert not fake_apex

@@ -1,0 +1,106 @@
+"""Which backend is taken: by name, by auto, strictly, for GPUs that are declared."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from sd_kernels import geglu, registry, selection
+from sd_kernels.errors import KernelError
+from sd_kernels.selection import Choice, choose
+from sd_kernels.spec import DECLARED_TARGETS, Backend, Case, Target
+
+CPU = Target("cpu", "cpu")
+H100 = DECLARED_TARGETS["h100"]
+REFERENCE = geglu.SPEC.backends[-1]
+HERE = REFERENCE.module
+"""a module that can be imported"""
+
+
+def no_half(case: Case, dtype: torch.dtype) -> str:
+    return "takes no float16" if dtype == torch.float16 else ""
+
+
+BACKENDS = (
+    Backend("blackwell", HERE, capability=(10, 0)),
+    Backend("absent", "sd_kernels.geglu.absent", package="absent 1.0", install="pip install absent", capability=(8, 0)),
+    Backend("slow_to_compile", HERE, automatic=False),
+    Backend("triton", HERE, capability=(8, 0), refuses=no_half),
+    REFERENCE,
+)
+
+
+@pytest.fixture(autouse=True)
+def one_op(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An op with a backend of every kind."""
+    ops = {"geglu": dataclasses.replace(geglu.SPEC, backends=BACKENDS)}
+    monkeypatch.setattr(selection, "all_ops", lambda: ops)
+    return
+
+
+def test_auto_takes_the_first_that_can_and_says_why_not_the_others() -> None:
+    assert choose("geglu", target=H100) == Choice(
+        "geglu",
+        "triton",
+        "auto",
+        {
+            "blackwell": "needs compute capability 10.0, H100 has 9.0",
+            "absent": "No module named 'sd_kernels.geglu.absent'; pip install absent",
+            "slow_to_compile": "only when named",
+        },
+    )
+    assert choose("geglu", target=DECLARED_TARGETS["b200"]).backend == "blackwell"
+    on_cpu = choose("geglu", target=CPU)
+    assert on_cpu.backend == "reference"
+    assert on_cpu.passed_over["triton"] == "needs a CUDA GPU, this is cpu"
+    assert on_cpu.function() is geglu.SPEC.reference()
+
+
+def test_a_case_that_is_refused_passes_a_backend_over() -> None:
+    cases = geglu.SPEC.cases[:2]
+    assert choose("geglu", target=H100, cases=cases).backend == "triton"
+    choice = choose("geglu", target=H100, cases=cases, dtype=torch.float16)
+    assert choice.backend == "reference"
+    assert choice.passed_over["triton"] == "; ".join(f"{case.name}: takes no float16" for case in cases)
+
+
+def test_strict_forgives_what_is_for_newer_gpus_and_nothing_else() -> None:
+    with pytest.raises(KernelError, match=r"auto would take 'triton' on H100, .*\(absent: No module.*pip install abs"):
+        choose("geglu", target=H100, strict=True)
+    assert choose("geglu", "reference", H100, strict=True).backend == "reference"
+    assert choose("geglu", "slow_to_compile", H100, strict=True).backend == "slow_to_compile"
+
+
+def test_strict_where_all_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    ops = {"geglu": dataclasses.replace(geglu.SPEC, backends=(BACKENDS[0], *BACKENDS[2:]))}
+    monkeypatch.setattr(selection, "all_ops", lambda: ops)
+    assert choose("geglu", target=H100, strict=True).backend == "triton"
+    with pytest.raises(KernelError, match="auto would take 'reference' on cpu"):
+        choose("geglu", target=CPU, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("op", "wanted", "words"),
+    [
+        ("geglo", "auto", "'geglo' is not an op.*mean 'geglu'"),
+        ("geglu", "tritn", "kernels.geglu: 'tritn' is not a backend.*mean 'triton'.*choose auto, blackwell, absent"),
+        ("geglu", "absent", "'absent' cannot be had on H100: No module.*pip install absent; or choose auto"),
+        ("geglu", "blackwell", "'blackwell' cannot be had on H100: needs compute capability 10.0, H100 has 9.0"),
+    ],
+)
+def test_what_cannot_be_had_is_one_sentence(op: str, wanted: str, words: str) -> None:
+    with pytest.raises(KernelError, match=words):
+        choose(op, wanted, H100)
+
+
+def test_the_digest_is_of_the_sources(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digests = set()
+    monkeypatch.setattr(registry.sd_kernels, "__path__", [str(tmp_path)])
+    (tmp_path / "geglu").mkdir()
+    for name, text in [("triton.py", "x = 1"), ("triton.py", "x = 2"), ("apex.py", "x = 2")]:
+        (tmp_path / "geglu" / name).write_text(text)
+        digests.add(registry.source_digest("geglu"))
+    assert len(digests) == 3
