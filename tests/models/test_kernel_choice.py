@@ -1,0 +1,76 @@
+"""The config's section `kernels`: it has a field for every op, and what it asks for is resolved or refused."""
+
+from __future__ import annotations
+
+import typing
+from dataclasses import fields, replace
+
+import pytest
+
+from sd_kernels.registry import all_ops
+from sd_kernels.spec import DECLARED_TARGETS, Target
+from sd_perf import cli
+from sd_perf.config import Config, KernelsConfig, UNetConfig
+from sd_perf.errors import ConfigError
+from sd_perf.models.kernel_choice import choose_kernels, require_used
+from sd_perf.presets import config_from_dict
+
+H100 = DECLARED_TARGETS["h100"]
+
+
+def test_every_op_has_a_field() -> None:
+    missing = all_ops().keys() - {field.name for field in fields(KernelsConfig)}
+    assert not missing, f"KernelsConfig of sd_perf/config.py lacks the registered ops {sorted(missing)}"
+
+
+def test_the_command_line_takes_every_declared_target() -> None:
+    assert typing.get_args(cli._Target) == ("here", *DECLARED_TARGETS)
+
+
+def test_auto_for_a_declared_gpu_and_for_a_cpu() -> None:
+    on_h100 = choose_kernels(Config(), H100)
+    assert on_h100.keys() == all_ops().keys()
+    assert on_h100["geglu"].backend == "triton" and on_h100["geglu"].passed_over == {}
+    on_cpu = choose_kernels(Config(), Target("cpu", "cpu"))
+    assert on_cpu["geglu"].backend == "reference"
+    assert on_cpu["geglu"].passed_over == {"triton": "needs a CUDA GPU, this is cpu"}
+
+
+@pytest.mark.parametrize("model", [UNetConfig(), UNetConfig(model_channels=64, context_dim=128)])
+def test_a_name_is_taken_for_any_model(model: UNetConfig) -> None:
+    config = Config(model=model, kernels=KernelsConfig(geglu="reference"))
+    assert choose_kernels(config, H100)["geglu"].wanted == "reference"
+
+
+@pytest.mark.parametrize(
+    ("kernels", "target", "words"),
+    [
+        ({"geglu": "tritn"}, H100, r"kernels.geglu: 'tritn' is not a backend \(did you mean 'triton'\?\)"),
+        ({"geglu": "triton"}, Target("cpu", "cpu"), "kernels.geglu: 'triton' cannot be had on cpu: needs a CUDA GPU"),
+        ({"strict": True}, Target("cpu", "cpu"), "auto would take '.*' on cpu, which kernels.strict forbids"),
+    ],
+)
+def test_what_cannot_be_had_names_its_key(kernels: dict, target: Target, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        choose_kernels(replace(Config(), kernels=KernelsConfig(**kernels)), target)
+
+
+def test_an_op_that_is_none_is_an_unknown_key() -> None:
+    with pytest.raises(ConfigError, match=r"kernels.geglo: unknown key; did you mean kernels.geglu\?"):
+        config_from_dict({"kernels": {"geglo": "triton"}})
+
+
+FAST = UNetConfig(implementation="fast")
+ASKED = [({"geglu": "triton"}, "geglu: 'triton'"), ({"strict": True}, "strict")]
+
+
+@pytest.mark.parametrize("kernels", [{}, {"geglu": "reference"}])
+def test_the_plain_model_takes_what_it_is(kernels: dict) -> None:
+    require_used(Config(kernels=KernelsConfig(**kernels)))
+
+
+@pytest.mark.parametrize(("kernels", "words"), ASKED)
+def test_no_kernel_that_is_asked_for_is_ignored(kernels: dict, words: str) -> None:
+    require_used(Config(model=FAST, kernels=KernelsConfig(**kernels)))
+    with pytest.raises(ConfigError, match=f"kernels.{words}.*model.implementation is 'plain'"):
+        require_used(Config(kernels=KernelsConfig(**kernels)))
