@@ -47,8 +47,12 @@ data/smoke/moments/00000.tar: | install
 test: install
 	$(PYTEST) -m "not slow"
 
-test-all: install
+test-all: install .venv/triton-3.6/triton
 	$(PYTEST)
+
+# The oldest Triton that is supported, aside: kernels are compiled by it, too.
+.venv/triton-3.6/triton: | install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) triton==3.6.0
 
 check: install
 	$(BIN)/ruff check .

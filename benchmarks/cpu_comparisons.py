@@ -20,8 +20,10 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # sd_perf is found without being installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 
 from sd_perf.config import DataConfig, UNetConfig
+from sd_perf.data.batch import LoaderOptions
 from sd_perf.data.portable import PortableLoader
 from sd_perf.data.shards import ShardWriter
 from sd_perf.models.key_maps import diffusers_unet_config, to_diffusers
@@ -61,7 +63,7 @@ def compare_loaders() -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         write_moments(Path(folder))
         config = DataConfig(path=folder, workers=2)
-        loader = PortableLoader(config, seed=0, global_batch_size=BATCH, micro_batch_size=BATCH)
+        loader = PortableLoader(config, LoaderOptions(seed=0, global_batch_size=BATCH, micro_batch_size=BATCH))
         shards = sorted(str(path) for path in Path(folder).glob("*.tar"))
 
         def ours() -> None:

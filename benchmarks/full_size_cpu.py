@@ -27,12 +27,13 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # sd_perf is found without being installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 
 from gpu_environment import git_sha
 from gpu_workload import make_inputs, randomize
 
 from sd_perf.config import Config, DataConfig, DiffusionConfig, UNetConfig
-from sd_perf.data.batch import Batch
+from sd_perf.data.batch import Batch, LoaderOptions
 from sd_perf.data.portable import PortableLoader
 from sd_perf.data.prepare.photographs import load_image, read_captioned_images
 from sd_perf.data.shards import ShardWriter
@@ -134,15 +135,14 @@ def load_batches(shards: Path, sizes: Sizes, stages: Stages) -> list[Batch]:
         path=str(shards), latent_size=sizes.latent, context="precomputed", context_tokens=sizes.context_tokens
     )
     with stages("moments shard: index and load"):
-        loader = PortableLoader(
-            config,
+        options = LoaderOptions(
             seed=SEED,
             global_batch_size=PHOTOGRAPHS,
             micro_batch_size=1,
             in_channels=sizes.unet.in_channels,
             context_dim=sizes.unet.context_dim,
         )
-        batches = loader.batches(0)
+        batches = PortableLoader(config, options).batches(0)
         return [next(batches) for _ in range(PHOTOGRAPHS)]
 
 

@@ -1,16 +1,17 @@
-"""The baseline on a GPU: is the plain trainer right there, and how fast is it.
+"""The baseline on a GPU: are the plain trainer and the kernels right there, and how fast are they.
 
     python benchmarks/gpu_acceptance.py --output DIR
 
-Writes DIR/gpu_acceptance.json and prints a summary last. Runs from the repository root as it is, with torch, Triton
-and NumPy alone. Exit code 0: all is well; 1: a check is red or a measurement failed; 2: it cannot run here.
+Writes DIR/gpu_acceptance.json and DIR/kernels_<gpu>.json (rows as those of kernel_speed.py), and prints a summary last.
+Runs from the repository root as it is, with torch, Triton and NumPy alone. Exit code 0: all is well; 1: a check is red
+or a measurement failed; 2: it cannot run here.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import math
+import re
 import shlex
 import sys
 import time
@@ -23,17 +24,23 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # sd_perf is found without being installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 
+import kernel_speed
+from attempts import attempt, release_memory
 from gpu_checks import Check, gpu_checks, make_check, passed
 from gpu_environment import TELEMETRY_KEYS, Telemetry, describe, git_sha, measure_ceilings, peak_flops
 from gpu_workload import AUTOCAST, MASTERS, Recipe, Workload
 from timing import Budget, CudaClock, rates, repetitions, timed
 
+from sd_kernels.spec import Target
 from sd_perf.config import UNetConfig
 from sd_perf.files import one_line, write_json
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-PARTS = ("environment", "correctness", "throughput")
+PARTS = ("environment", "correctness", "kernels", "throughput")
+KERNELS_SHARE = 0.4
+"""of the seconds, at most, that the kernels take; the throughput has what is left"""
 FLOPS_PER_SAMPLE = 2.409e12
 """forward and backward of one sample of the benchmark's UNet, whatever a recipe computes beside them"""
 WARM_UP_ITERATIONS = 3
@@ -94,23 +101,6 @@ def make_row(gpu: str, rung: Rung, measured: dict[str, Any]) -> dict[str, Any]:
     return row | {"status": measured.get("status", "measured"), "reason": measured.get("reason"), "notes": ROW_NOTE}
 
 
-def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether GPU memory ran out, also where ending a broken capture raised a second error on top."""
-    while error is not None:
-        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower():
-            return True
-        error = error.__context__
-    return False
-
-
-def attempt(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `measure` returns, or a status and the reason: `out of memory` is a result, `failed` is not."""
-    try:
-        return measure()
-    except Exception as error:  # whatever it is, the rows before and after it are worth having
-        return {"status": "out of memory" if is_out_of_memory(error) else "failed", "reason": one_line(error)}
-
-
 def check_losses(warm_up: float, start: float, end: float) -> None:
     """Raises ValueError where the timed iterations did not train, or did not start where the warm-up did."""
     if not abs(start - warm_up) <= FIRST_LOSS_BUDGET * abs(warm_up):
@@ -163,13 +153,6 @@ def measure_rung(rung: Rung, seconds: float) -> dict[str, Any]:
     return measured
 
 
-def release_memory() -> dict[str, Any]:
-    """Give all GPU memory that nothing refers to back to the driver."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    return {}
-
-
 def measure_rows(
     gpu: str,
     rungs: list[Rung],
@@ -214,6 +197,7 @@ def summary(report: dict[str, Any]) -> str:
         verdict = "ok " if check["passed"] else "RED"
         error = "      nan" if check["error"] is None else f"{check['error']:9.2e}"
         lines.append(f"{verdict} {error} (budget {check['budget']:7.1e})  {check['check']}  {check['note']}")
+    lines += [kernel_speed.row_line(row) for row in report["kernels"]]
     lines += [_row_line(row) for row in report["rows"]]
     return "\n".join(lines + report["notes"])
 
@@ -235,6 +219,7 @@ def _row_line(row: dict[str, Any]) -> str:
 def exit_code(report: dict[str, Any], parts: list[str]) -> int:
     """1 where a check is red or a measurement failed, else 0; running out of memory or time is a finding."""
     red = "correctness" in parts and not passed(report["correctness"])
+    red = red or any(kernel_speed.is_bad(row) for row in report["kernels"])
     measured = [report["environment"].get("ceilings", {}), *report["rows"]]
     return int(red or any(values.get("status") == "failed" for values in measured))
 
@@ -258,6 +243,8 @@ def run_parts(report: dict[str, Any], options: argparse.Namespace, budget: Budge
         set_arithmetic(timing=False)
         report["correctness"] = run_checks(gpu_checks())
         save()
+    if "kernels" in options.parts:
+        measure_kernels(report, options, budget, save)
     if "throughput" not in options.parts:
         return
     if not passed(report["correctness"]):
@@ -272,14 +259,32 @@ def run_parts(report: dict[str, Any], options: argparse.Namespace, budget: Budge
     measure_rows(report["environment"]["gpu"], plan_rungs(options.batches), budget, measure_rung, save_rows)
 
 
+def measure_kernels(
+    report: dict[str, Any], options: argparse.Namespace, budget: Budget, save: Callable[[], None]
+) -> None:
+    """The heaviest call of every operator, into the report and into a file of its own that can be committed."""
+    gpu = report["environment"]["gpu"]
+    path = options.output / f"kernels_{re.sub('[^a-z0-9]+', '_', gpu.lower())}.json"
+    about = {"environment": report["environment"], **{key: report[key] for key in ("command", "git_sha", "date")}}
+
+    def save_rows(rows: list[dict[str, Any]]) -> None:
+        report["kernels"] = rows
+        write_json(path, {**about, "rows": rows})
+        save()
+
+    entries = kernel_speed.plan(kernel_speed.parse(["--quick"]), Target.here())
+    seconds = max(0.0, min(budget.left(), KERNELS_SHARE * budget.seconds))
+    kernel_speed.run(entries, Budget(seconds), kernel_speed.QUICK_SECONDS, save_rows)
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Options of the command line; leaves with exit code 2 where they make no sense."""
     parser = argparse.ArgumentParser(description="Correctness and speed of the plain trainer on one GPU.")
     parser.add_argument("--output", type=Path, required=True, help="folder that receives gpu_acceptance.json")
     parser.add_argument("--batches", default="8,16,32,64", help="batch sizes (default: 8,16,32,64)")
-    parser.add_argument("--parts", default=",".join(PARTS), help="parts to run (default: all three)")
+    parser.add_argument("--parts", default=",".join(PARTS), help="parts to run (default: all four)")
     parser.add_argument("--git-sha", help="commit of this tree, where it lies without git (default: ask git)")
-    parser.add_argument("--seconds", type=float, default=240.0, help="time to aim at, s (default: 240)")
+    parser.add_argument("--seconds", type=float, default=400.0, help="time to aim at, s (default: 400)")
     options = parser.parse_args(arguments)
     try:
         options.batches = [int(batch) for batch in options.batches.split(",")]
@@ -307,6 +312,7 @@ def main(arguments: list[str] | None = None) -> int:
     report: dict[str, Any] = {
         "environment": {},
         "correctness": [],
+        "kernels": [],
         "rows": [],
         "notes": [],
         "command": shlex.join(["python", *sys.argv]),

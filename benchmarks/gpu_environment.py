@@ -109,17 +109,22 @@ def describe() -> dict[str, Any]:
     }
 
 
-def measure_ceilings() -> dict[str, float]:
-    """The two rates nothing runs past: copying in device memory (bytes read + written) and a bf16 matrix product."""
+def measure_copy() -> float:
+    """Bytes per second, read + written, of copying in device memory."""
     source = torch.randn(COPY_BYTES // 4, device="cuda")
     target = torch.empty_like(source)
-    copy_seconds = _median_seconds(partial(target.copy_, source), 20)
+    return 2 * COPY_BYTES / _median_seconds(partial(target.copy_, source), 20)
+
+
+def measure_ceilings() -> dict[str, float]:
+    """The two rates nothing runs past: copying in device memory and a bf16 matrix product."""
+    copy_rate = measure_copy()
     # Random data: a product of zeros draws less power and runs faster than any real one.
     a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     product = torch.empty_like(a)
     gemm_seconds = _median_seconds(partial(torch.mm, a, b, out=product), 200)
     return {
-        "copy_bytes_per_second": 2 * COPY_BYTES / copy_seconds,
+        "copy_bytes_per_second": copy_rate,
         "gemm_8192_bf16_flops": 2 * GEMM_SIZE**3 / gemm_seconds,
     }
 

@@ -13,13 +13,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sd_perf.config import Config, DiffusionConfig, UNetConfig
-from sd_perf.diffusion.randomness import Stream, normal
+from sd_perf.data.synthetic import draw_inputs
 from sd_perf.reference.step import DiffusionStep
 from sd_perf.reference.unet import UNet
 from sd_perf.training.optimizer import build_optimizer
-
-MOMENTS_LOG_VARIANCE = -8.0
-"""of the inputs: a small spread, as the autoencoder gives real images"""
 
 
 @dataclass(frozen=True)
@@ -197,10 +194,6 @@ class Workload:
 def make_inputs(
     config: UNetConfig, samples: torch.Tensor, latent_size: int, context_tokens: int, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Moments (B, 2C, S, S) whose latents have unit variance and context (B, L, D), random float32, of samples (B,)."""
-    batch, channels = len(samples), config.in_channels
-    latents = normal(seed, Stream.SYNTHETIC, samples, channels * latent_size**2)
-    mean = latents.view(batch, channels, latent_size, latent_size) / DiffusionConfig().latent_scale
-    moments = torch.cat([mean, torch.full_like(mean, MOMENTS_LOG_VARIANCE)], dim=1)
-    context = normal(seed + 1, Stream.SYNTHETIC, samples, context_tokens * config.context_dim)
-    return moments, context.view(batch, context_tokens, config.context_dim)
+    """Moments (B, 2C, S, S) and context (B, L, D) of samples (B,), as the trainer's synthetic loader draws them."""
+    latents = (config.in_channels, latent_size, latent_size)
+    return draw_inputs(seed, samples, latents, (context_tokens, config.context_dim))

@@ -19,7 +19,6 @@ from sd_perf.errors import ConfigError, UserError
 try:
     import tyro
     from rich.console import Console
-    from rich.table import Table
 
     from sd_perf.presets import load_preset
 except ImportError as missing:
@@ -30,6 +29,7 @@ from sd_perf.config import Config, SamplingConfig
 _INTERRUPTED = 75  # EX_TEMPFAIL: saved; run me again
 _RANK, _LOCAL_RANK = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
 _Run = tyro.conf.Positional[Path]
+_Target = Literal["here", "a100", "h100", "h200", "b200"]
 _Settings = Annotated[Config, tyro.conf.arg(name="")]
 _console = Console(quiet=_RANK > 0)
 _DESCRIPTION = (
@@ -45,6 +45,7 @@ def train(
     fresh: bool = False,
     dry_run: bool = False,
     ranks: int = 1,
+    target: _Target = "here",
     json: bool = False,
 ) -> int:
     """Train a UNet. Every field of the preset can be overridden.
@@ -56,10 +57,11 @@ def train(
         fresh: move a complete run in the folder aside (runs/smoke becomes runs/smoke.1, ...) and begin anew
         dry_run: print parameters, FLOPs, memory and batch arithmetic of the run, and exit
         ranks: processes that the dry run counts with
+        target: GPU that the dry run chooses kernels for
         json: print the dry run as JSON
     """
     if dry_run:
-        return _dry_run(settings, ranks, json)
+        return _dry_run(settings, ranks, target, json)
     from sd_perf.distributed.world import start_world, stop_world
     from sd_perf.training.launch import launch
 
@@ -113,7 +115,7 @@ def sample(
     )
     config = dataclasses.replace(config, sampling=sampling)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    unet = build_unet(config.model, 0, device)
+    unet = build_unet(config, 0, device)
     load_into(unet, read_unet(checkpoint)[0], "the UNet", checkpoint)
     decode, text_encoder = read_decoder(autoencoder), build_text_encoder(config, device)
     paths = picture_paths(list(prompt), output)
@@ -188,27 +190,51 @@ def check(run: _Run) -> int:
     return 0 if verdict.passed else 1
 
 
-def doctor(json: bool = False) -> int:
-    """Say what is installed, what is missing and for what, and what torch can compute on.
+def estimate(
+    config: Path,
+    settings: _Settings,
+    gpu: str = "h100",
+    batch: int = 64,
+    ranks: int = 1,
+    png: Path | None = None,
+    json: bool = False,
+) -> int:
+    """Predict time and memory of a training step on a GPU that need not be here: where the time goes, and what fits.
 
     Args:
+        config: YAML preset
+        settings: fields of the preset
+        gpu: a100, h100, h200 or b200
+        batch: samples of a step
+        ranks: GPUs that share the optimizer state of the MLPerf submission's way
+        png: file to draw the ms per sample to, by op
         json: print JSON
     """
-    from sd_perf.doctor import examine
+    from sd_perf.estimate.estimate import draw, tables
+    from sd_perf.estimate.estimate import estimate as predict
 
-    report = examine()
+    facts = predict(settings, gpu, batch, ranks)
+    if png is not None:
+        draw(facts, png)
+    if json:
+        return _print_json(facts)
+    _page().print(*tables(facts), sep="\n", highlight=False)
+    return 0
+
+
+def doctor(target: _Target = "here", json: bool = False) -> int:
+    """Say what is installed, what is missing and for what, what torch can compute on, and which kernels can be had.
+
+    Args:
+        target: GPU that kernels are chosen for
+        json: print JSON
+    """
+    from sd_perf.doctor import examine, screen
+
+    report = examine(target)
     if json:
         return _print_json(report)
-    devices = Table("device", "name", "memory", "capability", title="devices", title_justify="left")
-    for device in report["devices"]:
-        memory = f"{device['memory_bytes'] / 2**30:.0f} GiB" if "memory_bytes" in device else ""
-        devices.add_row(device["device"], device["name"], memory, device.get("capability", ""))
-    packages = Table("package", "version", "needed for", "if missing", title="packages", title_justify="left")
-    for row in report["packages"]:
-        missing = "" if row["version"] else row["install"].replace("[", r"\[")
-        packages.add_row(row["package"], row["version"] or "[red]missing[/]", row["needed_for"], missing)
-    _console.print(f"sd-perf {report['sd_perf']}, Python {report['python']}, {report['platform']}", highlight=False)
-    _console.print(devices, packages)
+    _page().print(*screen(report), sep="\n", highlight=False)
     return 0
 
 
@@ -236,16 +262,14 @@ def prepare(
     """
     import torch
 
-    from sd_perf.data.prepare.photographs import prepare_moments, read_captioned_images
-    from sd_perf.data.prepare.raw_shards import read_raw_shards
+    from sd_perf.data.prepare.photographs import prepare_moments
+    from sd_perf.data.prepare.raw_shards import read_images
     from sd_perf.models.build import build_text_encoder
     from sd_perf.models.sources import read_encoder
 
-    folder = _shards_folder(settings)
-    if captions is None and any(images.glob("*.tar")):
-        samples = read_raw_shards(images, settings.data.allow_empty_captions)
-    else:
-        samples = read_captioned_images(images, captions or "", settings.data.allow_empty_captions)
+    folder = settings.data.path
+    settings.data.require(bool(folder), "path", "the folder to write the shards to")
+    samples = read_images(images, captions, settings.data.allow_empty_captions)
     precomputed = settings.data.context == "precomputed"
     text_encoder = build_text_encoder(settings, torch.device("cpu")) if precomputed else None
     pixels, encode = 8 * settings.data.latent_size, read_encoder(autoencoder)
@@ -253,22 +277,6 @@ def prepare(
         samples, encode, folder, pixels, samples_per_shard, text_encoder, captions_per_image=captions_per_image
     )
     _console.print(f"{count} samples of {pixels}x{pixels} pixels -> {folder}", highlight=False)
-    return 0
-
-
-def synthetic(config: Path, settings: _Settings, samples: int = 4096) -> int:
-    """Make moments shards of captioned latent patterns, for trying things out without pictures.
-
-    Args:
-        config: YAML preset of the run that will train on the shards
-        settings: fields of the preset
-        samples: how many
-    """
-    from sd_perf.data.synthetic import write_synthetic_shards
-
-    data, folder, seed = settings.data, _shards_folder(settings), settings.training.seed or 0
-    write_synthetic_shards(folder, samples, data.latent_size, data.context_tokens, settings.model.context_dim, seed)
-    _console.print(f"{samples} synthetic samples -> {folder}", highlight=False)
     return 0
 
 
@@ -296,7 +304,7 @@ def statistics(config: Path, settings: _Settings, images: Path) -> int:
     Args:
         config: YAML preset of the run
         settings: fields of the preset
-        images: folder of images with a captions.jsonl
+        images: folder of images with a captions.jsonl, or of raw shards (*.tar of .jpg, .txt, .json)
     """
     from sd_perf.evaluation.evaluate import write_statistics
 
@@ -305,14 +313,8 @@ def statistics(config: Path, settings: _Settings, images: Path) -> int:
     return 0
 
 
-def _shards_folder(settings: Config) -> Path:
-    if not settings.data.path:
-        raise ConfigError("data.path: '' cannot be used; it must be the folder to write the shards to")
-    return Path(settings.data.path)
-
-
 def data() -> int:
-    """Make data: `sd-perf data prepare` (shards from images), `synthetic`, `scenes`, `statistics`."""
+    """Make data: `sd-perf data prepare` (shards from images), `scenes`, `statistics`."""
     return _run(["data", "--help"])
 
 
@@ -329,10 +331,11 @@ _COMMANDS: dict[str, Callable[..., int]] = {
     "data": data,
     "mlperf": mlperf,
     "report": report,
+    "estimate": estimate,
     "doctor": doctor,
 }
 _GROUPS: dict[str, dict[str, Callable[..., int]]] = {
-    "data": {"prepare": prepare, "synthetic": synthetic, "scenes": scenes, "statistics": statistics},
+    "data": {"prepare": prepare, "scenes": scenes, "statistics": statistics},
     "mlperf": {"check": check},
 }
 
@@ -344,7 +347,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         code = _run([argument for argument in arguments if argument != "--debug"])
-    except UserError as error:
+    except _bad_input() as error:
         if debug:
             traceback.print_exc()
         if not (_LOCAL_RANK and isinstance(error, ConfigError)):  # one process of a node speaks of what all have read
@@ -356,12 +359,18 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(code)
 
 
+def _bad_input() -> tuple[type[Exception], ...]:
+    """The errors that are one sentence. Only code that loaded the kernels, and torch with them, raises theirs."""
+    kernels = sys.modules.get("sd_kernels.errors")
+    return (UserError, kernels.KernelError) if kernels else (UserError,)
+
+
 def _run(arguments: list[str]) -> int:
     commands, prog = _COMMANDS, "sd-perf"
     if arguments and arguments[0] in _GROUPS:
         commands, prog, arguments = _GROUPS[arguments[0]], f"sd-perf {arguments[0]}", arguments[1:]
     chosen = commands.get(arguments[0]) if arguments else None
-    if chosen in (train, prepare, synthetic, statistics):
+    if chosen in (train, estimate, prepare, statistics):
         preset = _preset_of(arguments)
         commands = {**commands, arguments[0]: functools.partial(chosen, settings=preset)}
     return tyro.extras.subcommand_cli_from_dict(
@@ -380,14 +389,19 @@ def _preset_of(arguments: list[str]) -> Config:
     return load_preset(path) if path else Config()
 
 
-def _dry_run(settings: Config, ranks: int, as_json: bool) -> int:
-    from sd_perf.training.dry_run import as_table, dry_run
+def _dry_run(settings: Config, ranks: int, target: _Target, as_json: bool) -> int:
+    from sd_perf.training.dry_run import as_table, dry_run, kernels_table
 
-    facts = dry_run(settings, ranks)
+    facts = dry_run(settings, ranks, target)
     if as_json:
         return _print_json(facts)
-    _console.print(as_table(facts))
+    _page().print(as_table(facts), *kernels_table(facts))
     return 0
+
+
+def _page() -> Console:
+    """The console; 100 columns wide, not 80, where the output is no terminal."""
+    return _console if _console.is_terminal else Console(width=100)
 
 
 def _print_json(value: Any) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -15,14 +16,17 @@ import numpy as np
 import pytest
 import yaml
 
+from sd_kernels.errors import KernelError
 from sd_perf.cli import main
 from sd_perf.data.order import SampleOrder
+from sd_perf.data.prepare.scenes import write_scenes
 from sd_perf.data.shards import ShardWriter
 from sd_perf.distributed.checkpoints import CheckpointStore, load_component
 from tests.data.test_samples import Bomb, npy
 from tests.training.conftest import TREE, start_train, train
 
 SHORT = {"training": {**TREE["training"], "max_samples": 8}, "checkpoint": {"every_samples": 4}}
+AUTOENCODER = Path(__file__).parent.parent / "assets" / "tiny" / "autoencoder.safetensors"
 TEXT_TINY = str(Path(__file__).parent.parent / "configs" / "text_tiny.json")
 MOMENTS = np.zeros((1, 8, 8, 8), np.float32)
 CONTEXT = np.zeros((3, 16), np.float16)
@@ -124,6 +128,8 @@ def matches(sentence: str, *parts: object) -> None:
         ("model: {num_head_channels: 48}", ["model.num_head_channels: 48", "a divisor of every level's channels"]),
         ("data: {format: synthetic, latent_size: 9}", ["data.latent_size: 9", "a multiple of 8"]),
         ("data: {format: moments}", ["data.path: ''", "data.format to synthetic"]),
+        ("kernels: {geglo: triton}", ["kernels.geglo: unknown key", "did you mean kernels.geglu?"]),
+        ("kernels: {geglu: 4}", ["kernels.geglu: 4", "text"]),
         ("checkpoint: {keep: 0}", ["checkpoint.keep: 0", "none to keep all"]),
         ("training: [", ["cannot be read as YAML", "line 1"]),
         ("- training", ["must hold sections", "not a list"]),
@@ -145,7 +151,8 @@ def test_config_file_is_missing_or_no_text(tmp_path, refused):
     matches(refused("train", "--config", tmp_path / "no.yaml"), tmp_path / "no.yaml", "no such config file", "configs/")
     matches(refused("train", "--config", tmp_path), "no such config file")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    matches(refused("data", "synthetic", "--config", tmp_path / "binary.yaml"), "binary.yaml: cannot be read as YAML")
+    for command in (["train"], ["data", "prepare"], ["data", "statistics"]):
+        matches(refused(*command, "--config", tmp_path / "binary.yaml"), "binary.yaml: cannot be read as YAML")
 
 
 # ------------------------------------------------------------------------------------------------------- the options
@@ -175,12 +182,34 @@ def test_options_that_do_not_parse(options, parts, preset, run, sd_perf):
         (["--optimizer.beta-1", "2"], ["optimizer.beta_1: 2.0", "in [0, 1)"]),
         (["--training.accumulate-steps", "3"], ["training.global_batch_size: 4", "a multiple of", "1 x 3"]),
         (["--sampling.steps", "2000"], ["sampling.steps: 2000", "at most diffusion.num_timesteps (1000)"]),
+        (["--kernels.geglu", "triton"], ["kernels.geglu: 'triton'", "auto or reference", "is 'plain'"]),
+        (["--kernels.strict"], ["kernels.strict: True", "is 'plain'"]),
+        (["--kernels.geglu", "tritn", "--dry-run"], ["kernels.geglu: 'tritn'", "did you mean 'triton'?"]),
         (["--resume", "--fresh"], ["--resume", "--fresh", "give one of them"]),
     ],
 )
 def test_options_that_cannot_be_used(options, parts, preset, run, refused):
     matches(refused("train", "--config", preset, "--run.dir", run, *options), *parts)
     assert not run.exists()
+
+
+def test_dry_run_for_a_declared_gpu(preset, run, sd_perf):
+    command = ["train", "--config", preset, "--run.dir", run, "--dry-run", "--kernels.geglu", "triton"]
+    code, output, _ = sd_perf(*command, "--target", "h100", "--json")
+    facts = json.loads(output)
+    assert code == 0 and facts["target"] == "H100" and facts["kernels"]["geglu"]["backend"] == "triton"
+    code, output, _ = sd_perf(*command, "--target", "a100")
+    assert code == 0 and "kernels on A100" in output and "named in the config" in output
+    code, _, errors = sd_perf(*command, "--target", "h101")
+    assert code == 2 and "'h101'" in errors and not run.exists()
+
+
+def test_an_operators_error(preset, run, refused, monkeypatch):
+    def refuse(*_):
+        raise KernelError("geglu: got torch.int32; takes float32, bfloat16 or float16")
+
+    monkeypatch.setattr("sd_perf.training.dry_run.dry_run", refuse)
+    matches(refused("train", "--config", preset, "--run.dir", run, "--dry-run"), "geglu: got torch.int32")
 
 
 def test_unknown_command(sd_perf):
@@ -301,8 +330,10 @@ def test_text_encoder_weights(preset, run, shards, refused, tmp_path):
 
 def test_shards_are_written_to_a_named_folder(preset, shards, refused, sd_perf, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    matches(refused("data", "synthetic", "--config", preset), "data.path: ''", "the folder to write the shards to")
-    command = ["data", "synthetic", "--config", preset, "--data.path", shards, "--samples", 4]
+    write_scenes(tmp_path / "scenes", 4, seed=0)
+    command = ["data", "prepare", "--config", preset, "--images", tmp_path / "scenes", "--autoencoder", AUTOENCODER]
+    matches(refused(*command), "data.path: ''", "the folder to write the shards to")
+    command += ["--data.path", shards]
     assert sd_perf(*command)[0] == 0
     before = saved(shards)
     matches(refused(*command), "00000.tar exists already", "write to another folder")

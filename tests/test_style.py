@@ -40,9 +40,19 @@ def is_triton_kernel(function: ast.FunctionDef) -> bool:
     return any("jit" in ast.unparse(decorator) for decorator in function.decorator_list)
 
 
+def code_lines(path: Path) -> int:
+    """Lines that are neither blank, nor comments, nor docstrings (or the text under a field)."""
+    text = path.read_text()
+    statements = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Expr))
+    texts = (node for node in statements if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str))
+    documentation = {number for node in texts for number in range(node.lineno, (node.end_lineno or 0) + 1)}
+    code = (number for number, line in enumerate(text.splitlines(), 1) if line.strip() and line.strip()[0] != "#")
+    return len(set(code) - documentation)
+
+
 def test_total_and_median() -> None:
+    assert sum(map(code_lines, PRODUCT)) <= 10_000
     lines = [len(path.read_text().splitlines()) for path in PRODUCT]
-    assert sum(lines) <= 10_000
     assert statistics.median(count for count in lines if count) < 170
 
 

@@ -5,11 +5,14 @@ Shape letters: B samples of the micro-batch, H and W latent rows and columns, T 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 import torch
+
+from sd_perf.data.order import micro_batches
 
 
 @dataclass(frozen=True)
@@ -39,18 +42,41 @@ class Batch:
     replacements: list[Replacement] = field(default_factory=list)
     """bad samples replaced in this batch"""
 
+    def pinned(self) -> Batch:
+        """The same batch in page-locked memory."""
+        return self._map(torch.Tensor.pin_memory)
+
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device; copies from pinned memory do not block."""
-        if device.type == "cpu":
-            return self
-        context = None if self.context is None else self.context.to(device, non_blocking=True)
-        return Batch(
-            self.sample_indices.to(device, non_blocking=True),
-            self.moments.to(device, non_blocking=True),
-            self.captions,
-            context,
-            self.replacements,
-        )
+        return self if device.type == "cpu" else self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        context = None if self.context is None else change(self.context)
+        return Batch(change(self.sample_indices), change(self.moments), self.captions, context, self.replacements)
+
+
+@dataclass(frozen=True)
+class LoaderOptions:
+    """What every loader is told: which part of which batches it makes, in what sizes and order."""
+
+    seed: int
+    """of the order, or of the samples themselves"""
+    global_batch_size: int
+    """samples per step, over all ranks"""
+    micro_batch_size: int
+    """samples per batch"""
+    rank: int = 0
+    world_size: int = 1
+    in_channels: int = 4
+    """channels of the latents"""
+    context_dim: int = 1024
+    """channels of the text states"""
+    pin_memory: bool = False
+    """batches in page-locked memory, which copies to a GPU without blocking"""
+
+    def positions(self, start: int) -> Iterator[np.ndarray]:
+        """Positions (micro_batch_size,) of each micro-batch of this rank, without end."""
+        return micro_batches(start, self.global_batch_size, self.micro_batch_size, self.rank, self.world_size)
 
 
 class Loader(Protocol):

@@ -14,19 +14,19 @@ import os
 import re
 import tarfile
 import zipfile
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
 from sd_perf.errors import DataError
-from sd_perf.files import disk_errors
+from sd_perf.files import ASIDE, disk_errors, written_aside
 
 INDEX_NAME = "sd_perf_index.npz"
 _PARTS = {"npy": "moments", "txt": "caption", "context.npy": "context"}
@@ -36,20 +36,6 @@ _SHARDS_PER_PROCESS = 8
 """shards that make another process worth its start"""
 
 _log = logging.getLogger(__name__)
-
-
-@contextmanager
-def _written_aside(path: Path, remedy: str) -> Iterator[io.BufferedWriter]:
-    """A stream that becomes `path` when the block ends well, and leaves nothing when it does not."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with disk_errors(path, remedy, DataError):
-            with aside.open("wb") as stream:
-                yield stream
-            aside.replace(path)
-    finally:
-        with suppress(OSError):
-            aside.unlink()
 
 
 def _row_type(key_bytes: int) -> np.dtype[Any]:
@@ -146,10 +132,12 @@ class ShardIndex:
         }
         samples = _load_saved(file, state)
         if samples is None:
-            # opened before the scan, so that an unwritable place is told at once
-            with _written_aside(file, "set data.index to a file in a folder you can write to") as stream:
+            remedy = "set data.index to a file in a folder you can write to"
+            with disk_errors(file, remedy, DataError), written_aside(file) as draft:
+                # within, so that an unwritable place is told before the scan
                 samples = _scan_all(paths, processes)
-                np.savez(stream, samples=samples, **state)
+                with draft.open("wb") as stream:  # numpy would append .npz to another name
+                    np.savez(stream, samples=samples, **state)
             _log.info("indexed %d samples in %d shards: %s", len(samples), len(paths), file)
         index = cls(folder, [path.name for path in paths], samples)
         index._check(need_context)
@@ -225,7 +213,6 @@ class ShardWriter:
         self.folder = Path(folder)
         self.samples_per_shard = samples_per_shard
         self.num_samples = 0
-        self._asides: list[Path] = []
         self._tar: tarfile.TarFile | None = None
         with self._guard():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -269,28 +256,23 @@ class ShardWriter:
     def _start(self, shard: int) -> tarfile.TarFile:
         if self._tar is not None:
             self._tar.close()
-        self._asides.append(self.folder / f"{shard:05d}.tar.partial")
-        self._tar = tarfile.open(self._asides[-1], "w")  # noqa: SIM115 (closed by _start or __exit__)
+        path = Path(self._aside.name) / f"{shard:05d}.tar"
+        self._tar = tarfile.open(path, "w")  # noqa: SIM115 (closed by _start or __exit__)
         root = tarfile.TarInfo("")
         root.type, root.mode = tarfile.DIRTYPE, 0o755
         self._tar.addfile(root)
         return self._tar
 
     def __enter__(self) -> ShardWriter:
+        with self._guard():
+            self._aside = TemporaryDirectory(prefix=ASIDE, dir=self.folder, ignore_cleanup_errors=True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            with self._guard():
-                if self._tar is not None:
-                    self._tar.close()
-                if kind is None:
-                    self._name_shards()
-        finally:
-            for aside in self._asides:
-                aside.unlink(missing_ok=True)
-
-    def _name_shards(self) -> None:
-        self._refuse_to_overwrite()
-        for aside in self._asides:
-            aside.rename(aside.with_suffix(""))
+        with self._guard(), self._aside as aside:
+            if self._tar is not None:
+                self._tar.close()
+            if kind is None:
+                self._refuse_to_overwrite()
+                for path in sorted(Path(aside).iterdir()):
+                    path.rename(self.folder / path.name)

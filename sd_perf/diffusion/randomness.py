@@ -1,23 +1,12 @@
-"""Counter-based randomness: every draw is a pure function of (seed, sample index, stream, element).
-
-Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The key is the 64-bit seed; the
-counter is (element // 4, stream, sample index low, sample index high). Rank, batch size and world size never enter, so
-any split of the same samples sees the same draws, and a captured graph needs no generator. Triton's `tl.philox` called
-with the same key and counter gives the same words.
-
-Shape letters: B samples, N numbers per sample.
-"""
+"""What the draws of a sample are for; the draws themselves are `sd_kernels.philox`, the oracle of fused kernels."""
 
 from __future__ import annotations
 
-import math
 from enum import IntEnum
 
-import torch
+from sd_kernels.philox import normal, philox, philox_4x32, uniform_integers
 
-_MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
-_WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
-_WORD = 0xFFFFFFFF
+__all__ = ["Stream", "normal", "philox", "philox_4x32", "uniform_integers"]
 
 
 class Stream(IntEnum):
@@ -29,50 +18,3 @@ class Stream(IntEnum):
     SAMPLER = 3
     ORDER = 4
     SYNTHETIC = 5
-
-
-def _multiply(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """High and low word of a 32 x 32 bit product, in int64 without overflow."""
-    low_product = (a & 0xFFFF) * b
-    high_product = (a >> 16) * b + (low_product >> 16)
-    return high_product >> 16, ((high_product & 0xFFFF) << 16) | (low_product & 0xFFFF)
-
-
-def philox_4x32(key: tuple[int, int], counter: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Philox4x32-10 on four int64 tensors that hold uint32 words (broadcastable shapes); returns four words."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        high_0, low_0 = _multiply(_MULTIPLIER_0, c0)
-        high_1, low_1 = _multiply(_MULTIPLIER_1, c2)
-        c0, c1, c2, c3 = high_1 ^ c1 ^ k0, low_1, high_0 ^ c3 ^ k1, low_0
-        k0, k1 = (k0 + _WEYL_0) & _WORD, (k1 + _WEYL_1) & _WORD
-    return [c0, c1, c2, c3]
-
-
-def philox(seed: int, stream: int, indices: torch.Tensor, num_words: int) -> torch.Tensor:
-    """Random words (B, num_words), int64 tensors holding uint32, for sample indices (B,) int64 on their device."""
-    blocks = torch.arange(-(-num_words // 4), dtype=torch.int64, device=indices.device)
-    index = indices[:, None]
-    counter = [blocks[None, :], torch.full_like(blocks[None, :], stream), index & _WORD, (index >> 32) & _WORD]
-    words = philox_4x32((seed & _WORD, (seed >> 32) & _WORD), counter)
-    return torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, :num_words]
-
-
-def normal(seed: int, stream: int, indices: torch.Tensor, num: int) -> torch.Tensor:
-    """Standard normals (B, num) float32 by Box-Muller; words 2i and 2i+1 give numbers 2i and 2i+1.
-
-    The uniforms have 24 bits, so they are exact in float32 wherever they are computed; the transcendental functions
-    run in float64, so that the rounded result does not depend on how a device vectorises them.
-    """
-    words = philox(seed, stream, indices, num + num % 2)
-    first, second = (words >> 8).to(torch.float64).unflatten(1, (-1, 2)).unbind(-1)
-    radius = torch.sqrt(-2.0 * torch.log((first + 1.0) * 2.0**-24))
-    angle = second * (2.0 * math.pi * 2.0**-24)
-    pair = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
-    return pair.flatten(1)[:, :num].to(torch.float32)
-
-
-def uniform_integers(seed: int, stream: int, indices: torch.Tensor, high: int) -> torch.Tensor:
-    """One integer in [0, high) per sample, (B,) int64: the high word of a 32 x 32 bit product."""
-    return (philox(seed, stream, indices, 1)[:, 0] * high) >> 32

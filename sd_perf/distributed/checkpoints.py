@@ -20,13 +20,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from sd_perf.errors import CheckpointError
-from sd_perf.files import one_line, sync_folder, write_json
+from sd_perf.files import ASIDE, one_line, write_json, written_aside
 
 MAKE_ROOM = "make room, then continue the run with --resume"
 """what to do where a file of a run cannot be written"""
 GO_BACK = "move this checkpoint away to go back to an older one"
 _NAME = re.compile(r"samples_(\d{10})")
-_ASIDE = ".writing_"
 _ERRORS = (Exception, CheckpointException)  # the library's own error is no Exception but a BaseException
 
 # Saving and loading in one process is what is asked for here, not an oversight.
@@ -86,27 +85,22 @@ class CheckpointStore:
             )
 
     def _write(self, path: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
-        aside = path.with_name(_ASIDE + path.name)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob(f"{_ASIDE}*"):  # of a process that was killed while it wrote
+            for leftover in self.folder.glob(f"{ASIDE}*"):  # of a process that was killed while it wrote
                 shutil.rmtree(leftover)
             if path.exists():  # this position is saved already, and a resumed run would write the same again
                 return
-            aside.mkdir()
-            writer = dcp.FileSystemWriter(aside, single_file_per_rank=True, sync_files=True)
-            dcp.save(tensors, storage_writer=writer, no_dist=True)
-            write_json(aside / "state.json", state)
-            aside.rename(path)
-            sync_folder(self.folder)
+            with written_aside(path) as draft:
+                dcp.save(tensors, storage_writer=dcp.FileSystemWriter(draft, single_file_per_rank=True), no_dist=True)
+                write_json(draft / "state.json", state)
             self._drop_old()
         except _ERRORS as error:  # handed to the training thread by raise_failure
             self._failure = error
-            shutil.rmtree(aside, ignore_errors=True)
 
     def _drop_old(self) -> None:
         for path in self.complete()[: -self.keep] if self.keep else []:
-            shutil.rmtree(path)
+            shutil.rmtree(path.rename(path.with_name(ASIDE + path.name)))  # a kill leaves no half of a checkpoint
 
 
 def read_state(path: Path) -> dict[str, Any]:

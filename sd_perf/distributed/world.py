@@ -79,15 +79,8 @@ class World:
         """The function's value, computed by rank 0 alone; where that raises a UserError, every rank leaves with 2."""
         if self.size == 1:
             return function()
-        box: list[Any] = [None]
-        if self.is_main:
-            try:
-                box = [function()]
-            except UserError as error:
-                box = [error]
+        box: list[Any] = [self.together(lambda: function() if self.is_main else None)]
         dist.broadcast_object_list(box, src=0, group=self.cpu_group)
-        if isinstance(box[0], UserError):
-            raise box[0] if self.is_main else SystemExit(2)
         return box[0]
 
 

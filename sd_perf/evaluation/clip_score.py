@@ -46,14 +46,6 @@ class ClipScorer:
         tokens = self._tokenize(captions).to(self._device)
         return F.cosine_similarity(self.model.encode_image(pictures), self.model.encode_text(tokens)).float().cpu()
 
-    def score(self, images: torch.Tensor, captions: list[str], batch_size: int = 32) -> float:
-        """Mean cosine, accumulated in float64; ValueError for no images at all."""
-        if not captions:
-            raise ValueError("the mean score of no images is no number")
-        starts = range(0, len(captions), batch_size)
-        parts = [self.similarities(images[i : i + batch_size], captions[i : i + batch_size]) for i in starts]
-        return torch.cat(parts).double().mean().item()
-
 
 def _to_picture(image: torch.Tensor) -> Any:
     from PIL import Image

@@ -34,6 +34,7 @@ class FeatureNet(nn.Module):
     def __init__(self, config: FeatureNetConfig | None = None) -> None:
         super().__init__()
         self.config = config or FeatureNetConfig()
+        self.num_features = self.config.features
         widths = self.config.widths
         self.levels = nn.ModuleList(
             nn.Conv2d(channels, width, kernel_size=3, stride=2, padding=1)

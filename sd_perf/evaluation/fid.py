@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from sd_perf.errors import DataError
-from sd_perf.files import one_line
+from sd_perf.files import one_line, written_aside
 
 _ROUNDING = torch.finfo(torch.float64).eps
 _INDEFINITE = 1e-5
@@ -47,7 +47,7 @@ class Gaussian:
 
     def save_npz(self, path: Path) -> None:
         """Arrays `mu` (D,) and `sigma` (D, D), float64: the format of pytorch-fid and of the benchmark's file."""
-        with path.open("wb") as file:  # numpy would append .npz to another name
+        with written_aside(path) as draft, draft.open("wb") as file:  # numpy would append .npz to another name
             np.savez(file, mu=self.mean.cpu().numpy(), sigma=self.covariance.cpu().numpy())
 
     @classmethod
@@ -67,7 +67,7 @@ class Gaussian:
 
 
 class FeatureStatistics:
-    """Streaming mean and covariance in float64 (Chan, Golub & LeVeque 1983); picklable."""
+    """Streaming mean and covariance in float64 (Chan, Golub & LeVeque 1983)."""
 
     def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
         self.count = 0
@@ -79,19 +79,16 @@ class FeatureStatistics:
         """Add features (B, D) of any float dtype, on any device; ValueError for another shape."""
         if features.ndim != 2 or features.shape[1] != len(self.mean):
             raise ValueError(f"features must be (B, {len(self.mean)}), not {tuple(features.shape)}")
-        if len(features) == 0:
+        count, total = len(features), self.count + len(features)
+        if count == 0:
             return
         features = features.detach().to(self.mean)
         mean = features.mean(0)
-        centred = features - mean
-        self._add(len(features), mean, centred.T @ centred)
-
-    def merge(self, other: FeatureStatistics) -> None:
-        """Add the samples that another one has seen; ValueError where it has another number of features."""
-        if len(other.mean) != len(self.mean):
-            raise ValueError(f"cannot merge statistics of {len(other.mean)} features into {len(self.mean)}")
-        if other.count:
-            self._add(other.count, other.mean.to(self.mean), other.scatter.to(self.mean))
+        centred, offset = features - mean, mean - self.mean
+        self.scatter += centred.T @ centred
+        self.scatter.addr_(offset, offset, alpha=self.count * count / total)
+        self.mean += offset * (count / total)
+        self.count = total
 
     def over_ranks(self, add: Callable[[torch.Tensor], object]) -> FeatureStatistics:
         """Statistics of the samples of all ranks, called by all of them.
@@ -115,14 +112,6 @@ class FeatureStatistics:
         if self.count < 2:
             raise DataError(f"feature statistics: {self.count} samples have no covariance; give at least 2")
         return Gaussian(self.mean.cpu(), (self.scatter / (self.count - 1)).cpu())
-
-    def _add(self, count: int, mean: torch.Tensor, scatter: torch.Tensor) -> None:
-        total = self.count + count
-        offset = mean - self.mean
-        self.scatter += scatter
-        self.scatter.addr_(offset, offset, alpha=self.count * count / total)
-        self.mean += offset * (count / total)
-        self.count = total
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:

@@ -5,7 +5,8 @@ Shape letters: B pictures, C latent channels, S side of the latents.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -14,7 +15,8 @@ from sd_perf.config import Config
 from sd_perf.diffusion.ddim import ddim_sample
 from sd_perf.diffusion.randomness import Stream, normal
 from sd_perf.errors import UserError
-from sd_perf.files import disk_errors
+from sd_perf.files import disk_errors, written_aside
+from sd_perf.optional import optional
 
 Decoder = Callable[[torch.Tensor], torch.Tensor]
 
@@ -28,23 +30,21 @@ def generate(
     config: Config,
     seed: int,
     batch_size: int = 8,
-) -> torch.Tensor:
-    """Images (len(prompts), 3, H, W) float32 in [0, 1], on the CPU.
+) -> Iterator[torch.Tensor]:
+    """A picture per prompt, in batches (B, 3, H, W) float32 in [0, 1] on the CPU, each drawn when it is asked for.
 
     `decode` takes the unscaled latents and gives images in [-1, 1]. Picture i is a function of (seed, i, prompt).
     """
     device = next(unet.parameters()).device
     size, channels = config.data.latent_size, config.model.in_channels
     uncond = text_encoder([""])
-    pictures = []
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         indices = torch.arange(start, start + len(batch), device=device)
         noise = normal(seed, Stream.SAMPLER, indices, channels * size * size).view(-1, channels, size, size)
         options = config.sampling.steps, config.sampling.guidance_scale
         latents = ddim_sample(unet, noise, text_encoder(batch), uncond, config.diffusion, *options)
-        pictures.append(((decode(latents / config.diffusion.latent_scale) + 1) / 2).clamp(0, 1).float().cpu())
-    return torch.cat(pictures)
+        yield ((decode(latents / config.diffusion.latent_scale) + 1) / 2).clamp(0, 1).float().cpu()
 
 
 def picture_paths(prompts: list[str], folder: Path) -> list[Path]:
@@ -61,11 +61,16 @@ def picture_paths(prompts: list[str], folder: Path) -> list[Path]:
     return paths
 
 
-def save_pictures(images: torch.Tensor, paths: list[Path]) -> None:
-    """One PNG per picture."""
-    from PIL import Image
-
-    for image, path in zip(images, paths, strict=True):
-        pixels = (image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+def save_pictures(batches: Iterable[torch.Tensor], paths: list[Path]) -> None:
+    """One PNG per picture of the batches (B, 3, H, W), each batch before the next is drawn."""
+    for picture, path in zip(chain.from_iterable(batches), paths, strict=True):
         with disk_errors(path, "make room, or choose another --output"):
-            Image.fromarray(pixels).save(path)
+            write_png(picture, path)
+
+
+def write_png(picture: torch.Tensor, path: Path) -> None:
+    """A picture (3, H, W) in [0, 1] as a PNG of 8 bits per colour."""
+    Image = optional("PIL.Image", "images need Pillow", "images")
+    pixels = (picture * 255).round().to(torch.uint8).permute(1, 2, 0)
+    with written_aside(path) as draft:
+        Image.fromarray(pixels.contiguous().numpy()).save(draft)

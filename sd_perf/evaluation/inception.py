@@ -144,6 +144,8 @@ def _shrink_7() -> Mixed:
 class FidInception(nn.Module):
     """`network(images) -> (B, 2048)`: images (B, 3, H, W) of any size, float in [0, 1]; ValueError outside of it."""
 
+    num_features = NUM_FEATURES
+
     def __init__(self) -> None:
         super().__init__()
         self.Conv2d_1a_3x3 = ConvNorm(3, Conv(32, (3, 3), 2, (0, 0)))

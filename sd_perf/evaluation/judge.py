@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sd_perf.data.prepare.scenes import COLOURS, HALF_WIDTH, SHAPES, Attributes, all_attributes, coverage
+from sd_perf.data.prepare.scenes import COLOURS, HALF_WIDTH, SHAPES, Attributes, coverage
 
 GREYS = (0, 60, 110, 150, 180, 205, 230, 255)
 """grey levels that count as background, 0 to 255"""
@@ -21,8 +21,6 @@ MAX_STRAY = 60
 """pixels of a colour that no shape has: more are another object"""
 MIN_OVERLAP = 0.8
 """of a shape's pixels with the ideal shape of the same centre and area: intersection over union"""
-
-_WORLD = {attributes.caption: attributes for attributes in all_attributes()}
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,19 @@ def judge(image: np.ndarray, caption: str) -> bool:
 
     No for a caption that is none of the tiny world's: the judge cannot know.
     """
-    return caption in _WORLD and describe(image) == _WORLD[caption]
+    return _shows(describe(image), caption)
+
+
+def judge_shares(described: list[Attributes | None], captions: list[str]) -> dict[str, float]:
+    """Shares of pictures, as `describe` sees them, that show their own caption, and the next one's if it is another."""
+    own = [_shows(seen, caption) for seen, caption in zip(described, captions, strict=True)]
+    nexts = zip(described, captions, captions[1:] + captions[:1], strict=True)
+    others = [_shows(seen, other) for seen, caption, other in nexts if other != caption]
+    return {"judge": float(np.mean(own)), "judge_shuffled": float(np.mean(others))}
+
+
+def _shows(seen: Attributes | None, caption: str) -> bool:
+    return seen is not None and seen.caption == caption
 
 
 def describe(image: np.ndarray) -> Attributes | None:

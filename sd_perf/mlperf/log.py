@@ -7,7 +7,6 @@ the times at which they happened.
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 import math
@@ -20,14 +19,16 @@ from typing import Any, Literal, NamedTuple
 
 from sd_perf.config import Config
 from sd_perf.distributed.checkpoints import MAKE_ROOM
-from sd_perf.errors import ConfigError, DataError, UserError
+from sd_perf.errors import DataError, UserError
 from sd_perf.files import disk_errors, one_line
 from sd_perf.mlperf.rules import CLIP_TARGET, FID_TARGET
+from sd_perf.optional import optional
 
 LOG_NAME = "result_0.txt"
 BENCHMARK = "stable_diffusion"
 _TOKEN = ":::MLLOG "
 
+Kind = Literal["event", "start", "end"]
 Status = Literal["success", "aborted"]
 
 
@@ -42,12 +43,7 @@ class Event(NamedTuple):
 
 def import_mlperf(module: str) -> ModuleType:
     """A module of mlperf-logging; ConfigError where the package is missing."""
-    try:
-        return importlib.import_module(f"mlperf_logging.{module}")
-    except ImportError as error:
-        raise ConfigError(
-            f"mlperf.division: MLPerf logs need mlperf-logging ({one_line(error)}); pip install 'sd-perf[mlperf]'"
-        ) from error
+    return optional(f"mlperf_logging.{module}", "mlperf.division: MLPerf logs need mlperf-logging", "mlperf")
 
 
 def read_log(path: Path) -> list[Event]:
@@ -168,18 +164,11 @@ class MLPerfLog:
         self._once("end", "run_stop", None, ends[at], status=status, samples_count=at)
         return status
 
-    def _once(
-        self,
-        kind: Literal["event", "start", "end"],
-        key: str,
-        value: Any = None,
-        time_ms: int | None = None,
-        **more: Any,
-    ) -> None:
+    def _once(self, kind: Kind, key: str, value: Any = None, time_ms: int | None = None, **metadata: Any) -> None:
         if key not in self._keys:
-            self._write(kind, key, value, time_ms, **more)
+            self._write(kind, key, value, time_ms, **metadata)
 
-    def _write(self, kind: str, key: str, value: Any = None, time_ms: int | None = None, **metadata: Any) -> None:
+    def _write(self, kind: Kind, key: str, value: Any = None, time_ms: int | None = None, **metadata: Any) -> None:
         getattr(self._mllogger, kind)(key, value, metadata, time_ms=time_ms, stack_offset=2)
         self._keys.add(key)
 

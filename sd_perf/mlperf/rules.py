@@ -13,8 +13,6 @@ from sd_perf.config import Config, DiffusionConfig, UNetConfig
 from sd_perf.errors import ConfigError
 
 RULESET = "5.0.0"
-TRAIN_SAMPLES = 6_513_144
-"""samples of the benchmark's training set, as submissions log it"""
 EVAL_SAMPLES = 30_000
 """prompts per evaluated checkpoint"""
 CHECKPOINT_SAMPLES = 512_000

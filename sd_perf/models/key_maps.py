@@ -119,24 +119,26 @@ def _unet_map(config: UNetConfig) -> dict[str, str]:
 
     for level in range(levels):
         first, theirs = 1 + level * (down_blocks + 1), f"down_blocks.{level}"
-        for block in range(down_blocks):
-            ours = f"input_blocks.{first + block}"
-            table |= _below(f"{ours}.0", f"{theirs}.resnets.{block}", _UNET_RES_BLOCK)
-            if attends[level]:
-                table[f"{ours}.1"] = f"{theirs}.attentions.{block}"
+        table |= _blocks("input_blocks", first, theirs, down_blocks, attends[level])
         if level < levels - 1:
             table[f"input_blocks.{first + down_blocks}.0.op"] = f"{theirs}.downsamplers.0.conv"
 
     for step, level in enumerate(reversed(range(levels))):
         first, theirs = step * up_blocks, f"up_blocks.{step}"
-        for block in range(up_blocks):
-            ours = f"output_blocks.{first + block}"
-            table |= _below(f"{ours}.0", f"{theirs}.resnets.{block}", _UNET_RES_BLOCK)
-            if attends[level]:
-                table[f"{ours}.1"] = f"{theirs}.attentions.{block}"
+        table |= _blocks("output_blocks", first, theirs, up_blocks, attends[level])
         if level > 0:
             place = 2 if attends[level] else 1
             table[f"output_blocks.{first + up_blocks - 1}.{place}.conv"] = f"{theirs}.upsamplers.0.conv"
+    return table
+
+
+def _blocks(ours: str, first: int, theirs: str, count: int, attend: bool) -> dict[str, str]:
+    """The blocks of one level: a ResBlock each, and a transformer where the level attends."""
+    table: dict[str, str] = {}
+    for block in range(count):
+        table |= _below(f"{ours}.{first + block}.0", f"{theirs}.resnets.{block}", _UNET_RES_BLOCK)
+        if attend:
+            table[f"{ours}.{first + block}.1"] = f"{theirs}.attentions.{block}"
     return table
 
 

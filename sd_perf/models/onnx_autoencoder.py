@@ -9,17 +9,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from sd_perf.errors import DataError, UserError
+from sd_perf.errors import DataError
+from sd_perf.optional import optional
 
 FACTOR = 8
 """image pixels per latent pixel, along each side"""
 
 
 def _open_session(path: str | Path, threads: int) -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise UserError("ONNX models need onnxruntime: pip install 'sd-perf[onnx]'") from error
+    onnxruntime = optional("onnxruntime", "ONNX models need onnxruntime", "onnx")
     if not Path(path).is_file():
         raise DataError(f"{path} is not a file; name an ONNX model")
     options = onnxruntime.SessionOptions()
@@ -43,7 +41,7 @@ class OnnxEncoder:
     """An encoder that gives the latent mean alone (4 channels, factor 8), before any scale."""
 
     def __init__(self, path: str | Path, log_variance: float = -10.0, threads: int = 0) -> None:
-        """log_variance: constant given to every latent; threads: 0 takes all cores. UserError, DataError."""
+        """log_variance: constant given to every latent; threads: 0 takes all cores. ConfigError, DataError."""
         self._path = path
         self._log_variance = log_variance
         self._session = _open_session(path, threads)
@@ -64,7 +62,7 @@ class OnnxDecoder:
     """A decoder of raw latents; outputs of several sizes are parts of one picture and are added up."""
 
     def __init__(self, path: str | Path, threads: int = 0) -> None:
-        """threads: 0 takes all cores. Raises UserError without onnxruntime, DataError for a file that is no model."""
+        """threads: 0 takes all cores. Raises ConfigError without onnxruntime, DataError for a file that is no model."""
         self._path = path
         self._session = _open_session(path, threads)
 

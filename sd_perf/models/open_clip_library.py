@@ -13,6 +13,7 @@ from sd_perf.errors import CheckpointError, ConfigError
 from sd_perf.files import one_line
 from sd_perf.models.torchvision_schemas import define_missing_torchvision_ops
 from sd_perf.models.weight_files import load_into
+from sd_perf.optional import optional
 
 VOCABULARY = 49408
 """tokens of CLIP's byte-pair encoding"""
@@ -21,11 +22,7 @@ VOCABULARY = 49408
 def import_open_clip(key: str) -> ModuleType:
     """The package; ConfigError naming the config key that needs it."""
     define_missing_torchvision_ops()
-    try:
-        import open_clip
-    except ImportError as error:
-        raise ConfigError(f"{key}: needs open_clip ({one_line(error)}); pip install 'sd-perf[text]'") from error
-    return open_clip
+    return optional("open_clip", f"{key}: needs open_clip", "text")
 
 
 def register_model(open_clip: ModuleType, key: str, model: str) -> str:

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 from sd_perf.config import TextEncoderConfig
-from sd_perf.errors import ConfigError
 from sd_perf.models.open_clip_library import import_open_clip, read_open_clip_weights, register_model
 from sd_perf.models.weight_files import load_into, read_ldm_checkpoint, split_components
 
@@ -26,7 +25,7 @@ class OpenClipTextEncoder(torch.nn.Module):
         open_clip = import_open_clip("text_encoder.model")
         name = register_model(open_clip, "text_encoder.model", config.model)
         model_config = open_clip.get_model_config(name)
-        weights = _text_weights(config.weights)
+        weights = _text_weights(config)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # what weights: random means
             self.tower = open_clip.model._build_text_tower(model_config["embed_dim"], model_config["text_cfg"])
@@ -46,15 +45,15 @@ class OpenClipTextEncoder(torch.nn.Module):
         return tower.ln_final(states).float()
 
 
-def _text_weights(file: str) -> dict[str, torch.Tensor] | None:
+def _text_weights(config: TextEncoderConfig) -> dict[str, torch.Tensor] | None:
     """Text-tower weights of an LDM checkpoint or a whole open_clip model, or None for "random".
 
     The causal mask is a constant and left out.
     """
+    file = config.weights
     if file == "random":
         return None
-    if not file:
-        raise ConfigError("text_encoder.weights: '' cannot be used; it must be a file of weights (or \"random\")")
+    config.require(bool(file), "weights", 'a file of weights (or "random")')
     path = Path(file)
     is_ldm = path.suffix == ".ckpt"
     state = (

@@ -7,10 +7,10 @@ stand-ins, safetensors hold nothing but tensors. Writing never replaces a file, 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from sd_perf.config import UNetConfig
 from sd_perf.errors import CheckpointError, ConfigError
-from sd_perf.files import disk_errors, one_line
+from sd_perf.files import disk_errors, one_line, written_aside
 from sd_perf.models.key_maps import diffusers_unet_config, from_diffusers, to_diffusers
+from sd_perf.optional import optional
 
 T = TypeVar("T")
 
@@ -207,7 +208,7 @@ def export_ldm(unet_state: Mapping[str, Tensor], path: str | Path, metadata: Map
 
     Raises CheckpointError where `path` exists or cannot be written.
     """
-    with _written_aside(Path(path)) as draft:
+    with _new(Path(path)) as draft:
         _save_safetensors({UNET_PREFIX + name: value for name, value in unet_state.items()}, draft, metadata)
 
 
@@ -220,7 +221,7 @@ def export_diffusers(
     The benchmark's have not, and there `unet/load_unet.py` comes with it and must be used: it says why. sample_size is
     the latent side that pipelines draw by default. Raises CheckpointError where `unet` exists or cannot be written.
     """
-    with _written_aside(Path(folder) / "unet") as draft:
+    with _new(Path(folder) / "unet") as draft:
         draft.mkdir()
         entries = diffusers_unet_config(config, sample_size)
         (draft / "config.json").write_text(json.dumps(entries, indent=2) + "\n")
@@ -241,6 +242,7 @@ that the stock model gets wrong. `save_pretrained` of the result drops the numbe
 """
 
 import json
+import sys
 from pathlib import Path
 
 from diffusers import Transformer2DModel, UNet2DConditionModel
@@ -258,16 +260,14 @@ def load_unet(folder=Path(__file__).parent, **options):
 
 
 @contextmanager
-def _written_aside(target: Path) -> Iterator[Path]:
-    """A path to write a file or folder to. It becomes `target` when the block ends well, and is removed otherwise."""
+def _new(target: Path) -> Iterator[Path]:
+    """`written_aside`, for a path at which nothing may stand yet."""
     if target.exists():
         raise CheckpointError(f"{target}: exists already; nothing is overwritten, so give another path or move it away")
     with disk_errors(target, "make room, or choose another path", CheckpointError):
         target.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as aside:
-            draft = Path(aside) / target.name
+        with written_aside(target) as draft:
             yield draft
-            draft.rename(target)
 
 
 def _save_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
@@ -282,11 +282,8 @@ def _save_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mappi
 
 def _safetensors() -> Any:
     """The package, imported where it is needed: models must import where nothing but torch is installed."""
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise CheckpointError("safetensors is not installed; run: pip install 'sd-perf[cli]'") from error
-    return safetensors
+    optional("safetensors.torch", "weights need safetensors", "cli")
+    return sys.modules["safetensors"]
 
 
 def _reason(error: BaseException) -> str:

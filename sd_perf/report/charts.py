@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sd_perf.errors import ConfigError
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -49,14 +47,6 @@ class Panel:
     log: bool = False
     """logarithmic in samples"""
     from_zero: bool = False
-
-
-def require_matplotlib() -> None:
-    """ConfigError where matplotlib is missing."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ConfigError("a report needs matplotlib, which is not installed; pip install 'sd-perf[report]'") from error
 
 
 def median_window(count: int) -> int:

@@ -13,7 +13,8 @@ from typing import Any
 
 from sd_perf.config import Config
 from sd_perf.files import disk_errors, write_text
-from sd_perf.report.charts import Panel, chart, median_window, require_matplotlib
+from sd_perf.optional import optional
+from sd_perf.report.charts import Panel, chart, median_window
 from sd_perf.report.pictures import newest_grid, progress_strip
 from sd_perf.report.record import RunRecord, as_dict, read_record
 
@@ -29,7 +30,7 @@ def write_report(run: Path) -> Path:
     UserError for a folder that is no run, a file in it that cannot be understood, or a disk that refuses;
     ConfigError where matplotlib is missing.
     """
-    require_matplotlib()
+    optional("matplotlib", "a report needs matplotlib", "report")
     page, path = _page(read_record(run)), run / "report.html"
     with disk_errors(path, "make room there, then make the report again"):
         write_text(path, page)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from sd_perf.config import Config
+from sd_perf.models.kernel_choice import choose_kernels, target_named
 from sd_perf.reference.unet import UNet
 
 
@@ -23,9 +25,14 @@ class _FlashAttention(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def dry_run(config: Config, world_size: int) -> dict[str, Any]:
-    """Facts of a run, as JSON takes them. Raises ConfigError where the batch does not divide."""
+def dry_run(config: Config, world_size: int, target: str = "here") -> dict[str, Any]:
+    """Facts of a run on a GPU of `sd_kernels.spec.DECLARED_TARGETS` or here, as JSON takes them.
+
+    Raises ConfigError where the batch does not divide, or a kernel that is asked for cannot be had there.
+    """
     micro_batch = config.micro_batch_size(world_size)
+    device = target_named(target)
+    choices = choose_kernels(config, device)
     with torch.device("meta"):
         unet = UNet(config.model)
     parameters = sum(parameter.numel() for parameter in unet.parameters())
@@ -57,6 +64,8 @@ def dry_run(config: Config, world_size: int) -> dict[str, Any]:
         "warmup_steps": config.optimizer.warmup_steps,
         "steps": config.steps_of(config.training.max_samples),
         "steps_between_checkpoints": config.steps_of(config.checkpoint.every_samples),
+        "target": device.name,
+        "kernels": {name: asdict(choice) for name, choice in choices.items()},
     }
 
 
@@ -77,6 +86,17 @@ def as_table(facts: dict[str, Any]) -> Table:
     table.add_row("learning rate", f"{facts['learning_rate']:.4g} after {facts['warmup_steps']} steps")
     table.add_row("steps", f"{facts['steps']:,}, a checkpoint every {facts['steps_between_checkpoints']:,}")
     return table
+
+
+def kernels_table(facts: dict[str, Any]) -> tuple[str, Table]:
+    """The backends that `dry_run` chose, and why each better one was passed over."""
+    title = f"kernels on {facts['target']}, for model.implementation fast"
+    table = Table("op", "backend", "why no better one")
+    for choice in facts["kernels"].values():
+        reasons = [f"{name}: {why}" for name, why in choice["passed_over"].items()]
+        named = [] if choice["wanted"] == "auto" else ["named in the config"]
+        table.add_row(choice["op"], choice["backend"], "; ".join([*named, *reasons]))
+    return f"[italic]{title}[/]", table
 
 
 def _inputs(config: Config, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -11,6 +11,7 @@ from sd_perf.distributed.world import World
 from sd_perf.errors import UserError
 from sd_perf.mlperf.rules import require_closed
 from sd_perf.models.build import build_text_encoder, build_unet
+from sd_perf.models.kernel_choice import require_used
 from sd_perf.training.callbacks.base import Callback
 from sd_perf.training.callbacks.checkpointer import Checkpointer
 from sd_perf.training.callbacks.metrics import MetricsFile
@@ -28,6 +29,7 @@ def launch(config: Config, world: World, resume: bool, fresh: bool, console: Con
     """
     if config.mlperf.division == "closed":
         world.on_main(lambda: require_closed(config))
+    world.on_main(lambda: require_used(config))
     world.on_main(lambda: config.micro_batch_size(world.size))
     settled = world.on_main(lambda: settle_run(config, resume, fresh))
     torch.use_deterministic_algorithms(settled.training.deterministic)
@@ -50,7 +52,7 @@ def build_trainer(config: Config, world: World, callbacks: list[Callback]) -> Tr
         raise ValueError("the config's seed must be settled (sd_perf.training.run_folder.open_run)")
     loader = build_loader(config, config.training.seed, world)
     text_encoder = world.together(lambda: build_text_encoder(config, world.device)) if _captions_only(config) else None
-    unet = build_unet(config.model, config.training.seed, world.device)
+    unet = build_unet(config, config.training.seed, world.device)
     return Trainer(config, world, unet, loader, text_encoder, callbacks)
 
 

@@ -22,13 +22,14 @@ import sd_perf
 from sd_perf.config import Config
 from sd_perf.distributed.checkpoints import CheckpointStore, read_state
 from sd_perf.errors import ConfigError, UserError
-from sd_perf.files import disk_errors, one_line, write_json
+from sd_perf.files import disk_errors, one_line, read_json, write_json
 from sd_perf.presets import config_differences, config_from_dict
 
 # A resumed run may differ from its beginning in these: they change where and how, not what is computed.
 _FREE_KEYS = ("run.", "logging.", "checkpoint.", "sampling.", "evaluation.", "data.path", "data.index", "data.workers",
-              "data.prefetch_batches", "data.max_bad_samples", "training.max_samples", "training.device",
-              "training.accumulate_steps", "training.cpu_threads", "text_encoder.weights")  # fmt: skip
+              "model.implementation", "data.prefetch_batches", "data.max_bad_samples", "training.max_samples",
+              "training.device", "training.accumulate_steps", "training.cpu_threads", "text_encoder.weights",
+              "kernels.")  # fmt: skip
 
 _PACKAGES = ("torch", "triton", "numpy", "open-clip-torch", "safetensors")
 
@@ -76,13 +77,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / "run_manifest.json"
     if not path.is_file():
         raise UserError(f"{folder}: is no run folder (no run_manifest.json); give one that sd-perf train has made")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({one_line(error)}); restore it from a copy") from error
-    if not (isinstance(manifest, dict) and {"config", "starts"} <= manifest.keys()):
+    manifest = read_json(path)
+    parts = (manifest.get("config"), manifest.get("starts")) if isinstance(manifest, dict) else (None, None)
+    if not (isinstance(parts[0], dict) and are_objects(parts[1])):
         raise UserError(f"{path}: holds no config and starts of a run; restore it from a copy")
     return manifest
+
+
+def are_objects(value: Any) -> bool:
+    """Whether this is a list of JSON objects."""
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
 def read_run_config(folder: Path) -> Config:
@@ -91,6 +95,35 @@ def read_run_config(folder: Path) -> Config:
         return config_from_dict(read_manifest(folder)["config"])
     except ConfigError as error:
         raise ConfigError(f"{folder / 'run_manifest.json'}: {error}") from error
+
+
+def read_scores(folder: Path, keys: tuple[str, ...] = ("samples", "n")) -> list[dict[str, Any]]:
+    """One line of `scores.jsonl` per evaluated position, oldest first; the latest evaluation of each counts."""
+    lines, _ = read_lines(folder / "scores.jsonl", keys)
+    by_position = {line["samples"]: line for line in lines}
+    return [by_position[samples] for samples in sorted(by_position)]
+
+
+def read_lines(path: Path, keys: tuple[str, ...]) -> tuple[list[dict[str, Any]], bool]:
+    """Objects that hold numbers under `keys`, one per line; and whether a torn last line was left out."""
+    if not path.is_file():
+        return [], False
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({one_line(error)}); restore it from a copy") from error
+    objects: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                return objects, True
+            raise UserError(f"{path}: line {number} cannot be read ({one_line(error)}); mend or remove it") from error
+        if not (isinstance(value, dict) and all(isinstance(value.get(key), int | float) for key in keys)):
+            raise UserError(f"{path}: line {number} lacks a number for one of {', '.join(keys)}; mend or remove it")
+        objects.append(value)
+    return objects, False
 
 
 def provenance() -> dict[str, Any]:

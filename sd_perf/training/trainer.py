@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from sd_perf.data.batch import Batch, Loader, Replacement
 from sd_perf.distributed.checkpoints import GO_BACK, MAKE_ROOM, CheckpointStore, load_tensors, read_state
 from sd_perf.distributed.world import World
 from sd_perf.errors import CheckpointError, DataError, UserError
-from sd_perf.files import disk_errors
+from sd_perf.files import disk_errors, json_lines
 from sd_perf.training.callbacks.base import Callback
 from sd_perf.training.optimizer import optimizer_tensors, set_step_count
 from sd_perf.training.step import TextEncoder, TrainStep
@@ -171,7 +170,7 @@ class Trainer:
         path = self.folder / "bad_samples.jsonl"
         if replaced:
             with disk_errors(path, MAKE_ROOM), path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(vars(bad)) + "\n" for bad in replaced)
+                file.write(json_lines(map(vars, replaced)))
         if self.bad_samples > self.config.data.max_bad_samples:
             last = f", the last {replaced[-1].key}: {replaced[-1].reason}" if replaced else ""
             raise DataError(

@@ -71,7 +71,7 @@ def tiny_workload(recipe: Recipe) -> Workload:
 
 def make_report(rows: list[dict[str, Any]], checks: list[gpu_checks.Check]) -> dict[str, Any]:
     report = {"environment": {"gpu": H100, "torch": torch.__version__}, "correctness": checks, "rows": rows}
-    return report | {"notes": [], "command": "", "git_sha": None, "date": "2026-01-01"}
+    return report | {"kernels": [], "notes": [], "command": "", "git_sha": None, "date": "2026-01-01"}
 
 
 def test_rates_are_those_of_the_settled_half() -> None:
@@ -371,13 +371,14 @@ ALLOWED = {
     "torch", "triton", "numpy", "torchgen", "functorch",
     "filelock", "typing_extensions", "sympy", "mpmath", "networkx", "jinja2", "markupsafe", "fsspec",
     "setuptools", "_distutils_hack", "pkg_resources",
-    "sd_perf", "gpu_acceptance", "gpu_checks", "gpu_environment", "gpu_workload", "timing",
+    "sd_perf", "sd_kernels",
+    "attempts", "gpu_acceptance", "gpu_checks", "gpu_environment", "gpu_workload", "kernel_speed", "timing",
 }
 
 class Blocker(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         top = name.partition(".")[0]
-        if top not in ALLOWED and top not in sys.stdlib_module_names:
+        if top not in ALLOWED and top not in sys.stdlib_module_names and not top.startswith("_sysconfigdata"):
             raise ModuleNotFoundError(f"{name} is blocked", name=name)
 
 sys.meta_path.insert(0, Blocker())
@@ -388,11 +389,16 @@ for name in ("yaml", "PIL", "tyro"):
     except ModuleNotFoundError:
         continue
     sys.exit(f"{name} is not blocked")
-import gpu_acceptance, sd_perf.config, sd_perf.reference.step, sd_perf.reference.unet
+import gpu_acceptance, sd_perf.config, sd_perf.models.kernel_choice, sd_perf.reference.step, sd_perf.reference.unet
+import kernel_speed, os, sd_kernels
+for package in (sd_kernels, sd_perf):  # of this checkout, installed or not
+    assert os.path.realpath(package.__path__[0]).startswith(os.path.realpath(os.getcwd()) + os.sep), package.__path__
 gpu_acceptance.parse(["--output", "unused"])
+assert kernel_speed.plan(kernel_speed.parse([]), kernel_speed.DECLARED_TARGETS["h100"])
 """
 
 
 def test_torch_triton_and_numpy_are_enough() -> None:
-    result = subprocess.run([sys.executable, "-c", BLOCKED_IMPORTS], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-E", "-c", BLOCKED_IMPORTS]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

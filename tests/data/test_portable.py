@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sd_perf.config import DataConfig
-from sd_perf.data.batch import Batch
+from sd_perf.data.batch import Batch, LoaderOptions
 from sd_perf.data.order import SampleOrder
 from sd_perf.data.portable import PortableLoader
 from sd_perf.errors import BadSampleError, DataError
@@ -21,7 +21,7 @@ STEPS = 5
 def loader(config, world=1, rank=0, accumulate=1, **more) -> PortableLoader:
     micro = GLOBAL_BATCH // world // accumulate
     split = {"global_batch_size": GLOBAL_BATCH, "micro_batch_size": micro, "rank": rank, "world_size": world}
-    return PortableLoader(config, seed=SEED, context_dim=5, **split, **more)
+    return PortableLoader(config, LoaderOptions(seed=SEED, context_dim=5, **split, **more))
 
 
 def take(config, world=1, accumulate=1, position=0, steps=STEPS) -> list[Batch]:

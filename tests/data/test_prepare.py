@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from sd_perf.config import DataConfig
+from sd_perf.data.batch import LoaderOptions
 from sd_perf.data.portable import PortableLoader
 from sd_perf.data.prepare.photographs import load_image, prepare_moments, read_captioned_images
 from sd_perf.data.shards import ShardIndex
@@ -29,7 +30,7 @@ def text_encoder(captions: list[str]) -> torch.Tensor:
 def batch_of(folder: Path, size: int, count: int, **fields):
     config = DataConfig(path=str(folder), latent_size=size // 8, **{"context": "open_clip", **fields})
     split = {"global_batch_size": count, "micro_batch_size": count}
-    return next(PortableLoader(config, seed=0, context_dim=4, **split).batches(0))
+    return next(PortableLoader(config, LoaderOptions(seed=0, context_dim=4, **split)).batches(0))
 
 
 @pytest.fixture

@@ -1,22 +1,18 @@
-from collections import defaultdict
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
 from sd_perf.config import DataConfig
-from sd_perf.data.portable import PortableLoader
-from sd_perf.data.synthetic import SyntheticLoader, caption_context, write_synthetic_shards
-from sd_perf.errors import DataError
+from sd_perf.data.batch import LoaderOptions
+from sd_perf.data.synthetic import SyntheticLoader, draw_inputs
 
 CONFIG = DataConfig(format="synthetic", latent_size=8, context_tokens=3)
 
 
 def loader(world=1, rank=0, accumulate=1, num_samples=20, seed=1):
     split = {"global_batch_size": 12, "micro_batch_size": 12 // world // accumulate, "rank": rank, "world_size": world}
-    return SyntheticLoader(CONFIG, seed=seed, context_dim=16, num_samples=num_samples, **split)
+    return SyntheticLoader(CONFIG, LoaderOptions(seed=seed, context_dim=16, **split), num_samples=num_samples)
 
 
 def take(steps=4, **split):
@@ -64,47 +60,7 @@ def test_fingerprint_tells_data_apart():
     assert len({loader().fingerprint, loader(seed=2).fingerprint, loader(num_samples=21).fingerprint}) == 3
 
 
-def shards_config(folder: Path) -> DataConfig:
-    return DataConfig(path=str(folder), latent_size=8, context="precomputed", context_tokens=4)
-
-
-@pytest.fixture
-def shards(tmp_path) -> Path:
-    write_synthetic_shards(tmp_path / "patterns", 160, 8, 4, 32, seed=3, samples_per_shard=100)
-    return tmp_path / "patterns"
-
-
-def test_captions_tell_most_of_the_latents(shards):
-    """The shards are learnable: knowing the caption removes most of the variance, but not all of it."""
-    split = {"global_batch_size": 160, "micro_batch_size": 160}
-    batch = next(PortableLoader(shards_config(shards), seed=0, context_dim=32, **split).batches(0))
-    latents = 0.18215 * batch.moments[:, :4]
-    assert 0.9 < float(latents.var()) < 1.1
-    groups = defaultdict(list)
-    for caption, latent in zip(batch.captions, latents, strict=True):
-        groups[caption].append(latent)
-    assert len(groups) == 16 and all(len(group) == 10 for group in groups.values())
-    within = sum(float((torch.stack(group) - torch.stack(group).mean(0)).square().sum()) for group in groups.values())
-    rest = within / float(latents.square().sum())
-    assert 0.005 < rest < 0.2
-    for caption, context in zip(batch.captions, batch.context, strict=True):
-        assert torch.equal(context, torch.from_numpy(caption_context(caption, 4, 32)).half().float())
-
-
-def test_same_seed_same_bytes(shards, tmp_path):
-    write_synthetic_shards(tmp_path / "again", 160, 8, 4, 32, seed=3, samples_per_shard=100)
-    write_synthetic_shards(tmp_path / "other", 160, 8, 4, 32, seed=4, samples_per_shard=100)
-    first = (shards / "00001.tar").read_bytes()
-    assert (tmp_path / "again" / "00001.tar").read_bytes() == first
-    assert (tmp_path / "other" / "00001.tar").read_bytes() != first
-    with pytest.raises(DataError, match="exists already"):
-        write_synthetic_shards(shards, 160, 8, 4, 32, seed=3)
-
-
-def test_word_vectors():
-    both = caption_context("pattern 3 bright", 5, 16)
-    assert both.shape == (5, 16) and both.dtype == np.float32
-    assert (both[2] == caption_context("bright", 1, 16)[0]).all() and (both[3] == both[4]).all()
-    assert (caption_context("", 5, 16) == both[3]).all()
-    assert (caption_context("pattern 3 bright", 2, 16) == both[:2]).all()
-    assert not (both[0] == both[1]).any()
+def test_a_sample_is_what_draw_inputs_gives():
+    batch = next(loader(seed=5).batches(0))
+    moments, context = draw_inputs(5, torch.tensor([3]), (4, 8, 8), (3, 16))
+    assert torch.equal(batch.moments[3:4], moments) and torch.equal(batch.context[3:4], context)

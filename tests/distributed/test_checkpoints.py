@@ -49,6 +49,26 @@ def test_newest_and_retention(tmp_path):
     assert CheckpointStore(tmp_path / "none").newest() is None
 
 
+def test_a_checkpoint_that_is_half_removed_is_none(tmp_path, monkeypatch):
+    store = CheckpointStore(tmp_path, keep=1)
+    save(store, 10)
+
+    remove = shutil.rmtree
+
+    def killed(folder, *arguments, **options):
+        if (Path(folder) / "state.json").is_file():  # of all that is removed, the old checkpoint
+            (Path(folder) / "state.json").unlink()
+            raise OSError(5, "stopped")
+        remove(folder, *arguments, **options)
+
+    with monkeypatch.context() as patched, pytest.raises(CheckpointError, match="stopped"):
+        patched.setattr(shutil, "rmtree", killed)
+        save(store, 20)
+    assert [path.name for path in store.complete()] == ["samples_0000000020"]
+    save(store, 30)
+    assert [path.name for path in tmp_path.iterdir()] == ["samples_0000000030"]
+
+
 def test_partial_folders_are_no_checkpoints_and_are_cleared(tmp_path):
     store = CheckpointStore(tmp_path)
     (tmp_path / ".writing_samples_0000000050").mkdir(parents=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +16,19 @@ from rich.console import Console
 
 from sd_perf.cli import main
 from sd_perf.config import Config
-from sd_perf.data.prepare.scenes import write_scenes
+from sd_perf.data.prepare.scenes import write_scene_shards, write_scenes
 from sd_perf.distributed.world import start_world
 from sd_perf.errors import CheckpointError, ConfigError, DataError
-from sd_perf.evaluation.evaluate import evaluate_run, judge_scores, read_scores, write_grid, write_statistics
+from sd_perf.evaluation import evaluate
+from sd_perf.evaluation.evaluate import GRID, Evaluator, evaluate_run, write_grid, write_statistics
+from sd_perf.evaluation.fid import FeatureStatistics, Gaussian, frechet_distance
+from sd_perf.evaluation.generate import save_pictures
+from sd_perf.evaluation.judge import judge
 from sd_perf.evaluation.prompts import read_prompts
 from sd_perf.mlperf.check import check
 from sd_perf.presets import load_preset
 from sd_perf.training.launch import launch
+from sd_perf.training.run_folder import read_scores
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = 12
@@ -66,6 +73,16 @@ def config(tmp_path_factory) -> Config:
     return config
 
 
+def test_statistics_of_raw_shards_are_those_of_the_folder(config, tmp_path):
+    write_scene_shards(tmp_path / "shards", 16, seed=3)
+    paths = [tmp_path / "folder.npz", tmp_path / "shards.npz"]
+    for images, path in zip((Path(config.evaluation.prompts).parent, tmp_path / "shards"), paths, strict=True):
+        options = dataclasses.replace(config.evaluation, statistics=str(path), batch_size=5)
+        assert write_statistics(images, dataclasses.replace(config, evaluation=options)) == 16
+    folder, shards = map(Gaussian.load_npz, paths)
+    assert torch.equal(folder.mean, shards.mean) and torch.equal(folder.covariance, shards.covariance)
+
+
 def test_every_checkpoint_has_a_line_with_n(config):
     lines = read_scores(Path(config.run.dir))
     assert [line["samples"] for line in lines] == [32, 64]
@@ -86,12 +103,35 @@ def test_mlperf_log_passes_the_open_division(config):
     assert verdict.status == "aborted"  # random latents converge to nothing
 
 
-def test_second_evaluation_adds_nothing(config):
+def test_second_evaluation_loads_and_adds_nothing(config, monkeypatch):
+    monkeypatch.setattr(evaluate, "Evaluator", lambda *_: pytest.fail("loaded networks"))
     run = Path(config.run.dir)
     before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
     evaluate_run(run, config, torch.device("cpu"), lambda line: pytest.fail("scored again"))
     changed = [path.name for path, data in before.items() if path.read_bytes() != data]
     assert changed in ([], ["mlperf_verdict.json"])
+
+
+def test_a_line_that_a_kill_cut_is_scored_again_and_the_rest_stays(config, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(config.run.dir, run)
+    first, second = (run / "scores.jsonl").read_text().splitlines(keepends=True)
+    (run / "scores.jsonl").write_text(first + second[:20])
+    told = []
+    evaluate_run(run, config, torch.device("cpu"), told.append)
+    assert len(told) == 1 and told[0].startswith("64 samples: FID")
+    assert (run / "scores.jsonl").read_text() == first + second
+
+
+@pytest.mark.parametrize("command", ["evaluate", "report"])
+def test_damaged_scores(config, tmp_path, command, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(config.run.dir, run)
+    (run / "scores.jsonl").write_text('{"samples": 32}\n')
+    with pytest.raises(SystemExit) as left:
+        main([command, str(run)])
+    assert left.value.code == 2
+    assert f"{run / 'scores.jsonl'}: line 1 lacks a number for one of samples," in capsys.readouterr().err
 
 
 def test_commands(config, capsys):
@@ -112,9 +152,85 @@ def test_grid_of_pictures_keeps_their_places(tmp_path):
     assert pixels.shape == (4, 32) and pixels[0, ::4].tolist() == list(range(8))
 
 
-def test_judge_leaves_out_pairs_of_equal_captions(tmp_path):
-    grey = torch.full((3, 3, 64, 64), 0.5)
-    assert judge_scores(grey, ["a red square left of a blue circle", "x", "x"])["judge"] == 0
+@pytest.fixture(scope="module")
+def evaluator(config) -> Evaluator:
+    """Of 100 scenes with prompts, two thirds of which are those of the scene before."""
+    prompts = Path(config.evaluation.prompts).parent.parent / "more"
+    write_scenes(prompts, 100, seed=5)
+    options = {"prompts": str(prompts / "captions.jsonl"), "num_prompts": 100, "batch_size": 13}
+    changed = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, **options))
+    made = Evaluator(changed, torch.device("cpu"))
+    made.prompts = [made.prompts[i if i % 3 == 2 else i - 1] for i in range(100)]
+    return made
+
+
+def scenes(evaluator: Evaluator) -> torch.Tensor:
+    """(100, 3, 64, 64) in [0, 1]"""
+    folder = Path(evaluator.config.evaluation.prompts).parent
+    images = [np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))]
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
+
+
+def test_streamed_scores_are_those_of_all_pictures_at_once(evaluator):
+    pictures, prompts, batch_size = scenes(evaluator), evaluator.prompts, 13
+    statistics, cosines = FeatureStatistics(64), []
+    for start in range(0, 100, batch_size):
+        batch = pictures[start : start + batch_size]
+        with torch.no_grad():
+            statistics.update(evaluator.features(batch))
+        cosines.append(evaluator.clip.similarities(batch, prompts[start : start + batch_size]))
+    images = pictures.permute(0, 2, 3, 1).numpy()
+    others = [(image, other) for image, caption, other in zip(images, prompts, prompts[1:] + prompts[:1], strict=True)
+              if other != caption]  # fmt: skip
+    assert len(others) < 100
+    line, first = evaluator.score(iter(pictures.split(batch_size)), 7)
+    assert line == {
+        "samples": 7,
+        "fid": frechet_distance(statistics.gaussian(), evaluator.real),
+        "clip": torch.cat(cosines).double().mean().item(),
+        "judge": np.mean([judge(*pair) for pair in zip(images, prompts, strict=True)]),
+        "judge_shuffled": np.mean([judge(*pair) for pair in others]),
+        "n": 100,
+    }
+    assert 0 < line["judge"] < line["judge_shuffled"] < 1
+    assert torch.equal(first, pictures[:GRID])
+    at_once, _ = evaluator.score([pictures], 7)
+    assert at_once == pytest.approx(line, rel=1e-5)
+
+
+def test_no_picture_outlives_its_batch(evaluator):
+    alive = []
+
+    def draw():
+        references = []
+        for batch in scenes(evaluator).split(10):
+            copy = batch.clone()
+            references.append(weakref.ref(copy))
+            yield copy
+            del copy
+            alive.append(sum(reference() is not None for reference in references))
+
+    evaluator.score(draw(), 7)
+    assert len(alive) == 10 and max(alive) <= 1
+
+
+def test_pictures_are_saved_as_they_come(tmp_path):
+    paths = [tmp_path / f"{i}.png" for i in range(4)]
+
+    def draw():
+        yield torch.zeros(2, 3, 4, 4)
+        assert [path.exists() for path in paths] == [True, True, False, False]
+        yield torch.ones(2, 3, 4, 4)
+
+    save_pictures(draw(), paths)
+    assert [np.asarray(Image.open(path)).max() for path in paths] == [0, 0, 255, 255]
+
+
+def test_statistics_of_another_network_are_told_before_anything_is_drawn(config, tmp_path):
+    Gaussian(torch.zeros(3), torch.eye(3)).save_npz(tmp_path / "other.npz")
+    options = dataclasses.replace(config.evaluation, statistics=str(tmp_path / "other.npz"))
+    with pytest.raises(DataError, match=r"other\.npz: holds statistics of 3 features, and .* gives 64"):
+        Evaluator(dataclasses.replace(config, evaluation=options), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -143,7 +259,9 @@ def test_bad_prompts(name, text, tmp_path):
 def test_what_scores_need_must_be_named(config):
     bare = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, statistics=""))
     with pytest.raises(ConfigError, match=r"evaluation\.statistics: '' cannot be used"):
-        evaluate_run(Path(config.run.dir), bare, torch.device("cpu"), lambda line: None)
+        Evaluator(bare, torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"evaluation\.statistics: '' cannot be used"):
+        write_statistics(Path(config.evaluation.prompts).parent, bare)
 
 
 def test_nothing_to_evaluate(config, tmp_path):

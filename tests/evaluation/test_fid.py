@@ -1,4 +1,3 @@
-import pickle
 import threading
 
 import numpy as np
@@ -51,18 +50,6 @@ def test_statistics_survive_a_large_mean():
 def test_statistics_take_float16():
     samples = features(64, 8, 0).half()
     assert torch.equal(statistics(samples).gaussian().mean, statistics(samples.double()).gaussian().mean)
-
-
-def test_merge_and_pickle():
-    samples = features(90, 12, 1)
-    first, second = statistics(samples[:20]), pickle.loads(pickle.dumps(statistics(samples[20:])))
-    first.merge(second)
-    first.merge(FeatureStatistics(12))
-    empty = FeatureStatistics(12)
-    empty.merge(first)
-    for merged in (first.gaussian(), empty.gaussian()):
-        torch.testing.assert_close(merged.covariance, samples.T.cov(), rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(merged.mean, samples.mean(0), rtol=1e-12, atol=1e-12)
 
 
 def test_over_ranks():
@@ -164,8 +151,6 @@ def test_bad_features():
         statistics(torch.full((3, 4), torch.inf)).gaussian()
     with pytest.raises(ValueError, match=r"\(B, 4\)"):
         FeatureStatistics(4).update(torch.zeros(3, 5))
-    with pytest.raises(ValueError, match="5 features into 4"):
-        FeatureStatistics(4).merge(FeatureStatistics(5))
     pair = statistics(features(9, 4, 0)).gaussian(), statistics(features(9, 5, 0)).gaussian()
     with pytest.raises(DataError, match="of 4 and of 5 features"):
         frechet_distance(*pair)

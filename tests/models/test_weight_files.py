@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sd_perf.config import UNetConfig
-from sd_perf.errors import CheckpointError
+from sd_perf.errors import CheckpointError, ConfigError
 from sd_perf.models import weight_files
 from sd_perf.models.torchvision_schemas import define_missing_torchvision_ops
 from sd_perf.models.weight_files import (
@@ -295,5 +295,5 @@ def test_failed_export_leaves_nothing(tmp_path, monkeypatch):
 
 def test_missing_safetensors_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with pytest.raises(CheckpointError, match=r"pip install 'sd-perf\[cli\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'sd-perf\[cli\]'"):
         export_ldm(STATE, tmp_path / "unet.safetensors", {})

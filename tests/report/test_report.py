@@ -259,12 +259,12 @@ def test_bad_file(tmp_path, name, content, sentence):
 def test_manifest_of_another_version(tmp_path):
     run = write_bare(tmp_path / "run", training={"max_samples": "many"})
     manifest = json.loads((run / "run_manifest.json").read_text())
-    manifest["config"] |= {"run": "runs/old", "kernels": {"group_norm": "auto"}}
+    manifest["config"] |= {"run": "runs/old", "kernels": {"old_op": "auto"}}
     del manifest["versions"], manifest["machine"], manifest["git_sha"]
     (run / "run_manifest.json").write_text(json.dumps({**manifest, "starts": []}))
     text = words(write(run))
     assert "2,560 samples · not complete" in text and "begun at an unknown time" in text
-    assert "group_norm auto unknown to this version" in text and "not from a git checkout" in text
+    assert "old_op auto unknown to this version" in text and "not from a git checkout" in text
 
 
 def test_matplotlib_missing(tmp_path, monkeypatch):

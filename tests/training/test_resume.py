@@ -67,6 +67,28 @@ def test_resumed_run_is_bit_identical(stop, make_config, make_trainer, whole_run
     assert stopped == whole
 
 
+def stopped_and_resumed(make_config, make_trainer, implementations: list[str]) -> dict[str, torch.Tensor]:
+    """The end of a run stopped at step 10, begun with the first implementation of the UNet and ended with the last."""
+    for stop, implementation in zip((10, 50), implementations, strict=True):
+        config = make_config("-".join(implementations), model={"implementation": implementation})
+        trainer = make_trainer(config, [StopAt(stop), Checkpointer()], resume=stop > 10)
+        trainer.fit()
+    return final_tensors(trainer.folder)
+
+
+def test_a_run_of_the_fast_unet_resumes_bit_identically(make_config, make_trainer):
+    whole = make_trainer(make_config("whole", model={"implementation": "fast"}), [Checkpointer()])
+    whole.fit()
+    assert_bit_identical(stopped_and_resumed(make_config, make_trainer, ["fast", "fast"]), final_tensors(whole.folder))
+
+
+@pytest.mark.parametrize("implementations", [["fast", "plain"], ["plain", "fast"]], ids="-".join)
+def test_checkpoints_pass_between_implementations(implementations, make_config, make_trainer, whole_run):
+    error = relative_error(stopped_and_resumed(make_config, make_trainer, implementations), whole_run)
+    print(f"{implementations} against plain, 50 steps: largest relative error {error:.1e}")
+    assert 0 < error < 1e-5
+
+
 def test_lines_after_the_checkpoint_are_set_aside(make_config, make_trainer, tmp_path):
     config = make_config("run")
     make_trainer(config, [StopAt(10), MetricsFile(), Checkpointer()]).fit()

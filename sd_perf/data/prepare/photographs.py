@@ -15,7 +15,8 @@ import torch
 
 from sd_perf.data.samples import parse_caption
 from sd_perf.data.shards import ShardWriter
-from sd_perf.errors import BadSampleError, DataError, UserError
+from sd_perf.errors import BadSampleError, DataError
+from sd_perf.optional import optional
 
 MAX_CAPTION_BYTES = 4096
 """longest caption taken, bytes of UTF-8"""
@@ -112,10 +113,7 @@ def load_image(path: str | Path | BinaryIO, size: int) -> torch.Tensor:
 
     Shorter side resized to `size` (bicubic, antialiased), centre cropped; EXIF orientation is not applied.
     """
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise UserError("images need Pillow: pip install 'sd-perf[images]'") from error
+    Image = optional("PIL.Image", "images need Pillow", "images")
     try:
         with Image.open(path) as file:
             image = file.convert("RGB")
@@ -154,7 +152,7 @@ def prepare_moments(
     with ShardWriter(folder, samples_per_shard) as writer:
         for start in range(0, len(samples), batch_size):
             batch = samples[start : start + batch_size]
-            images = torch.stack([_load(sample, size) for sample in batch])
+            images = torch.stack([load_sample(sample, size) for sample in batch])
             moments = encoder(images * 2 - 1 if pixel_range == "minus_one_one" else images).float().cpu()
             right = (len(batch), 8, size // FACTOR, size // FACTOR)
             _require_output(moments, tuple(moments.shape) == right, f"encoder (want {right})", batch)
@@ -164,7 +162,8 @@ def prepare_moments(
         return writer.num_samples
 
 
-def _load(sample: CaptionedImage, size: int) -> torch.Tensor:
+def load_sample(sample: CaptionedImage, size: int) -> torch.Tensor:
+    """`load_image` of a captioned image, from its file or its raw shard; the DataError says where it is named."""
     try:
         if sample.place is None:
             return load_image(sample.path, size)

@@ -5,13 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import BinaryIO
 
-from sd_perf.data.prepare.photographs import MAX_CAPTION_BYTES, CaptionedImage
+from sd_perf.data.prepare.photographs import MAX_CAPTION_BYTES, CaptionedImage, read_captioned_images
 from sd_perf.data.samples import parse_caption
 from sd_perf.data.shards import group_by_key
 from sd_perf.errors import BadSampleError, DataError
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 """of the images"""
+
+
+def read_images(folder: Path, captions: Path | None = None, allow_empty: bool = False) -> list[CaptionedImage]:
+    """Images of a folder's raw shards where it has *.tar files and no captions file is given, else its own."""
+    if captions is None and any(folder.glob("*.tar")):
+        return read_raw_shards(folder, allow_empty)
+    return read_captioned_images(folder, captions or "", allow_empty)
 
 
 def read_raw_shards(folder: str | Path, allow_empty: bool = False) -> list[CaptionedImage]:

@@ -16,7 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from sd_perf.data.shards import ShardWriter
-from sd_perf.errors import DataError, UserError
+from sd_perf.errors import DataError
+from sd_perf.files import write_text
+from sd_perf.optional import optional
 
 SIZE = 64
 """rows and columns of a picture, pixels"""
@@ -118,7 +120,7 @@ def write_scenes(folder: str | Path, num: int, seed: int, uncaptioned_every: int
         (folder / f"{index:06d}.png").write_bytes(png)
         lines.append(json.dumps({"file": f"{index:06d}.png", "caption": caption}))
     # Last, so that a folder with captions is a folder with all its pictures.
-    (folder / "captions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(folder / "captions.jsonl", "\n".join(lines) + "\n")
 
 
 def write_scene_shards(folder: str | Path, num: int, seed: int, uncaptioned_every: int = 0) -> None:
@@ -130,10 +132,7 @@ def write_scene_shards(folder: str | Path, num: int, seed: int, uncaptioned_ever
 
 def _pictures(num: int, seed: int, uncaptioned_every: int) -> Iterator[tuple[bytes, str]]:
     """PNG bytes and captions of scenes 0 to num - 1."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise UserError("images need Pillow: pip install 'sd-perf[images]'") from error
+    Image = optional("PIL.Image", "images need Pillow", "images")
     for index in range(num):
         scene, png = render(seed, index), io.BytesIO()
         Image.fromarray(scene.image).save(png, format="png")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from sd_perf.distributed.checkpoints import MAKE_ROOM
-from sd_perf.files import disk_errors, write_text
+from sd_perf.files import disk_errors, json_lines, write_text
 from sd_perf.training.callbacks.base import Callback
+from sd_perf.training.run_folder import read_lines
 
 if TYPE_CHECKING:
     from sd_perf.training.trainer import Trainer
@@ -30,7 +30,7 @@ class MetricsFile(Callback):
     def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         if self._file:
             with disk_errors(Path(self._file.name), MAKE_ROOM):
-                self._file.write(json.dumps(metrics) + "\n")
+                self._file.write(json_lines([metrics]))
 
     def close(self, trainer: Trainer) -> None:
         if self._file:
@@ -42,9 +42,9 @@ def _set_aside_lines_after(path: Path, samples: int) -> None:
     """Move lines of steps that a killed run took after its last checkpoint to metrics.superseded.jsonl."""
     if not path.is_file():
         return
-    whole = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-    later = [line for line in whole if json.loads(line)["samples"] > samples]
+    lines, _ = read_lines(path, ("samples",))
+    later = [line for line in lines if line["samples"] > samples]
     if later:
         with path.with_name("metrics.superseded.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(line + "\n" for line in later)
-    write_text(path, "".join(line + "\n" for line in whole if line not in later))
+            file.write(json_lines(later))
+    write_text(path, json_lines(line for line in lines if line["samples"] <= samples))

@@ -1,0 +1,66 @@
+"""Every section holds its fields to the rules in their types, and to those between fields."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import get_type_hints
+
+import pytest
+
+from sd_perf.config import Config, Count, DataConfig, DiffusionConfig, OptimizerConfig, Rule, TrainingConfig, UNetConfig
+from sd_perf.errors import ConfigError
+
+SECTIONS = {name: type(getattr(Config(), name)) for name in get_type_hints(Config)}
+COUNTS = [
+    (section, field)
+    for section, kind in SECTIONS.items()
+    for field, hint in get_type_hints(kind, include_extras=True).items()
+    if set(Count.__metadata__) & set(getattr(hint, "__metadata__", ()))
+]
+
+
+def test_counts_are_found():
+    assert len(COUNTS) > 20 and ("training", "global_batch_size") in COUNTS and ("model", "model_channels") in COUNTS
+
+
+@pytest.mark.parametrize(("section", "field"), COUNTS)
+@pytest.mark.parametrize("value", [0, -1])
+def test_a_count_is_at_least_one(section, field, value):
+    with pytest.raises(ConfigError, match=rf"^{section}\.{field}: {value} cannot be used; it must be at least 1$"):
+        dataclasses.replace(getattr(Config(), section), **{field: value})
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_sections_with_rules_know_their_name(section):
+    hints = get_type_hints(SECTIONS[section], include_extras=True).values()
+    if any(isinstance(rule, Rule) for hint in hints for rule in getattr(hint, "__metadata__", ())):
+        assert SECTIONS[section].section == section
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: UNetConfig(model_channels=33), "model.model_channels: 33 ... even"),
+        (lambda: UNetConfig(channel_mult=()), "model.channel_mult: () ... one positive multiple"),
+        (
+            lambda: UNetConfig(attention_resolutions=(3,)),
+            "model.attention_resolutions: (3,) ... drawn from the levels'",
+        ),
+        (lambda: UNetConfig(transformer_groups=33), "model.transformer_groups: 33 ... a divisor"),
+        (lambda: DiffusionConfig(beta_start=0.5), "diffusion.beta_start: 0.5 ... positive and at"),
+        (lambda: DataConfig(), "data.path: '' ... the folder of the moments shards"),
+        (lambda: OptimizerConfig(base_learning_rate=float("nan")), "optimizer.base_learning_rate: nan ... positive"),
+        (lambda: OptimizerConfig(warmup_start=1.1), "optimizer.warmup_start: 1.1 ... between 0"),
+        (lambda: TrainingConfig(cpu_threads=0), "training.cpu_threads: 0 ... at least 1, or none"),
+        (lambda: TrainingConfig(seed=2**63), f"training.seed: {2**63} ... in [0, 2**63)"),
+        (lambda: Config().micro_batch_size(7), "training.global_batch_size: 512 ... a multiple of"),
+    ],
+)
+def test_other_rules(make, sentence):
+    with pytest.raises(ConfigError, match=re.escape(sentence.replace("...", "cannot be used; it must be"))):
+        make()
+
+
+def test_none_where_it_is_allowed():
+    assert TrainingConfig(seed=None, cpu_threads=None).seed is None
