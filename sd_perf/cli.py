@@ -9,6 +9,7 @@ import json as json_module
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -345,18 +346,30 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    code: str | int | None
     try:
         code = _run([argument for argument in arguments if argument != "--debug"])
+    except SystemExit as leaving:  # tyro has said why, or another rank will
+        code = leaving.code
     except _bad_input() as error:
         if debug:
             traceback.print_exc()
-        if not (_LOCAL_RANK and isinstance(error, ConfigError)):  # one process of a node speaks of what all have read
-            print(f"sd-perf: {f'rank {_RANK}: ' if _RANK else ''}{error}", file=sys.stderr)
+        if isinstance(error, ConfigError):  # all have read it, one of a node says it
+            _let_first_rank_speak()
+        print(f"sd-perf: {f'rank {_RANK}: ' if _RANK else ''}{error}", file=sys.stderr)
         code = 2
     except BrokenPipeError:  # the reader of our output has left; so that Python does not complain at exit:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
+    if code:
+        _let_first_rank_speak()
     sys.exit(code)
+
+
+def _let_first_rank_speak() -> None:
+    """Wait to be ended: a launcher ends all processes of a node when one fails, were it before another has spoken."""
+    if _LOCAL_RANK:
+        time.sleep(10)
 
 
 def _bad_input() -> tuple[type[Exception], ...]:
