@@ -223,6 +223,34 @@ def estimate(
     return 0
 
 
+def parity(
+    config: Path,
+    settings: _Settings,
+    level: tuple[Literal["op", "block", "unet", "grad", "step", "trajectory", "world"], ...] = (),
+    json: bool = False,
+) -> int:
+    """Compare the fast network with the plain one, level by level; exits 1 where one is further off than it may be.
+
+    Writes parity.json and parity.html to the folder <run.dir>.parity. Runs with an MLPerf log need a green record.
+
+    Args:
+        config: YAML preset
+        settings: fields of the preset
+        level: levels to compare (default: all but trajectory, which takes minutes, and world, six whole runs)
+        json: print the record as JSON
+    """
+    from sd_perf.parity.page import screen
+    from sd_perf.parity.record import USUAL
+    from sd_perf.parity.run import run_parity
+
+    record, folder = run_parity(settings, level or USUAL, functools.partial(print, file=sys.stderr, flush=True))
+    if json:
+        _print_json(record)
+    else:
+        _page().print(*screen(record), f"{folder}/parity.html", sep="\n", highlight=False, soft_wrap=True)
+    return 0 if record["ok"] else 1
+
+
 def doctor(target: _Target = "here", json: bool = False) -> int:
     """Say what is installed, what is missing and for what, what torch can compute on, and which kernels can be had.
 
@@ -333,6 +361,7 @@ _COMMANDS: dict[str, Callable[..., int]] = {
     "mlperf": mlperf,
     "report": report,
     "estimate": estimate,
+    "parity": parity,
     "doctor": doctor,
 }
 _GROUPS: dict[str, dict[str, Callable[..., int]]] = {
@@ -383,7 +412,7 @@ def _run(arguments: list[str]) -> int:
     if arguments and arguments[0] in _GROUPS:
         commands, prog, arguments = _GROUPS[arguments[0]], f"sd-perf {arguments[0]}", arguments[1:]
     chosen = commands.get(arguments[0]) if arguments else None
-    if chosen in (train, estimate, prepare, statistics):
+    if chosen in (train, estimate, parity, prepare, statistics):
         preset = _preset_of(arguments)
         commands = {**commands, arguments[0]: functools.partial(chosen, settings=preset)}
     return tyro.extras.subcommand_cli_from_dict(

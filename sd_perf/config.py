@@ -252,6 +252,10 @@ class MLPerfConfig:
     """submission_platform"""
     status: Literal["", "onprem", "cloud", "preview", "research"] = ""
     """submission_status"""
+    parity_record: str = ""
+    """parity.json that proves the fast network (default: in the folder <run.dir>.parity, as sd-perf parity writes)"""
+    waive: tuple[Literal["parity"], ...] = ()
+    """checks that the run starts without, by name; the log says so. parity: a green parity record for this config"""
     caches_cleared: bool = False
     """that the system's file caches were dropped before this process started; logged as cache_clear"""
 

@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import json
 import statistics
-from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from sd_perf.config import Config
 from sd_perf.files import disk_errors, write_text
 from sd_perf.optional import optional
 from sd_perf.report.charts import Panel, chart, median_window
+from sd_perf.report.html import document, figure, quiet, table
 from sd_perf.report.pictures import newest_grid, progress_strip
 from sd_perf.report.record import RunRecord, as_dict, read_record
 
@@ -49,13 +49,8 @@ def _page(record: RunRecord) -> str:
         ("Configuration", _config(record.manifest["config"])),
         ("Provenance", _provenance(record)),
     )
-    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     body = "".join(f"<h2>{title}</h2>\n{content}\n" for title, content in sections)
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{name} – sd-perf</title>\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>\n{style}</style></head>\n'
-        f"<body>\n<h1>{name}</h1>\n{_state(record)}\n{_numbers(record)}\n{body}</body></html>\n"
-    )
+    return document(f"{name} – sd-perf", f"<h1>{name}</h1>\n{_state(record)}\n{_numbers(record)}\n{body}")
 
 
 def _state(record: RunRecord) -> str:
@@ -105,13 +100,13 @@ def _numbers(record: RunRecord) -> str:
 
 def _loss(record: RunRecord) -> str:
     if not record.metrics:
-        return _quiet("No step is logged yet (metrics.jsonl).")
+        return quiet("No step is logged yet (metrics.jsonl).")
     positions, losses = _column(record.metrics, "samples"), _column(record.metrics, "loss")
     log = positions[-1] >= _LOG_SPAN * positions[0] > 0
     panel = Panel("loss (mean squared error of v)", positions, losses, log=log)
     axis = ", logarithmic axis" if log else ""
     caption = f"Points: logged steps. Line: running median of {median_window(len(losses))} of them{axis}."
-    return _figure(chart([panel], f"Loss over samples: {losses[0]:.4f} at first, {losses[-1]:.4f} at last"), caption)
+    return figure(chart([panel], f"Loss over samples: {losses[0]:.4f} at first, {losses[-1]:.4f} at last"), caption)
 
 
 def _scores(record: RunRecord) -> str:
@@ -122,18 +117,18 @@ def _scores(record: RunRecord) -> str:
             values = [scale * value for value in _column(lines, key)]
             panels.append(Panel(f"{name} ({axis})", _column(lines, "samples"), values, "marks"))
     if not panels:
-        return _quiet("No checkpoint of this run has been evaluated (scores.jsonl).")
+        return quiet("No checkpoint of this run has been evaluated (scores.jsonl).")
     counts = [(n, len(list(lines))) for n, lines in itertools.groupby(record.scores, lambda line: line["n"])]
     caption = f"n = {counts[0][0]:,} pictures at each checkpoint."
     if len(counts) > 1:
         words = ", then ".join(f"{n:,} pictures at {lines} checkpoint{'s' * (lines > 1)}" for n, lines in counts)
         caption = f"n differs: {words}. FID falls as n grows, for the same model: compare equal n alone."
-    return _figure(chart(panels, "Scores over samples: " + ", ".join(panel.label for panel in panels)), caption)
+    return figure(chart(panels, "Scores over samples: " + ", ".join(panel.label for panel in panels)), caption)
 
 
 def _pictures(record: RunRecord) -> str:
     if not record.pictures:
-        return _quiet("No pictures were drawn (samples/).")
+        return quiet("No pictures were drawn (samples/).")
     *earlier, newest = record.pictures
     strip = f"<h3>On the way</h3>{progress_strip(earlier)}" if earlier else ""
     return f"<p>At {newest.samples:,} samples:</p>{newest_grid(newest)}{strip}"
@@ -141,7 +136,7 @@ def _pictures(record: RunRecord) -> str:
 
 def _speed(record: RunRecord) -> str:
     if not record.metrics:
-        return _quiet("No step is logged yet (metrics.jsonl).")
+        return quiet("No step is logged yet (metrics.jsonl).")
     positions = _column(record.metrics, "samples")
     panels = [
         Panel("throughput (samples/s)", positions, _column(record.metrics, "samples_per_second"), from_zero=True),
@@ -153,19 +148,19 @@ def _speed(record: RunRecord) -> str:
     caption = (
         f"Points: logged steps. Lines: running median of {median_window(len(positions))} of them; learning rate as is."
     )
-    return _figure(chart(panels, "Throughput, wait for data and learning rate over samples"), caption)
+    return figure(chart(panels, "Throughput, wait for data and learning rate over samples"), caption)
 
 
 def _kernels(record: RunRecord) -> str:
     if not record.kernels:
-        return _quiet("No choice of kernels is recorded (kernels.json).")
+        return quiet("No choice of kernels is recorded (kernels.json).")
     rows = ([kernel.get(key, "") for key in ("op", "chosen", "reason")] for kernel in record.kernels)
-    return _table(rows, ("op", "chosen", "reason"))
+    return table(rows, ("op", "chosen", "reason"))
 
 
 def _verdict(record: RunRecord) -> str:
     if not record.verdict:
-        return _quiet("No MLPerf log of this run has been checked (mlperf_verdict.json).")
+        return quiet("No MLPerf log of this run has been checked (mlperf_verdict.json).")
     verdict = {key: str(record.verdict.get(key) or "") for key in ("division", "ruleset", "words")}
     passed = "Passes" if record.verdict["passed"] else "Fails"
     division = f"{verdict['division']} division" if verdict["division"] else "no division declared"
@@ -180,7 +175,7 @@ def _config(config: dict[str, Any]) -> str:
         keys, known = keys if isinstance(keys, dict) else {"": keys}, defaults.get(section, {})
         rows = "".join(_config_row(key, value, known) for key, value in keys.items())
         sections.append(f"<section><h3>{escape(section)}</h3><table>{rows}</table></section>")
-    how = _quiet("Bold: not the default of this version, which is given below it.")
+    how = quiet("Bold: not the default of this version, which is given below it.")
     return f'{how}<div class="config">{"".join(sections)}</div>'
 
 
@@ -204,21 +199,7 @@ def _provenance(record: RunRecord) -> str:
         ("resumed" if i else "started", start.get("time", ""), start.get("host", ""), start.get("command", ""))
         for i, start in enumerate(manifest["starts"])
     ]
-    return f"{_table(facts)}{_table(starts, ('', 'time', 'host', 'command'))}"
-
-
-def _table(rows: Iterable[Iterable[Any]], head: tuple[str, ...] = ()) -> str:
-    body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
-    titles = "<tr>" + "".join(f"<th>{title}</th>" for title in head) + "</tr>" if head else ""
-    return f"<table>{titles}{body}</table>"
-
-
-def _figure(content: str, caption: str) -> str:
-    return f"<figure>{content}<figcaption>{caption}</figcaption></figure>"
-
-
-def _quiet(words: str) -> str:
-    return f'<p class="quiet">{words}</p>'
+    return f"{table(facts)}{table(starts, ('', 'time', 'host', 'command'))}"
 
 
 def _plain(value: Any) -> str:
