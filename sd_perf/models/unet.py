@@ -13,6 +13,7 @@ Shape letters: B batch, C channels, H and W rows and columns, L tokens, T tokens
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from sd_kernels.selection import Choice
 from sd_perf.config import UNetConfig
-from sd_perf.reference.unet import sinusoidal_embedding, zeroed
+from sd_perf.reference.unet import MAX_PERIOD, zeroed
 
 Op = Callable
 
@@ -266,7 +267,10 @@ class FastUNet(nn.Module):
         weight = torch.cat([layer.weight for layer in layers])
         # Added before they are put together: the gradients of two sums of slices would share their memory.
         bias = torch.cat([block.emb_layers[1].bias + block.in_layers[2].bias for block in blocks])
-        features = sinusoidal_embedding(timesteps, self.config.model_channels).to(dtype)
+        half = self.config.model_channels // 2
+        steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
+        angles = timesteps[:, None].float() * torch.exp(steps * (-math.log(MAX_PERIOD) / half))
+        features = torch.cat((angles.cos(), angles.sin()), dim=1).to(dtype)
         into, out = self.time_embed[0], self.time_embed[2]
         hidden = F.silu(self.ops.linear(features, into.weight, into.bias))
         embedding = F.silu(self.ops.linear(hidden, out.weight, out.bias))

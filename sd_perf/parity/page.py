@@ -31,7 +31,7 @@ _RULE = (
 )
 
 
-def words(record: dict[str, Any]) -> str:
+def verdict(record: dict[str, Any]) -> str:
     """The verdict in one line."""
     wrong = [row for row in record["rows"] if not row["ok"]]
     if not wrong:
@@ -73,7 +73,7 @@ def screen(record: dict[str, Any]) -> Iterable[Any]:
         yield details
     yield "Triton kernels: " + (_counts(record["triton_launches"]) or "none ran")
     yield from record["notes"]
-    yield ("[bold green]" if not wrong else "[bold red]") + words(record)
+    yield ("[bold green]" if not wrong else "[bold red]") + verdict(record)
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -99,7 +99,7 @@ def page(record: dict[str, Any], config: Config) -> str:
     kernels = table(sorted(record["triton_launches"].items()), ("Triton kernel", "launches"))
     facts = [(key, record[key]) for key in ("config", "code", "device", "date", "git_sha", "command")]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    head = f"<h1>Parity of {escape(config.run.dir)}</h1><p><strong>{escape(words(record))}</strong></p>{quiet(_RULE)}"
+    head = f"<h1>Parity of {escape(config.run.dir)}</h1><p><strong>{escape(verdict(record))}</strong></p>{quiet(_RULE)}"
     notes = "".join(quiet(escape(note)) for note in record["notes"])
     provenance = f"<h2>Provenance</h2>{table([*facts, ('versions', versions)])}"
     body = f"{head}{notes}{''.join(sections)}<h2>Triton kernels that ran</h2>{kernels}{provenance}\n"

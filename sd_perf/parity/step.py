@@ -121,16 +121,19 @@ def _optimizer(subject: Subject) -> Iterator[Row]:
         foreach=False,
     )
     optimizers = build_optimizer(unet, subject.config), unfused
-    ours, plain = (_changes(optimizer, start, grads) for optimizer in optimizers)
+    weights = list(unet.parameters()), unfused.param_groups[0]["params"]
+    ours, plain = (_changes(*of_one, start, grads) for of_one in zip(optimizers, weights, strict=True))
     truth = _textbook(subject.config, start, grads, RATE)
     for kind, numbers in by_kind(unet).items():
         part, by_torch, wide = ([changes[number] for number in numbers] for changes in (ours, plain, truth))
         yield compared("step", f"AdamW's change of {kind}", subject.where, "float32", part, [by_torch], wide)
 
 
-def _changes(optimizer: Any, start: list[Tensor], grads: list[list[Tensor]]) -> list[Tensor]:
-    weights = optimizer.param_groups[0]["params"]
-    optimizer.param_groups[0]["lr"] = RATE
+def _changes(
+    optimizer: torch.optim.Optimizer, weights: list[Tensor], start: list[Tensor], grads: list[list[Tensor]]
+) -> list[Tensor]:
+    for group in optimizer.param_groups:
+        group["lr"] = RATE
     for given in grads:
         for parameter, grad in zip(weights, given, strict=True):
             parameter.grad = grad.clone()

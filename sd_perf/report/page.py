@@ -13,6 +13,7 @@ from typing import Any
 from sd_perf.config import Config
 from sd_perf.files import disk_errors, write_text
 from sd_perf.optional import optional
+from sd_perf.parity.page import levels_of, verdict, worst
 from sd_perf.report.charts import Panel, chart, median_window
 from sd_perf.report.html import document, figure, quiet, table
 from sd_perf.report.pictures import newest_grid, progress_strip
@@ -45,6 +46,7 @@ def _page(record: RunRecord) -> str:
         ("Pictures", _pictures(record)),
         ("Speed", _speed(record)),
         ("Kernels", _kernels(record)),
+        ("Parity", _parity(record)),
         ("MLPerf", _verdict(record)),
         ("Configuration", _config(record.manifest["config"])),
         ("Provenance", _provenance(record)),
@@ -154,8 +156,25 @@ def _speed(record: RunRecord) -> str:
 def _kernels(record: RunRecord) -> str:
     if not record.kernels:
         return quiet("No choice of kernels is recorded (kernels.json).")
-    rows = ([kernel.get(key, "") for key in ("op", "chosen", "reason")] for kernel in record.kernels)
-    return table(rows, ("op", "chosen", "reason"))
+    rows = []
+    for choice in record.kernels:
+        reasons = [f"{backend}: {why}" for backend, why in as_dict(choice.get("passed_over")).items()]
+        named = [] if choice.get("wanted") == "auto" else ["named in the config"]
+        rows.append([choice.get("op", ""), choice.get("backend", ""), "; ".join([*named, *reasons])])
+    return table(rows, ("op", "backend", "why no better one"))
+
+
+def _parity(record: RunRecord) -> str:
+    if not record.parity:
+        implementation = as_dict(record.manifest["config"].get("model")).get("implementation", "plain")
+        plain = "The plain network is what others are compared with."
+        return quiet(plain if implementation == "plain" else "No parity record belongs to this run (parity.json).")
+    rows = (
+        [level, len(some), sum(not row["ok"] for row in some), worst(some)] for level, some in levels_of(record.parity)
+    )
+    head = "level", "comparisons", "red", "closest to its limit"
+    facts = f"Fast network against plain one on {record.parity.get('device')}, code {record.parity.get('code')}."
+    return f"<p><strong>{escape(verdict(record.parity))}</strong></p>{quiet(escape(facts))}{table(rows, head)}"
 
 
 def _verdict(record: RunRecord) -> str:

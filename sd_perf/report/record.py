@@ -42,6 +42,7 @@ class RunRecord:
     checkpoints: list[int]
     verdict: dict[str, Any] | None
     kernels: list[dict[str, Any]] | None
+    parity: dict[str, Any] | None
 
     @property
     def position(self) -> int:
@@ -75,7 +76,15 @@ def read_record(folder: Path) -> RunRecord:
         checkpoints=[int(path.name[-10:]) for path in CheckpointStore(folder / "checkpoints").complete()],
         verdict=verdict,
         kernels=kernels,
+        parity=_read_parity(folder / "parity.json"),
     )
+
+
+def _read_parity(path: Path) -> dict[str, Any] | None:
+    parity = read_json(path)
+    if not (parity is None or (isinstance(parity, dict) and are_objects(parity.get("rows")))):
+        raise UserError(f"{path}: is no parity record; make it again with sd-perf parity")
+    return parity
 
 
 def as_dict(value: Any) -> dict[str, Any]:

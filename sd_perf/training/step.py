@@ -8,13 +8,23 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from sd_kernels.spec import Target
 from sd_perf.config import Config
 from sd_perf.data.batch import Batch, Replacement
 from sd_perf.distributed.world import World
+from sd_perf.models.kernel_choice import choose_kernels
 from sd_perf.reference.step import DiffusionStep
+from sd_perf.training.diffusion import FusedDiffusionStep
 from sd_perf.training.optimizer import build_optimizer, learning_rate
 
 TextEncoder = Callable[[list[str]], torch.Tensor]
+
+
+def build_diffusion(config: Config, seed: int) -> torch.nn.Module:
+    """The plain diffusion step, or for the fast network that of the chosen operators."""
+    if config.model.implementation == "plain":
+        return DiffusionStep(config.diffusion, seed)
+    return FusedDiffusionStep(config, seed, choose_kernels(config, Target.here()))
 
 
 class TrainStep:
@@ -28,7 +38,7 @@ class TrainStep:
         self.world = world
         self.text_encoder = text_encoder
         self.optimizer = build_optimizer(unet, config)
-        self.diffusion = DiffusionStep(config.diffusion, seed).to(world.device)
+        self.diffusion = build_diffusion(config, seed).to(world.device)
         self.parallel: torch.nn.Module = unet
         if world.size > 1:
             devices = [world.device] if world.device.type == "cuda" else None

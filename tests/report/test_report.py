@@ -77,7 +77,8 @@ def write_full(folder: Path, prompt: str = "a red ball", **config: dict[str, Any
     )
     verdict = {"division": "open", "ruleset": "5.0.0", "passed": True, "words": f"passes, {prompt}"}
     (run / "mlperf_verdict.json").write_text(json.dumps(verdict))
-    kernels = [{"op": "group_norm", "chosen": "triton", "reason": f"fastest, {prompt}"}]
+    passed_over = {"triton": f"needs a GPU, {prompt}"}
+    kernels = [{"op": "group_norm", "backend": "torch", "wanted": "auto", "passed_over": passed_over}]
     (run / "kernels.json").write_text(json.dumps(kernels))
     return run
 
@@ -115,7 +116,7 @@ def test_full_run(tmp_path):
         "n = 256 pictures at each checkpoint",
         "At 6,400 samples: a red ball 0 a red ball 1",
         "On the way 3,200 samples",
-        "group_norm triton fastest, a red ball",
+        "group_norm torch triton: needs a GPU, a red ball",
         "Passes the official compliance checker (open division, ruleset 5.0.0). passes, a red ball",
         "warmup_steps 7 default 1000",
         "git SHA abc123 versions torch 2.13.0",
