@@ -445,8 +445,8 @@ class Config:
             odd = next((width for width in widths if width % 16), None)
             right = f"bf16, since FP8 takes multiples of 16 channels and {layers} has layers of {odd}"
             self.precision.require(odd is None, key, right)
-            if arithmetic == "fp8_te":
-                right = f"false, since precision.{key} is 'fp8_te', which torch.compile cannot trace"
+            if "te" in (arithmetic.removeprefix("fp8_"), self.kernels.fp8_linear):
+                right = f"false with precision.{key} in Transformer Engine, which torch.compile cannot trace"
                 model.require(not model.compile, "compile", right)
         again = model.activation_checkpointing and self.precision.fp8_recipe == "delayed"
         right = "current with model.activation_checkpointing: computing again would enter magnitudes twice"

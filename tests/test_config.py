@@ -14,6 +14,7 @@ from sd_perf.config import (
     Count,
     DataConfig,
     DiffusionConfig,
+    KernelsConfig,
     OptimizerConfig,
     PrecisionConfig,
     Rule,
@@ -96,7 +97,12 @@ def test_other_rules(make, sentence):
         ),
         (
             {"model": dataclasses.replace(FAST, compile=True)},
-            "model.compile: True ... false, since precision.text is 'fp8_te'",
+            "model.compile: True ... false with precision.text in Transformer Engine",
+        ),
+        (
+            {"model": dataclasses.replace(FAST, compile=True), "precision": PrecisionConfig(linear="fp8_native"),
+             "kernels": KernelsConfig(fp8_linear="te")},
+            "model.compile: True ... false with precision.linear in Transformer Engine",
         ),
         (
             {"model": dataclasses.replace(FAST, activation_checkpointing=True),

@@ -101,7 +101,7 @@ def precision_state(unet: nn.Module) -> dict[str, Tensor]:
 def load_precision_state(unet: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Put back what `precision_state` gave, in the memory it was in; KernelError where the layers differ."""
     layers = _layers_with_state(unet)
-    if layers or state:
+    if layers:
         from sd_kernels.fp8_linear import te
 
         te.load_precision_state(layers, state)

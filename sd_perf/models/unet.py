@@ -3,7 +3,8 @@
 Everything is channels-last. A sum is not written where it arises: a convolution's bias, the time's shift and the
 residual wait in a `Pending` for the norm that reads them, which hands the sum on to the skips. Queries, keys and values
 come from one product; keys and values of the text for all transformers from one, once per step; the times of all
-residual blocks from one. Concatenations are read from their two sources, upsampling is part of its convolution.
+residual blocks from one. Concatenations are read from their two sources, upsampling is part of its convolution. In
+which numbers a linear layer multiplies, and whether its norm or GEGLU is part of it, is `products`' to say.
 
 Parameters have the names, shapes and order of `reference.unet`, so that weights, optimizer state and checkpoints pass
 between the two as they are; packed weights are put together in each step, a two-thousandth of its time.

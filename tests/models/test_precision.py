@@ -16,7 +16,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from sd_kernels import launch
 from sd_kernels.spec import DECLARED_TARGETS, Target
-from sd_perf.config import LINEAR_LAYERS, KernelsConfig, PrecisionConfig, UNetConfig
+from sd_perf.config import LINEAR_LAYERS, Config, KernelsConfig, PrecisionConfig, UNetConfig
+from sd_perf.models.build import build_sampling_unet
 from sd_perf.models.products import load_precision_state, precision_state, precision_state_kept
 from sd_perf.models.unet import FastUNet, Ops
 from sd_perf.reference.unet import UNet
@@ -228,6 +229,16 @@ def test_steps_of_a_warm_up_leave_no_trace(on_h100: None, steps: int) -> None:
     with precision_state_kept(unet):
         bf16_results(unet, side=8)
     assert all(map(torch.equal, bf16_results(unet), bf16_results(other)))
+
+
+def test_pictures_are_drawn_without_fp8() -> None:
+    """Weights that Transformer Engine trained are sampled where it is not, in the latents' own format."""
+    model = replace(CONFIG, implementation="fast")
+    config = Config(model=model, precision=PrecisionConfig(linear="fp8_te", fp8_recipe="delayed"))
+    unet = build_sampling_unet(config, torch.device("cpu"))
+    unet.load_state_dict(plain_unet().state_dict())
+    ours, exact = (results(unet, torch.float32, 4, CONTEXT) for unet in (unet, plain_unet()))
+    assert not unet.training and largest_difference(ours[:1], exact[:1]) < 1e-5
 
 
 def kept_tensors(unet: torch.nn.Module) -> tuple[list[torch.Tensor], int]:
