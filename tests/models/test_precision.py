@@ -266,7 +266,8 @@ def test_computing_again_changes_no_bit_and_keeps_less(linear: Any) -> None:
 
 @pytest.mark.parametrize(("linear", "again"), [("bf16", False), ("fp8_native", True)], ids=["bf16", "fp8-again"])
 def test_compiles_as_one_graph(linear: Any, again: bool) -> None:
-    unet = fast_unet(PrecisionConfig(linear=linear), activation_checkpointing=again)
+    config = replace(CONFIG, attention_resolutions=(), implementation="fast", activation_checkpointing=again)
+    unet = randomised(built(config, precision=PrecisionConfig(linear=linear)))
     names, eager = list(unet.state_dict()), bf16_results(unet)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
