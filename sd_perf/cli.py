@@ -101,7 +101,7 @@ def sample(
     import torch
 
     from sd_perf.evaluation.generate import generate, picture_paths, save_pictures
-    from sd_perf.models.build import build_text_encoder, build_unet
+    from sd_perf.models.build import build_sampling_unet, build_text_encoder
     from sd_perf.models.sources import newest_checkpoint, read_decoder, read_unet
     from sd_perf.models.weight_files import load_into
     from sd_perf.training.run_folder import read_run_config
@@ -116,11 +116,11 @@ def sample(
     )
     config = dataclasses.replace(config, sampling=sampling)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    unet = build_unet(config, 0, device)
+    unet = build_sampling_unet(config, device)
     load_into(unet, read_unet(checkpoint)[0], "the UNet", checkpoint)
     decode, text_encoder = read_decoder(autoencoder), build_text_encoder(config, device)
     paths = picture_paths(list(prompt), output)
-    save_pictures(generate(unet.eval(), text_encoder, decode, list(prompt), config, seed), paths)
+    save_pictures(generate(unet, text_encoder, decode, list(prompt), config, seed), paths)
     _console.print(*paths, sep="\n", highlight=False, soft_wrap=True)
     return 0
 

@@ -6,8 +6,8 @@ the step can be imported where nothing but torch is installed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 from sd_perf.errors import ConfigError
@@ -73,9 +73,16 @@ class UNetConfig(Section):
     """GroupNorm groups at the entrance of each transformer"""
     implementation: Literal["plain", "fast"] = "plain"
     """plain: plain torch; fast: the same function of the operators that the section `kernels` chooses"""
+    activation_checkpointing: bool = False
+    """keep only what passes between blocks, and compute each block again in the backward pass (fast only)"""
+    compile: bool = False
+    """torch.compile of what lies between the operators, the whole forward pass as one graph (fast only)"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("activation_checkpointing", "compile"):
+            right = f"false, since model.implementation is {self.implementation!r}"
+            self.require(self.implementation == "fast" or not getattr(self, name), name, right)
         positive = bool(self.channel_mult) and min(self.channel_mult) > 0
         self.require(positive, "channel_mult", "one positive multiple per level")
         factors = tuple(2**level for level in range(len(self.channel_mult)))
@@ -87,9 +94,25 @@ class UNetConfig(Section):
                 self.require(channels % getattr(self, name) == 0, name, right)
 
     @property
+    def network(self) -> UNetConfig:
+        """The same network in its plain implementation."""
+        return replace(self, **{name: getattr(UNetConfig, name) for name in SPEED_ONLY})
+
+    @property
+    def transformer_channels(self) -> tuple[int, ...]:
+        """Channels of each level that has transformers; the middle, of the last level's channels, always has one."""
+        last = len(self.channel_mult) - 1
+        levels = [level for level in range(last + 1) if level == last or 2**level in self.attention_resolutions]
+        return tuple(self.channel_mult[level] * self.model_channels for level in levels)
+
+    @property
     def downsampling(self) -> int:
         """Factor between the latents and the UNet's smallest level; latent sides must be multiples of it."""
         return 2 ** (len(self.channel_mult) - 1)
+
+
+SPEED_ONLY = ("implementation", "activation_checkpointing", "compile")
+"""fields of UNetConfig that change how fast the network is computed, not what"""
 
 
 @dataclass(frozen=True)
@@ -204,6 +227,53 @@ class TrainingConfig(Section):
     """seed of weights, data order and every draw; none: drawn from system entropy and kept in the manifest"""
     deterministic: bool = False
     """deterministic GPU algorithms, slower (CPU runs always are)"""
+
+
+Arithmetic = Literal["bf16", "fp8_te", "fp8_native"]
+
+
+@dataclass(frozen=True)
+class PrecisionConfig(Section):
+    """Number formats of the linear layers in the fast UNet's transformers; those of the time stay as they are."""
+
+    section = "precision"
+
+    linear: Arithmetic = "bf16"
+    """bf16: as training.precision says; fp8_native: operands in FP8, by the op fp8_linear of the section `kernels`;
+    fp8_te: in FP8, by layers of Transformer Engine"""
+    attention: Arithmetic | None = None
+    """queries, keys, values and outputs of the attentions, but for the text's; none: as precision.linear"""
+    feed_forward: Arithmetic | None = None
+    """both layers of the feed-forwards; none: as precision.linear"""
+    transformer_ends: Arithmetic | None = None
+    """entrance and exit of each transformer; none: as precision.linear"""
+    text: Arithmetic | None = None
+    """keys and values of the text; none: as precision.linear"""
+    fp8_recipe: Literal["current", "delayed"] = "current"
+    """scales of fp8_te: from the numbers themselves, or from those of earlier steps (kept in checkpoints)"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        right = "current, since no layer is fp8_te"
+        self.require(self.fp8_recipe == "current" or self.uses("fp8_te"), "fp8_recipe", right)
+
+    def of(self, layers: str) -> Arithmetic:
+        """The arithmetic of a class of layers."""
+        return getattr(self, layers) or self.linear
+
+    def in_fp8(self) -> Iterator[tuple[str, str, str]]:
+        """(class of layers, arithmetic, the key that says so) of each class in FP8."""
+        for layers in LINEAR_LAYERS:
+            if self.of(layers) != "bf16":
+                yield layers, self.of(layers), layers if getattr(self, layers) else "linear"
+
+    def uses(self, arithmetic: str) -> bool:
+        """Whether any class of layers has this arithmetic."""
+        return any(self.of(layers) == arithmetic for layers in LINEAR_LAYERS)
+
+
+LINEAR_LAYERS = tuple(f.name for f in fields(PrecisionConfig) if f.name not in ("linear", "fp8_recipe"))
+"""classes of linear layers whose arithmetic can be chosen"""
 
 
 @dataclass(frozen=True)
@@ -347,6 +417,7 @@ class Config:
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -364,6 +435,26 @@ class Config:
         timesteps = self.diffusion.num_timesteps
         right = f"at most diffusion.num_timesteps ({timesteps})"
         self.sampling.require(self.sampling.steps <= timesteps, "steps", right)
+        self._require_fp8()
+
+    def _require_fp8(self) -> None:
+        """The rules between FP8 and the rest: who computes it, on top of what, at which widths, with what else."""
+        model, training = self.model, self.training
+        for layers, arithmetic, key in self.precision.in_fp8():
+            right = f"bf16, since model.implementation is {model.implementation!r}, which has no FP8"
+            self.precision.require(model.implementation == "fast", key, right)
+            right = f"bf16, since training.precision is {training.precision!r}"
+            self.precision.require(training.precision == "bf16", key, right)
+            widths = (*model.transformer_channels, *([model.context_dim] if layers == "text" else []))
+            odd = next((width for width in widths if width % 16), None)
+            right = f"bf16, since FP8 takes multiples of 16 channels and {layers} has layers of {odd}"
+            self.precision.require(odd is None, key, right)
+            if "te" in (arithmetic.removeprefix("fp8_"), self.kernels.fp8_linear):
+                right = f"false with precision.{key} in Transformer Engine, which torch.compile cannot trace"
+                model.require(not model.compile, "compile", right)
+        again = model.activation_checkpointing and self.precision.fp8_recipe == "delayed"
+        right = "current with model.activation_checkpointing: computing again would enter magnitudes twice"
+        self.precision.require(not again, "fp8_recipe", right)
 
     @property
     def learning_rate(self) -> float:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +38,18 @@ def real_data(request: pytest.FixtureRequest) -> Path:
     if not folder.is_dir():
         raise pytest.UsageError(f"--real-data {folder}: no such folder")
     return folder.resolve()
+
+
+@pytest.fixture
+def te(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The adapter `sd_kernels.fp8_linear.te` over a stand-in of Transformer Engine."""
+    from tests.kernels import fake_te
+
+    for name, module in fake_te.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "sd_kernels.fp8_linear.te", raising=False)
+    yield importlib.import_module("sd_kernels.fp8_linear.te")
+    sys.modules.pop("sd_kernels.fp8_linear.te", None)
 
 
 @pytest.fixture

@@ -184,6 +184,7 @@ def test_options_that_do_not_parse(options, parts, preset, run, sd_perf):
         (["--sampling.steps", "2000"], ["sampling.steps: 2000", "at most diffusion.num_timesteps (1000)"]),
         (["--kernels.geglu", "triton"], ["kernels.geglu: 'triton'", "auto or reference", "is 'plain'"]),
         (["--kernels.strict"], ["kernels.strict: True", "is 'plain'"]),
+        (["--precision.text", "fp8_native"], ["precision.text: 'fp8_native'", "bf16, since", "is 'plain'"]),
         (["--kernels.geglu", "tritn", "--dry-run"], ["kernels.geglu: 'tritn'", "did you mean 'triton'?"]),
         (["--resume", "--fresh"], ["--resume", "--fresh", "give one of them"]),
     ],
@@ -198,6 +199,7 @@ def test_dry_run_for_a_declared_gpu(preset, run, sd_perf):
     code, output, _ = sd_perf(*command, "--target", "h100", "--json")
     facts = json.loads(output)
     assert code == 0 and facts["target"] == "H100" and facts["kernels"]["geglu"]["backend"] == "triton"
+    assert set(facts["linear_layers"].values()) == {"fp32"}
     code, output, _ = sd_perf(*command, "--target", "a100")
     assert code == 0 and "kernels on A100" in output and "named in the config" in output
     code, _, errors = sd_perf(*command, "--target", "h101")

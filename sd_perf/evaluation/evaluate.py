@@ -31,7 +31,7 @@ from sd_perf.evaluation.prompts import read_prompts
 from sd_perf.files import disk_errors, json_lines, write_json, write_text
 from sd_perf.mlperf.check import check
 from sd_perf.mlperf.log import LOG_NAME, MLPerfLog
-from sd_perf.models.build import build_text_encoder, build_unet
+from sd_perf.models.build import build_sampling_unet, build_text_encoder
 from sd_perf.models.sources import read_decoder
 from sd_perf.training.run_folder import read_lines, read_scores
 
@@ -62,7 +62,7 @@ class Evaluator:
             )
         self.clip = ClipScorer(options.clip_model, Path(options.clip_weights), device)
         self.text_encoder = build_text_encoder(config, device)
-        self.unet = build_unet(config, 0, device).eval()
+        self.unet = build_sampling_unet(config, device)
 
     def draw(self, weights: dict[str, torch.Tensor], seed: int) -> Iterator[torch.Tensor]:
         """One picture per prompt with these UNet weights, in batches (B, 3, H, W) float32 in [0, 1]."""

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from sd_perf.config import Config, DiffusionConfig, UNetConfig
+from sd_perf.config import SPEED_ONLY, Config, DiffusionConfig, UNetConfig
 from sd_perf.errors import ConfigError
 
 RULESET = "5.0.0"
@@ -54,7 +54,8 @@ for _section, _defaults, _rule in (
     ("model", UNetConfig(), "the network is the reference's UNet of 865,910,724 parameters"),
     ("diffusion", DiffusionConfig(), "noise schedule, loss and latents are the reference's"),
 ):
-    FIXED |= {f"{_section}.{f.name}": (getattr(_defaults, f.name), _rule) for f in dataclasses.fields(_defaults)}
+    names = [field.name for field in dataclasses.fields(_defaults) if field.name not in SPEED_ONLY]
+    FIXED |= {f"{_section}.{name}": (getattr(_defaults, name), _rule) for name in names}
 
 PRECISIONS = ("fp64", "fp32", "tf32", "fp16", "bf16", "fp8")
 """number formats that the rules allow without asking"""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from sd_kernels.spec import Target
-from sd_perf.config import Config
+from sd_perf.config import Config, KernelsConfig, PrecisionConfig
 from sd_perf.models.kernel_choice import choose_kernels
 from sd_perf.models.unet import FastUNet, Ops
 from sd_perf.reference.unet import UNet
@@ -18,10 +20,19 @@ def build_unet(config: Config, seed: int, device: torch.device) -> torch.nn.Modu
         if config.model.implementation == "plain":
             unet: torch.nn.Module = UNet(config.model)
         else:
-            unet = FastUNet(config.model, Ops.chosen(choose_kernels(config, Target.here())))
+            ops = Ops.chosen(choose_kernels(config, Target.here()))
+            unet = FastUNet(config.model, ops, config.precision)
     # NHWC is what tensor cores want; memory_format is missing from torch's annotations of Module.to
     layout = {"memory_format": torch.channels_last} if device.type == "cuda" else {}
-    return unet.to(device, **layout)  # type: ignore[call-overload]
+    unet = unet.to(device, **layout)  # type: ignore[call-overload]
+    if config.model.compile:
+        unet.compile(fullgraph=True, dynamic=False)  # in place: the names of parameters stay
+    return unet
+
+
+def build_sampling_unet(config: Config, device: torch.device) -> torch.nn.Module:
+    """The UNet that draws pictures, wherever it was trained: without FP8, on the kernels that can be had here."""
+    return build_unet(replace(config, precision=PrecisionConfig(), kernels=KernelsConfig()), 0, device).eval()
 
 
 def build_text_encoder(config: Config, device: torch.device) -> torch.nn.Module:

@@ -3,7 +3,8 @@
 Everything is channels-last. A sum is not written where it arises: a convolution's bias, the time's shift and the
 residual wait in a `Pending` for the norm that reads them, which hands the sum on to the skips. Queries, keys and values
 come from one product; keys and values of the text for all transformers from one, once per step; the times of all
-residual blocks from one. Concatenations are read from their two sources, upsampling is part of its convolution.
+residual blocks from one. Concatenations are read from their two sources, upsampling is part of its convolution. In
+which numbers a linear layer multiplies, and whether its norm or GEGLU is part of it, is `products`' to say.
 
 Parameters have the names, shapes and order of `reference.unet`, so that weights, optimizer state and checkpoints pass
 between the two as they are; packed weights are put together in each step, a two-thousandth of its time.
@@ -21,9 +22,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sd_kernels.selection import Choice
-from sd_perf.config import UNetConfig
+from sd_perf.config import PrecisionConfig, UNetConfig
+from sd_perf.models.products import Products
 from sd_perf.reference.unet import MAX_PERIOD, zeroed
 
 Op = Callable
@@ -39,6 +42,7 @@ class Ops:
     residual_add: Op
     attention: Op
     linear: Op
+    fp8_linear: Op
     conv: Op
     skip_conv: Op
     upsample_conv: Op
@@ -139,63 +143,64 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Parameters of an attention, in LDM's layout."""
 
-    def __init__(self, channels: int, context_channels: int) -> None:
+    def __init__(self, channels: int, context_channels: int, products: Products) -> None:
         super().__init__()
+        self.product = products("attention", channels, channels)
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(context_channels, channels, bias=False)
         self.to_v = nn.Linear(context_channels, channels, bias=False)
         self.to_out: Any = nn.Sequential(nn.Linear(channels, channels))
 
-    def out(self, attended: Tensor, ops: Ops) -> Tensor:
-        return ops.linear(attended, self.to_out[0].weight, self.to_out[0].bias)
+    def out(self, attended: Tensor) -> Tensor:
+        return self.product.linear(attended, self.to_out[0].weight, self.to_out[0].bias)
 
 
 class TransformerBlock(nn.Module):
     """tokens (B, L, C), keys and values of the text (B, T, 2C) -> (B, L, C)."""
 
-    def __init__(self, channels: int, context_dim: int, head_channels: int) -> None:
+    def __init__(self, channels: int, context_dim: int, head_channels: int, products: Products) -> None:
         super().__init__()
         self.num_heads = channels // head_channels
-        self.attn1 = Attention(channels, channels)
+        self.attn1 = Attention(channels, channels, products)
         gated: Any = nn.Module()
         gated.proj = nn.Linear(channels, 8 * channels)
         self.ff: Any = nn.Module()
         self.ff.net = nn.Sequential(gated, nn.Identity(), nn.Linear(4 * channels, channels))
-        self.attn2 = Attention(channels, context_dim)
+        self.attn2 = Attention(channels, context_dim, products)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels, eps=1e-5) for _ in range(3))
+        self.qkv = products("attention", channels, 3 * channels, bias=False)
+        self.query = products("attention", channels, channels, bias=False)
+        self.widen = products("feed_forward", channels, 8 * channels)
+        self.narrow = products("feed_forward", 4 * channels, channels)
 
     def forward(self, tokens: Tensor, text: Tensor, ops: Ops) -> Tensor:
-        def norm(layer: nn.LayerNorm, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-            return ops.layer_norm(x, layer.weight, layer.bias, residual, eps=layer.eps)
-
-        h, tokens = norm(self.norm1, tokens)
         packed = torch.cat([self.attn1.to_q.weight, self.attn1.to_k.weight, self.attn1.to_v.weight])
-        h = self.attn1.out(ops.attention(ops.linear(h, packed), num_heads=self.num_heads), ops)
-        h, tokens = norm(self.norm2, h, tokens)
-        queries = ops.linear(h, self.attn2.to_q.weight)
-        h = self.attn2.out(ops.attention(queries, text, num_heads=self.num_heads), ops)
-        h, tokens = norm(self.norm3, h, tokens)
+        h, tokens = self.qkv.after_norm(tokens, None, self.norm1, packed)
+        h = self.attn1.out(ops.attention(h, num_heads=self.num_heads))
+        h, tokens = self.query.after_norm(h, tokens, self.norm2, self.attn2.to_q.weight)
+        h = self.attn2.out(ops.attention(h, text, num_heads=self.num_heads))
         into, out = self.ff.net[0].proj, self.ff.net[2]
-        h = ops.linear(ops.geglu(ops.linear(h, into.weight, into.bias)), out.weight, out.bias)
-        return ops.residual_add(h, tokens)
+        h, tokens = self.widen.after_norm(h, tokens, self.norm3, into.weight, into.bias)
+        return ops.residual_add(self.narrow.after_geglu(h, out.weight, out.bias), tokens)
 
 
 class SpatialTransformer(nn.Module):
     """A transformer over the pixels; (pending, text) to (pending, sum of the input)."""
 
-    def __init__(self, channels: int, context_dim: int, head_channels: int, groups: int) -> None:
+    def __init__(self, channels: int, context_dim: int, head_channels: int, groups: int, products: Products) -> None:
         super().__init__()
         self.norm = Norm(groups, channels, 1e-6, silu=False)
         self.proj_in = nn.Linear(channels, channels)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_dim, head_channels)])
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_dim, head_channels, products)])
         self.proj_out = zeroed(nn.Linear(channels, channels))
+        self.entrance, self.exit = (products("transformer_ends", channels, channels) for _ in range(2))
 
     def forward(self, pending: Pending, text: Tensor, ops: Ops) -> tuple[Pending, Tensor]:
         normal, total = self.norm(pending, ops)
-        tokens = ops.linear(as_tokens(normal), self.proj_in.weight, self.proj_in.bias)
+        tokens = self.entrance.linear(as_tokens(normal), self.proj_in.weight, self.proj_in.bias)
         for block in self.transformer_blocks:
             tokens = block(tokens, text, ops)
-        out = ops.linear(tokens, self.proj_out.weight, self.proj_out.bias)
+        out = self.exit.linear(tokens, self.proj_out.weight, self.proj_out.bias)
         return Pending(as_image(out, total), residual=total), total
 
 
@@ -214,9 +219,10 @@ class Upsample(nn.Module):
 class FastUNet(nn.Module):
     """The denoiser; see `reference.unet.UNet`, whose parameters and results it shares."""
 
-    def __init__(self, config: UNetConfig, ops: Ops) -> None:
+    def __init__(self, config: UNetConfig, ops: Ops, precision: PrecisionConfig | None = None) -> None:
         super().__init__()
         self.config, self.ops = config, ops
+        self.products = products = Products(ops, precision or PrecisionConfig())
         model, E = config.model_channels, 4 * config.model_channels
         widths = [mult * model for mult in config.channel_mult]
 
@@ -225,7 +231,8 @@ class FastUNet(nn.Module):
             return [block, *([transformer(widths[level])] if 2**level in config.attention_resolutions else [])]
 
         def transformer(channels: int) -> nn.Module:
-            return SpatialTransformer(channels, config.context_dim, config.num_head_channels, config.transformer_groups)
+            sizes = config.context_dim, config.num_head_channels, config.transformer_groups
+            return SpatialTransformer(channels, *sizes, products)
 
         self.time_embed: Any = nn.Sequential(nn.Linear(model, E), nn.SiLU(), nn.Linear(E, E))
         channels, skips = model, [model]
@@ -251,14 +258,19 @@ class FastUNet(nn.Module):
         norm = Norm(config.resblock_groups, channels, 1e-5, silu=True)
         last = zeroed(nn.Conv2d(channels, config.out_channels, 3, padding=1))
         self.out: Any = nn.Sequential(norm, nn.Identity(), last)
+        self.text = products("text", config.context_dim, sum(self._text_widths()), bias=False)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def _text_attentions(self) -> list[Attention]:
+        return [module.attn2 for module in self.modules() if isinstance(module, TransformerBlock)]
+
+    def _text_widths(self) -> list[int]:
+        return [2 * attention.to_k.out_features for attention in self._text_attentions()]
 
     def project_text(self, context: Tensor) -> list[Tensor]:
         """Keys and values (B, T, 2C) of context (B, T, D) for each transformer block, in one product."""
-        attentions = [module.attn2 for module in self.modules() if isinstance(module, TransformerBlock)]
-        weights = [layer.weight for attention in attentions for layer in (attention.to_k, attention.to_v)]
-        widths = [2 * attention.to_k.out_features for attention in attentions]
-        return list(self.ops.linear(context, torch.cat(weights)).split(widths, dim=-1))
+        weights = [layer.weight for attention in self._text_attentions() for layer in (attention.to_k, attention.to_v)]
+        return list(self.text.linear(context, torch.cat(weights)).split(self._text_widths(), dim=-1))
 
     def project_time(self, timesteps: Tensor, dtype: torch.dtype) -> list[Tensor]:
         """The shift (B, C') of each residual block's second norm: its projected time and its convolution's bias."""
@@ -284,7 +296,7 @@ class FastUNet(nn.Module):
         device = latents.device.type
         is_cast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if is_cast else latents.dtype
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(device, enabled=False), self.products.step():
             return self._predict(latents.to(dtype), timesteps, context.to(dtype))
 
     def _predict(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
@@ -318,6 +330,8 @@ class FastUNet(nn.Module):
     def _layer(
         self, layer: nn.Module, pending: Pending, other: Tensor | None, times: Iterator, texts: Iterator
     ) -> tuple[Pending, Tensor]:
-        if isinstance(layer, ResBlock):
-            return layer(pending, other, next(times), self.ops)
-        return layer(pending, next(texts), self.ops)
+        inputs = (pending, other, next(times)) if isinstance(layer, ResBlock) else (pending, next(texts))
+        if self.config.activation_checkpointing:
+            # Nothing in the network is random.
+            return checkpoint(layer, *inputs, self.ops, use_reentrant=False, preserve_rng_state=False)
+        return layer(*inputs, self.ops)

@@ -24,13 +24,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def compare_blocks(subject: Subject) -> Iterator[Row]:
     """Each block of the fast network, given what the plain one's block is given in float64; and the text encoder."""
-    truth, torchs, ours = subject.plain(torch.float64), list(subject.plain_networks()), subject.fast()
+    truth = subject.plain(torch.float64)
     given = _recorded(truth, subject.inputs())
-    skips = _skip_channels(ours)
-    transformers = [name for name, module in ours.named_modules() if isinstance(module, fast.SpatialTransformer)]
-    for name, args in given.items():
-        exact_block, our_block, *torch_blocks = (unet.get_submodule(name) for unet in (truth, ours, *torchs))
-        for dtype in subject.dtypes:
+    for dtype in subject.dtypes:
+        torchs, ours = list(subject.plain_networks(dtype)), subject.fast(dtype)
+        skips = _skip_channels(ours)
+        transformers = [name for name, module in ours.named_modules() if isinstance(module, fast.SpatialTransformer)]
+        for name, args in given.items():
+            exact_block, our_block, *torch_blocks = (unet.get_submodule(name) for unet in (truth, ours, *torchs))
             rounded = [arg.to(DTYPES[dtype]) for arg in args]
             with torch.no_grad():
                 exact = exact_block(*(arg.double() for arg in rounded))
@@ -123,7 +124,7 @@ def compare_networks(subject: Subject, levels: set[str]) -> Iterator[Row]:
             parts = {"prediction": [0], **(kinds if with_grads else {})}
             return {name: errors([results[i] for i in part], [exact[i] for i in part]) for name, part in parts.items()}
 
-        by_torch, by_us = [errors_of(unet) for unet in subject.plain_networks()], errors_of(subject.fast())
+        by_torch, by_us = [errors_of(unet) for unet in subject.plain_networks(dtype)], errors_of(subject.fast(dtype))
         for name, ours in by_us.items():
             level = "unet" if name == "prediction" else "grad"
             if level in levels:

@@ -189,8 +189,7 @@ def _whole_step(subject: Subject) -> Iterator[Row]:
     batch = _batch(subject)
     for dtype in subject.dtypes:
         config = _trained_in(subject.config, dtype)
-        plain, layout = subject.plain(), torch.channels_last
-        unets = subject.fast(), plain, subject.plain().to(memory_format=layout)  # type: ignore[call-overload]
+        unets = subject.fast(dtype), *subject.plain_networks(dtype)
         ours, *by_torch = (_stepped(unet, config, batch, subject) for unet in unets)
         truth = _exact_step(subject, config, batch)
         yield compared("step", "loss", subject.where, dtype, ours[:1], [some[:1] for some in by_torch], truth[:1])

@@ -7,15 +7,16 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
 
+from sd_kernels.fp8_linear.reference import fp8_linear
 from sd_kernels.registry import all_ops
 from sd_kernels.selection import Choice
 from sd_kernels.spec import Target
-from sd_perf.config import Config, UNetConfig
+from sd_perf.config import Config, PrecisionConfig, UNetConfig
 from sd_perf.diffusion.randomness import Stream, normal
 from sd_perf.models.kernel_choice import choose_kernels
 from sd_perf.models.unet import FastUNet, Ops
@@ -89,18 +90,22 @@ class Subject:
         randomise(unet)
         return unet.to(dtype)
 
-    def plain_networks(self) -> Iterator[torch.nn.Module]:
-        """Plain torch twice, which rounds otherwise in each order of memory."""
+    def plain_networks(self, dtype: str = "float32") -> Iterator[torch.nn.Module]:
+        """Plain torch twice, which rounds otherwise in each order of memory; with FP8 where the fast one has it."""
         for layout in (torch.contiguous_format, torch.channels_last):
-            yield self.plain().to(memory_format=layout)  # type: ignore[call-overload]
+            unet = self.plain().to(memory_format=layout)  # type: ignore[call-overload]
+            if dtype == "bfloat16":
+                round_to_fp8(unet, self.config.precision)
+            yield unet
 
-    def fast(self) -> FastUNet:
-        """The fast network with the plain one's weights, its operators counted."""
+    def fast(self, dtype: str = "float32") -> FastUNet:
+        """The fast network with the plain one's weights, its operators counted; FP8 belongs to bfloat16."""
         ops = Ops.chosen(self.choices)
         names = [part.name for part in dataclasses.fields(ops)]
         counted = {name: self._counting(getattr(ops, name), name, self.choices[name].backend) for name in names}
         with torch.device(self.device):
-            unet = FastUNet(self.config.model, Ops(**counted))
+            precision = self.config.precision if dtype == "bfloat16" else PrecisionConfig()
+            unet = FastUNet(self.config.model, Ops(**counted), precision)
         randomise(unet)
         return unet
 
@@ -131,6 +136,31 @@ def tiny(model: UNetConfig) -> UNetConfig:
         resblock_groups=16,
         transformer_groups=32,
     )
+
+
+def round_to_fp8(unet: torch.nn.Module, precision: PrecisionConfig) -> None:
+    """Make the plain network's linear layers round to FP8 what the config multiplies in FP8."""
+    for name, layer in unet.named_modules():
+        classes = (layers for part, layers in _LAYERS.items() if part in name)
+        layers = next(classes, None) if isinstance(layer, torch.nn.Linear) else None
+        if layers and precision.of(layers) != "bf16":
+            layer.forward = partial(_rounded, layer)
+
+
+def _rounded(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    bias = None if layer.bias is None else layer.bias.bfloat16()
+    return fp8_linear(x.bfloat16(), layer.weight.bfloat16(), bias)
+
+
+_LAYERS = {
+    "attn2.to_k": "text",
+    "attn2.to_v": "text",
+    "attn": "attention",
+    ".ff.": "feed_forward",
+    "proj_in": "transformer_ends",
+    "proj_out": "transformer_ends",
+}
+"""classes of the section `precision`, by what the names of their layers hold; the first that fits"""
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from rich.table import Table
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from sd_perf.config import Config
+from sd_perf.config import LINEAR_LAYERS, Config
 from sd_perf.models.kernel_choice import choose_kernels, target_named
 from sd_perf.reference.unet import UNet
 
@@ -40,12 +40,13 @@ def dry_run(config: Config, world_size: int, target: str = "here") -> dict[str, 
     activations = _activation_bytes(unet, config)
     weight_bytes = 4 * parameters
     low_precision = 2 * parameters if config.training.precision == "bf16" else 0
+    kept = "activations" + ("_without_checkpointing" if config.model.activation_checkpointing else "")
     memory = {
         "weights": weight_bytes,
         "gradients": weight_bytes,
         "adamw_moments": 2 * weight_bytes,
         "bf16_weight_copies": low_precision,
-        "activations": activations * micro_batch,
+        kept: activations * micro_batch,
     }
     batch = config.training.global_batch_size
     return {
@@ -64,6 +65,7 @@ def dry_run(config: Config, world_size: int, target: str = "here") -> dict[str, 
         "warmup_steps": config.optimizer.warmup_steps,
         "steps": config.steps_of(config.training.max_samples),
         "steps_between_checkpoints": config.steps_of(config.checkpoint.every_samples),
+        "linear_layers": {layers: _format(config, layers) for layers in LINEAR_LAYERS},
         "target": device.name,
         "kernels": {name: asdict(choice) for name, choice in choices.items()},
     }
@@ -83,9 +85,17 @@ def as_table(facts: dict[str, Any]) -> Table:
         f"{batch['global']} samples per step = {batch['ranks']} ranks x {batch['accumulate_steps']} "
         f"accumulation steps x {batch['per_rank_and_pass']}",
     )
+    formats = facts["linear_layers"]
+    named = ", ".join(f"{layers} {number_format}" for layers, number_format in formats.items())
+    table.add_row("linear layers", named if len(set(formats.values())) > 1 else next(iter(formats.values())))
     table.add_row("learning rate", f"{facts['learning_rate']:.4g} after {facts['warmup_steps']} steps")
     table.add_row("steps", f"{facts['steps']:,}, a checkpoint every {facts['steps_between_checkpoints']:,}")
     return table
+
+
+def _format(config: Config, layers: str) -> str:
+    arithmetic = config.precision.of(layers)
+    return config.training.precision if arithmetic == "bf16" else arithmetic
 
 
 def kernels_table(facts: dict[str, Any]) -> tuple[str, Table]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from rich.console import Console
 
+from sd_kernels.spec import Target
 from sd_perf.config import Config
 from sd_perf.data.build import build_loader
 from sd_perf.distributed.world import World
 from sd_perf.errors import UserError
 from sd_perf.mlperf.rules import require_closed
 from sd_perf.models.build import build_text_encoder, build_unet
-from sd_perf.models.kernel_choice import require_used
+from sd_perf.models.kernel_choice import choose_kernels, require_used
 from sd_perf.training.callbacks.base import Callback
 from sd_perf.training.callbacks.checkpointer import Checkpointer
 from sd_perf.training.callbacks.metrics import MetricsFile
@@ -30,6 +31,8 @@ def launch(config: Config, world: World, resume: bool, fresh: bool, console: Con
     if config.mlperf.division == "closed":
         world.on_main(lambda: require_closed(config))
     world.on_main(lambda: require_used(config))
+    if config.model.implementation == "fast":
+        world.on_main(lambda: choose_kernels(config, Target.here()))
     world.on_main(lambda: config.micro_batch_size(world.size))
     settled = world.on_main(lambda: settle_run(config, resume, fresh))
     torch.use_deterministic_algorithms(settled.training.deterministic)

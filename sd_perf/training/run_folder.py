@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import sd_perf
-from sd_perf.config import Config
+from sd_perf.config import SPEED_ONLY, Config
 from sd_perf.distributed.checkpoints import CheckpointStore, read_state
 from sd_perf.errors import ConfigError, UserError
 from sd_perf.files import disk_errors, one_line, read_json, write_json
@@ -27,9 +27,9 @@ from sd_perf.presets import config_differences, config_from_dict
 
 # A resumed run may differ from its beginning in these: they change where and how, not what is computed.
 _FREE_KEYS = ("run.", "logging.", "checkpoint.", "sampling.", "evaluation.", "data.path", "data.index", "data.workers",
-              "model.implementation", "data.prefetch_batches", "data.max_bad_samples", "training.max_samples",
-              "training.device", "training.accumulate_steps", "training.cpu_threads", "text_encoder.weights",
-              "kernels.")  # fmt: skip
+              "data.prefetch_batches", "data.max_bad_samples", "training.max_samples", "training.device",
+              "training.accumulate_steps", "training.cpu_threads", "text_encoder.weights", "kernels.",
+              *(f"model.{name}" for name in SPEED_ONLY))  # fmt: skip
 
 _PACKAGES = ("torch", "triton", "numpy", "open-clip-torch", "safetensors")
 

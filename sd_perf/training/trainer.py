@@ -13,10 +13,18 @@ import torch
 
 from sd_perf.config import Config
 from sd_perf.data.batch import Batch, Loader, Replacement
-from sd_perf.distributed.checkpoints import GO_BACK, MAKE_ROOM, CheckpointStore, load_tensors, read_state
+from sd_perf.distributed.checkpoints import (
+    GO_BACK,
+    MAKE_ROOM,
+    CheckpointStore,
+    load_component,
+    load_tensors,
+    read_state,
+)
 from sd_perf.distributed.world import World
 from sd_perf.errors import CheckpointError, DataError, UserError
 from sd_perf.files import disk_errors, json_lines
+from sd_perf.models.products import load_precision_state, precision_state
 from sd_perf.training.callbacks.base import Callback
 from sd_perf.training.optimizer import optimizer_tensors, set_step_count
 from sd_perf.training.step import TextEncoder, TrainStep
@@ -103,7 +111,8 @@ class Trainer:
         # The loss was taken before the update. A norm's squares leave float32 long before the numbers themselves do.
         if not torch.nn.utils.get_total_norm(list(tensors.values())).isfinite():
             raise self._diverged("weights or optimizer moments are")
-        return self.store.save(tensors, self.state())
+        scales = {f"precision_state.{name}": state for name, state in precision_state(self.unet).items()}
+        return self.store.save(tensors | scales, self.state())
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor of the training state by its checkpoint name; the tensors themselves."""
@@ -132,6 +141,8 @@ class Trainer:
                 f"was begun with, or choose another --run.dir"
             )
         load_tensors(path, self.tensors())
+        if precision_state(self.unet):
+            load_precision_state(self.unet, load_component(path, "precision_state"))
         set_step_count(self.step.optimizer, state["steps"])
         self.samples, self.bad_samples = state["samples"], state["bad_samples"]
 

@@ -1,10 +1,5 @@
 from __future__ import annotations
 
-import importlib
-import sys
-import types
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -17,6 +12,7 @@ from sd_kernels.fp8_linear.quantise import fp8_quantise
 from sd_kernels.fp8_linear.reference import FORWARD, GRADIENT, quantise
 from sd_kernels.fp8_linear.reference import fp8_linear as reference
 from sd_kernels.fp8_linear.triton import fp8_linear
+from tests.kernels import fake_te
 from tests.kernels.faults import assert_caught, planted
 
 CASES = {case.name: case for case in SPEC.small_cases}
@@ -101,62 +97,10 @@ def test_bad_input_is_one_sentence(changes: dict[str, Any], words: str) -> None:
         fp8_linear(**{**BAD, **changes})
 
 
-class FakeLinear(torch.nn.Module):
-    """te.Linear's signature, with the reference's arithmetic; keeps what it was called with."""
-
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, params_dtype: Any = None, device: str = "cuda"
-    ) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(out_features, in_features, dtype=params_dtype))
-        self.bias = torch.nn.Parameter(torch.zeros(out_features, dtype=params_dtype)) if bias else None
-        self.scale = torch.ones(())
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        assert x.shape[0] % 8 == 0
-        assert FAKE["recipe"] is not None
-        FAKE["rows"] = x.shape[0]
-        return reference(x, self.weight, self.bias)
-
-    def get_extra_state(self) -> torch.Tensor:
-        return self.scale
-
-    def set_extra_state(self, state: torch.Tensor) -> None:
-        self.scale = state
-
-
-FAKE: dict[str, Any] = {}
-
-
-@contextmanager
-def fake_autocast(
-    enabled: bool = True, calibrating: bool = False, recipe: Any = None, amax_reduction_group: Any = None
-) -> Iterator[None]:
-    FAKE["recipe"] = recipe
-    yield
-    FAKE["recipe"] = None
-
-
-@pytest.fixture
-def te(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The adapter over a stand-in of Transformer Engine with its signatures."""
-    names = "transformer_engine", "transformer_engine.pytorch", "transformer_engine.common"
-    modules = {name: types.ModuleType(name) for name in (*names, "transformer_engine.common.recipe")}
-    vars(modules["transformer_engine.pytorch"]).update(Linear=FakeLinear, autocast=fake_autocast)
-    recipe = {"DelayedScaling": dict, "Float8CurrentScaling": dict, "Format": types.SimpleNamespace(HYBRID="hybrid")}
-    vars(modules["transformer_engine.common.recipe"]).update(recipe)
-    modules["transformer_engine"].pytorch = modules["transformer_engine.pytorch"]  # type: ignore[attr-defined]
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "sd_kernels.fp8_linear.te", raising=False)
-    yield importlib.import_module("sd_kernels.fp8_linear.te")
-    sys.modules.pop("sd_kernels.fp8_linear.te", None)
-
-
 @pytest.mark.parametrize("name", ["77 tokens", "after GEGLU", "after LayerNorm"])
 def test_transformer_engine_is_called_with_its_signature(te: Any, name: str) -> None:
     assert all(verdict.ok for verdict in harness.check(SPEC, "te", CASES[name], torch.float32))
-    assert FAKE["rows"] == te.padded_rows(CASES[name].shape["B"])
+    assert fake_te.state.rows == te.padded_rows(CASES[name].shape["B"])
 
 
 def test_recipes_are_hybrid_and_named(te: Any) -> None:
@@ -169,12 +113,39 @@ def test_recipes_are_hybrid_and_named(te: Any) -> None:
 
 
 def test_precision_state_travels_beside_the_weights(te: Any) -> None:
-    model = torch.nn.ModuleDict({"ff": te.Linear(16, 16, True, "delayed", torch.bfloat16)})
-    model["ff"].inner.scale = torch.tensor(3.0)
-    state = te.precision_state(model)
-    assert list(state) == ["ff.inner"]
-    other = torch.nn.ModuleDict({"ff": te.Linear(16, 16, True, "delayed", torch.bfloat16)})
+    layers = {recipe: te.Linear(16, 16, True, recipe, torch.bfloat16) for recipe in ("delayed", "current")}
+    assert {name: state.numel() for name, state in te.precision_state(layers).items()} == {"delayed": 0}
+    layers["delayed"](torch.full((8, 16), 3.0).bfloat16())
+    state = te.precision_state(layers)
+    other = {"delayed": te.Linear(16, 16, True, "delayed", torch.bfloat16)}
+    memory = other["delayed"].inner.scales
     te.load_precision_state(other, state)
-    assert other["ff"].inner.scale == 3.0
-    with pytest.raises(KernelError, match=r"differ \(ff.inner\)"):
+    assert memory[2] == 3.0 and torch.equal(memory, layers["delayed"].inner.scales)
+    with pytest.raises(KernelError, match=r"differ \(delayed\)"):
         te.load_precision_state(other, {})
+
+
+def test_a_state_from_before_the_first_step_is_restored(te: Any) -> None:
+    layers = {"into": te.Linear(16, 16, True, "delayed", torch.bfloat16)}
+    before, scales = te.precision_state(layers), layers["into"].inner.scales.clone()
+    layers["into"](torch.full((8, 16), 3.0).bfloat16())
+    assert not torch.equal(layers["into"].inner.scales, scales)
+    te.load_precision_state(layers, before)
+    assert torch.equal(layers["into"].inner.scales, scales)
+
+
+def test_one_pass_is_one_step_of_every_history(te: Any) -> None:
+    layers = [te.Linear(16, 16, True, "delayed", torch.bfloat16) for _ in range(20)]
+    with te.scaling_step("delayed"):
+        for layer in layers:
+            layer(torch.full((8, 16), 3.0).bfloat16())
+    assert fake_te.state.updates == 1
+    assert all(layer.inner.scales[2] == 3.0 for layer in layers)
+
+
+def test_weights_of_a_call_are_the_ones_taken(te: Any) -> None:
+    layer = te.Linear(32, 16, True, "current", torch.bfloat16, "meta")
+    x, weight, bias = torch.randn(2, 3, 32).bfloat16(), torch.randn(16, 32, requires_grad=True), torch.randn(16)
+    y = layer.with_weights(x, weight, bias)
+    assert torch.equal(y, reference(x, weight.bfloat16(), bias.bfloat16()))
+    assert torch.autograd.grad(y.sum(), weight)[0].count_nonzero()

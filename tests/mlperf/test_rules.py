@@ -37,6 +37,13 @@ def test_free_values_are_free(closed):
     require_closed(closed(training={"precision": "fp32", "accumulate_steps": 4}, data={"context": "precomputed"}))
 
 
+def test_speed_and_fp8_are_free(closed):
+    speed = {"implementation": "fast", "activation_checkpointing": True, "compile": True}
+    require_closed(closed(model=speed))
+    require_closed(closed(model=speed, precision={"linear": "fp8_native", "text": "bf16"}))
+    require_closed(closed(model={"implementation": "fast"}, precision={"linear": "fp8_te", "fp8_recipe": "delayed"}))
+
+
 @pytest.mark.parametrize(
     ("section", "key", "value"),
     [(section, key, value) for section, keys in OTHERS.items() for key, value in keys.items()],

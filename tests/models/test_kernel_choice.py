@@ -10,7 +10,7 @@ import pytest
 from sd_kernels.registry import all_ops
 from sd_kernels.spec import DECLARED_TARGETS, Target
 from sd_perf import cli
-from sd_perf.config import Config, KernelsConfig, UNetConfig
+from sd_perf.config import Config, KernelsConfig, PrecisionConfig, UNetConfig
 from sd_perf.errors import ConfigError
 from sd_perf.models.kernel_choice import choose_kernels, require_used
 from sd_perf.presets import config_from_dict
@@ -74,3 +74,36 @@ def test_no_kernel_that_is_asked_for_is_ignored(kernels: dict, words: str) -> No
     require_used(Config(model=FAST, kernels=KernelsConfig(**kernels)))
     with pytest.raises(ConfigError, match=f"kernels.{words}.*model.implementation is 'plain'"):
         require_used(Config(kernels=KernelsConfig(**kernels)))
+
+
+NATIVE = PrecisionConfig(feed_forward="fp8_native")
+
+
+@pytest.mark.parametrize(
+    ("target", "backend"), [(H100, "triton"), (Target("cpu", "cpu"), "reference")], ids=["h100", "cpu"]
+)
+def test_native_fp8_is_had_on_fp8_units_and_on_a_cpu(target: Target, backend: str) -> None:
+    assert choose_kernels(Config(model=FAST, precision=NATIVE), target)["fp8_linear"].backend == backend
+
+
+def test_native_fp8_without_fp8_units_is_asked_for_by_name_or_refused() -> None:
+    a100 = DECLARED_TARGETS["a100"]
+    choose_kernels(Config(model=FAST, precision=NATIVE, kernels=KernelsConfig(fp8_linear="reference")), a100)
+    words = "^precision.feed_forward: 'fp8_native' .* bf16 on A100 .*8.9, A100 has 8.0.*kernels.fp8_linear to reference"
+    with pytest.raises(ConfigError, match=words):
+        choose_kernels(Config(model=FAST, precision=NATIVE), a100)
+
+
+def test_a_kernel_of_fp8_needs_a_layer_in_fp8() -> None:
+    kernels = KernelsConfig(fp8_linear="triton")
+    require_used(Config(model=FAST, precision=NATIVE, kernels=kernels))
+    with pytest.raises(ConfigError, match=r"^kernels.fp8_linear: 'triton' .*no layer of the section precision"):
+        require_used(Config(model=FAST, precision=PrecisionConfig(linear="bf16"), kernels=kernels))
+
+
+def test_the_benchmarks_calls_are_judged_whatever_its_speed() -> None:
+    def chosen(model: UNetConfig) -> dict:
+        return choose_kernels(Config(model=model), Target("cpu", "cpu"))
+
+    assert chosen(replace(FAST, activation_checkpointing=True, compile=True)) == chosen(UNetConfig())
+    assert chosen(replace(FAST, context_dim=768)) != chosen(UNetConfig())

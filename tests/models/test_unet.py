@@ -9,7 +9,7 @@ import torch
 
 from sd_kernels import launch
 from sd_kernels.spec import Target
-from sd_perf.config import Config, KernelsConfig, UNetConfig
+from sd_perf.config import Config, KernelsConfig, PrecisionConfig, UNetConfig
 from sd_perf.models.kernel_choice import choose_kernels
 from sd_perf.models.unet import FastUNet, Ops
 from sd_perf.reference.unet import UNet
@@ -20,9 +20,10 @@ LEVELS = replace(TINY, channel_mult=(2, 1), num_res_blocks=3, attention_resoluti
 REFERENCE = KernelsConfig(**{field.name: "reference" for field in fields(KernelsConfig) if field.name != "strict"})
 
 
-def built(config: UNetConfig, kernels: KernelsConfig = REFERENCE) -> FastUNet:
-    choices = choose_kernels(Config(model=config, kernels=kernels), Target.here())
-    return FastUNet(config, Ops.chosen(choices))
+def built(config: UNetConfig, kernels: KernelsConfig = REFERENCE, precision: PrecisionConfig | None = None) -> FastUNet:
+    config, precision = replace(config, implementation="fast"), precision or PrecisionConfig()
+    choices = choose_kernels(Config(model=config, kernels=kernels, precision=precision), Target.here())
+    return FastUNet(config, Ops.chosen(choices), precision)
 
 
 def randomised(unet: torch.nn.Module) -> torch.nn.Module:
@@ -33,12 +34,14 @@ def randomised(unet: torch.nn.Module) -> torch.nn.Module:
     return unet
 
 
-def results(unet: torch.nn.Module, dtype: torch.dtype, side: int = 16) -> list[torch.Tensor]:
+def results(
+    unet: torch.nn.Module, dtype: torch.dtype, side: int = 16, context: tuple[int, int] = (7, 24)
+) -> list[torch.Tensor]:
     """Prediction and all gradients, detached."""
     generator = torch.Generator().manual_seed(2)
     latents = torch.randn(2, 4, side, 2 * side, generator=generator, dtype=torch.float64).to(dtype)
-    context = torch.randn(2, 7, 24, generator=generator, dtype=torch.float64).to(dtype)
-    v = unet(latents, torch.tensor([3, 700]), context)
+    text = torch.randn(2, *context, generator=generator, dtype=torch.float64).to(dtype)
+    v = unet(latents, torch.tensor([3, 700]), text)
     weights = torch.randn(v.shape, generator=generator, dtype=torch.float64).to(v.dtype)
     parameters = list(unet.parameters())
     grads = torch.autograd.grad((v * weights).sum(), parameters, allow_unused=True)

@@ -101,6 +101,16 @@ def test_what_a_resumed_run_may_change(config, make_config):
     assert read_run_config(Path(config.run.dir)) == longer
 
 
+def test_a_resumed_run_may_be_faster_but_not_less_precise(config, make_config):
+    bf16 = {"training": {"precision": "bf16"}}
+    open_run(make_config("runs/run", **bf16), resume=False)
+    speed = {"implementation": "fast", "activation_checkpointing": True, "compile": True}
+    faster = make_config("runs/run", model=speed, **bf16)
+    assert open_run(faster, resume=True) == faster
+    with pytest.raises(ConfigError, match=r"precision\.text: the run in .* has None, this config 'fp8_native'"):
+        open_run(make_config("runs/run", model=speed, precision={"text": "fp8_native"}, **bf16), resume=True)
+
+
 @pytest.mark.parametrize("trace", ["run_manifest.json", "metrics.jsonl", "checkpoints/samples_0000000004"])
 def test_a_folder_that_holds_a_run_is_refused(trace, config, folder):
     path = folder / trace

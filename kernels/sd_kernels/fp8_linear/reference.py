@@ -38,15 +38,16 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
 class _Rounded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        ctx.operands = quantise(x, FORWARD), quantise(weight, FORWARD)
-        (values, scale), (weights, weight_scale) = ctx.operands
+        (values, scale), (weights, weight_scale) = quantise(x, FORWARD), quantise(weight, FORWARD)
+        ctx.save_for_backward(values, scale, weights, weight_scale)
         return _multiplied((values, scale), (weights.t(), weight_scale))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        x, weight = ctx.operands
-        grad, scale = quantise(grads[0], GRADIENT)
-        return _multiplied((grad, scale), weight), _multiplied((grad.t(), scale), x)
+        values, scale, weights, weight_scale = ctx.saved_tensors
+        grad, grad_scale = quantise(grads[0], GRADIENT)
+        dx = _multiplied((grad, grad_scale), (weights, weight_scale))
+        return dx, _multiplied((grad.t(), grad_scale), (values, scale))
 
 
 def fp8_linear(

@@ -7,6 +7,8 @@ with zeros, which 77 tokens of text need at batches that 8 does not divide. Neve
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -44,29 +46,47 @@ class Linear(torch.nn.Module):
         fits = in_features % 16 == out_features % 16 == 0
         require(fits, "fp8_linear/te", f"{in_features} columns to {out_features}", "multiples of 16")
         self.recipe = make_recipe(recipe)
+        self.has_state = recipe == "delayed"
         self.inner = te.Linear(in_features, out_features, bias=bias, params_dtype=dtype, device=device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (..., K) to (..., N). The autocast lies inside, so that a captured graph updates scales too."""
+        """x (..., K) to (..., N). Within `scaling_step`; else delayed scales are updated after this layer alone."""
         rows = x.reshape(-1, x.shape[-1])
         count = rows.shape[0]
         with te.autocast(enabled=True, recipe=self.recipe):
             y = self.inner(F.pad(rows, (0, 0, 0, padded_rows(count) - count)))
         return y[:count].view(*x.shape[:-1], -1)
 
+    def with_weights(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x (..., K) to (..., N) by these weights, in x's dtype; the layer's own are not read and may be on `meta`."""
+        parameters = {"inner.weight": weight} | ({} if bias is None else {"inner.bias": bias})
+        cast = {name: parameter.to(x.dtype) for name, parameter in parameters.items()}
+        return torch.func.functional_call(self, cast, (x,))
 
-def precision_state(model: torch.nn.Module) -> dict[str, Any]:
-    """Scales and histories of every te.Linear by module name: what a checkpoint keeps beside the weights."""
-    return {name: layer.get_extra_state() for name, layer in model.named_modules() if isinstance(layer, te.Linear)}
+
+def scaling_step(recipe: str) -> AbstractContextManager[None]:
+    """What surrounds all layers of one forward pass.
+
+    Leaving the outermost autocast moves the histories of all layers on by a step, whichever of them ran in it: with one
+    autocast per layer, 64 layers would push a step's magnitudes out of 16 entries before the step is over.
+    """
+    return te.autocast(enabled=True, recipe=make_recipe(recipe))
 
 
-def load_precision_state(model: torch.nn.Module, state: dict[str, Any]) -> None:
-    """Put back what `precision_state` gave; KernelError where layers differ."""
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, te.Linear)}
-    differing = sorted(layers.keys() ^ state.keys())
+def precision_state(layers: Mapping[str, Linear]) -> dict[str, torch.Tensor]:
+    """Scales and histories (bytes) of the layers that have any: what a checkpoint keeps beside the weights."""
+    return {name: layer.inner.get_extra_state() for name, layer in layers.items() if layer.has_state}
+
+
+def load_precision_state(layers: Mapping[str, Linear], state: Mapping[str, torch.Tensor]) -> None:
+    """Put back what `precision_state` gave, in the memory it was in; KernelError where layers differ."""
+    kept = {name: layer.inner for name, layer in layers.items() if layer.has_state}
+    differing = sorted(kept.keys() ^ state.keys())
     require(not differing, "precision_state", f"layers that differ ({', '.join(differing[:3])})", "the same FP8 layers")
-    for name, layer in layers.items():
-        layer.set_extra_state(state[name])
+    for name, inner in kept.items():
+        inner.set_extra_state(state[name])
+        if state[name].numel() == 0:  # of a layer that had not run: nothing is loaded, and what came since must go
+            inner.reset_fp8_meta_tensors()
 
 
 def fp8_linear(
@@ -86,7 +106,6 @@ def fp8_linear(
     if norm_weight is not None:
         produced = F.layer_norm(total, total.shape[-1:], norm_weight, norm_bias, eps)
     N, K = weight.shape
-    layer = Linear(K, N, bias is not None, "current", x.dtype, str(x.device))
-    parameters = {"inner.weight": weight} | ({} if bias is None else {"inner.bias": bias})
-    y = torch.func.functional_call(layer, parameters, (produced,))
+    layer = Linear(K, N, bias is not None, "current", x.dtype, "meta")
+    y = layer.with_weights(produced, weight, bias)
     return (y, total) if producer == "layer_norm" else y

@@ -1,0 +1,113 @@
+"""Training with linear layers in FP8 and with a compiled UNet: what is saved, resumed, refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from sd_kernels.spec import DECLARED_TARGETS, Target
+from sd_perf.config import KernelsConfig
+from sd_perf.distributed.checkpoints import load_component
+from sd_perf.distributed.world import start_world
+from sd_perf.errors import CheckpointError, ConfigError
+from sd_perf.models.products import precision_state
+from sd_perf.training.callbacks.checkpointer import Checkpointer
+from sd_perf.training.callbacks.metrics import MetricsFile
+from sd_perf.training.launch import launch
+from tests.kernels import fake_te
+from tests.training.test_resume import StopAt, assert_bit_identical, final_tensors, relative_error
+
+FAST = {"implementation": "fast"}
+REFERENCE = {field.name: "reference" for field in fields(KernelsConfig) if field.name != "strict"}
+DELAYED = {
+    "model": FAST,
+    "training": {"precision": "bf16", "max_samples": 80},
+    "precision": {"feed_forward": "fp8_te", "text": "fp8_native", "fp8_recipe": "delayed"},
+    "kernels": REFERENCE,
+}
+
+
+@pytest.fixture
+def on_h100(te: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformer Engine's stand-in, chosen as on a GPU that has FP8."""
+    monkeypatch.setattr(Target, "here", lambda: DECLARED_TARGETS["h100"])
+
+
+def losses(trainer: Any) -> list[float]:
+    return [json.loads(line)["loss"] for line in (trainer.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_fp8_trains_on_a_cpu(make_config, make_trainer):
+    changes = {"model": FAST, "training": {"precision": "bf16", "max_samples": 80}}
+    runs = {}
+    for linear in ("bf16", "fp8_native"):
+        trainer = make_trainer(make_config(linear, **changes, precision={"linear": linear}), [MetricsFile()])
+        trainer.fit()
+        runs[linear] = losses(trainer)
+    assert runs["fp8_native"] != runs["bf16"]
+    assert runs["fp8_native"] == pytest.approx(runs["bf16"], rel=0.01)
+
+
+def test_resumed_with_delayed_scales_is_bit_identical(on_h100, make_config, make_trainer):
+    whole = make_trainer(make_config("whole", **DELAYED), [Checkpointer()])
+    whole.fit()
+    assert fake_te.state.updates == whole.steps
+    config = make_config("stopped", **DELAYED)
+    make_trainer(config, [StopAt(7), Checkpointer()]).fit()
+    fake_te.state.seen.clear()
+    resumed = make_trainer(config, [Checkpointer()], resume=True)
+    resumed.fit()
+    assert_bit_identical(final_tensors(resumed.folder), final_tensors(whole.folder))
+    newest = resumed.store.newest()
+    assert load_component(newest, "model").keys() == resumed.unet.state_dict().keys()
+    saved, kept = load_component(newest, "precision_state"), precision_state(resumed.unet)
+    assert saved.keys() == kept.keys() and all(torch.equal(saved[name], kept[name]) for name in kept)
+
+
+def test_a_checkpoint_without_scales_is_not_taken_for_one_with(on_h100, make_config, make_trainer):
+    without = make_trainer(make_config("without", **{**DELAYED, "precision": {}}), [StopAt(3), Checkpointer()])
+    without.fit()
+    with pytest.raises(CheckpointError, match="holds no precision_state"):
+        make_trainer(make_config("with", **DELAYED)).load(without.store.newest())
+
+
+@pytest.mark.parametrize(
+    ("target", "kernels", "words"),
+    [
+        (Target("cpu", "cpu"), {}, "fp8_te' cannot be used; .* cannot be had on cpu: needs a CUDA GPU"),
+        (DECLARED_TARGETS["a100"], REFERENCE, "needs compute capability 8.9, A100 has 8.0"),
+        (DECLARED_TARGETS["h100"], REFERENCE, "No module named 'transformer_engine'; pip install"),
+    ],
+    ids=["cpu", "a100", "not installed"],
+)
+def test_what_cannot_be_had_stops_before_anything_is_built(target, kernels, words, make_config, monkeypatch, tmp_path):
+    monkeypatch.setattr(Target, "here", lambda: target)
+    monkeypatch.setattr("sd_perf.training.launch.build_trainer", lambda *_: pytest.fail("built"))
+    config = make_config("run", **{**DELAYED, "kernels": kernels})
+    with pytest.raises(ConfigError, match=f"^precision.feed_forward: .*{words}"):
+        launch(config, start_world("cpu"), resume=False, fresh=False, console=None)  # type: ignore[arg-type]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_compiled_step_is_the_step(make_config, make_trainer):
+    """By inductor, of a UNet of one level and a transformer in its middle."""
+    small = {"channel_mult": [1], "attention_resolutions": []}
+    steps = {"training": {"precision": "fp32", "max_samples": 8}, "logging": {"every_steps": 1}}
+    runs = []
+    torch._dynamo.reset()
+    counters.clear()
+    for compiled in (False, True):
+        config = make_config(str(compiled), model={**FAST, **small, "compile": compiled}, **steps)
+        runs.append(make_trainer(config, [MetricsFile(), Checkpointer()]))
+        runs[-1].fit()
+        assert counters["stats"]["unique_graphs"] == compiled
+    eager, ours = (final_tensors(run.folder) for run in runs)
+    assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=1e-5)
+    assert eager.keys() == ours.keys()
+    assert relative_error(ours, eager) < 1e-4
