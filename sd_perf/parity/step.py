@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sd_kernels.adamw.reference import adamw as textbook_adamw
 from sd_kernels.adamw.reference import join_master, split_master
-from sd_perf.config import Config
+from sd_perf.config import Config, PrecisionConfig
 from sd_perf.data.batch import Batch, LoaderOptions
 from sd_perf.data.synthetic import draw_inputs
 from sd_perf.diffusion.ddim import ddim_sample, ddim_timesteps
@@ -212,8 +212,10 @@ def _joined(values: list[Tensor]) -> list[Tensor]:
 
 
 def _trained_in(config: Config, dtype: str) -> Config:
-    precisions: dict[str, Literal["fp32", "bf16"]] = {"float32": "fp32", "bfloat16": "bf16"}
-    return dataclasses.replace(config, training=dataclasses.replace(config.training, precision=precisions[dtype]))
+    if dtype == "bfloat16":
+        return config
+    training = dataclasses.replace(config.training, precision="fp32")
+    return dataclasses.replace(config, training=training, precision=PrecisionConfig())
 
 
 def _exact_step(subject: Subject, config: Config, batch: Batch) -> list[Tensor]:

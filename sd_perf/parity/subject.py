@@ -147,7 +147,7 @@ def round_to_fp8(unet: torch.nn.Module, precision: PrecisionConfig) -> None:
             layer.forward = partial(_rounded, layer)
 
 
-def _rounded(layer: Any, x: torch.Tensor) -> torch.Tensor:
+def _rounded(layer: Any, x: torch.Tensor) -> Any:
     bias = None if layer.bias is None else layer.bias.bfloat16()
     return fp8_linear(x.bfloat16(), layer.weight.bfloat16(), bias)
 
