@@ -22,7 +22,7 @@ from sd_perf.models.products import load_precision_state, precision_state, preci
 from sd_perf.models.unet import FastUNet, Ops
 from sd_perf.reference.unet import UNet
 from tests.kernels import fake_te
-from tests.models.test_unet import REFERENCE, built, largest_difference, results
+from tests.models.test_unet import REFERENCE, built, largest_difference, randomised, results
 
 CONFIG = UNetConfig(
     model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2,), num_head_channels=16,

@@ -20,7 +20,7 @@ from sd_perf.training.callbacks.checkpointer import Checkpointer
 from sd_perf.training.callbacks.metrics import MetricsFile
 from sd_perf.training.launch import launch
 from tests.kernels import fake_te
-from tests.training.test_resume import StopAt, assert_bit_identical, final_tensors, relative_error
+from tests.training.test_resume import StopAt, assert_bit_identical, final_tensors
 
 FAST = {"implementation": "fast"}
 REFERENCE = {field.name: "reference" for field in fields(KernelsConfig) if field.name != "strict"}
@@ -95,19 +95,19 @@ def test_what_cannot_be_had_stops_before_anything_is_built(target, kernels, word
 
 
 @pytest.mark.slow
-def test_a_compiled_step_is_the_step(make_config, make_trainer):
-    """By inductor, of a UNet of one level and a transformer in its middle."""
+def test_compiled_steps_are_the_steps(make_config, make_trainer):
+    """By inductor, of a UNet of one level and a transformer in its middle; each loss depends on the updates before."""
     small = {"channel_mult": [1], "attention_resolutions": []}
-    steps = {"training": {"precision": "fp32", "max_samples": 8}, "logging": {"every_steps": 1}}
+    options = {"training": {"precision": "fp32", "max_samples": 24}, "logging": {"every_steps": 1}}
     runs = []
     torch._dynamo.reset()
     counters.clear()
     for compiled in (False, True):
-        config = make_config(str(compiled), model={**FAST, **small, "compile": compiled}, **steps)
-        runs.append(make_trainer(config, [MetricsFile(), Checkpointer()]))
+        config = make_config(str(compiled), model={**FAST, **small, "compile": compiled}, **options)
+        runs.append(make_trainer(config, [MetricsFile()]))
         runs[-1].fit()
         assert counters["stats"]["unique_graphs"] == compiled
-    eager, ours = (final_tensors(run.folder) for run in runs)
-    assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=1e-5)
-    assert eager.keys() == ours.keys()
-    assert relative_error(ours, eager) < 1e-4
+    eager, ours = runs
+    assert len(set(losses(eager))) == 6
+    assert losses(ours) == pytest.approx(losses(eager), rel=1e-5)
+    assert ours.tensors().keys() == eager.tensors().keys()
