@@ -1,4 +1,4 @@
-# make install | train | resume | test | test-all | check        (TORCH=... and REAL_DATA=... below)
+# make install | train | resume | scores | test | test-all | check        (TORCH=... and REAL_DATA=... below)
 
 PYTHON    ?= python3
 # The torch that everything is tested with; another build: make install TORCH="torch==2.12.0 --index-url ..."
@@ -22,12 +22,13 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
-# The tiny world: pictures, moments, training, scores, report.
+# The tiny world: pictures, moments, proof of the fast network, training, scores, report.
 train: data/smoke/moments/00000.tar
+	$(BIN)/sd-perf parity --config configs/smoke.yaml
 	$(BIN)/sd-perf train --config configs/smoke.yaml --fresh
 	$(MAKE) --no-print-directory scores
 
-# After Ctrl-C: the rest of the run that `make train` began.
+# After Ctrl-C: the rest of what `make train` began.
 resume: data/smoke/moments/00000.tar
 	$(BIN)/sd-perf train --config configs/smoke.yaml --resume
 	$(MAKE) --no-print-directory scores

@@ -443,11 +443,18 @@ def test_resume_where_there_is_nothing_yet_begins(preset, run, sd_perf):
     assert code == 0 and "no checkpoint to resume from" in output and "starting at sample 0" in output
 
 
+def test_resume_of_a_complete_run_does_nothing(copied_run, preset, sd_perf):
+    """So that a job that is queued again, or `make resume`, goes on to what comes after training."""
+    before = saved(copied_run)
+    code, output, _ = sd_perf("train", "--config", preset, "--run.dir", copied_run, "--resume")
+    assert code == 0 and "the run is complete (8 samples)" in output and "larger --training.max-samples" in output
+    assert saved(copied_run) == before
+
+
 def test_a_folder_that_holds_a_run(copied_run, preset, refused):
     before = saved(copied_run)
     command = ["train", "--config", preset, "--run.dir", copied_run]
     matches(refused(*command), copied_run, "holds a run already", "--resume", "--fresh", "--run.dir")
-    matches(refused(*command, "--resume"), "the run is complete (8 samples)", "larger --training.max-samples")
     sentence = refused(*command, "--resume", "--model.num-res-blocks", 2)
     matches(sentence, f"model.num_res_blocks: the run in {copied_run} has 1, this config 2", "--run.dir")
     (copied_run / "run_manifest.json").rename(copied_run.parent / "manifest")

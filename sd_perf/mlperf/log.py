@@ -91,6 +91,8 @@ class MLPerfLog:
         for name in ("org", "platform", "status"):
             if getattr(mlperf, name):
                 self._once("event", f"submission_{name}", getattr(mlperf, name), time_ms)
+        for check in mlperf.waive:
+            self._once("event", "sd_perf_waived", check, time_ms)
         self._once("start", "init_start", None, time_ms)
 
     def describe(self, seed: int, train_samples: int) -> None:

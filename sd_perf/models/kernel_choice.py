@@ -25,15 +25,16 @@ def choose_kernels(config: Config, target: Target) -> dict[str, Choice]:
     """The backend of every operator, for the calls that the config's model makes.
 
     Only the benchmark's own model has its calls listed in the specs; for another one a backend is judged by what it
-    needs, and an operator itself refuses what it cannot compute. Raises ConfigError naming the key.
+    needs, and an operator itself refuses what it cannot compute. `strict` binds the operators that training runs.
+    Raises ConfigError naming the key.
     """
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
     is_benchmark = config.model.network == UNetConfig()
-    choices = {}
+    choices, used = {}, used_ops(config)
     for name, spec in all_ops().items():
         wanted, cases = getattr(config.kernels, name), spec.cases if is_benchmark else ()
         try:
-            choices[name] = choose(name, wanted, target, cases, dtype, config.kernels.strict)
+            choices[name] = choose(name, wanted, target, cases, dtype, config.kernels.strict and name in used)
         except KernelError as error:
             raise ConfigError(str(error)) from error
     _require_fp8(config, target, choices["fp8_linear"])
@@ -53,14 +54,28 @@ def _require_fp8(config: Config, target: Target, native: Choice) -> None:
             config.precision.require(native.backend != REFERENCE, key, right)
 
 
+def used_ops(config: Config) -> tuple[str, ...]:
+    """The operators that the config's training runs: none with the plain network. AdamW is torch's own."""
+    idle = {"adamw"} | (set() if config.precision.uses("fp8_native") else {"fp8_linear"})
+    is_fast = config.model.implementation == "fast"
+    return tuple(op for op in all_ops() if is_fast and op not in idle)
+
+
 def require_used(config: Config) -> None:
     """ConfigError where the config chooses kernels that the rest of it leaves without work."""
-    kernels, key = config.kernels, "fp8_linear"
-    if config.model.implementation == "fast":
-        right = f"{AUTO} or {REFERENCE}, since no layer of the section precision is fp8_native"
-        kernels.require(config.precision.uses("fp8_native") or getattr(kernels, key) in (AUTO, REFERENCE), key, right)
-        return
+    used, is_fast = used_ops(config), config.model.implementation == "fast"
     for key in (field.name for field in fields(KernelsConfig)):
+        if key in used or (key == "strict" and is_fast):
+            continue
         right = "false" if key == "strict" else f"{AUTO} or {REFERENCE}"
-        right += ", since model.implementation is 'plain', which runs no kernels"
-        kernels.require(getattr(kernels, key) in (AUTO, REFERENCE, False), key, right)
+        right += f", since {_idle(key) if is_fast else _PLAIN}"
+        config.kernels.require(getattr(config.kernels, key) in (AUTO, REFERENCE, False), key, right)
+
+
+_PLAIN = "model.implementation is 'plain', which runs no kernels"
+
+
+def _idle(op: str) -> str:
+    if op == "fp8_linear":
+        return "no layer of the section precision is fp8_native"
+    return "training updates weights by torch's own fused AdamW"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import torch
 from rich.console import Console
 
@@ -9,16 +12,17 @@ from sd_kernels.spec import Target
 from sd_perf.config import Config
 from sd_perf.data.build import build_loader
 from sd_perf.distributed.world import World
-from sd_perf.errors import UserError
 from sd_perf.mlperf.rules import require_closed
 from sd_perf.models.build import build_text_encoder, build_unet
-from sd_perf.models.kernel_choice import choose_kernels, require_used
+from sd_perf.models.kernel_choice import choose_kernels, require_used, used_ops
+from sd_perf.parity.record import require_green
 from sd_perf.training.callbacks.base import Callback
 from sd_perf.training.callbacks.checkpointer import Checkpointer
 from sd_perf.training.callbacks.metrics import MetricsFile
 from sd_perf.training.callbacks.mlperf import MLPerfLogger
 from sd_perf.training.callbacks.progress import ProgressDisplay
 from sd_perf.training.callbacks.signals import StopOnSignal
+from sd_perf.training.dry_run import kernels_table
 from sd_perf.training.run_folder import open_run, settle_run
 from sd_perf.training.trainer import Trainer
 
@@ -31,8 +35,8 @@ def launch(config: Config, world: World, resume: bool, fresh: bool, console: Con
     if config.mlperf.division == "closed":
         world.on_main(lambda: require_closed(config))
     world.on_main(lambda: require_used(config))
-    if config.model.implementation == "fast":
-        world.on_main(lambda: choose_kernels(config, Target.here()))
+    kernels = world.on_main(lambda: _kernels(config))
+    parity = world.on_main(lambda: _proof(config, console))
     world.on_main(lambda: config.micro_batch_size(world.size))
     settled = world.on_main(lambda: settle_run(config, resume, fresh))
     torch.use_deterministic_algorithms(settled.training.deterministic)
@@ -44,8 +48,16 @@ def launch(config: Config, world: World, resume: bool, fresh: bool, console: Con
         world.together(lambda: trainer.load(newest))
     elif resume:
         console.print(f"{trainer.folder}: no checkpoint to resume from", soft_wrap=True)
-    world.on_main(lambda: _require_work(trainer))
-    world.on_main(lambda: open_run(settled, resume, fresh))
+    if trainer.samples >= trainer.total_samples:
+        told = (
+            f"{trainer.folder}: the run is complete ({trainer.samples:,} samples); to train on, resume it with a larger"
+        )
+        console.print(f"{told} --training.max-samples", soft_wrap=True, highlight=False)
+        return None
+    if kernels:
+        console.print(*kernels_table({"target": Target.here().name, "kernels": kernels}), sep="\n")
+    records = {"kernels.json": list(kernels.values()), "parity.json": parity}
+    world.on_main(lambda: open_run(settled, resume, fresh, records))
     return trainer.fit()
 
 
@@ -68,12 +80,20 @@ def default_callbacks(config: Config, console: Console) -> list[Callback]:
     return [StopOnSignal(), MetricsFile(), *log, Checkpointer(), ProgressDisplay(console)]
 
 
-def _require_work(trainer: Trainer) -> None:
-    if trainer.samples >= trainer.total_samples:
-        raise UserError(
-            f"{trainer.folder}: the run is complete ({trainer.samples:,} samples); to train on, resume it with a "
-            f"larger --training.max-samples"
-        )
+def _kernels(config: Config) -> dict[str, Any]:
+    """The backend of every operator that training runs, as JSON takes it."""
+    choices = choose_kernels(config, Target.here())
+    return {op: dataclasses.asdict(choices[op]) for op in used_ops(config)}
+
+
+def _proof(config: Config, console: Console) -> dict[str, Any] | None:
+    """The parity record that an MLPerf recipe with the fast network needs; None where nothing needs to be proven."""
+    if config.mlperf.division == "none" or config.model.implementation == "plain":
+        return None
+    if "parity" in config.mlperf.waive:
+        console.print("waived by name: parity; nothing proves that the fast network computes what the plain one does")
+        return None
+    return require_green(config)
 
 
 def _captions_only(config: Config) -> bool:

@@ -12,6 +12,7 @@ import secrets
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,10 @@ def settle_run(config: Config, resume: bool, fresh: bool = False) -> Config:
     )
 
 
-def open_run(config: Config, resume: bool, fresh: bool = False) -> Config:
+def open_run(config: Config, resume: bool, fresh: bool = False, records: Mapping[str, Any] | None = None) -> Config:
     """Claim the folder for this run, with an earlier one moved aside if `fresh`; returns what `settle_run` does.
+
+    `records` are JSON files, by name, that tell how this start came about; those that are None are left out.
 
     Raises UserError where that does, and for a folder that cannot be written or moved.
     """
@@ -68,6 +71,9 @@ def open_run(config: Config, resume: bool, fresh: bool = False) -> Config:
     manifest = {"config": dataclasses.asdict(config), **provenance(), "starts": [*starts, start]}
     with disk_errors(folder, "make room there, or choose another --run.dir"):
         folder.mkdir(parents=True, exist_ok=True)
+        for name, record in (records or {}).items():
+            if record is not None:
+                write_json(folder / name, record)
         write_json(folder / "run_manifest.json", manifest)
     return config
 

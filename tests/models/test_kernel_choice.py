@@ -15,6 +15,7 @@ from sd_perf.errors import ConfigError
 from sd_perf.models.kernel_choice import choose_kernels, require_used
 from sd_perf.presets import config_from_dict
 
+FAST = UNetConfig(implementation="fast")
 H100 = DECLARED_TARGETS["h100"]
 
 
@@ -52,7 +53,7 @@ def test_a_name_is_taken_for_any_model(model: UNetConfig) -> None:
 )
 def test_what_cannot_be_had_names_its_key(kernels: dict, target: Target, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        choose_kernels(replace(Config(), kernels=KernelsConfig(**kernels)), target)
+        choose_kernels(Config(model=FAST, kernels=KernelsConfig(**kernels)), target)
 
 
 def test_an_op_that_is_none_is_an_unknown_key() -> None:
@@ -60,7 +61,6 @@ def test_an_op_that_is_none_is_an_unknown_key() -> None:
         config_from_dict({"kernels": {"geglo": "triton"}})
 
 
-FAST = UNetConfig(implementation="fast")
 ASKED = [({"geglu": "triton"}, "geglu: 'triton'"), ({"strict": True}, "strict")]
 
 
