@@ -49,10 +49,8 @@ def launch(config: Config, world: World, resume: bool, fresh: bool, console: Con
     elif resume:
         console.print(f"{trainer.folder}: no checkpoint to resume from", soft_wrap=True)
     if trainer.samples >= trainer.total_samples:
-        told = (
-            f"{trainer.folder}: the run is complete ({trainer.samples:,} samples); to train on, resume it with a larger"
-        )
-        console.print(f"{told} --training.max-samples", soft_wrap=True, highlight=False)
+        told = f"{trainer.folder}: the run is complete ({trainer.samples:,} samples)"
+        console.print(f"{told}; to train on, resume it with a larger --training.max-samples", soft_wrap=True)
         return None
     if kernels:
         console.print(*kernels_table({"target": Target.here().name, "kernels": kernels}), sep="\n")

@@ -1,4 +1,4 @@
-"""A recipe with an MLPerf log starts with a green record of its config, this code and this device, or says it has none."""
+"""A recipe with an MLPerf log starts with a green record of its config, this code and this device, or says so."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def config(preset: Path) -> Config:
     return load_preset(preset)
 
 
-def green(config: Config, **changes: Any) -> dict[str, Any]:
-    return {**identity(config), "ok": True, "levels": list(USUAL), "rows": [], **changes}
+def green(of: Config, **changes: Any) -> dict[str, Any]:
+    return {**identity(of), "ok": True, "levels": list(USUAL), "rows": [], **changes}
 
 
 def test_a_green_record_is_taken(config: Config) -> None:
