@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +17,7 @@ from sd_perf.diffusion.ddim import ddim_sample
 from sd_perf.diffusion.randomness import Stream, normal
 from sd_perf.errors import UserError
 from sd_perf.files import disk_errors, written_aside
+from sd_perf.models.unet import FastUNet
 from sd_perf.optional import optional
 
 Decoder = Callable[[torch.Tensor], torch.Tensor]
@@ -38,12 +40,13 @@ def generate(
     device = next(unet.parameters()).device
     size, channels = config.data.latent_size, config.model.in_channels
     uncond = text_encoder([""])
+    once: dict[str, Any] = {"project_text": unet.project_text} if isinstance(unet, FastUNet) else {}
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         indices = torch.arange(start, start + len(batch), device=device)
         noise = normal(seed, Stream.SAMPLER, indices, channels * size * size).view(-1, channels, size, size)
         options = config.sampling.steps, config.sampling.guidance_scale
-        latents = ddim_sample(unet, noise, text_encoder(batch), uncond, config.diffusion, *options)
+        latents = ddim_sample(unet, noise, text_encoder(batch), uncond, config.diffusion, *options, **once)
         yield ((decode(latents / config.diffusion.latent_scale) + 1) / 2).clamp(0, 1).float().cpu()
 
 

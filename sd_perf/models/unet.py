@@ -288,20 +288,22 @@ class FastUNet(nn.Module):
         embedding = F.silu(self.ops.linear(hidden, out.weight, out.bias))
         return list(self.ops.linear(embedding, weight, bias).split([layer.out_features for layer in layers], dim=-1))
 
-    def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+    def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor | list[Tensor]) -> Tensor:
         """Predicts v (B, 4, H, W) from noisy latents (B, 4, H, W), timesteps (B,) int64 and context (B, T, D).
 
-        Computes in autocast's dtype where that is on, else in that of the latents; statistics are float32 anyway.
+        Instead of the context it takes what `project_text` made of it, once for all steps of a sampler. Computes in
+        autocast's dtype where that is on, else in that of the latents; statistics are float32 anyway.
         """
         device = latents.device.type
         is_cast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if is_cast else latents.dtype
         with torch.autocast(device, enabled=False), self.products.step():
-            return self._predict(latents.to(dtype), timesteps, context.to(dtype))
+            projected = context if isinstance(context, list) else self.project_text(context.to(dtype))
+            return self._predict(latents.to(dtype), timesteps, [text.to(dtype) for text in projected])
 
-    def _predict(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+    def _predict(self, latents: Tensor, timesteps: Tensor, projected: list[Tensor]) -> Tensor:
         ops = self.ops
-        times, texts = iter(self.project_time(timesteps, latents.dtype)), iter(self.project_text(context))
+        times, texts = iter(self.project_time(timesteps, latents.dtype)), iter(projected)
         first = self.input_blocks[0][0]
         latents = latents.contiguous(memory_format=torch.channels_last)
         pending, skips = Pending(ops.conv(latents, first.weight), first.bias), []

@@ -10,6 +10,7 @@ import torch
 from sd_kernels import launch
 from sd_kernels.spec import Target
 from sd_perf.config import Config, KernelsConfig, PrecisionConfig, UNetConfig
+from sd_perf.diffusion.ddim import ddim_sample
 from sd_perf.models.kernel_choice import choose_kernels
 from sd_perf.models.unet import FastUNet, Ops
 from sd_perf.reference.unet import UNet
@@ -70,6 +71,19 @@ def test_parameters_are_the_plain_ones(config: UNetConfig) -> None:
     names = [(name, parameter.shape) for name, parameter in plain.named_parameters()]
     assert names == [(name, parameter.shape) for name, parameter in fast.named_parameters()]
     assert list(plain.state_dict()) == list(fast.state_dict())
+
+
+def test_text_is_projected_once_for_all_steps_of_a_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = randomised(built(TINY))
+    generator = torch.Generator().manual_seed(2)
+    noise = torch.randn(2, 4, 16, 16, generator=generator)
+    context = torch.randn(2, 7, 24, generator=generator)
+    options = context, context[:1], Config().diffusion, 4, 2.0
+    calls, project = [], fast.project_text
+    monkeypatch.setattr(fast, "project_text", lambda text: calls.append(len(text)) or project(text))
+    each_time, once = ddim_sample(fast, noise, *options), ddim_sample(fast, noise, *options, fast.project_text)
+    assert calls == [4] * 4 + [4]
+    assert torch.equal(each_time, once)
 
 
 def test_initial_weights_are_the_plain_ones() -> None:
