@@ -107,8 +107,10 @@ class Rung:
 
 
 def plan_rungs(batches: list[int], rival_batch: int) -> list[Rung]:
-    """The rows: the fast recipes at every batch in a graph, and at the smallest without, where launches weigh most;
-    then at one batch what they are compared with, what takes long to compile last."""
+    """The rows: fast recipes at every batch, largest first, then at one batch what they are compared with.
+
+    A fast one also runs without a graph at the smallest batch, where launches weigh most. Compiling comes last.
+    """
     fast = [Rung(recipe, batch, True) for recipe in FAST_TIMED for batch in reversed(batches)]
     rivals = [(AUTOCAST, False), (MASTERS, False), (AUTOCAST, True), (MASTERS, True), (DIFFUSERS, False)]
     rivals += [(COMPILED, True), (DIFFUSERS_COMPILED, True)]
@@ -211,14 +213,17 @@ def measure_rows(
     measure: Callable[[Rung, float], dict[str, Any]],
     save: Callable[[list[dict[str, Any]]], None],
 ) -> list[dict[str, Any]]:
-    """One row per rung, each given its share of the seconds left; rows past the budget, and of what a check is red
-    for, say so. Saves every row."""
+    """One row per rung, each given its share of the seconds left. Saves every row.
+
+    Rows that are past the budget, or of a recipe that a check is red for, say so.
+    """
     rows: list[dict[str, Any]] = []
     for done, rung in enumerate(rungs):
-        share = budget.share(1) * rung.most_seconds / sum(later.most_seconds for later in rungs[done:])
+        left = budget.left()
+        share = left * rung.most_seconds / sum(later.most_seconds for later in rungs[done:])
         if red := against(rung.recipe, checks):
             measured = {"status": "red", "reason": f"wrong code has no speed: {red[0]}"}
-        elif budget.left() > rung.least_seconds:
+        elif left > rung.least_seconds:
             measured = measure(rung, min(share, rung.most_seconds))
         else:
             measured = {"status": "left out", "reason": f"too little was left of the budget of {budget.seconds:g} s"}

@@ -56,7 +56,7 @@ class FastRecipe(Recipe):
         with torch.device(device):
             return build_unet(self.fast_config(config), 0, torch.device(device))
 
-    def workload(self, config: UNetConfig, batch: int, device: str, **sizes: int) -> Workload:
+    def workload(self, config: UNetConfig, batch: int, device: str, **sizes: Any) -> Workload:
         return FastWorkload(self, config, batch, device, **sizes)
 
 
