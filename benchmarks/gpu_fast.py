@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from gpu_workload import MASTERS, Recipe, Workload, channels_last, randomize
+from gpu_workload import FP32, MASTERS, Recipe, Workload, channels_last, randomize
 
 from sd_kernels.registry import all_ops
 from sd_kernels.selection import Choice, choose
@@ -29,8 +30,8 @@ Wrap = Callable[[str, Op], Op]
 class FastRecipe(Recipe):
     """One way to run the fast UNet."""
 
-    yardstick: str = MASTERS.implementation
-    """the recipe of plain operations in the same number formats: no error may be more than twice as large"""
+    yardstick: Recipe | None = MASTERS
+    """plain operations in the same number formats, whose error this one's may be twice of; none: it is a yardstick"""
     sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """what differs from the default config: values by section and field, such as kernels that are named"""
 
@@ -61,7 +62,7 @@ class FastRecipe(Recipe):
 
 
 FAST_FP32 = FastRecipe(
-    "fast_fp32", "fp32, TF32 off; flat buffers", torch.float32, yardstick="plain_fp32"
+    "fast_fp32", "fp32, TF32 off; flat buffers", torch.float32, yardstick=FP32
 )  # fmt: skip
 FAST_BF16 = FastRecipe(
     "fast_bf16",
@@ -70,13 +71,27 @@ FAST_BF16 = FastRecipe(
     way="fused",
 )
 FAST_TIMED = (FAST_BF16,)
-"""those that rows are measured of; an FP8 one sets `sections={"precision": {"linear": ...}}`"""
+"""those that rows are measured of"""
 FAST_CHECKED = (FAST_FP32, *FAST_TIMED)
 
 
 def unwrapped(name: str, op: Op) -> Op:
     """The operator itself."""
     return op
+
+
+@contextmanager
+def wrapped_operators(wrap: Wrap) -> Iterator[None]:
+    """Whatever takes an operator's chosen function within is given `wrap(name, function)`.
+
+    A network may bind functions while it is made, so that to exchange them afterwards would miss some.
+    """
+    chosen = Choice.function
+    Choice.function = lambda choice: wrap(choice.op, chosen(choice))  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        Choice.function = chosen  # type: ignore[method-assign]
 
 
 class FastWorkload(Workload):
@@ -97,23 +112,27 @@ class FastWorkload(Workload):
         """Other sizes as `Workload` has them. `wrap` is called once for every operator."""
         super().__init__(config, batch, device, **sizes)
         whole = recipe.fast_config(config)
-        choices = recipe.choices(config)
-        unet: Any = recipe.unet(config, device)
-        ops = unet.ops
-        used = (*vars(ops), "diffusion_inputs", "v_mse_loss", "adamw")
-        self.kernels = {name: choices[name].backend for name in used}
-        unet.ops = type(ops)(**{name: wrap(name, op) for name, op in vars(ops).items()})
-        self.unet = unet
+        self.choices = recipe.choices(config)
+        self.kernels: dict[str, str] = {}
+        with wrapped_operators(lambda name, op: wrap(name, self._noted(name, op))):
+            self.unet = recipe.unet(config, device)
+            self.draw, self.loss_of, adamw = (
+                self.choices[name].function() for name in ("diffusion_inputs", "v_mse_loss", "adamw")
+            )
         self.dtype = recipe.weights
         self.flat = FlatParameters(self.unet, recipe.weights)
-        self.draw, self.loss_of, adamw = (
-            wrap(name, choices[name].function()) for name in ("diffusion_inputs", "v_mse_loss", "adamw")
-        )
         self.collect = wrap("collect_gradients", self.flat.collect_gradients)
         self.optimizer = FlatAdamW(self.flat, whole.optimizer, whole.learning_rate, adamw)
-        # What else the network carries from step to step, such as the scales of FP8.
-        self.carried = [(buffer, buffer.clone()) for buffer in self.unet.buffers()]
         self.reset()
+
+    def _noted(self, name: str, op: Op) -> Op:
+        """The operator, which leaves its backend in `kernels` when it is called."""
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            self.kernels[name] = self.choices[name].backend
+            return op(*arguments, **options)
+
+        return call
 
     def masters(self) -> list[torch.Tensor]:
         return list(self.flat.masters().values())
@@ -147,11 +166,8 @@ class FastWorkload(Workload):
         randomize(plain, self.seed)
         self.flat.set_masters(dict(plain.named_parameters()))
         self.optimizer.reset()
-        for buffer, start in self.carried:
-            buffer.copy_(start)
 
     def changing(self) -> list[torch.Tensor]:
         flat, optimizer = self.flat, self.optimizer
         halves = [flat.weights] if flat.remainders is None else [flat.weights, flat.remainders]
-        moments = [optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.step_count]
-        return [*halves, *moments, *(buffer for buffer, _ in self.carried)]
+        return [*halves, optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.step_count]

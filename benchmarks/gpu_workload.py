@@ -156,7 +156,7 @@ class Workload(ABC):
     unet: torch.nn.Module
     """whose parameters forward and backward read"""
     kernels: Mapping[str, str] = {}
-    """backend by operator, where the network is made of operators"""
+    """backend of each operator of sd_kernels that iterations have called"""
 
     def __init__(
         self,

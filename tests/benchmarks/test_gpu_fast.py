@@ -21,6 +21,7 @@ import gpu_profile
 from gpu_fast import FAST_BF16, FAST_CHECKED, FAST_FP32, FastRecipe, FastWorkload, Op, unwrapped
 from gpu_workload import AUTOCAST, DIFFUSERS, FP32, MASTERS, PlainWorkload, Recipe, randomize
 
+from sd_kernels.registry import all_ops
 from sd_perf.config import KernelsConfig, UNetConfig
 from sd_perf.models.key_maps import to_diffusers
 from sd_perf.reference.unet import UNet
@@ -53,7 +54,8 @@ def plain() -> dict[str, gpu_checks.Trained]:
 
 
 def verdict(recipe: FastRecipe, mine: gpu_checks.Trained, plain: dict[str, gpu_checks.Trained]) -> dict[str, bool]:
-    checks = gpu_checks.compare_training(recipe, mine, plain[recipe.yardstick], plain["plain_fp32"])
+    assert recipe.yardstick
+    checks = gpu_checks.compare_training(recipe, mine, plain[recipe.yardstick.implementation], plain["plain_fp32"])
     return {check["check"].partition(": ")[2]: check["passed"] for check in checks}
 
 
@@ -117,23 +119,7 @@ def test_a_start_of_other_weights_is_red(plain: dict[str, gpu_checks.Trained]) -
     assert not verdict(FAST_BF16, trained(workload), plain)["masters unlike the plain start"]
 
 
-def test_what_the_network_carries_is_restored() -> None:
-    class Scaled(FastRecipe):
-        def unet(self, config: UNetConfig, device: str) -> torch.nn.Module:
-            unet = super().unet(config, device)
-            unet.register_buffer("amax", torch.ones(3), persistent=False)
-            return unet
-
-    workload = fast_workload(Scaled("fast_bf16", "", torch.bfloat16))
-    workload.get_amax = workload.unet.amax  # type: ignore[attr-defined]
-    start = [tensor.clone() for tensor in workload.state()]
-    workload.unet.amax.mul_(2)  # type: ignore[operator,union-attr]
-    assert gpu_checks.differing(workload.state(), start) == 3
-    workload.reset()
-    assert gpu_checks.differing(workload.state(), start) == 0
-
-
-def test_the_rule_follows_the_yardstick(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rule_follows_the_yardstick() -> None:
     recipes = (FP32, PLAIN_BF16, *FAST_CHECKED)
     checks = gpu_checks.check_precisions(TINY, 8, recipes, "cpu", "cpu", gradients=True)
     assert gpu_checks.passed(checks)
@@ -143,9 +129,12 @@ def test_the_rule_follows_the_yardstick(monkeypatch: pytest.MonkeyPatch) -> None
     assert budgets["fast_bf16: output"] == pytest.approx(2 * errors["plain_bf16_masters: output"], rel=1e-3)
     assert errors["fast_fp32: gradients"] < 1e-5 < errors["fast_bf16: gradients"]
 
-    unsafe = replace(FAST_BF16, implementation="fast_fp32", yardstick="plain_fp32")  # bf16 that claims to be fp32
+    unsafe = replace(FAST_BF16, implementation="fast_fp32", yardstick=FP32)  # bf16 that claims to be fp32
     checks = gpu_checks.check_precisions(TINY, 8, (FP32, unsafe), "cpu", "cpu", gradients=True)
     assert [check["passed"] for check in checks] == [True, True, False, False, False]
+    assert not gpu_checks.check_precisions(
+        TINY, 8, (replace(FAST_BF16, yardstick=None),), "cpu", "cpu", gradients=False
+    )
 
 
 def test_one_wrong_gradient_is_red() -> None:
@@ -157,9 +146,8 @@ def test_one_wrong_gradient_is_red() -> None:
     assert gpu_checks._errors(exact, exact)[gpu_checks.WORST] == 0.0
 
 
-def test_steps_are_checked_in_one_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(gpu_checks.RECIPES, MASTERS.implementation, PLAIN_BF16)
-    checks = gpu_checks.check_steps(FAST_BF16, TINY, 8, "cpu", 1)
+def test_steps_are_checked_in_one_go() -> None:
+    checks = gpu_checks.check_steps(replace(FAST_BF16, yardstick=PLAIN_BF16), TINY, 8, "cpu", 1)
     red = [check["check"] for check in checks if not check["passed"]]
     assert len(checks) == 7
     assert red == ["fast_bf16: operators on Triton without a launch (no such operator counts as one)"]
@@ -303,7 +291,10 @@ def test_every_operator_is_found_in_a_real_profile() -> None:
     events = gpu_profile.profile(FAST_BF16, TINY, 2, "cpu", **SIZES)
     found = gpu_profile.by_op(events, own_time)
     ops = set(gpu_profile.by_op(events, lambda event: [("", 1.0)]))
-    assert ops == {*fast_workload().kernels, "collect_gradients", "elementwise"}
+    workload = fast_workload()
+    workload.iteration()
+    assert ops == {*workload.kernels, "collect_gradients", "elementwise"}
+    assert set(all_ops()) - ops == {"fp8_linear"}
 
     def kernels(part: str) -> set[str]:
         only = gpu_profile.by_op(events, lambda event: own_time(event) if part in event.name else [])
