@@ -120,9 +120,13 @@ def plan_rungs(batches: list[int], rival_batch: int) -> list[Rung]:
 
 @cache
 def predictions(gpu: str, batch: int) -> dict[str, Any]:
-    """What `sd-perf estimate` says of a GPU and a batch, by way of working; empty for a GPU that it does not know."""
-    name = ESTIMATED_AS.get(gpu)
-    return estimate(Config(), name, batch)["ways"] if name else {}
+    """What `sd-perf estimate` says of a GPU and a batch, by way of working; empty where it says nothing."""
+    if gpu not in ESTIMATED_AS:
+        return {}
+    facts = attempt(partial(estimate, Config(), ESTIMATED_AS[gpu], batch))
+    if "ways" not in facts:  # what is measured is worth having without it
+        print(f"no estimate for batch {batch}: {facts['reason']}", flush=True)
+    return facts.get("ways", {})
 
 
 def make_row(gpu: str, rung: Rung, measured: dict[str, Any]) -> dict[str, Any]:

@@ -249,11 +249,14 @@ class PlainWorkload(Workload):
         self.optimizer = build_optimizer(self.master_unet, Config())
         # A number would be frozen into the graph; a tensor is read at every replay.
         self.optimizer.param_groups[0]["lr"] = torch.tensor(Config().learning_rate, device=device)
-        # The fused step never asks the host for anything, but torch wants to be told before it lets it be captured.
-        self.optimizer.param_groups[0]["capturable"] = device != "cpu"
         if recipe.compiled:
             self.unet.compile(dynamic=False)
         self.reset()
+
+    def capture(self) -> torch.cuda.CUDAGraph:
+        # The fused step never asks the host for anything, but torch wants to be told before it lets it be captured.
+        self.optimizer.param_groups[0]["capturable"] = True
+        return super().capture()
 
     def masters(self) -> list[torch.Tensor]:
         return [parameter.detach() for parameter in self.master_unet.parameters()]
