@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import gpu_acceptance
 import gpu_checks
 import gpu_environment
+import gpu_profile
 import timing
 from gpu_acceptance import Rung, attempt, check_losses, exit_code, make_row, measure_rows, plan_rungs, summary
 from gpu_fast import FAST_BF16
@@ -355,6 +356,44 @@ def test_what_is_not_installed_is_absent() -> None:
     assert "absent: no_such_package is not installed" in summary(make_report([row], []))
 
 
+def test_green_code_is_profiled_and_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def profile(recipe: Recipe, batch: int, predicted: dict[str, float]) -> dict[str, Any]:
+        measured = {op: {"ms": 2 * floor, "kernels": 1, "longest": {}} for op, floor in predicted.items()}
+        rows = gpu_profile.compare(measured, predicted)
+        return {"status": "measured", "recipe": recipe.implementation, "batch": batch, "ops": rows}
+
+    monkeypatch.setattr(gpu_acceptance, "describe", lambda: {"gpu": H100, "torch": "2"})
+    green = gpu_checks.make_check("draws", 0.0, 0.0)
+    monkeypatch.setattr(gpu_acceptance, "gpu_checks", lambda: [("draws", lambda: [green])])
+    monkeypatch.setattr(gpu_acceptance, "measure_rung", lambda rung, seconds: MEASURED)
+    monkeypatch.setattr(gpu_profile, "measure_profile", profile)
+    monkeypatch.setattr(gpu_acceptance, "set_arithmetic", lambda timing: None)
+    parts = "correctness,profile,throughput"
+    arguments = ["--output", str(tmp_path), "--parts", parts, "--git-sha", "abc", "--batches", "8,64"]
+    report = make_report([], [])
+    gpu_acceptance.run_parts(report, gpu_acceptance.parse(arguments), timing.Budget(600), lambda: None)
+    assert {row["status"] for row in report["rows"]} == {"measured"}
+    ops = report["profile"]["ops"]
+    assert report["profile"]["batch"] == 64
+    assert ops[0]["op"] == "conv"  # what takes longest has the largest gap where all take twice the floor
+    assert ops[0]["predicted_ms"] == pytest.approx(64 * 1.362, rel=1e-2)
+    assert {row["ratio"] for row in ops} == {2.0}
+    json.dumps(report, allow_nan=False)
+    assert "largest gap first" in summary(report)
+    assert exit_code(report, parts.split(",")) == 0
+
+
+def test_without_an_estimate_there_are_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> dict[str, Any]:
+        raise RuntimeError("odd")
+
+    monkeypatch.setattr(gpu_acceptance, "estimate", fail)
+    gpu_acceptance.predictions.cache_clear()
+    row = make_row(H100, Rung(FAST_BF16, 8, True), MEASURED)
+    gpu_acceptance.predictions.cache_clear()
+    assert (row["status"], row["predicted_memory_bytes"]) == ("measured", None)
+
+
 def test_red_code_gets_no_speed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def refuse(*_: object) -> dict[str, Any]:
         raise AssertionError("timed although red")
@@ -366,7 +405,7 @@ def test_red_code_gets_no_speed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setattr(gpu_acceptance, "describe", lambda: {"gpu": H100, "torch": "2"})
     monkeypatch.setattr(gpu_acceptance, "gpu_checks", lambda: groups)
     monkeypatch.setattr(gpu_acceptance, "measure_rung", refuse)
-    monkeypatch.setattr(gpu_acceptance.gpu_profile, "measure_profile", refuse)
+    monkeypatch.setattr(gpu_profile, "measure_profile", refuse)
     monkeypatch.setattr(gpu_acceptance, "set_arithmetic", lambda timing: None)
     parts = "correctness,profile,throughput"
     options = gpu_acceptance.parse(["--output", str(tmp_path), "--parts", parts, "--git-sha", "abc"])
