@@ -1,4 +1,4 @@
-"""The baseline on a GPU: are the plain trainer and the kernels right there, and how fast are they.
+"""The fast and the plain UNet on a GPU: are they and their kernels right there, how fast are they, and why not faster.
 
     python benchmarks/gpu_acceptance.py --output DIR
 
@@ -10,6 +10,7 @@ or a measurement failed; 2: it cannot run here.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import re
 import shlex
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +28,38 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # sd_perf is found without being installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 
+import gpu_profile
 import kernel_speed
 from attempts import attempt, release_memory
-from gpu_checks import Check, gpu_checks, make_check, passed
-from gpu_environment import TELEMETRY_KEYS, Telemetry, describe, git_sha, measure_ceilings, peak_flops
-from gpu_workload import AUTOCAST, MASTERS, Recipe, Workload
+from gpu_checks import Check, against, gpu_checks, guarded, passed
+from gpu_environment import (
+    ESTIMATED_AS,
+    TELEMETRY_KEYS,
+    Telemetry,
+    describe,
+    git_sha,
+    measure_ceilings,
+    peak_flops,
+)
+from gpu_fast import FAST_BF16, FAST_TIMED
+from gpu_workload import AUTOCAST, COMPILED, DIFFUSERS, DIFFUSERS_COMPILED, MASTERS, Recipe
 from timing import Budget, CudaClock, rates, repetitions, timed
 
+from sd_kernels.conv.cudnn import tuned
 from sd_kernels.spec import Target
-from sd_perf.config import UNetConfig
-from sd_perf.files import one_line, write_json
+from sd_perf.config import Config, UNetConfig
+from sd_perf.estimate.estimate import estimate
+from sd_perf.files import write_json
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-PARTS = ("environment", "correctness", "kernels", "throughput")
-KERNELS_SHARE = 0.4
+PARTS = ("environment", "correctness", "kernels", "profile", "throughput")
+TIMED_PARTS = {"profile", "throughput"}
+KERNELS_SHARE = 0.3
 """of the seconds, at most, that the kernels take; the throughput has what is left"""
+MOST_SECONDS = 15.0
+"""of a row, so that what comes late has its share; clocks have settled by then"""
+COMPILE_SECONDS = 70.0
+"""without which torch.compile of a full-size network is not begun"""
 FLOPS_PER_SAMPLE = 2.409e12
 """forward and backward of one sample of the benchmark's UNet, whatever a recipe computes beside them"""
 WARM_UP_ITERATIONS = 3
@@ -76,11 +95,38 @@ class Rung:
     batch: int
     graph: bool
 
+    @property
+    def least_seconds(self) -> float:
+        """Without which it is not begun."""
+        return COMPILE_SECONDS if self.recipe.compiled else 0.0
 
-def plan_rungs(batches: list[int]) -> list[Rung]:
-    """The rows: the smallest batch without a graph, where launches weigh most, then each recipe's sweep with one."""
-    sweep = [Rung(recipe, batch, True) for recipe in (AUTOCAST, MASTERS) for batch in batches]
-    return [Rung(AUTOCAST, min(batches), False), *sweep]
+    @property
+    def most_seconds(self) -> float:
+        """Which it should not take longer than."""
+        return MOST_SECONDS + self.least_seconds
+
+
+def plan_rungs(batches: list[int], rival_batch: int) -> list[Rung]:
+    """The rows: fast recipes at every batch, largest first, then at one batch what they are compared with.
+
+    A fast one also runs without a graph at the smallest batch, where launches weigh most. Compiling comes last.
+    """
+    fast = [Rung(recipe, batch, True) for recipe in FAST_TIMED for batch in reversed(batches)]
+    rivals = [(AUTOCAST, False), (MASTERS, False), (AUTOCAST, True), (MASTERS, True), (DIFFUSERS, False)]
+    rivals += [(COMPILED, True), (DIFFUSERS_COMPILED, True)]
+    eager = Rung(FAST_BF16, min(batches), False)
+    return [*fast, eager, *(Rung(recipe, rival_batch, graph) for recipe, graph in rivals)]
+
+
+@cache
+def predictions(gpu: str, batch: int) -> dict[str, Any]:
+    """What `sd-perf estimate` says of a GPU and a batch, by way of working; empty where it says nothing."""
+    if gpu not in ESTIMATED_AS:
+        return {}
+    facts = attempt(partial(estimate, Config(), ESTIMATED_AS[gpu], batch))
+    if "ways" not in facts:  # what is measured is worth having without it
+        print(f"no estimate for batch {batch}: {facts['reason']}", flush=True)
+    return facts.get("ways", {})
 
 
 def make_row(gpu: str, rung: Rung, measured: dict[str, Any]) -> dict[str, Any]:
@@ -92,12 +138,16 @@ def make_row(gpu: str, rung: Rung, measured: dict[str, Any]) -> dict[str, Any]:
         "precision": recipe.precision,
         "implementation": recipe.implementation + ("" if rung.graph else "_eager"),
         "graph": rung.graph,
-        "attention": recipe.attention.name,
+        "attention": recipe.attention.name if recipe.attention else None,
+        "kernels": measured.get("kernels"),
     }
     row |= {key: measured.get(key) for key in MEASURED_KEYS}
     rate, peak = row["samples_per_second"], peak_flops(gpu)
     if rate is not None and peak is not None:
         row["mfu"] = rate * FLOPS_PER_SAMPLE / peak
+    predicted = predictions(gpu, rung.batch).get(recipe.way) if recipe.way else None
+    row["predicted_samples_per_second"] = predicted and predicted["samples_per_second"]
+    row["predicted_memory_bytes"] = predicted and predicted["memory_bytes"]["total"]
     return row | {"status": measured.get("status", "measured"), "reason": measured.get("reason"), "notes": ROW_NOTE}
 
 
@@ -112,11 +162,12 @@ def check_losses(warm_up: float, start: float, end: float) -> None:
 def time_iterations(rung: Rung, seconds: float) -> dict[str, Any]:
     """Measured values of one rung, taking about so many seconds in all. The current stream must be a side stream."""
     budget = Budget(seconds)
-    workload = Workload(rung.recipe, UNetConfig(), rung.batch, "cuda")
+    workload = rung.recipe.workload(UNetConfig(), rung.batch, "cuda")
     warm_up_losses = []
-    for _ in range(WARM_UP_ITERATIONS):
-        workload.iteration()
-        warm_up_losses.append(workload.loss.item())
+    with tuned():  # what was timed stays chosen in the capture
+        for _ in range(WARM_UP_ITERATIONS):
+            workload.iteration()
+            warm_up_losses.append(workload.loss.item())
     workload.reset()
     torch.cuda.empty_cache()  # the search for convolution kernels leaves workspaces behind
     torch.cuda.reset_peak_memory_stats()
@@ -131,6 +182,7 @@ def time_iterations(rung: Rung, seconds: float) -> dict[str, Any]:
     check_losses(warm_up_losses[0], loss_start, loss_end)
     return {
         **rates(intervals, rung.batch),
+        "kernels": dict(workload.kernels) or None,
         "timed_iterations": count,
         "peak_memory_bytes": torch.cuda.max_memory_allocated(),
         "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
@@ -143,12 +195,16 @@ def time_iterations(rung: Rung, seconds: float) -> dict[str, Any]:
 
 def measure_rung(rung: Rung, seconds: float) -> dict[str, Any]:
     """`time_iterations` on a stream of its own; the GPU's memory is free again afterwards, whatever happened."""
+    needed = rung.recipe.requires
+    if needed and importlib.util.find_spec(needed) is None:
+        return {"status": "absent", "reason": f"{needed} is not installed"}
 
     def on_side_stream() -> dict[str, Any]:
         with torch.cuda.stream(torch.cuda.Stream()):
             return time_iterations(rung, seconds)
 
     measured = attempt(on_side_stream)
+    torch._dynamo.reset()
     attempt(release_memory)  # a broken GPU refuses this too, and the row that tells of it must still be written
     return measured
 
@@ -157,17 +213,24 @@ def measure_rows(
     gpu: str,
     rungs: list[Rung],
     budget: Budget,
+    checks: list[Check],
     measure: Callable[[Rung, float], dict[str, Any]],
     save: Callable[[list[dict[str, Any]]], None],
 ) -> list[dict[str, Any]]:
-    """One row per rung, each given an equal share of the seconds left; rows past the budget say so. Saves every row."""
+    """One row per rung, each given its share of the seconds left. Saves every row.
+
+    Rows that are past the budget, or of a recipe that a check is red for, say so.
+    """
     rows: list[dict[str, Any]] = []
     for done, rung in enumerate(rungs):
-        seconds = budget.share(len(rungs) - done)
-        if seconds > 0:
-            measured = measure(rung, seconds)
+        left = budget.left()
+        share = left * rung.most_seconds / sum(later.most_seconds for later in rungs[done:])
+        if red := against(rung.recipe, checks):
+            measured = {"status": "red", "reason": f"wrong code has no speed: {red[0]}"}
+        elif left > rung.least_seconds:
+            measured = measure(rung, min(share, rung.most_seconds))
         else:
-            measured = {"status": "left out", "reason": f"the budget of {budget.seconds:g} s was used up before it"}
+            measured = {"status": "left out", "reason": f"too little was left of the budget of {budget.seconds:g} s"}
         rows.append(make_row(gpu, rung, measured))
         print(f"{_row_line(rows[-1])}  ({budget.left():.0f} s left)", flush=True)
         save(rows)
@@ -179,17 +242,14 @@ def run_checks(groups: list[tuple[str, Callable[[], list[Check]]]]) -> list[Chec
     checks: list[Check] = []
     for name, group in groups:
         started = time.monotonic()
-        try:
-            checks += group()
-        except Exception as error:  # a missing kernel must not hide what the other groups find
-            checks.append(make_check(name, math.nan, 0.0, one_line(error)))
+        checks += guarded(name, group)
         attempt(release_memory)
         print(f"checked: {name} ({time.monotonic() - started:.0f} s)", flush=True)
     return checks
 
 
 def summary(report: dict[str, Any]) -> str:
-    """The report as text: environment, checks, rows."""
+    """The report as text: environment, checks, kernels, profile, rows."""
     environment = report["environment"]
     lines = [f"{environment['gpu']}, torch {environment['torch']}, {report['date']}, {report['git_sha']}"]
     lines += [f"ceiling {name}: {value}" for name, value in environment.get("ceilings", {}).items()]
@@ -198,20 +258,24 @@ def summary(report: dict[str, Any]) -> str:
         error = "      nan" if check["error"] is None else f"{check['error']:9.2e}"
         lines.append(f"{verdict} {error} (budget {check['budget']:7.1e})  {check['check']}  {check['note']}")
     lines += [kernel_speed.row_line(row) for row in report["kernels"]]
+    lines += gpu_profile.lines(report["profile"]) if report["profile"] else []
     lines += [_row_line(row) for row in report["rows"]]
     return "\n".join(lines + report["notes"])
 
 
 def _row_line(row: dict[str, Any]) -> str:
-    name = f"{row['implementation']:26s} batch {row['batch']:3d}"
+    name = f"{row['implementation']:32s} batch {row['batch']:3d}"
     if row["status"] != "measured":
         return f"{name}  {row['status']}: {row['reason']}"
     mfu = "  n/a" if row["mfu"] is None else f"{100 * row['mfu']:4.1f}%"
     clock = "?" if row["sm_clock_mhz"] is None else f"{row['sm_clock_mhz']:.0f}"
     power = "?" if row["power_w"] is None else f"{row['power_w']:.0f}"
+    memory = f"{row['peak_memory_bytes'] / 2**30:5.1f} GiB"
+    if row["predicted_memory_bytes"] is not None:
+        memory += f" (estimate {row['predicted_memory_bytes'] / 2**30:.1f})"
     return (
         f"{name}  {row['samples_per_second']:7.1f} samples/s  {row['ms_per_sample']:6.2f} ms/sample  MFU {mfu}  "
-        f"{row['peak_memory_bytes'] / 2**30:5.1f} GiB  {clock} MHz  {power} W  "
+        f"{memory}  {clock} MHz  {power} W  "
         f"loss {row['loss_start']:.3f} -> {row['loss_end']:.3f}"
     )
 
@@ -220,15 +284,14 @@ def exit_code(report: dict[str, Any], parts: list[str]) -> int:
     """1 where a check is red or a measurement failed, else 0; running out of memory or time is a finding."""
     red = "correctness" in parts and not passed(report["correctness"])
     red = red or any(kernel_speed.is_bad(row) for row in report["kernels"])
-    measured = [report["environment"].get("ceilings", {}), *report["rows"]]
+    measured = [report["environment"].get("ceilings", {}), report["profile"], *report["rows"]]
     return int(red or any(values.get("status") == "failed" for values in measured))
 
 
 def set_arithmetic(timing: bool) -> None:
-    """TF32 off; convolutions by the fastest kernel found when timing, else by one that repeats itself bit for bit."""
+    """TF32 off; convolutions by kernels that repeat themselves bit for bit, unless what is timed tunes them."""
     torch.backends.cuda.matmul.fp32_precision = "ieee"
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
-    torch.backends.cudnn.benchmark = timing
     torch.backends.cudnn.deterministic = not timing
 
 
@@ -245,18 +308,40 @@ def run_parts(report: dict[str, Any], options: argparse.Namespace, budget: Budge
         save()
     if "kernels" in options.parts:
         measure_kernels(report, options, budget, save)
-    if "throughput" not in options.parts:
+    if not TIMED_PARTS & set(options.parts):
         return
     if not passed(report["correctness"]):
-        report["notes"].append("No throughput was measured: a check is red, and wrong code has no speed.")
-        return
+        report["notes"].append("Not all was timed: a check is red, and wrong code has no speed.")
     set_arithmetic(timing=True)
+    if "profile" in options.parts:
+        report["profile"] = profile_fast(report["environment"]["gpu"], max(options.batches), report["correctness"])
+        save()
+    if "throughput" in options.parts:
+        measure_throughput(report, options, budget, save)
+
+
+def profile_fast(gpu: str, batch: int, checks: list[Check]) -> dict[str, Any]:
+    """One fast iteration by operator, measured and predicted; the status says why where there is none."""
+    if red := against(FAST_BF16, checks):
+        return {"status": "red", "reason": f"wrong code has no speed: {red[0]}"}
+    ops = predictions(gpu, batch).get(FAST_BF16.way, {}).get("by_op", {})
+    predicted = {op: figures["ms_per_sample"] * batch for op, figures in ops.items()}
+    profile = attempt(partial(gpu_profile.measure_profile, FAST_BF16, batch, predicted))
+    attempt(release_memory)
+    return profile
+
+
+def measure_throughput(
+    report: dict[str, Any], options: argparse.Namespace, budget: Budget, save: Callable[[], None]
+) -> None:
+    """The rows, into the report."""
 
     def save_rows(rows: list[dict[str, Any]]) -> None:
         report["rows"] = rows
         save()
 
-    measure_rows(report["environment"]["gpu"], plan_rungs(options.batches), budget, measure_rung, save_rows)
+    rungs = plan_rungs(options.batches, options.rival_batch)
+    measure_rows(report["environment"]["gpu"], rungs, budget, report["correctness"], measure_rung, save_rows)
 
 
 def measure_kernels(
@@ -279,25 +364,27 @@ def measure_kernels(
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Options of the command line; leaves with exit code 2 where they make no sense."""
-    parser = argparse.ArgumentParser(description="Correctness and speed of the plain trainer on one GPU.")
+    parser = argparse.ArgumentParser(description="Correctness and speed of the fast and plain UNet.")
     parser.add_argument("--output", type=Path, required=True, help="folder that receives gpu_acceptance.json")
     parser.add_argument("--batches", default="8,16,32,64", help="batch sizes (default: 8,16,32,64)")
-    parser.add_argument("--parts", default=",".join(PARTS), help="parts to run (default: all four)")
+    parser.add_argument("--rival-batch", type=int, default=32, help="batch of what it is compared with (default: 32)")
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"parts to run (default: {','.join(PARTS)})")
     parser.add_argument("--git-sha", help="commit of this tree, where it lies without git (default: ask git)")
-    parser.add_argument("--seconds", type=float, default=400.0, help="time to aim at, s (default: 400)")
+    parser.add_argument("--seconds", type=float, default=420.0, help="time to aim at, s (default: 420)")
     options = parser.parse_args(arguments)
     try:
         options.batches = [int(batch) for batch in options.batches.split(",")]
     except ValueError:
         parser.error(f"--batches {options.batches}: give whole numbers with commas between them, such as 8,16")
-    if min(options.batches) < 1:
-        parser.error("--batches: every batch size must be at least 1")
+    if min(*options.batches, options.rival_batch) < 1:
+        parser.error("--batches, --rival-batch: every batch size must be at least 1")
     options.parts = options.parts.split(",")
     unknown = sorted(set(options.parts) - set(PARTS))
     if unknown:
         parser.error(f"--parts: no part is called {unknown[0]!r}; choose from {', '.join(PARTS)}")
-    if "throughput" in options.parts and "correctness" not in options.parts:
-        parser.error("--parts: throughput needs correctness in the same run, since wrong code has no speed")
+    timed_parts = sorted(TIMED_PARTS & set(options.parts))
+    if timed_parts and "correctness" not in options.parts:
+        parser.error(f"--parts: {timed_parts[-1]} needs correctness in the same run, since wrong code has no speed")
     return options
 
 
@@ -313,6 +400,7 @@ def main(arguments: list[str] | None = None) -> int:
         "environment": {},
         "correctness": [],
         "kernels": [],
+        "profile": {},
         "rows": [],
         "notes": [],
         "command": shlex.join(["python", *sys.argv]),

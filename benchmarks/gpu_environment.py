@@ -25,6 +25,14 @@ DENSE_BF16_PEAK = {
 }
 """FLOP/s and source by the exact name the driver gives, since PCIe and NVL cards of these chips are slower"""
 
+ESTIMATED_AS = {
+    "NVIDIA A100-SXM4-80GB": "a100",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+    "NVIDIA B200": "b200",
+}
+"""names of `sd-perf estimate`, which knows these cards and not their slower namesakes"""
+
 CLOCK_EVENT_REASONS = {
     0x1: "idle",
     0x2: "application clocks",

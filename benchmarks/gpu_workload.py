@@ -1,27 +1,50 @@
-"""The plain training iteration as a repeatable piece of GPU work, eager or captured in one CUDA graph.
+"""A training iteration as a repeatable piece of GPU work, eager or captured in one CUDA graph: the plain one.
 
 Shape letters: B samples, C latent channels, S latent rows and columns, L text tokens, D context channels.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Iterable
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sd_perf.config import Config, DiffusionConfig, UNetConfig
 from sd_perf.data.synthetic import draw_inputs
+from sd_perf.models.key_maps import diffusers_unet_config
+from sd_perf.models.torchvision_schemas import define_missing_torchvision_ops
 from sd_perf.reference.step import DiffusionStep
 from sd_perf.reference.unet import UNet
 from sd_perf.training.optimizer import build_optimizer
 
 
+class DiffusersUNet(torch.nn.Module):
+    """diffusers' UNet of this config, taking and giving what `UNet` does."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        define_missing_torchvision_ops()
+        from diffusers.models.transformers.transformer_2d import Transformer2DModel
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+        self.model = UNet2DConditionModel.from_config(diffusers_unet_config(config))
+        for module in self.model.modules():
+            if isinstance(module, Transformer2DModel):  # stock diffusers has one number of groups for all norms
+                module.norm.num_groups = config.transformer_groups
+
+    def forward(self, latents: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        return self.model(latents, timesteps, context, return_dict=False)[0]
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """One way to run the plain UNet: what a row calls `implementation` and `precision`."""
+    """One way to run a UNet: what a row calls `implementation` and `precision`."""
 
     implementation: str
     """name in the rows"""
@@ -29,33 +52,55 @@ class Recipe:
     """where each number format is used, in words"""
     weights: torch.dtype
     """of the parameters that forward and backward read"""
-    autocast: bool
+    autocast: bool = False
     """whether torch.autocast casts to bfloat16, layer by layer"""
-    attention: SDPBackend
-    """the only attention kernel allowed"""
+    attention: SDPBackend | None = None
+    """the only attention kernel of torch allowed; none: the network chooses by itself"""
+    network: Callable[[UNetConfig], torch.nn.Module] = UNet
+    """makes the UNet"""
+    compiled: bool = False
+    """whether torch.compile compiles it"""
+    requires: str = ""
+    """package without which this cannot run, beside torch, Triton and NumPy"""
+    way: str = ""
+    """of `sd-perf estimate`, if it estimates this one"""
+
+    def unet(self, config: UNetConfig, device: str) -> torch.nn.Module:
+        """The network with float32 parameters, convolutions in the layout that tensor cores read."""
+        with torch.device(device):
+            return channels_last(self.network(config))
+
+    def workload(self, config: UNetConfig, batch: int, device: str, **sizes: int) -> Workload:
+        """Training iterations of this recipe; `sizes` as `Workload` has them."""
+        return PlainWorkload(self, config, batch, device, **sizes)
 
 
-FP32 = Recipe("plain_fp32", "fp32, TF32 off", torch.float32, False, SDPBackend.MATH)
+FP32 = Recipe("plain_fp32", "fp32, TF32 off", torch.float32, attention=SDPBackend.MATH)
 AUTOCAST = Recipe(
     "plain_autocast",
     "fp32 parameters under bf16 autocast; norms and losses fp32",
     torch.float32,
-    True,
-    SDPBackend.CUDNN_ATTENTION,
+    autocast=True,
+    attention=SDPBackend.CUDNN_ATTENTION,
+    way="plain",
 )
 MASTERS = Recipe(
     "plain_bf16_masters",
     "bf16 weights and activations; AdamW on fp32 masters, from which the bf16 weights are rounded after every step",
     torch.bfloat16,
-    False,
-    SDPBackend.CUDNN_ATTENTION,
+    attention=SDPBackend.CUDNN_ATTENTION,
 )
+COMPILED = replace(MASTERS, implementation="plain_bf16_masters_compiled", compiled=True)
+DIFFUSERS = replace(
+    MASTERS, implementation="diffusers_bf16_masters", network=DiffusersUNet, requires="diffusers", attention=None
+)
+DIFFUSERS_COMPILED = replace(DIFFUSERS, implementation="diffusers_bf16_masters_compiled", compiled=True)
 
 
 class Predictor(torch.nn.Module):
     """A UNet run by a recipe: `predictor(latents, timesteps, context)` takes the inputs of `UNet` in any precision."""
 
-    def __init__(self, unet: UNet, recipe: Recipe) -> None:
+    def __init__(self, unet: torch.nn.Module, recipe: Recipe) -> None:
         super().__init__()
         self.unet = unet
         self.recipe = recipe
@@ -68,11 +113,12 @@ class Predictor(torch.nn.Module):
         autocast = torch.autocast(
             latents.device.type, torch.bfloat16, enabled=self.recipe.autocast, cache_enabled=False
         )
-        with autocast, sdpa_kernel(self.recipe.attention):
+        attention = self.recipe.attention
+        with autocast, sdpa_kernel(attention) if attention else contextlib.nullcontext():
             return self.unet(latents, timesteps, context.to(self.dtype))
 
 
-def channels_last(unet: UNet) -> UNet:
+def channels_last(unet: torch.nn.Module) -> Any:
     """The UNet itself, with its convolution weights as NHWC, the layout the tensor cores read."""
     return unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -99,17 +145,21 @@ def randomize(unet: torch.nn.Module, seed: int) -> None:
             module.reset_parameters()
 
 
-class Workload:
+class Workload(ABC):
     """Training iterations over one batch of inputs that stays in device memory; no loader.
 
     `iteration()` draws moments sample, noise and timesteps from the sample indices, runs forward, backward and AdamW,
     and advances the indices by B; it never waits for the device, so it can be captured. Everything it changes is in
-    `state()`, and `reset()` brings the start state back bit for bit.
+    `state()`, and `reset()` brings the start state back bit for bit. What a recipe does is in the abstract methods.
     """
+
+    unet: torch.nn.Module
+    """whose parameters forward and backward read"""
+    kernels: Mapping[str, str] = {}
+    """backend of each operator of sd_kernels that iterations have called"""
 
     def __init__(
         self,
-        recipe: Recipe,
         config: UNetConfig,
         batch: int,
         device: str,
@@ -118,59 +168,54 @@ class Workload:
         seed: int = 0,
     ) -> None:
         """Inputs are moments (B, 2C, S, S) with S = latent_size, and context (B, L, D), as `make_inputs` draws them."""
-        self.batch, self.seed = batch, seed
-        with torch.device(device):
-            self.masters = channels_last(UNet(config))
-        self.unet = self.masters
-        if recipe.weights != torch.float32:
-            self.unet = copy.deepcopy(self.masters).to(recipe.weights)
-            for parameter in self.masters.parameters():
-                parameter.grad = torch.zeros_like(parameter)  # a place for the gradients of `unet`, cast
-        self.predictor = Predictor(self.unet, recipe)
-        self.diffusion = DiffusionStep(DiffusionConfig(), seed).to(device)
-        self.optimizer = build_optimizer(self.masters, Config())
-        # A number would be frozen into the graph; a tensor is read at every replay.
-        self.optimizer.param_groups[0]["lr"] = torch.tensor(Config().learning_rate, device=device)
+        self.config, self.batch, self.device, self.seed = config, batch, device, seed
         self.sample_indices = torch.arange(batch, device=device)
         self.loss = torch.zeros((), device=device)
         self.moments, self.context = make_inputs(config, self.sample_indices, latent_size, context_tokens, seed)
-        self.reset()
+        self.diffusion = DiffusionStep(DiffusionConfig(), seed).to(device)
+
+    @abstractmethod
+    def masters(self) -> list[torch.Tensor]:
+        """What AdamW updates, float32, parameter by parameter; may be copies."""
+
+    @abstractmethod
+    def training_loss(self) -> torch.Tensor:
+        """Mean loss of the batch with the draws of `sample_indices`, a float32 scalar that backward can start from."""
+
+    @abstractmethod
+    def update(self) -> None:
+        """One AdamW step from the gradients of `unet`."""
+
+    @abstractmethod
+    def restart(self) -> None:
+        """Weights of the seed; moments and step count 0."""
+
+    @abstractmethod
+    def changing(self) -> list[torch.Tensor]:
+        """Every tensor that `update` and the network change and the next iteration reads; the tensors themselves."""
 
     @torch.no_grad()
     def reset(self) -> None:
         """The start state: weights of the seed, moments and step count 0, sample indices 0 to B - 1."""
-        randomize(self.masters, self.seed)
-        if self.unet is not self.masters:
-            copy_all(self.masters.parameters(), self.unet.parameters())
-        for tensors in self.optimizer.state.values():
-            torch._foreach_zero_(list(tensors.values()))
+        self.restart()
         torch.arange(self.batch, out=self.sample_indices)
         self.loss.zero_()
 
     def state(self) -> list[torch.Tensor]:
         """Every tensor that an iteration changes and the next one reads; the tensors themselves."""
-        moments = [tensor for tensors in self.optimizer.state.values() for tensor in tensors.values()]
-        return [*self.masters.parameters(), *self.unet.parameters(), *moments, self.sample_indices]
+        return [*self.changing(), self.sample_indices]
 
     def iteration(self) -> None:
         """One optimizer step; leaves the batch's mean loss in `loss`, a float32 scalar."""
         # Gradients that start from None are written once, not zeroed and then added to. In a capture they are born in
         # the graph's own memory and stay there.
         self.unet.zero_grad(set_to_none=True)
-        loss = self.diffusion(self.predictor, self.moments, self.context, self.sample_indices)
+        loss = self.training_loss()
         loss.backward()
-        self._update()
-        self.sample_indices += self.batch
-        self.loss.copy_(loss.detach())
-
-    @torch.no_grad()
-    def _update(self) -> None:
-        if self.unet is self.masters:
-            self.optimizer.step()
-            return
-        copy_all(gradients(self.unet), gradients(self.masters))
-        self.optimizer.step()
-        copy_all(self.masters.parameters(), self.unet.parameters())
+        with torch.no_grad():
+            self.update()
+            self.sample_indices += self.batch
+            self.loss.copy_(loss.detach())
 
     def capture(self) -> torch.cuda.CUDAGraph:
         """The iteration as one CUDA graph; nothing runs, so the state stays as it is.
@@ -182,13 +227,61 @@ class Workload:
         stream = torch.cuda.current_stream()
         if stream == torch.cuda.default_stream():
             raise RuntimeError("a capture needs a side stream; enter torch.cuda.stream(torch.cuda.Stream()) first")
-        # The fused step never asks the host for anything, but torch wants to be told before it lets it be captured.
-        self.optimizer.param_groups[0]["capturable"] = True
         self.unet.zero_grad(set_to_none=True)  # gives the warm-up's gradients back before the graph takes memory
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             self.iteration()
         return graph
+
+
+class PlainWorkload(Workload):
+    """The plain diffusion step and torch's fused AdamW around a UNet of plain layers."""
+
+    def __init__(self, recipe: Recipe, config: UNetConfig, batch: int, device: str, **sizes: int) -> None:
+        super().__init__(config, batch, device, **sizes)
+        self.master_unet = recipe.unet(config, device)
+        self.unet = self.master_unet
+        if recipe.weights != torch.float32:
+            self.unet = copy.deepcopy(self.master_unet).to(recipe.weights)
+            for parameter in self.master_unet.parameters():
+                parameter.grad = torch.zeros_like(parameter)  # a place for the gradients of `unet`, cast
+        self.predictor = Predictor(self.unet, recipe)
+        self.optimizer = build_optimizer(self.master_unet, Config())
+        # A number would be frozen into the graph; a tensor is read at every replay.
+        self.optimizer.param_groups[0]["lr"] = torch.tensor(Config().learning_rate, device=device)
+        if recipe.compiled:
+            self.unet.compile(dynamic=False)
+        self.reset()
+
+    def capture(self) -> torch.cuda.CUDAGraph:
+        # The fused step never asks the host for anything, but torch wants to be told before it lets it be captured.
+        self.optimizer.param_groups[0]["capturable"] = True
+        return super().capture()
+
+    def masters(self) -> list[torch.Tensor]:
+        return [parameter.detach() for parameter in self.master_unet.parameters()]
+
+    def training_loss(self) -> torch.Tensor:
+        return self.diffusion(self.predictor, self.moments, self.context, self.sample_indices)
+
+    def update(self) -> None:
+        if self.unet is self.master_unet:
+            self.optimizer.step()
+            return
+        copy_all(gradients(self.unet), gradients(self.master_unet))
+        self.optimizer.step()
+        copy_all(self.master_unet.parameters(), self.unet.parameters())
+
+    def restart(self) -> None:
+        randomize(self.master_unet, self.seed)
+        if self.unet is not self.master_unet:
+            copy_all(self.master_unet.parameters(), self.unet.parameters())
+        for tensors in self.optimizer.state.values():
+            torch._foreach_zero_(list(tensors.values()))
+
+    def changing(self) -> list[torch.Tensor]:
+        moments = [tensor for tensors in self.optimizer.state.values() for tensor in tensors.values()]
+        return [*self.master_unet.parameters(), *self.unet.parameters(), *moments]
 
 
 def make_inputs(

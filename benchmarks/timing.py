@@ -23,10 +23,6 @@ class Budget:
         """Seconds left; negative once overspent."""
         return self.seconds - (self._now() - self._started)
 
-    def share(self, parts: int) -> float:
-        """An equal share of what is left for each of the parts still to come, seconds."""
-        return max(0.0, self.left() / parts)
-
 
 class Clock(Protocol):
     """Marks moments in a stream of work."""

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 
 from sd_kernels.sd_v2_shapes import Architecture
 from sd_perf.config import Config
@@ -133,6 +132,8 @@ def _figures(way: str, kernels: list[Kernel], held: dict[str, float], gpu: GPU, 
 
 def tables(facts: dict[str, Any]) -> Iterable[Any]:
     """The figures for the terminal."""
+    from rich.table import Table  # the figures themselves need no terminal
+
     ways = facts["ways"]
     title = f"{GPUS[facts['gpu']].name}, batch {facts['batch']}: ms and GB per sample, at least"
     times = Table(

@@ -22,9 +22,11 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import gpu_acceptance
 import gpu_checks
 import gpu_environment
+import gpu_profile
 import timing
 from gpu_acceptance import Rung, attempt, check_losses, exit_code, make_row, measure_rows, plan_rungs, summary
-from gpu_workload import AUTOCAST, FP32, MASTERS, Recipe, Workload, make_inputs, randomize
+from gpu_fast import FAST_BF16
+from gpu_workload import AUTOCAST, COMPILED, FP32, MASTERS, PlainWorkload, Recipe, make_inputs, randomize
 
 from sd_perf.config import Config, DiffusionConfig, UNetConfig
 from sd_perf.reference.step import DiffusionStep
@@ -65,13 +67,13 @@ class FakeClock:
         return self._milliseconds[: self._marks - 1]
 
 
-def tiny_workload(recipe: Recipe) -> Workload:
-    return Workload(recipe, TINY, batch=2, device="cpu", latent_size=8, context_tokens=5)
+def tiny_workload(recipe: Recipe) -> PlainWorkload:
+    return PlainWorkload(recipe, TINY, batch=2, device="cpu", latent_size=8, context_tokens=5)
 
 
 def make_report(rows: list[dict[str, Any]], checks: list[gpu_checks.Check]) -> dict[str, Any]:
     report = {"environment": {"gpu": H100, "torch": torch.__version__}, "correctness": checks, "rows": rows}
-    return report | {"kernels": [], "notes": [], "command": "", "git_sha": None, "date": "2026-01-01"}
+    return report | {"kernels": [], "profile": {}, "notes": [], "command": "", "git_sha": None, "date": "2026-01-01"}
 
 
 def test_rates_are_those_of_the_settled_half() -> None:
@@ -85,13 +87,11 @@ def test_rates_are_those_of_the_settled_half() -> None:
     assert rates["samples_per_second_first_tenth"] == 400.0
 
 
-def test_budget_is_shared_and_can_be_overspent() -> None:
-    now = iter([0.0, 10.0, 10.0, 130.0, 130.0])
+def test_budget_can_be_overspent() -> None:
+    now = iter([0.0, 10.0, 130.0])
     budget = timing.Budget(100.0, lambda: next(now))
     assert budget.left() == 90.0
-    assert budget.share(9) == 10.0
     assert budget.left() == -30.0
-    assert budget.share(3) == 0.0
     assert timing.repetitions(-5.0, 0.1, least=10, most=100) == 10
     assert timing.repetitions(5.0, 0.1, least=10, most=40) == 40
     assert timing.repetitions(5.0, 0.25, least=10, most=40) == 20
@@ -154,12 +154,12 @@ def test_nvidia_smi_is_only_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.implementation)
 def test_replays_that_do_the_same_are_green(recipe: Recipe) -> None:
     workload = tiny_workload(recipe)
-    checks = gpu_checks.check_replay(workload, lambda: workload.iteration, recipe.implementation)
+    checks = gpu_checks.check_replay(workload, lambda: workload.iteration, recipe)
     assert [check["error"] for check in checks] == [0, 0, 0]
     assert gpu_checks.passed(checks)
 
 
-def _skip_draws(workload: Workload) -> Callable[[], object]:
+def _skip_draws(workload: PlainWorkload) -> Callable[[], object]:
     def replay() -> None:
         workload.iteration()
         workload.sample_indices.copy_(torch.arange(workload.batch))
@@ -167,21 +167,21 @@ def _skip_draws(workload: Workload) -> Callable[[], object]:
     return replay
 
 
-def _skip_optimizer(workload: Workload) -> Callable[[], object]:
+def _skip_optimizer(workload: PlainWorkload) -> Callable[[], object]:
     workload.optimizer.step = lambda: None  # type: ignore[assignment,method-assign]
     return workload.iteration
 
 
-def _run_while_capturing(workload: Workload) -> Callable[[], object]:
+def _run_while_capturing(workload: PlainWorkload) -> Callable[[], object]:
     workload.iteration()
     return workload.iteration
 
 
 @pytest.mark.parametrize("broken", [_skip_draws, _skip_optimizer, _run_while_capturing])
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.implementation)
-def test_replays_that_differ_are_red(recipe: Recipe, broken: Callable[[Workload], Callable[[], object]]) -> None:
+def test_replays_that_differ_are_red(recipe: Recipe, broken: Callable[[PlainWorkload], Callable[[], object]]) -> None:
     workload = tiny_workload(recipe)
-    checks = gpu_checks.check_replay(workload, lambda: broken(workload), recipe.implementation)
+    checks = gpu_checks.check_replay(workload, lambda: broken(workload), recipe)
     assert not gpu_checks.passed(checks)
 
 
@@ -201,17 +201,17 @@ def test_the_iteration_is_the_reference_step() -> None:
         loss.backward()
         optimizer.step()
         torch.testing.assert_close(workload.loss, loss.detach(), rtol=1e-5, atol=0)
-    for mine, plain in zip(workload.masters.parameters(), unet.parameters(), strict=True):
+    for mine, plain in zip(workload.masters(), unet.parameters(), strict=True):
         torch.testing.assert_close(mine, plain, rtol=1e-4, atol=2e-5)
 
 
 def test_bf16_weights_are_the_rounded_masters() -> None:
     workload = tiny_workload(RECIPES[2])
-    before = workload.masters.out[2].weight.clone()
+    before = workload.masters()[0].clone()
     for _ in range(3):
         workload.iteration()
-    assert not torch.equal(before, workload.masters.out[2].weight)
-    for weight, master in zip(workload.unet.parameters(), workload.masters.parameters(), strict=True):
+    assert not torch.equal(before, workload.masters()[0])
+    for weight, master in zip(workload.unet.parameters(), workload.masters(), strict=True):
         assert weight.dtype == torch.bfloat16
         assert torch.equal(weight, master.bfloat16())
 
@@ -270,7 +270,7 @@ def test_a_rung_is_timed_in_the_seconds_it_has(graph: bool, monkeypatch: pytest.
     workload = tiny_workload(RECIPES[1])
     telemetry = gpu_environment.Telemetry(lambda: None)
     monkeypatch.setattr(workload, "capture", lambda: SimpleNamespace(replay=workload.iteration))
-    monkeypatch.setattr(gpu_acceptance, "Workload", lambda *_: workload)
+    monkeypatch.setattr(Recipe, "workload", lambda *_: workload)
     monkeypatch.setattr(gpu_acceptance, "CudaClock", lambda: FakeClock([50.0] * 100))
     monkeypatch.setattr(gpu_acceptance, "Telemetry", lambda: telemetry)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
@@ -284,6 +284,7 @@ def test_a_rung_is_timed_in_the_seconds_it_has(graph: bool, monkeypatch: pytest.
     assert row["loss_end"] != row["loss_start"]
     missing = {key for key in gpu_acceptance.MEASURED_KEYS if row[key] is None}
     assert missing == {"mfu", *gpu_environment.TELEMETRY_KEYS}
+    assert row["kernels"] is row["predicted_memory_bytes"] is None
     assert "samples/s" in summary(make_report([row], []))
 
 
@@ -291,29 +292,106 @@ def test_rows_of_a_run_that_meets_everything() -> None:
     outcomes = iter([MEASURED, {"status": "out of memory", "reason": "2 GiB"}, {"status": "failed", "reason": "odd"}])
     clock = itertools.count(0.0, 6.0)
     saved: list[int] = []
+    green = [gpu_checks.make_check("draws", 0.0, 0.0)]
+    recipes = (FAST_BF16, FAST_BF16, AUTOCAST, MASTERS, COMPILED)
     rows = measure_rows(
         H100,
-        plan_rungs([8, 16]),
+        [Rung(recipe, batch, True) for recipe, batch in zip(recipes, (64, 8, 32, 32, 32), strict=True)],
         timing.Budget(40.0, lambda: next(clock)),
+        green,
         lambda rung, seconds: next(outcomes),
         lambda rows: saved.append(len(rows)),
     )
     assert saved == [1, 2, 3, 4, 5]
     assert [row["status"] for row in rows] == ["measured", "out of memory", "failed", "left out", "left out"]
-    assert [row["implementation"] for row in rows[:2]] == ["plain_autocast_eager", "plain_autocast"]
-    assert [row["batch"] for row in rows] == [8, 8, 16, 8, 16]
     assert len({tuple(row) for row in rows}) == 1
     assert all(row["samples_per_second"] is None for row in rows[1:])
+    predicted = [row["predicted_memory_bytes"] for row in rows]
+    assert predicted[0] > predicted[1] > 0 < predicted[2]
+    assert predicted[3:] == [None, None]
 
-    green = [gpu_checks.make_check("draws", 0.0, 0.0)]
     report = make_report(rows, green)
     json.dumps(report, allow_nan=False)
     text = summary(report)
     assert "24.4%" in text
-    assert "left out: the budget of 40 s" in text.splitlines()[-1]
+    assert f"(estimate {predicted[0] / 2**30:.1f})" in text
+    assert "left out: too little was left of the budget of 40 s" in text.splitlines()[-1]
     assert exit_code(report, ["correctness", "throughput"]) == 1
     assert exit_code(make_report(rows[:2], green), ["correctness", "throughput"]) == 0
     assert exit_code(make_report([], []), ["environment"]) == 0
+    assert exit_code(make_report([], []) | {"profile": {"status": "failed", "reason": "odd"}}, ["profile"]) == 1
+
+
+def test_the_fast_ones_come_first_and_compiling_last() -> None:
+    rungs = plan_rungs([8, 64], rival_batch=32)
+    assert [(rung.recipe, rung.batch) for rung in rungs[:2]] == [(FAST_BF16, 64), (FAST_BF16, 8)]
+    names = [make_row(H100, rung, {})["implementation"] for rung in rungs[2:]]
+    assert names[:3] == ["fast_bf16_eager", "plain_autocast_eager", "plain_bf16_masters_eager"]
+    assert [rung.recipe.compiled for rung in rungs].index(True) == len(rungs) - 2
+    assert {rung.batch for rung in rungs[3:]} == {32}
+
+
+def test_compiling_is_not_begun_late() -> None:
+    asked: list[tuple[str, float]] = []
+
+    def measure(rung: Rung, seconds: float) -> dict[str, Any]:
+        asked.append((rung.recipe.implementation, seconds))
+        return MEASURED
+
+    rungs = [Rung(recipe, 8, True) for recipe in (AUTOCAST, COMPILED, AUTOCAST)]
+    for seconds in (10.0, 600.0):
+        measure_rows(H100, rungs, timing.Budget(seconds, lambda: 0.0), [], measure, lambda rows: None)
+    late, early = asked[:2], asked[2:]
+    assert [name for name, _ in late] == ["plain_autocast"] * 2
+    assert [name for name, _ in early] == ["plain_autocast", COMPILED.implementation, "plain_autocast"]
+    most = gpu_acceptance.MOST_SECONDS
+    assert [seconds for _, seconds in early] == [most, most + gpu_acceptance.COMPILE_SECONDS, most]
+
+
+def test_what_is_not_installed_is_absent() -> None:
+    rung = Rung(dataclasses.replace(AUTOCAST, requires="no_such_package"), 8, False)
+    row = make_row(H100, rung, gpu_acceptance.measure_rung(rung, 1.0))
+    assert (row["status"], row["reason"]) == ("absent", "no_such_package is not installed")
+    assert exit_code(make_report([row], []), ["throughput"]) == 0
+    assert "absent: no_such_package is not installed" in summary(make_report([row], []))
+
+
+def test_green_code_is_profiled_and_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def profile(recipe: Recipe, batch: int, predicted: dict[str, float]) -> dict[str, Any]:
+        measured = {op: {"ms": 2 * floor, "kernels": 1, "longest": {}} for op, floor in predicted.items()}
+        rows = gpu_profile.compare(measured, predicted)
+        return {"status": "measured", "recipe": recipe.implementation, "batch": batch, "ops": rows}
+
+    monkeypatch.setattr(gpu_acceptance, "describe", lambda: {"gpu": H100, "torch": "2"})
+    green = gpu_checks.make_check("draws", 0.0, 0.0)
+    monkeypatch.setattr(gpu_acceptance, "gpu_checks", lambda: [("draws", lambda: [green])])
+    monkeypatch.setattr(gpu_acceptance, "measure_rung", lambda rung, seconds: MEASURED)
+    monkeypatch.setattr(gpu_profile, "measure_profile", profile)
+    monkeypatch.setattr(gpu_acceptance, "set_arithmetic", lambda timing: None)
+    parts = "correctness,profile,throughput"
+    arguments = ["--output", str(tmp_path), "--parts", parts, "--git-sha", "abc", "--batches", "8,64"]
+    report = make_report([], [])
+    gpu_acceptance.run_parts(report, gpu_acceptance.parse(arguments), timing.Budget(600), lambda: None)
+    assert {row["status"] for row in report["rows"]} == {"measured"}
+    ops = report["profile"]["ops"]
+    assert report["profile"]["batch"] == 64
+    assert ops[0]["op"] == "conv"  # what takes longest has the largest gap where all take twice the floor
+    assert ops[0]["predicted_ms"] == pytest.approx(64 * 1.362, rel=1e-2)
+    assert {row["ratio"] for row in ops} == {2.0}
+    json.dumps(report, allow_nan=False)
+    assert "largest gap first" in summary(report)
+    assert exit_code(report, parts.split(",")) == 0
+
+
+def test_without_an_estimate_there_are_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> dict[str, Any]:
+        raise RuntimeError("odd")
+
+    monkeypatch.setattr(gpu_acceptance, "estimate", fail)
+    gpu_acceptance.predictions.cache_clear()
+    row = make_row(H100, Rung(FAST_BF16, 8, True), MEASURED)
+    gpu_acceptance.predictions.cache_clear()
+    assert (row["status"], row["predicted_memory_bytes"]) == ("measured", None)
 
 
 def test_red_code_gets_no_speed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -327,15 +405,17 @@ def test_red_code_gets_no_speed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setattr(gpu_acceptance, "describe", lambda: {"gpu": H100, "torch": "2"})
     monkeypatch.setattr(gpu_acceptance, "gpu_checks", lambda: groups)
     monkeypatch.setattr(gpu_acceptance, "measure_rung", refuse)
+    monkeypatch.setattr(gpu_profile, "measure_profile", refuse)
     monkeypatch.setattr(gpu_acceptance, "set_arithmetic", lambda timing: None)
-    options = gpu_acceptance.parse(["--output", str(tmp_path), "--parts", "correctness,throughput", "--git-sha", "abc"])
+    parts = "correctness,profile,throughput"
+    options = gpu_acceptance.parse(["--output", str(tmp_path), "--parts", parts, "--git-sha", "abc"])
     report = make_report([], [])
     gpu_acceptance.run_parts(report, options, timing.Budget(60), lambda: None)
-    assert report["rows"] == []
+    assert {row["status"] for row in [report["profile"], *report["rows"]]} == {"red"}
     assert [check["passed"] for check in report["correctness"]] == [True, False]
     assert report["correctness"][1]["note"] == "No available kernel"
     assert report["git_sha"] == "abc"
-    assert "No throughput was measured" in summary(report).splitlines()[-1]
+    assert "Not all was timed" in summary(report).splitlines()[-1]
     assert exit_code(report, options.parts) == 1
 
 
@@ -345,7 +425,9 @@ def test_red_code_gets_no_speed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         (["--batches", "8,x"], "whole numbers"),
         (["--batches", "0"], "at least 1"),
         (["--parts", "speed"], "no part is called 'speed'"),
-        (["--parts", "throughput"], "needs correctness"),
+        (["--parts", "throughput"], "throughput needs correctness"),
+        (["--parts", "profile"], "profile needs correctness"),
+        (["--rival-batch", "0"], "at least 1"),
     ],
 )
 def test_options_that_make_no_sense(
@@ -365,21 +447,30 @@ def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 BLOCKED_IMPORTS = """
-import importlib.abc, sys
+import importlib.abc, importlib.machinery, sys
 
 ALLOWED = {
     "torch", "triton", "numpy", "torchgen", "functorch",
     "filelock", "typing_extensions", "sympy", "mpmath", "networkx", "jinja2", "markupsafe", "fsspec",
     "setuptools", "_distutils_hack", "pkg_resources",
     "sd_perf", "sd_kernels",
-    "attempts", "gpu_acceptance", "gpu_checks", "gpu_environment", "gpu_workload", "kernel_speed", "timing",
+    "attempts", "gpu_acceptance", "gpu_checks", "gpu_environment", "gpu_fast", "gpu_profile", "gpu_workload",
+    "kernel_speed", "timing",
 }
 
-class Blocker(importlib.abc.MetaPathFinder):
+class Blocker(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(self, name, path=None, target=None):
         top = name.partition(".")[0]
         if top not in ALLOWED and top not in sys.stdlib_module_names and not top.startswith("_sysconfigdata"):
-            raise ModuleNotFoundError(f"{name} is blocked", name=name)
+            # torch also asks whether there are packages that it then does not import: a spec, as without a blocker.
+            if importlib.machinery.PathFinder.find_spec(name, path) is not None:
+                return importlib.machinery.ModuleSpec(name, self)
+
+    def create_module(self, spec):
+        raise ModuleNotFoundError(f"{spec.name} is blocked", name=spec.name)
+
+    def exec_module(self, module):
+        raise AssertionError
 
 sys.meta_path.insert(0, Blocker())
 sys.path.insert(0, "benchmarks")
@@ -394,6 +485,7 @@ import kernel_speed, os, sd_kernels
 for package in (sd_kernels, sd_perf):  # of this checkout, installed or not
     assert os.path.realpath(package.__path__[0]).startswith(os.path.realpath(os.getcwd()) + os.sep), package.__path__
 gpu_acceptance.parse(["--output", "unused"])
+assert gpu_acceptance.predictions("NVIDIA H100 80GB HBM3", 64)["fused"]["by_op"]
 assert kernel_speed.plan(kernel_speed.parse([]), kernel_speed.DECLARED_TARGETS["h100"])
 """
 

@@ -1,0 +1,178 @@
+"""The training iteration of sd_kernels' operators: the fast UNet, flat bf16 weights with masters, fused AdamW."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from gpu_workload import FP32, MASTERS, Recipe, Workload, channels_last, randomize
+
+from sd_kernels.registry import all_ops
+from sd_kernels.selection import Choice, choose
+from sd_kernels.spec import Target
+from sd_perf.config import Config, UNetConfig
+from sd_perf.diffusion.randomness import Stream
+from sd_perf.models.build import build_unet
+from sd_perf.models.kernel_choice import choose_kernels
+from sd_perf.reference.unet import UNet
+from sd_perf.training.flat_parameters import FlatAdamW, FlatParameters
+
+Op = Callable[..., Any]
+Wrap = Callable[[str, Op], Op]
+"""gives what is called instead of an operator, from its name and the operator: the profile marks them"""
+
+
+@dataclass(frozen=True)
+class FastRecipe(Recipe):
+    """One way to run the fast UNet."""
+
+    yardstick: Recipe | None = MASTERS
+    """plain operations in the same number formats, whose error this one's may be twice of; none: it is a yardstick"""
+    sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """what differs from the default config: values by section and field, such as kernels that are named"""
+
+    def fast_config(self, config: UNetConfig) -> Config:
+        """The whole config with which a trainer would run this."""
+        whole = Config(model=dataclasses.replace(config, implementation="fast"))
+        precision = {"precision": "bf16" if self.weights == torch.bfloat16 else "fp32"}
+        sections = {"training": precision, **self.sections}
+        changed = {name: dataclasses.replace(getattr(whole, name), **values) for name, values in sections.items()}
+        return dataclasses.replace(whole, **changed)
+
+    def choices(self, config: UNetConfig) -> dict[str, Choice]:
+        """The backend of every operator."""
+        whole, target = self.fast_config(config), Target.here()
+        # For another model than the benchmark's, no calls are looked at; whether the optimizer's can be made depends on
+        # the buffers' formats alone.
+        calls = all_ops()["adamw"].cases[:1]
+        adamw = choose("adamw", whole.kernels.adamw, target, calls, self.weights, whole.kernels.strict)
+        return {**choose_kernels(whole, target), "adamw": adamw}
+
+    def unet(self, config: UNetConfig, device: str) -> torch.nn.Module:
+        """Made where it will live: 866 million numbers take a GPU milliseconds and a CPU seconds."""
+        with torch.device(device):
+            return build_unet(self.fast_config(config), 0, torch.device(device))
+
+    def workload(self, config: UNetConfig, batch: int, device: str, **sizes: Any) -> Workload:
+        return FastWorkload(self, config, batch, device, **sizes)
+
+
+FAST_FP32 = FastRecipe(
+    "fast_fp32",
+    "fp32, TF32 off; flat buffers",
+    torch.float32,
+    yardstick=FP32,
+    # As its yardstick's: other attentions emulate float32, and would hide what the kernels around them do.
+    sections={"kernels": {"attention": "math"}},
+)
+FAST_BF16 = FastRecipe(
+    "fast_bf16",
+    "bf16 weights and activations; AdamW on fp32 masters kept as the bf16 weights and 16-bit remainders",
+    torch.bfloat16,
+    way="fused",
+)
+FAST_TIMED = (FAST_BF16,)
+"""those that rows are measured of"""
+FAST_CHECKED = (FAST_FP32, *FAST_TIMED)
+
+
+def unwrapped(name: str, op: Op) -> Op:
+    """The operator itself."""
+    return op
+
+
+@contextmanager
+def wrapped_operators(wrap: Wrap) -> Iterator[None]:
+    """Whatever takes an operator's chosen function within is given `wrap(name, function)`.
+
+    A network may bind functions while it is made, so that to exchange them afterwards would miss some.
+    """
+    chosen = Choice.function
+    Choice.function = lambda choice: wrap(choice.op, chosen(choice))  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        Choice.function = chosen  # type: ignore[method-assign]
+
+
+class FastWorkload(Workload):
+    """Draws, network, loss and AdamW by sd_kernels' operators; weights, remainders, gradients in a flat buffer each.
+
+    It starts from the weights of the plain one with the same seed, and from the same samples.
+    """
+
+    def __init__(
+        self,
+        recipe: FastRecipe,
+        config: UNetConfig,
+        batch: int,
+        device: str,
+        wrap: Wrap = unwrapped,
+        **sizes: int,
+    ) -> None:
+        """Other sizes as `Workload` has them. `wrap` is called once for every operator."""
+        super().__init__(config, batch, device, **sizes)
+        whole = recipe.fast_config(config)
+        self.choices = recipe.choices(config)
+        self.kernels: dict[str, str] = {}
+        with wrapped_operators(lambda name, op: wrap(name, self._noted(name, op))):
+            self.unet = recipe.unet(config, device)
+            self.draw, self.loss_of, adamw = (
+                self.choices[name].function() for name in ("diffusion_inputs", "v_mse_loss", "adamw")
+            )
+        self.dtype = recipe.weights
+        self.flat = FlatParameters(self.unet, recipe.weights)
+        self.collect = wrap("collect_gradients", self.flat.collect_gradients)
+        self.optimizer = FlatAdamW(self.flat, whole.optimizer, whole.learning_rate, adamw)
+        self.reset()
+
+    def _noted(self, name: str, op: Op) -> Op:
+        """The operator, which leaves its backend in `kernels` when it is called."""
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            self.kernels[name] = self.choices[name].backend
+            return op(*arguments, **options)
+
+        return call
+
+    def masters(self) -> list[torch.Tensor]:
+        return list(self.flat.masters().values())
+
+    def training_inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Noised latents, v-target (B, C, S, S) and timesteps (B,) int64 of the current samples."""
+        schedule, diffusion = self.diffusion.schedule, self.diffusion.config
+        return self.draw(
+            self.moments,
+            self.sample_indices,
+            schedule.sqrt_alphas_cumprod,
+            schedule.sqrt_one_minus_alphas_cumprod,
+            seed=self.seed,
+            latent_scale=diffusion.latent_scale,
+            timestep_stream=Stream.TIMESTEP,
+            noise_stream=Stream.NOISE,
+            moments_stream=Stream.MOMENTS,
+            dtype=self.dtype,
+        )
+
+    def training_loss(self) -> torch.Tensor:
+        noisy, target, timesteps = self.training_inputs()
+        return self.loss_of(self.unet(noisy, timesteps, self.context), target)
+
+    def update(self) -> None:
+        self.optimizer.step(self.collect())
+
+    def restart(self) -> None:
+        with torch.device(self.device):
+            plain = channels_last(UNet(self.config))
+        randomize(plain, self.seed)
+        self.flat.set_masters(dict(plain.named_parameters()))
+        self.optimizer.reset()
+
+    def changing(self) -> list[torch.Tensor]:
+        flat, optimizer = self.flat, self.optimizer
+        halves = [flat.weights] if flat.remainders is None else [flat.weights, flat.remainders]
+        return [*halves, optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.step_count]
