@@ -66,11 +66,10 @@ def screen(record: dict[str, Any]) -> Iterable[Any]:
         summary.add_row(level, str(len(rows)), str(sum(not row["ok"] for row in rows)), worst(rows))
     yield summary
     wrong = [row for row in record["rows"] if not row["ok"]]
-    if wrong:
-        details = Table("level", *_HEAD[:-1], title="red", title_justify="left")
-        for row in wrong:
-            details.add_row(row["level"], *_cells(row)[:-1])
-        yield details
+    for row in wrong:
+        name, where, dtype, *numbers, _ = _cells(row)
+        errors = "{} (allowed {}, plain torch {}), RMS {} (allowed {}, plain torch {})".format(*numbers)
+        yield f"[red]{row['level']}[/] {name}, {where}, {dtype}: max {errors}"
     yield "Triton kernels: " + (_counts(record["triton_launches"]) or "none ran")
     yield from record["notes"]
     yield ("[bold green]" if not wrong else "[bold red]") + verdict(record)

@@ -23,6 +23,8 @@ LEVELS = ("op", "block", "unet", "grad", "step", "trajectory", "world")
 USUAL = LEVELS[:5]
 """levels that take seconds; a recipe needs them all"""
 NAME = "parity.json"
+IDENTITY = ("config", "code", "device")
+"""what a record must agree in to stand for a run"""
 _SECTIONS = ("model", "diffusion", "optimizer", "kernels", "precision")
 
 
@@ -80,9 +82,10 @@ def _reason_against(record: Any, config: Config) -> str:
         return "is not there"
     if not (isinstance(record, dict) and isinstance(record.get("rows"), list)):
         return "is no parity record"
-    for key, now in identity(config).items():
-        if record.get(key) != now:
-            return f"is of another {key} ({record.get(key)}, here {now})"
+    now = identity(config)
+    for key in IDENTITY:
+        if record.get(key) != now[key]:
+            return f"is of another {key} ({record.get(key)}, here {now[key]})"
     missing = [level for level in USUAL if level not in record.get("levels", ())]
     if missing:
         return f"lacks the level {missing[0]}"

@@ -24,22 +24,25 @@ import torch
 
 from sd_perf.config import Config
 from sd_perf.errors import UserError
-from sd_perf.files import disk_errors, write_json, write_text
-from sd_perf.parity.record import NAME, identity, record_folder
+from sd_perf.files import disk_errors, read_json, write_json, write_text
+from sd_perf.parity.record import IDENTITY, LEVELS, NAME, USUAL, identity, record_folder
 from sd_perf.parity.rows import Row, exact
 from sd_perf.parity.subject import Where
 from sd_perf.training.run_folder import provenance
 
 Tell = Callable[[str], None]
 PARTS: dict[Where, tuple[str, ...]] = {
-    "interpreter": ("op", "block", "unet", "grad", "step"),
-    "structure": ("op", "block", "unet", "grad", "step", "trajectory", "world"),
-    "gpu": ("op", "block", "unet", "grad", "step", "trajectory", "world"),
+    "interpreter": USUAL,
+    "structure": LEVELS,
+    "gpu": LEVELS,
 }
 
 
 def run_parity(config: Config, levels: tuple[str, ...], tell: Tell) -> tuple[dict[str, Any], Path]:
-    """Compare the config's fast path with the plain one; returns the record and the folder that now holds it."""
+    """Compare the config's fast path with the plain one; returns the record and the folder that now holds it.
+
+    An earlier record of the same config, code and device keeps its other levels.
+    """
     from sd_perf.parity.page import page
 
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, implementation="fast"))
@@ -47,12 +50,32 @@ def run_parity(config: Config, levels: tuple[str, ...], tell: Tell) -> tuple[dic
     with disk_errors(folder, "choose another --run.dir"):
         folder.mkdir(parents=True, exist_ok=True)
     places: tuple[Where, ...] = ("gpu",) if torch.cuda.is_available() else ("interpreter", "structure")
-    parts = _children(config, levels, places, folder, tell)
-    record = _record(config, levels, parts)
+    places = tuple(where for where in places if set(levels) & set(PARTS[where]))
+    record = _record(config, levels, _children(config, levels, places, folder, tell))
+    record = _with_earlier(record, read_json(folder / NAME))
     with disk_errors(folder, "make room there"):
         write_json(folder / NAME, record)
         write_text(folder / "parity.html", page(record, config))
     return record, folder
+
+
+def _with_earlier(record: dict[str, Any], earlier: Any) -> dict[str, Any]:
+    """The record with the levels that only an earlier one of the same config, code and device has."""
+    same = isinstance(earlier, dict) and all(earlier.get(key) == record[key] for key in IDENTITY)
+    kept = [level for level in LEVELS if same and level in earlier["levels"] and level not in record["levels"]]
+    if not kept:
+        return record
+    rows = [row for row in earlier["rows"] if row["level"] in kept] + record["rows"]
+    return {
+        **record,
+        "ok": all(row["ok"] for row in rows),
+        "levels": [level for level in LEVELS if level in (*kept, *record["levels"])],
+        "executed": {**earlier["executed"], **record["executed"]},
+        "triton_launches": {**earlier["triton_launches"], **record["triton_launches"]},
+        "notes": list(dict.fromkeys([*earlier["notes"], *record["notes"]])),
+        "curves": record["curves"] or earlier["curves"],
+        "rows": rows,
+    }
 
 
 def _children(
@@ -81,7 +104,7 @@ def _record(config: Config, levels: tuple[str, ...], parts: list[dict[str, Any]]
     launches: Counter[str] = Counter()
     for part in parts:
         launches.update(part["triton_launches"])
-    if not launches:
+    if not launches and set(levels) & set(PARTS["interpreter"]):
         rows.append(exact("op", "Triton kernels that ran", "all", "", 1.0, "none did, so none is proven").as_dict())
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {
