@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from flat_parameters import FlatAdamW, FlatParameters
 from gpu_workload import FP32, MASTERS, Recipe, Workload, channels_last, randomize
 
 from sd_kernels.registry import all_ops
@@ -19,7 +20,6 @@ from sd_perf.diffusion.randomness import Stream
 from sd_perf.models.build import build_unet
 from sd_perf.models.kernel_choice import choose_kernels
 from sd_perf.reference.unet import UNet
-from sd_perf.training.flat_parameters import FlatAdamW, FlatParameters
 
 Op = Callable[..., Any]
 Wrap = Callable[[str, Op], Op]
@@ -75,7 +75,21 @@ FAST_BF16 = FastRecipe(
     torch.bfloat16,
     way="fused",
 )
-FAST_TIMED = (FAST_BF16,)
+FAST_FP8 = replace(
+    FAST_BF16,
+    implementation="fast_fp8",
+    precision="as fast_bf16, but the transformers' linear layers multiply in FP8",
+    way="",
+    sections={"precision": {"linear": "fp8_native"}},
+    # Plain torch has no FP8; what rounding to it costs is known from the operator's reference.
+    yardstick=replace(
+        FAST_BF16,
+        implementation="fast_fp8_reference",
+        yardstick=None,
+        sections={"precision": {"linear": "fp8_native"}, "kernels": {"fp8_linear": "reference"}},
+    ),
+)
+FAST_TIMED = (FAST_BF16, FAST_FP8)
 """those that rows are measured of"""
 FAST_CHECKED = (FAST_FP32, *FAST_TIMED)
 

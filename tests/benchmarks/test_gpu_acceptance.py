@@ -25,7 +25,7 @@ import gpu_environment
 import gpu_profile
 import timing
 from gpu_acceptance import Rung, attempt, check_losses, exit_code, make_row, measure_rows, plan_rungs, summary
-from gpu_fast import FAST_BF16
+from gpu_fast import FAST_BF16, FAST_FP8
 from gpu_workload import AUTOCAST, COMPILED, FP32, MASTERS, PlainWorkload, Recipe, make_inputs, randomize
 
 from sd_perf.config import Config, DiffusionConfig, UNetConfig
@@ -324,11 +324,12 @@ def test_rows_of_a_run_that_meets_everything() -> None:
 
 def test_the_fast_ones_come_first_and_compiling_last() -> None:
     rungs = plan_rungs([8, 64], rival_batch=32)
-    assert [(rung.recipe, rung.batch) for rung in rungs[:2]] == [(FAST_BF16, 64), (FAST_BF16, 8)]
-    names = [make_row(H100, rung, {})["implementation"] for rung in rungs[2:]]
+    fast = [(FAST_BF16, 64), (FAST_BF16, 8), (FAST_FP8, 64), (FAST_FP8, 8)]
+    assert [(rung.recipe, rung.batch) for rung in rungs[:4]] == fast
+    names = [make_row(H100, rung, {})["implementation"] for rung in rungs[4:]]
     assert names[:3] == ["fast_bf16_eager", "plain_autocast_eager", "plain_bf16_masters_eager"]
     assert [rung.recipe.compiled for rung in rungs].index(True) == len(rungs) - 2
-    assert {rung.batch for rung in rungs[3:]} == {32}
+    assert {rung.batch for rung in rungs[5:]} == {32}
 
 
 def test_compiling_is_not_begun_late() -> None:
@@ -455,7 +456,7 @@ ALLOWED = {
     "setuptools", "_distutils_hack", "pkg_resources",
     "sd_perf", "sd_kernels",
     "attempts", "gpu_acceptance", "gpu_checks", "gpu_environment", "gpu_fast", "gpu_profile", "gpu_workload",
-    "kernel_speed", "timing",
+    "flat_parameters", "kernel_speed", "timing",
 }
 
 class Blocker(importlib.abc.MetaPathFinder, importlib.abc.Loader):

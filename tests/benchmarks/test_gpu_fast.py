@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import gpu_checks
 import gpu_profile
-from gpu_fast import FAST_BF16, FAST_CHECKED, FAST_FP32, FastRecipe, FastWorkload, Op, unwrapped
+from gpu_fast import FAST_BF16, FAST_CHECKED, FAST_FP8, FAST_FP32, FastRecipe, FastWorkload, Op, unwrapped
 from gpu_workload import AUTOCAST, DIFFUSERS, FP32, MASTERS, PlainWorkload, Recipe, randomize
 
 from sd_kernels.registry import all_ops
@@ -36,6 +36,7 @@ TINY = UNetConfig(
 )
 SIZES = {"latent_size": 8, "context_tokens": 5}
 PLAIN_BF16 = replace(MASTERS, attention=SDPBackend.MATH)
+YARDSTICKS = (FP32, PLAIN_BF16, FAST_FP8.yardstick)
 ITERATIONS = 3
 
 
@@ -49,8 +50,7 @@ def trained(workload: Any) -> gpu_checks.Trained:
 
 @pytest.fixture(scope="module")
 def plain() -> dict[str, gpu_checks.Trained]:
-    recipes = (FP32, PLAIN_BF16)
-    return {recipe.implementation: trained(PlainWorkload(recipe, TINY, 2, "cpu", **SIZES)) for recipe in recipes}
+    return {recipe.implementation: trained(recipe.workload(TINY, 2, "cpu", **SIZES)) for recipe in YARDSTICKS}
 
 
 def verdict(recipe: FastRecipe, mine: gpu_checks.Trained, plain: dict[str, gpu_checks.Trained]) -> dict[str, bool]:
@@ -120,12 +120,12 @@ def test_a_start_of_other_weights_is_red(plain: dict[str, gpu_checks.Trained]) -
 
 
 def test_the_rule_follows_the_yardstick() -> None:
-    recipes = (FP32, PLAIN_BF16, *FAST_CHECKED)
+    recipes = (*YARDSTICKS, *FAST_CHECKED)
     checks = gpu_checks.check_precisions(TINY, 8, recipes, "cpu", "cpu", gradients=True)
     assert gpu_checks.passed(checks)
     errors = {check["check"]: check["error"] for check in checks}
     budgets = {check["check"]: check["budget"] for check in checks}
-    assert len(checks) == 2 + 2 + 3 + 3
+    assert len(checks) == 2 + 2 + 3 * len(FAST_CHECKED)
     assert budgets["fast_bf16: output"] == pytest.approx(2 * errors["plain_bf16_masters: output"], rel=1e-3)
     assert errors["fast_fp32: gradients"] < 1e-5 < errors["fast_bf16: gradients"]
 

@@ -33,7 +33,6 @@ SPEC = OpSpec(
     summary="value * gelu(gate), exact erf",
     backends=(
         Backend("triton", f"{__name__}.triton", capability=(8, 0)),
-        Backend("torch", f"{__name__}.torch"),
         Backend("reference", f"{__name__}.reference"),
     ),
     cases=counted(transformers(), _case),

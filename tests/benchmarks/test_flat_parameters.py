@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from flat_parameters import ALIGNMENT, FlatAdamW, FlatParameters
+
 from sd_kernels.adamw.reference import adamw
 from sd_perf.config import OptimizerConfig
-from sd_perf.training.flat_parameters import ALIGNMENT, FlatAdamW, FlatParameters
 
 DTYPES = [torch.bfloat16, torch.float32]
 
