@@ -40,11 +40,11 @@ def compare_steps(subject: Subject) -> Iterator[Row]:
     """All rows of the level."""
     yield from _draws(subject)
     yield _ranks(subject)
-    yield from _optimizer(subject)
+    yield from _optimizer(subject.light)
     if subject.choices["adamw"].backend in ("triton", "reference"):  # others keep no remainders
         yield _masters(subject)
     if subject.where != "interpreter":
-        yield from _whole_step(subject)
+        yield from _whole_step(subject.light)
         yield from _sampler(subject)
 
 
