@@ -82,12 +82,18 @@ def test_zeros_stay_zeros_and_nan_stays_nan() -> None:
 
 
 BAD = {"x": torch.zeros(4, 32).bfloat16(), "weight": torch.zeros(16, 32).bfloat16()}
+NORM = {"producer": "layer_norm", **dict.fromkeys(("norm_weight", "norm_bias"), torch.zeros(32).bfloat16())}
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"x": torch.zeros(4, 32)}, "bfloat16 or float16"),
+        ({"x": torch.zeros(4, 32)}, "one dtype"),
+        ({"x": torch.zeros(4, 32), "weight": torch.zeros(16, 32)}, "bfloat16 or float16"),
+        ({"bias": torch.zeros(15).bfloat16()}, r"bias of shape \(15,\); takes \(16,\)"),
+        ({**NORM, "norm_weight": torch.zeros(31).bfloat16()}, r"norm_weight of shape \(31,\); takes \(32,\)"),
+        ({**NORM, "norm_bias": torch.zeros(2, 32).bfloat16()}, r"norm_bias of shape \(2, 32\); takes \(32,\)"),
+        ({**NORM, "residual": torch.zeros(3, 32).bfloat16()}, r"residual of shape \(3, 32\); takes \(4, 32\)"),
         ({"weight": torch.zeros(16, 40).bfloat16()}, "multiples of 16"),
         ({"x": torch.zeros(4, 48).bfloat16()}, "a last axis of 32"),
         ({"producer": "gelu"}, "none, geglu, layer_norm"),
@@ -99,6 +105,18 @@ BAD = {"x": torch.zeros(4, 32).bfloat16(), "weight": torch.zeros(16, 32).bfloat1
 def test_bad_input_is_one_sentence(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(KernelError, match=words):
         fp8_linear(**{**BAD, **changes})
+
+
+@pytest.mark.parametrize("with_residual", [True, False])
+def test_backward_of_the_sum_alone(with_residual: bool) -> None:
+    x, residual, weight, *norm = (
+        torch.randn(*shape).bfloat16() for shape in ((4, 32), (4, 32), (16, 32), (32,), (32,))
+    )
+    leaves = [x.requires_grad_(), residual.requires_grad_()][: 1 + with_residual]
+    parts = {"residual": residual} if with_residual else {}
+    _, total = fp8_linear(x, weight, None, **parts, norm_weight=norm[0], norm_bias=norm[1], producer="layer_norm")
+    grad = torch.randn(4, 32).bfloat16()
+    assert all(torch.equal(given, grad) for given in torch.autograd.grad(total, leaves, grad))
 
 
 class FakeLinear(torch.nn.Module):

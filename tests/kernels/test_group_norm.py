@@ -13,6 +13,7 @@ from sd_kernels import harness
 from sd_kernels.errors import KernelError
 from sd_kernels.group_norm import SPEC
 from sd_kernels.group_norm import triton as kernels
+from sd_kernels.group_norm.torch import group_norm as torchs
 from sd_kernels.spec import Case, Inputs
 from tests.kernels.faults import assert_caught
 
@@ -100,12 +101,16 @@ def image(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         ({"residual": image(2, 32, 4, 4, dtype=torch.bfloat16)}, "one dtype"),
         ({"other": image(2, 8, 3, 4)}, "other of shape"),
         ({"bias": torch.zeros(32, device="meta")}, "one device"),
+        ({"num_groups": 0}, "32 channels in 0 groups"),
+        ({"num_groups": -4}, "32 channels in -4 groups"),
     ],
 )
 def test_bad_input_is_one_sentence(changes: dict[str, Any], words: str) -> None:
     good = {"x": image(2, 32, 4, 4), "weight": torch.ones(32), "bias": torch.zeros(32), "num_groups": 16, "eps": 1e-5}
-    with pytest.raises(KernelError, match=words):
-        kernels.group_norm(**{**good, **changes})
+    functions = [kernels.group_norm] if words == "channels-last" else [kernels.group_norm, torchs]
+    for function in functions:
+        with pytest.raises(KernelError, match=words):
+            function(**{**good, **changes})
 
 
 @pytest.fixture
@@ -151,5 +156,9 @@ def test_apex_refuses_what_it_would_hand_to_torch(fake_apex: list[tuple[Any, ...
         group_norm(image(1, 96, 2, 2), **options)
     with pytest.raises(KernelError, match="not 8"):
         group_norm(image(1, 96, 2, 2), **{**options, "num_groups": 8})
+    with pytest.raises(KernelError, match="256 channels in 0 groups"):
+        group_norm(image(1, 256, 2, 2), torch.ones(256), torch.zeros(256), num_groups=0, eps=1e-5)
+    with pytest.raises(KernelError, match="dense channels-last memory"):  # pixels apart
+        group_norm(image(1, 264, 2, 2)[:, :256], torch.ones(256), torch.zeros(256), num_groups=16, eps=1e-5)
     assert SPEC.backend("apex").refuses(CASES["nothing added"], torch.bfloat16)
     assert not fake_apex

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from sd_kernels.group_norm.checks import check
 from sd_kernels.group_norm.reference import prologue
 
 
@@ -22,6 +23,7 @@ def group_norm(
     hand_on: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """See `reference.group_norm`."""
+    check(x, weight, bias, shift, residual, other, num_groups, double=True)
     total = prologue(x, shift, residual)
     source = total if other is None else torch.cat((total, other), dim=1)
     y = F.group_norm(source, num_groups, weight, bias, eps)
