@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from sd_kernels import harness
 from sd_kernels.errors import KernelError
@@ -81,6 +82,17 @@ def test_a_gradient_may_come_in_another_memory_order() -> None:
         y, inputs["x"], grad.contiguous(memory_format=torch.channels_last), retain_graph=True
     )
     assert torch.equal(torch.autograd.grad(y, inputs["x"], grad)[0], expected[0])
+
+
+@pytest.mark.parametrize("function", [torchs, SPEC.reference()], ids=["torch", "reference"])
+def test_the_order_of_memory_is_kept(function: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu = F.group_norm
+    monkeypatch.setattr(F, "group_norm", lambda x, *others: on_gpu(x.contiguous(), *others))  # which gives NCHW
+    for order in (torch.channels_last, torch.contiguous_format):
+        x = torch.randn(2, 32, 4, 5).contiguous(memory_format=order)
+        shift, norm = torch.randn(2, 32), torch.randn(2, 64)
+        for y in function(x, *norm, shift, None, x, num_groups=4, eps=1e-5, silu=True, hand_on=True):
+            assert y.is_contiguous(memory_format=order)
 
 
 def image(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from sd_kernels.group_norm.checks import check
 from sd_kernels.group_norm.reference import prologue
+from sd_kernels.group_norm.rows import dense, is_channels_last
 
 
 def group_norm(
@@ -27,5 +28,7 @@ def group_norm(
     total = prologue(x, shift, residual)
     source = total if other is None else torch.cat((total, other), dim=1)
     y = F.group_norm(source, num_groups, weight, bias, eps)
+    # On a GPU torch's kernel gives NCHW, whatever it is given.
+    y = dense(y) if is_channels_last(source) else y
     y = F.silu(y) if silu else y
     return (y, total) if hand_on else y
