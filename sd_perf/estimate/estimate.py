@@ -11,18 +11,16 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 
-from sd_kernels.sd_v2_shapes import Architecture
 from sd_perf.config import Config
 from sd_perf.errors import ConfigError
 from sd_perf.estimate.eager import plain
 from sd_perf.estimate.kernels import GPU, GPUS, Kernel
 from sd_perf.estimate.ways import fused, kept, refusals, submission
 from sd_perf.files import written_aside
+from sd_perf.models.architecture import architecture
 from sd_perf.optional import optional
-from sd_perf.reference.unet import UNet
 
 WAYS = {
     "plain": "plain eager PyTorch, bf16 autocast",
@@ -47,28 +45,6 @@ _HOST = 5e-6
 """seconds in which the host issues one eager kernel (assumed); the GPU waits where the host is slower"""
 _WORKSPACE = 32 * 2**20
 """bytes that cuBLAS takes on Hopper (torch's documentation of CUBLAS_WORKSPACE_CONFIG)"""
-
-
-def architecture(config: Config) -> Architecture:
-    """The config's UNet in the terms of sd_kernels."""
-    model = config.model
-    with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in UNet(model).parameters())
-    levels = range(len(model.channel_mult))
-    return Architecture(
-        widths=tuple(mult * model.model_channels for mult in model.channel_mult),
-        side=config.data.latent_size,
-        transformer_levels=tuple(level for level in levels if 2**level in model.attention_resolutions),
-        blocks=model.num_res_blocks,
-        head_dim=model.num_head_channels,
-        context_length=config.data.context_tokens,
-        context_width=model.context_dim,
-        in_channels=model.in_channels,
-        out_channels=model.out_channels,
-        block_groups=model.resblock_groups,
-        transformer_groups=model.transformer_groups,
-        parameters=parameters,
-    )
 
 
 def estimate(config: Config, gpu: str, batch: int, ranks: int = 1) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import fields
 
 import torch
 
@@ -10,8 +10,9 @@ from sd_kernels.errors import KernelError
 from sd_kernels.registry import all_ops
 from sd_kernels.selection import AUTO, Choice, choose
 from sd_kernels.spec import DECLARED_TARGETS, Target
-from sd_perf.config import Config, KernelsConfig, UNetConfig
+from sd_perf.config import Config, KernelsConfig
 from sd_perf.errors import ConfigError
+from sd_perf.models.architecture import architecture
 
 REFERENCE = "reference"
 
@@ -22,16 +23,11 @@ def target_named(name: str) -> Target:
 
 
 def choose_kernels(config: Config, target: Target) -> dict[str, Choice]:
-    """The backend of every operator, for the calls that the config's model makes.
-
-    Only the benchmark's own model has its calls listed in the specs; for another one a backend is judged by what it
-    needs, and an operator itself refuses what it cannot compute. Raises ConfigError naming the key.
-    """
+    """The backend of every operator, for the calls that the config's model makes. Raises ConfigError naming the key."""
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
-    is_benchmark = replace(config.model, implementation=UNetConfig.implementation) == UNetConfig()
-    choices = {}
+    unet, choices = architecture(config), {}
     for name, spec in all_ops().items():
-        wanted, cases = getattr(config.kernels, name), spec.cases if is_benchmark else ()
+        wanted, cases = getattr(config.kernels, name), spec.cases_of(unet) if spec.cases_of else ()
         try:
             choices[name] = choose(name, wanted, target, cases, dtype, config.kernels.strict)
         except KernelError as error:

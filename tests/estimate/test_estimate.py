@@ -20,9 +20,10 @@ from sd_perf.config import Config, UNetConfig
 from sd_perf.errors import ConfigError
 from sd_perf.estimate import estimate as module
 from sd_perf.estimate.eager import plain
-from sd_perf.estimate.estimate import WAYS, architecture, estimate
+from sd_perf.estimate.estimate import WAYS, estimate
 from sd_perf.estimate.kernels import GPUS, Kernel, Product
 from sd_perf.estimate.ways import cases, fused, kept, submission
+from sd_perf.models.architecture import architecture
 from sd_perf.presets import load_preset
 from sd_perf.training.dry_run import dry_run
 
