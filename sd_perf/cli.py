@@ -202,6 +202,9 @@ def estimate(
 ) -> int:
     """Predict time and memory of a training step on a GPU that need not be here: where the time goes, and what fits.
 
+    All figures are of bfloat16, and a floor of time. The fused way is what the ops of sd_kernels amount to in one CUDA
+    graph, not a step that the trainer has yet.
+
     Args:
         config: YAML preset
         settings: fields of the preset

@@ -25,7 +25,7 @@ from sd_perf.optional import optional
 WAYS = {
     "plain": "plain eager PyTorch, bf16 autocast",
     "submission": "the best MLPerf submission's way",
-    "fused": "sd_kernels in one CUDA graph",
+    "fused": "what the ops of sd_kernels amount to",
 }
 _FAMILIES = {
     "convolutions": ("conv", "upsample_conv", "skip_conv"),
@@ -50,6 +50,7 @@ _WORKSPACE = 32 * 2**20
 def estimate(config: Config, gpu: str, batch: int, ranks: int = 1) -> dict[str, Any]:
     """Figures per way of working, as JSON takes them; those of `fused` at the top, too. All in bfloat16.
 
+    `fused` is what the ops amount to in one CUDA graph, not a step that the trainer has yet.
     ranks: GPUs that share the submission's optimizer state.
     """
     if gpu not in GPUS:
@@ -75,6 +76,8 @@ def estimate(config: Config, gpu: str, batch: int, ranks: int = 1) -> dict[str, 
     }
     ways = {way: _figures(way, kernels[way], dict(zip(names, held[way], strict=True)), chosen, batch) for way in WAYS}
     notes = list(refusals(unet, batch))
+    if config.training.precision != "bf16":
+        notes.append(f"training.precision is {config.training.precision}; these figures are of bfloat16")
     for way, figures in ways.items():
         if batch > (largest := figures["largest_batch"]):
             notes.append(f"{way}: batch {batch} does not fit into {chosen.name}; the largest that does is {largest}")
@@ -129,7 +132,7 @@ def tables(facts: dict[str, Any]) -> Iterable[Any]:
         memory.add_row(name, *(f"{way['memory_bytes'][name] / 1e9:.1f}" for way in ways.values()))
     memory.add_row("largest batch", *(f"{way['largest_batch']:,}" for way in ways.values()))
     yield memory
-    yield "One GPU; communication is not counted."
+    yield "One GPU; communication is not counted. fused is what the ops amount to; the trainer has no such step yet."
     yield from facts["notes"]
 
 

@@ -16,6 +16,7 @@ def architecture(config: Config) -> Architecture:
         parameters = sum(parameter.numel() for parameter in UNet(model).parameters())
     levels = range(len(model.channel_mult))
     return Architecture(
+        stem=model.model_channels,
         widths=tuple(mult * model.model_channels for mult in model.channel_mult),
         side=config.data.latent_size,
         transformer_levels=tuple(level for level in levels if 2**level in model.attention_resolutions),
