@@ -100,8 +100,7 @@ def _cases(spec: OpSpec, options: argparse.Namespace, dtype: torch.dtype) -> lis
     cases = [case for case in spec.cases if options.cases in case.name]
     if options.quick and cases:
         cases = [max(cases, key=lambda case: case.calls * spec.work(case, dtype).forward_bytes)]
-    # B counts samples, or rows of all samples; the specs' cases are those of BATCH samples.
-    return [case.at_batch(case.shape["B"] * options.batch // BATCH) if "B" in case.shape else case for case in cases]
+    return [case.at_batch(options.batch) if "B" in case.shape else case for case in cases]
 
 
 def _entries(spec: OpSpec, case: Case, dtype: torch.dtype, target: Target) -> Iterator[Entry]:

@@ -17,6 +17,9 @@ from sd_kernels.fp8_linear.quantise import fp8_quantise
 from sd_kernels.fp8_linear.reference import FORWARD, GRADIENT, quantise
 from sd_kernels.fp8_linear.reference import fp8_linear as reference
 from sd_kernels.fp8_linear.triton import fp8_linear
+from sd_kernels.registry import all_ops
+from sd_kernels.sd_v2_shapes import BATCH
+from sd_kernels.spec import Inputs
 from tests.kernels.faults import assert_caught, planted
 
 CASES = {case.name: case for case in SPEC.small_cases}
@@ -107,6 +110,21 @@ def test_bad_input_is_one_sentence(changes: dict[str, Any], words: str) -> None:
         fp8_linear(**{**BAD, **changes})
 
 
+def test_a_step_has_the_linear_layers_of_its_transformer_blocks() -> None:
+    flops = sum(case.calls * SPEC.work(case, torch.bfloat16).flops for case in SPEC.cases)
+    # Projections of 3, 1, 1, 1, 8 and 4 times C x C for each token.
+    tokens = ((4096, 320, 5), (1024, 640, 5), (256, 1280, 5), (64, 1280, 1))
+    assert flops == sum(blocks * 2 * BATCH * L * 18 * C**2 for L, C, blocks in tokens)
+    in_16_bits = ("projection", "keys and values", "time", "all time")
+    linear = all_ops()["linear"]
+    others = sum(
+        case.calls * linear.work(case, torch.bfloat16).flops
+        for case in linear.cases
+        if not case.name.startswith(in_16_bits)
+    )
+    assert flops == others
+
+
 @pytest.mark.parametrize("with_residual", [True, False])
 def test_backward_of_the_sum_alone(with_residual: bool) -> None:
     x, residual, weight, *norm = (
@@ -126,8 +144,9 @@ class FakeLinear(torch.nn.Module):
         self, in_features: int, out_features: int, bias: bool = True, params_dtype: Any = None, device: str = "cuda"
     ) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(out_features, in_features, dtype=params_dtype))
-        self.bias = torch.nn.Parameter(torch.zeros(out_features, dtype=params_dtype)) if bias else None
+        device = "meta" if device == "meta" else "cpu"
+        self.weight = torch.nn.Parameter(torch.randn(out_features, in_features, dtype=params_dtype, device=device))
+        self.bias = torch.nn.Parameter(torch.zeros(out_features, dtype=params_dtype, device=device)) if bias else None
         self.scale = torch.ones(())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -174,7 +193,14 @@ def te(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 @pytest.mark.parametrize("name", ["77 tokens", "after GEGLU", "after LayerNorm"])
 def test_transformer_engine_is_called_with_its_signature(te: Any, name: str) -> None:
     assert all(verdict.ok for verdict in harness.check(SPEC, "te", CASES[name], torch.float32))
-    assert FAKE["rows"] == te.padded_rows(CASES[name].shape["B"])
+    assert FAKE["rows"] == te.padded_rows(CASES[name].shape["L"])
+
+
+def test_transformer_engine_draws_no_random_number(te: Any) -> None:
+    inputs = SPEC.inputs(CASES["after LayerNorm"], Inputs(CASES["after LayerNorm"], torch.float32))
+    before = torch.get_rng_state()
+    te.fp8_linear(**inputs)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_recipes_are_hybrid_and_named(te: Any) -> None:

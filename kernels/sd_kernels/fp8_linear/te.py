@@ -81,14 +81,17 @@ def fp8_linear(
     producer: str = "none",
     eps: float = 1e-5,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """See `reference.fp8_linear`; current scaling, which has no state, in a layer made for this call."""
+    """See `reference.fp8_linear`; current scaling, which has no state, in a layer made for this call.
+
+    The layer's own parameters are on the meta device: the call's stand in for them, and no random number is drawn.
+    """
     check(x, weight, bias, residual, norm_weight, norm_bias, producer)
     total = x if residual is None else x + residual
     produced = geglu(total) if producer == "geglu" else total
     if norm_weight is not None:
         produced = F.layer_norm(total, total.shape[-1:], norm_weight, norm_bias, eps)
     N, K = weight.shape
-    layer = Linear(K, N, bias is not None, "current", x.dtype, str(x.device))
+    layer = Linear(K, N, bias is not None, "current", x.dtype, "meta")
     parameters = {"inner.weight": weight} | ({} if bias is None else {"inner.bias": bias})
     y = torch.func.functional_call(layer, parameters, (produced,))
     return (y, total) if producer == "layer_norm" else y
