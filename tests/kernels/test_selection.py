@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -104,3 +105,17 @@ def test_the_digest_is_of_the_sources(tmp_path, monkeypatch: pytest.MonkeyPatch)
         (tmp_path / "geglu" / name).write_text(text)
         digests.add(registry.source_digest("geglu"))
     assert len(digests) == 3
+
+
+def test_the_digest_is_of_what_the_sources_import(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {str(path).rpartition("sd_kernels/")[2] for path in registry.sources("fp8_linear")}
+    assert names > {"launch.py", "column_sum.py", "layer_norm/triton.py", "geglu/reference.py", "fp8_linear/te.py"}
+    assert names.isdisjoint({"spec.py", "philox.py"})
+    ops = list(registry.all_ops())
+    shutil.copytree(registry.sd_kernels.__path__[0], tmp_path / "copy")
+    monkeypatch.setattr(registry.sd_kernels, "__path__", [str(tmp_path / "copy")])
+    before = {op: registry.source_digest(op) for op in ops}
+    with (tmp_path / "copy/column_sum.py").open("a") as file:
+        file.write("# changed\n")
+    changed = {op for op, digest in before.items() if registry.source_digest(op) != digest}
+    assert changed == {"fp8_linear", "layer_norm", "residual_add"}
