@@ -4,10 +4,10 @@
 
 Times the calls of one training step at full size, forward and backward (of 16-bit layers with weights, the gradients of
 input and of parameters apart), in CUDA graphs that rotate through inputs larger than the L2 cache. GB/s counts bytes
-that must move (the spec's), beside the copy bandwidth of the same run; TFLOP/s counts what matrices compute. A backend is
-timed only where its parity with float64, on this GPU and in this dtype, is green: on the op's small cases and on the
-timed case itself, made small enough. Exit code 0: all is well; 1: something of ours is red or failed; 2: it cannot run
-here. `sd-perf doctor` reads committed results to tell what has run on hardware.
+that must move (the spec's), beside the copy bandwidth of the same run; TFLOP/s counts what matrices compute. A backend
+is timed only where its parity with float64, on this GPU and in this dtype, is green: on the op's small cases and on
+the timed case itself, made small enough. Exit code 0: all is well; 1: something of ours is red or failed; 2: it cannot
+run here. `sd-perf doctor` reads committed results to tell what has run on hardware.
 
 Not called kernels.py: scripts of this folder can be imported, and other libraries look for a package of that name.
 """

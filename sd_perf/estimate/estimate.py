@@ -18,7 +18,7 @@ from sd_perf.errors import ConfigError
 from sd_perf.estimate.eager import plain
 from sd_perf.estimate.kernels import GPU, GPUS, Kernel
 from sd_perf.estimate.ways import fused, kept, refusals, submission
-from sd_perf.files import written_aside
+from sd_perf.files import disk_errors, written_aside
 from sd_perf.models.architecture import architecture
 from sd_perf.optional import optional
 
@@ -155,6 +155,7 @@ def draw(facts: dict[str, Any], path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel(f"ms per sample, at least: {GPUS[facts['gpu']].name}, batch {facts['batch']}")
     figure.legend(loc="outside upper left", ncols=4, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_aside(path) as draft:
-        figure.savefig(draft, dpi=150, format="png")
+    with disk_errors(path, "choose another --png"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_aside(path) as draft:
+            figure.savefig(draft, dpi=150, format="png")

@@ -201,6 +201,15 @@ def test_bad_input(options: list[str], sentence: str, capsys: pytest.CaptureFixt
     assert capsys.readouterr().err.strip() == f"sd-perf: {sentence}"
 
 
+def test_a_picture_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for png in (tmp_path, Path("/proc/x/bars.png")):
+        with pytest.raises(SystemExit) as left:
+            main(["estimate", "--config", str(SMOKE), "--batch", "2", "--png", str(png)])
+        assert left.value.code == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"sd-perf: {png} cannot be written (") and line.endswith("choose another --png")
+
+
 def test_a_shape_that_no_backend_takes_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = all_ops()["geglu"]
 
