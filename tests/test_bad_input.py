@@ -29,6 +29,7 @@ SHORT = {"training": {**TREE["training"], "max_samples": 8}, "checkpoint": {"eve
 AUTOENCODER = Path(__file__).parent.parent / "assets" / "tiny" / "autoencoder.safetensors"
 TEXT_TINY = str(Path(__file__).parent.parent / "configs" / "text_tiny.json")
 MOMENTS = np.zeros((1, 8, 8, 8), np.float32)
+FAST = ["--model.implementation", "fast"]
 CONTEXT = np.zeros((3, 16), np.float16)
 
 
@@ -185,7 +186,11 @@ def test_options_that_do_not_parse(options, parts, preset, run, sd_perf):
         (["--kernels.geglu", "triton"], ["kernels.geglu: 'triton'", "auto or reference", "is 'plain'"]),
         (["--kernels.strict"], ["kernels.strict: True", "is 'plain'"]),
         (["--precision.text", "fp8_native"], ["precision.text: 'fp8_native'", "bf16, since", "is 'plain'"]),
-        (["--kernels.geglu", "tritn", "--dry-run"], ["kernels.geglu: 'tritn'", "did you mean 'triton'?"]),
+        (["--kernels.geglu", "triton", "--dry-run"], ["kernels.geglu: 'triton'", "auto or reference", "is 'plain'"]),
+        (["--mlperf.division", "closed", "--dry-run"], ["is not allowed in the closed division"]),
+        ([*FAST, "--kernels.geglu", "tritn", "--dry-run"], ["kernels.geglu: 'tritn'", "did you mean 'triton'?"]),
+        (["--dry-run", "--ranks", "0"], ["--ranks: 0 cannot be used; it must be at least 1"]),
+        (["--dry-run", "--ranks", "-2"], ["--ranks: -2 cannot be used; it must be at least 1"]),
         (["--resume", "--fresh"], ["--resume", "--fresh", "give one of them"]),
     ],
 )
@@ -195,7 +200,7 @@ def test_options_that_cannot_be_used(options, parts, preset, run, refused):
 
 
 def test_dry_run_for_a_declared_gpu(preset, run, sd_perf):
-    command = ["train", "--config", preset, "--run.dir", run, "--dry-run", "--kernels.geglu", "triton"]
+    command = ["train", "--config", preset, "--run.dir", run, "--dry-run", *FAST, "--kernels.geglu", "triton"]
     code, output, _ = sd_perf(*command, "--target", "h100", "--json")
     facts = json.loads(output)
     assert code == 0 and facts["target"] == "H100" and facts["kernels"]["geglu"]["backend"] == "triton"
@@ -328,6 +333,40 @@ def test_text_encoder_weights(preset, run, shards, refused, tmp_path):
     matches(refused(*command, ""), "text_encoder.weights: ''", "a file of weights")
     matches(refused(*command, "random"), "model.context_dim: 16 cannot be used", "it must be 128, the width of")
     assert not run.exists()
+
+
+@pytest.mark.parametrize("shards", [[], ["--shards"]], ids=["pictures", "shards"])
+def test_scenes(shards, tmp_path, refused):
+    command = ["data", "scenes", *shards, "--output"]
+    for samples in (0, -3):
+        sentence = refused(*command, tmp_path / "new", "--samples", samples)
+        matches(sentence, f"--samples: {samples} cannot be used; it must be at least 1")
+    matches(refused(*command, tmp_path / "new", "--uncaptioned-every", -1), "--uncaptioned-every: -1", "0 or more")
+    assert not (tmp_path / "new").exists()
+    matches(refused(*command, "/proc/x/y"), "/proc/x/y cannot be written (", "choose another folder")
+
+
+def test_numbers_of_prepared_samples(preset, tmp_path, refused):
+    command = ["data", "prepare", "--config", preset, "--images", tmp_path, "--autoencoder", AUTOENCODER]
+    matches(refused(*command, "--captions-per-image", 0), "--captions-per-image: 0 cannot be used", "at least 1")
+    matches(refused(*command, "--samples-per-shard", 0), "--samples-per-shard: 0 cannot be used", "1 to 10000")
+
+
+@pytest.mark.parametrize(
+    ("command", "work"),
+    [
+        (["data", "scenes", "--output", "x"], "sd_perf.data.prepare.scenes.write_scenes"),
+        (["evaluate", "x"], "sd_perf.training.run_folder.read_run_config"),
+    ],
+    ids=["data scenes", "evaluate"],
+)
+def test_ctrl_c_is_one_line(command, work, sd_perf, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(work, interrupted)
+    code, _, errors = sd_perf(*command)
+    assert (code, errors) == (130, "sd-perf: stopped by Ctrl-C\n")
 
 
 def test_shards_are_written_to_a_named_folder(preset, shards, refused, sd_perf, monkeypatch, tmp_path):

@@ -17,12 +17,22 @@ def require(condition: bool, op: str, got: str, takes: str) -> None:
         raise KernelError(f"{op}: got {got}; takes {takes}")
 
 
-def require_floating(op: str, *tensors: torch.Tensor) -> None:
-    """Raise KernelError unless the tensors are float32, bfloat16 or float16, on one device, and none is empty."""
+def require_floating(op: str, *tensors: torch.Tensor, double: bool = False) -> None:
+    """Raise KernelError unless the tensors are float32, bfloat16 or float16, on one device, and none is empty.
+
+    `double` takes float64, too, in which adapters of torch are tested.
+    """
     for tensor in tensors:
-        require(tensor.dtype in FLOATING, op, str(tensor.dtype), "float32, bfloat16 or float16")
+        is_taken = tensor.dtype in FLOATING or (double and tensor.dtype == torch.float64)
+        require(is_taken, op, str(tensor.dtype), "float32, bfloat16 or float16")
         require(tensor.numel() > 0, op, f"the empty shape {tuple(tensor.shape)}", "at least one element")
         require(tensor.device == tensors[0].device, op, f"{tensors[0].device} and {tensor.device}", "one device")
+
+
+def require_one_dtype(op: str, *tensors: torch.Tensor) -> None:
+    """Raise KernelError unless all tensors have the first one's dtype."""
+    for tensor in tensors:
+        require(tensor.dtype == tensors[0].dtype, op, f"{tensors[0].dtype} and {tensor.dtype}", "one dtype")
 
 
 def require_convolution(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:

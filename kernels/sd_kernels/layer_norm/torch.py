@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from sd_kernels.layer_norm.checks import check
+
 
 def layer_norm(
     x: torch.Tensor,
@@ -15,6 +17,7 @@ def layer_norm(
     eps: float = 1e-5,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.layer_norm`."""
+    check(x, weight, bias, residual, double=True)
     total = x if residual is None else x + residual
     inputs = total, weight, bias
     if not x.is_cuda:

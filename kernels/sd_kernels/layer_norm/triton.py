@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 
 from sd_kernels.column_sum import column_sum, processors
-from sd_kernels.errors import require, require_floating
+from sd_kernels.errors import require
 from sd_kernels.launch import empty, launch, rounded
+from sd_kernels.layer_norm.checks import check
 
 TILES = tl.constexpr(5)
 ELEMENTS = 1024
@@ -313,14 +314,8 @@ def layer_norm(
     eps: float = 1e-5,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.layer_norm`; float32, bfloat16 or float16. Gradients of both outputs meet in one pass."""
-    tensors = [x, weight, bias] + ([] if residual is None else [residual])
-    require_floating("layer_norm", *tensors)
-    for tensor in tensors[1:]:
-        require(tensor.dtype == x.dtype, "layer_norm", f"{x.dtype} and {tensor.dtype}", "one dtype")
-    C = x.shape[-1] if x.dim() > 0 else 0
-    require(0 < C <= WIDEST, "layer_norm", f"shape {tuple(x.shape)}", f"a last axis of at most {WIDEST}")
-    for tensor, shape in zip(tensors[1:], ((C,), (C,), x.shape), strict=False):
-        require(tensor.shape == shape, "layer_norm", f"shape {tuple(tensor.shape)}", f"{tuple(shape)} beside x")
+    check(x, weight, bias, residual)
+    require(x.shape[-1] <= WIDEST, "layer_norm", f"shape {tuple(x.shape)}", f"a last axis of at most {WIDEST}")
     if residual is None:
         return _HandingOn.apply(x, weight, bias, None, eps)
     return layer_norm_forward(x, weight, bias, residual, eps)[:2]
