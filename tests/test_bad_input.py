@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +16,11 @@ import pytest
 import yaml
 
 from sd_kernels.errors import KernelError
-from sd_perf.cli import main
 from sd_perf.data.order import SampleOrder
 from sd_perf.data.prepare.scenes import write_scenes
 from sd_perf.data.shards import ShardWriter
 from sd_perf.distributed.checkpoints import CheckpointStore, load_component
+from tests.conftest import only_sentence
 from tests.data.test_samples import Bomb, npy
 from tests.training.conftest import TREE, start_train, train
 
@@ -54,37 +53,6 @@ def run(tmp_path: Path) -> Path:
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
     return tmp_path / "shards"
-
-
-@pytest.fixture
-def sd_perf(capfd) -> Callable[..., tuple[int, str, str]]:
-    """sd_perf("train", ...) -> exit code, stdout, stderr, in this process."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as exit:
-            main([str(argument) for argument in arguments])
-        return exit.value.code, *capfd.readouterr()
-
-    return call
-
-
-@pytest.fixture
-def refused(sd_perf) -> Callable[..., str]:
-    """The sentence with which a command is refused; that it is one, and the exit code, are checked."""
-
-    def call(*arguments: object) -> str:
-        code, _, errors = sd_perf(*arguments)
-        assert code == 2, errors
-        return only_sentence(errors)
-
-    return call
-
-
-def only_sentence(errors: str) -> str:
-    [line] = errors.splitlines()
-    assert line.startswith("sd-perf: ") and "Traceback" not in line
-    return line
 
 
 def saved(folder: Path) -> dict[str, str]:
@@ -333,40 +301,6 @@ def test_text_encoder_weights(preset, run, shards, refused, tmp_path):
     matches(refused(*command, ""), "text_encoder.weights: ''", "a file of weights")
     matches(refused(*command, "random"), "model.context_dim: 16 cannot be used", "it must be 128, the width of")
     assert not run.exists()
-
-
-@pytest.mark.parametrize("shards", [[], ["--shards"]], ids=["pictures", "shards"])
-def test_scenes(shards, tmp_path, refused):
-    command = ["data", "scenes", *shards, "--output"]
-    for samples in (0, -3):
-        sentence = refused(*command, tmp_path / "new", "--samples", samples)
-        matches(sentence, f"--samples: {samples} cannot be used; it must be at least 1")
-    matches(refused(*command, tmp_path / "new", "--uncaptioned-every", -1), "--uncaptioned-every: -1", "0 or more")
-    assert not (tmp_path / "new").exists()
-    matches(refused(*command, "/proc/x/y"), "/proc/x/y cannot be written (", "choose another folder")
-
-
-def test_numbers_of_prepared_samples(preset, tmp_path, refused):
-    command = ["data", "prepare", "--config", preset, "--images", tmp_path, "--autoencoder", AUTOENCODER]
-    matches(refused(*command, "--captions-per-image", 0), "--captions-per-image: 0 cannot be used", "at least 1")
-    matches(refused(*command, "--samples-per-shard", 0), "--samples-per-shard: 0 cannot be used", "1 to 10000")
-
-
-@pytest.mark.parametrize(
-    ("command", "work"),
-    [
-        (["data", "scenes", "--output", "x"], "sd_perf.data.prepare.scenes.write_scenes"),
-        (["evaluate", "x"], "sd_perf.training.run_folder.read_run_config"),
-    ],
-    ids=["data scenes", "evaluate"],
-)
-def test_ctrl_c_is_one_line(command, work, sd_perf, monkeypatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(work, interrupted)
-    code, _, errors = sd_perf(*command)
-    assert (code, errors) == (130, "sd-perf: stopped by Ctrl-C\n")
 
 
 def test_shards_are_written_to_a_named_folder(preset, shards, refused, sd_perf, monkeypatch, tmp_path):
