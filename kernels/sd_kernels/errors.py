@@ -35,8 +35,11 @@ def require_one_dtype(op: str, *tensors: torch.Tensor) -> None:
         require(tensor.dtype == tensors[0].dtype, op, f"{tensors[0].dtype} and {tensor.dtype}", "one dtype")
 
 
-def require_convolution(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:
-    """Raise KernelError unless x (B, C, H, W) and weight (O, C, h, w) are alike, and dense in channels-last memory."""
+def require_convolution(op: str, x: torch.Tensor, weight: torch.Tensor, takes_wide: bool = False) -> None:
+    """Raise KernelError unless x (B, C, H, W) and weight (O, C, h, w) are alike, and dense in channels-last memory.
+
+    With `takes_wide` the weight may also be float32.
+    """
     for name, tensor in (("x", x), ("weight", weight)):
         what = f"{name} of shape {tuple(tensor.shape)}"
         require(tensor.dim() == 4 and tensor.numel() > 0, op, what, "four axes, none of them empty")
@@ -45,7 +48,8 @@ def require_convolution(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:
         is_dense = tensor.is_contiguous(memory_format=torch.channels_last)
         strides = f"{what} with strides {tensor.stride()}"
         require(is_dense, op, strides, f"channels-last memory ({name}.to(memory_format=torch.channels_last))")
-    alike = x.dtype == weight.dtype and x.device == weight.device
+    dtypes = (x.dtype, torch.float32) if takes_wide else (x.dtype,)
+    alike = weight.dtype in dtypes and x.device == weight.device
     both = f"x of {x.dtype} on {x.device} and weight of {weight.dtype} on {weight.device}"
     require(alike, op, both, "one dtype and one device")
     shapes = f"x of shape {tuple(x.shape)} and weight of shape {tuple(weight.shape)}"

@@ -122,7 +122,7 @@ def test_a_kernel_of_fp8_needs_a_layer_in_fp8() -> None:
 
 def test_the_benchmarks_calls_are_judged_whatever_its_speed() -> None:
     def chosen(model: UNetConfig) -> dict:
-        return choose_kernels(Config(model=model), Target("cpu", "cpu"))
+        return choose_kernels(Config(model=model), H100)
 
     assert chosen(replace(FAST, activation_checkpointing=True, compile=True)) == chosen(UNetConfig())
-    assert chosen(replace(FAST, context_dim=768)) != chosen(UNetConfig())
+    assert chosen(replace(FAST, model_channels=288, num_head_channels=36)) != chosen(UNetConfig())
