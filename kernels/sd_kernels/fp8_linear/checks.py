@@ -11,14 +11,9 @@ PRODUCERS = ("none", "geglu", "layer_norm")
 
 
 def check(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    norm_weight: torch.Tensor | None,
-    norm_bias: torch.Tensor | None,
-    producer: str,
-) -> None:
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None,
+    norm_weight: torch.Tensor | None, norm_bias: torch.Tensor | None, producer: str,
+) -> None:  # fmt: skip
     """Raise KernelError unless shapes, dtypes and the producer's parts fit; x (..., K), with GEGLU (..., 2K)."""
     tensors = [tensor for tensor in (x, weight, bias, residual, norm_weight, norm_bias) if tensor is not None]
     require_floating(OP, *tensors)

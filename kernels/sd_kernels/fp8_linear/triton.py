@@ -39,16 +39,9 @@ def _product(
 class _Fp8Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        residual: torch.Tensor | None,
-        norm_weight: torch.Tensor | None,
-        norm_bias: torch.Tensor | None,
-        producer: str,
-        eps: float,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None,
+        norm_weight: torch.Tensor | None, norm_bias: torch.Tensor | None, producer: str, eps: float,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
         kept: tuple[Any, ...] = (x,) if producer == "geglu" else ()
         total, mean, rstd, amax = x, None, None, None
         if producer == "layer_norm":
@@ -84,16 +77,10 @@ class _Fp8Linear(torch.autograd.Function):
 
 
 def fp8_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    norm_weight: torch.Tensor | None = None,
-    norm_bias: torch.Tensor | None = None,
-    *,
-    producer: str = "none",
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None,
+    norm_weight: torch.Tensor | None = None, norm_bias: torch.Tensor | None = None, *, producer: str = "none",
     eps: float = 1e-5,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """See `reference.fp8_linear`; bfloat16 or float16, K and N multiples of 16."""
     check(x, weight, bias, residual, norm_weight, norm_bias, producer)
     require(x.dtype != torch.float32, "fp8_linear", str(x.dtype), "bfloat16 or float16")

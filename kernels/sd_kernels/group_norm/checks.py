@@ -10,15 +10,9 @@ OP = "group_norm"
 
 
 def check(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    shift: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    other: torch.Tensor | None,
-    num_groups: int,
-    double: bool = False,
-) -> None:
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, shift: torch.Tensor | None,
+    residual: torch.Tensor | None, other: torch.Tensor | None, num_groups: int, double: bool = False,
+) -> None:  # fmt: skip
     """Raise KernelError unless shapes and dtypes fit; memory order is each backend's own to ask for."""
     given = [tensor for tensor in (x, weight, bias, shift, residual, other) if tensor is not None]
     require_floating(OP, *given, double=double)

@@ -11,18 +11,10 @@ from sd_kernels.group_norm.rows import dense, is_channels_last
 
 
 def group_norm(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    shift: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    other: torch.Tensor | None = None,
-    *,
-    num_groups: int,
-    eps: float,
-    silu: bool = False,
-    hand_on: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, shift: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None, other: torch.Tensor | None = None, *, num_groups: int, eps: float,
+    silu: bool = False, hand_on: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """See `reference.group_norm`."""
     check(x, weight, bias, shift, residual, other, num_groups, double=True)
     total = prologue(x, shift, residual)

@@ -303,17 +303,9 @@ def _source_strides(
 
 @torch.library.custom_op("sd_kernels::group_norm_forward", mutates_args=())
 def group_norm_forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    shift: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    other: torch.Tensor | None,
-    num_groups: int,
-    eps: float,
-    silu: bool,
-    hand_on: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, shift: torch.Tensor | None,
+    residual: torch.Tensor | None, other: torch.Tensor | None, num_groups: int, eps: float, silu: bool, hand_on: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     B, C1, H, W = x.shape
     C = weight.shape[0]
     sizes, programs, warps = _plan(B, H * W, C, num_groups)
@@ -341,19 +333,10 @@ def _(x, weight, bias, shift, residual, other, num_groups, eps, silu, hand_on):
 
 @torch.library.custom_op("sd_kernels::group_norm_backward", mutates_args=())
 def group_norm_backward(
-    dy: torch.Tensor,
-    dtotal: torch.Tensor | None,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    shift: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    other: torch.Tensor | None,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    silu: bool,
-    shift_gradient: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    dy: torch.Tensor, dtotal: torch.Tensor | None, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor,
+    shift: torch.Tensor | None, residual: torch.Tensor | None, other: torch.Tensor | None, mean: torch.Tensor,
+    rstd: torch.Tensor, silu: bool, shift_gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     B, C1, H, W = x.shape
     C, N, G = weight.shape[0], H * W, mean.shape[1]
     sizes, programs, warps = _plan(B, N, C, G)
@@ -426,18 +409,10 @@ group_norm_forward.register_autograd(_backward, setup_context=_save)
 
 
 def group_norm(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    shift: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    other: torch.Tensor | None = None,
-    *,
-    num_groups: int,
-    eps: float,
-    silu: bool = False,
-    hand_on: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, shift: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None, other: torch.Tensor | None = None, *, num_groups: int, eps: float,
+    silu: bool = False, hand_on: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """See `reference.group_norm`; images in channels-last memory, statistics in float32."""
     check(x, weight, bias, shift, residual, other, num_groups)
     for name, image in {"x": x, "residual": residual, "other": other}.items():

@@ -194,14 +194,9 @@ def layer_norm_forward(
 
 
 def _forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    residual: torch.Tensor | None,
-    eps: float,
-    y: torch.Tensor | None = None,
-    amax: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor | None, eps: float,
+    y: torch.Tensor | None = None, amax: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Sum, mean and 1 / deviation; the norm is written into y, and the bits of its largest magnitude into amax."""
     rows, added = _rows(x), None if residual is None else _rows(residual)
     (M, C), tiling = rows.shape, _tiling(x.shape[-1])
