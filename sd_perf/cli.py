@@ -41,15 +41,9 @@ _DESCRIPTION = (
 
 
 def train(
-    config: Path,
-    settings: _Settings,
-    resume: bool = False,
-    fresh: bool = False,
-    dry_run: bool = False,
-    ranks: int = 1,
-    target: _Target = "here",
-    json: bool = False,
-) -> int:
+    config: Path, settings: _Settings, resume: bool = False, fresh: bool = False, dry_run: bool = False,
+    ranks: int = 1, target: _Target = "here", json: bool = False,
+) -> int:  # fmt: skip
     """Train a UNet. Every field of the preset can be overridden.
 
     Args:
@@ -80,14 +74,9 @@ def train(
 
 
 def sample(
-    source: Path,
-    prompt: tuple[str, ...],
-    autoencoder: Path,
-    output: Path,
-    steps: int | None = None,
-    guidance_scale: float | None = None,
-    seed: int = 0,
-) -> int:
+    source: Path, prompt: tuple[str, ...], autoencoder: Path, output: Path, steps: int | None = None,
+    guidance_scale: float | None = None, seed: int = 0,
+) -> int:  # fmt: skip
     """Draw pictures from prompts with the weights of a run (DDIM).
 
     Args:
@@ -193,14 +182,9 @@ def check(run: _Run) -> int:
 
 
 def estimate(
-    config: Path,
-    settings: _Settings,
-    gpu: str = "h100",
-    batch: int = 64,
-    ranks: int = 1,
-    png: Path | None = None,
+    config: Path, settings: _Settings, gpu: str = "h100", batch: int = 64, ranks: int = 1, png: Path | None = None,
     json: bool = False,
-) -> int:
+) -> int:  # fmt: skip
     """Predict time and memory of a training step on a GPU that need not be here: where the time goes, and what fits.
 
     All figures are of bfloat16, and a floor of time. The fused way is what the ops of sd_kernels amount to in one CUDA
@@ -272,14 +256,9 @@ def doctor(target: _Target = "here", json: bool = False) -> int:
 
 
 def prepare(
-    config: Path,
-    settings: _Settings,
-    images: Path,
-    autoencoder: Path,
-    captions: Path | None = None,
-    captions_per_image: int = 1,
-    samples_per_shard: int = 1000,
-) -> int:
+    config: Path, settings: _Settings, images: Path, autoencoder: Path, captions: Path | None = None,
+    captions_per_image: int = 1, samples_per_shard: int = 1000,
+) -> int:  # fmt: skip
     """Make moments shards (and text states, where data.context is precomputed) from a folder of captioned images.
 
     The shards go to data.path; the images are resized to 8 x data.latent_size pixels.

@@ -47,13 +47,9 @@ def reasons_against(
 
 
 def choose(
-    op: str,
-    wanted: str = AUTO,
-    target: Target | None = None,
-    cases: Iterable[Case] = (),
-    dtype: torch.dtype = torch.bfloat16,
-    strict: bool = False,
-) -> Choice:
+    op: str, wanted: str = AUTO, target: Target | None = None, cases: Iterable[Case] = (),
+    dtype: torch.dtype = torch.bfloat16, strict: bool = False,
+) -> Choice:  # fmt: skip
     """The backend for an op.
 
     A backend that is asked for by name and cannot be had is an error that lists every reason. `auto` takes the first

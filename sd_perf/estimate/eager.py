@@ -33,9 +33,10 @@ _NO_KERNEL = {"empty", "detach", "_unsafe_view", "lift_fresh", "zeros_like", "on
 class _Autocast(TorchFunctionMode):
     """Casts as torch.autocast("cuda") does; a weight once per step. Attention by its fused kernel."""
 
-    def __init__(self) -> None:
+    def __init__(self, enabled: bool) -> None:
         super().__init__()
         self.weights: dict[int, torch.Tensor] = {}
+        self.casts = {torch.bfloat16: _IN_BFLOAT16, torch.float32: _IN_FLOAT32} if enabled else {}
 
     def cast(self, value: Any, dtype: torch.dtype) -> Any:
         if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dtype == dtype:
@@ -47,7 +48,7 @@ class _Autocast(TorchFunctionMode):
         return self.weights[id(value)]
 
     def __torch_function__(self, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for functions, dtype in ((_IN_BFLOAT16, torch.bfloat16), (_IN_FLOAT32, torch.float32)):
+        for dtype, functions in self.casts.items():
             if function in functions:
                 args = [self.cast(value, dtype) for value in args]
                 kwargs = {name: self.cast(value, dtype) for name, value in (kwargs or {}).items()}
@@ -107,7 +108,7 @@ class _Recorder(TorchDispatchMode):
         yield Kernel("elementwise", (1.0 + forward) * _bytes(y))
 
 
-def plain(config: Config, batch: int) -> tuple[list[Kernel], float]:
+def plain(config: Config, batch: int, autocast: bool = True) -> tuple[list[Kernel], float]:
     """Kernels of a forward and backward pass of so many samples, and the bytes that the one keeps for the other."""
     with torch.device("meta"):
         unet = UNet(config.model)
@@ -115,7 +116,7 @@ def plain(config: Config, batch: int) -> tuple[list[Kernel], float]:
         latents = torch.empty(batch, channels, size, size)
         context = torch.empty(batch, config.data.context_tokens, config.model.context_dim)
         timesteps = torch.zeros(batch, dtype=torch.int64)
-    recorder, autocast, kept = _Recorder(), _Autocast(), {}
+    recorder, casts, kept = _Recorder(), _Autocast(autocast), {}
     own = {id(parameter) for parameter in unet.parameters()}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -124,11 +125,11 @@ def plain(config: Config, batch: int) -> tuple[list[Kernel], float]:
             kept[id(base)] = base
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast, recorder:
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), casts, recorder:
         loss = unet(latents, timesteps, context).float().square().mean()
     recorder.backward = True
     with recorder:
         loss.backward()
-    for weight in autocast.weights.values():
+    for weight in casts.weights.values():
         kept.pop(id(weight), None)
     return recorder.kernels, float(_bytes(list(kept.values())))

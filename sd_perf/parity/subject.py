@@ -139,16 +139,9 @@ class Subject:
 def tiny(model: UNetConfig) -> UNetConfig:
     """A network with every kind of block that the interpreter takes in seconds; its groups differ as the model's do."""
     return dataclasses.replace(
-        model,
-        model_channels=32,
-        channel_mult=(1, 2),
-        num_res_blocks=1,
-        attention_resolutions=(2,),
-        num_head_channels=32,
-        context_dim=16,
-        resblock_groups=16,
-        transformer_groups=32,
-    )
+        model, model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2,),
+        num_head_channels=32, context_dim=16, resblock_groups=16, transformer_groups=32,
+    )  # fmt: skip
 
 
 def round_to_fp8(unet: torch.nn.Module, precision: PrecisionConfig) -> None:

@@ -26,17 +26,8 @@ def adamw(
     check(weights, remainders, grads, exp_avg, exp_avg_sq, step, learning_rate, floats=(torch.float32,))
     require(weights.numel() < 2**31, "adamw (apex)", f"{weights.numel()} parameters", "fewer than 2^31")
     multi_tensor_applier(
-        amp_C.multi_tensor_adam_capturable,
-        torch.zeros(1, dtype=torch.int32, device=weights.device),
-        [[grads.contiguous()], [weights], [exp_avg], [exp_avg_sq]],
-        learning_rate.reshape(1).float(),
-        beta1,
-        beta2,
-        eps,
-        step.reshape(1).int(),
-        DECOUPLED,
-        CORRECT_BIAS,
-        weight_decay,
-        torch.ones(1, device=weights.device),
-    )
+        amp_C.multi_tensor_adam_capturable, torch.zeros(1, dtype=torch.int32, device=weights.device),
+        [[grads.contiguous()], [weights], [exp_avg], [exp_avg_sq]], learning_rate.reshape(1).float(), beta1, beta2,
+        eps, step.reshape(1).int(), DECOUPLED, CORRECT_BIAS, weight_decay, torch.ones(1, device=weights.device),
+    )  # fmt: skip
     return weights, exp_avg, exp_avg_sq

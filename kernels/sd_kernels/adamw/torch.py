@@ -16,18 +16,8 @@ def adamw(
     """See `reference.adamw`; float32 alone, no remainders."""
     check(weights, remainders, grads, exp_avg, exp_avg_sq, step, learning_rate, floats=(torch.float32,))
     torch._fused_adamw_(
-        [weights],
-        [grads.contiguous()],
-        [exp_avg],
-        [exp_avg_sq],
-        [],
-        [step.reshape(()).float()],
-        lr=learning_rate.reshape(()).float(),
-        beta1=beta1,
-        beta2=beta2,
-        weight_decay=weight_decay,
-        eps=eps,
-        amsgrad=False,
-        maximize=False,
-    )
+        [weights], [grads.contiguous()], [exp_avg], [exp_avg_sq], [], [step.reshape(()).float()],
+        lr=learning_rate.reshape(()).float(), beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps,
+        amsgrad=False, maximize=False,
+    )  # fmt: skip
     return weights, exp_avg, exp_avg_sq

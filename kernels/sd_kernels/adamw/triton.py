@@ -120,22 +120,11 @@ def adamw_update(
     exp_avg_sq: torch.Tensor, scalars: torch.Tensor, beta1: float, beta2: float, eps: float,
 ) -> None:  # fmt: skip
     launch(
-        adamw_kernel,
-        (triton.cdiv(weights.numel(), BLOCK),),
-        _stream(weights),
-        None if remainders is None else _stream(remainders),
-        _stream(grads.contiguous()),
-        _stream(exp_avg),
-        _stream(exp_avg_sq),
-        scalars,
-        weights.numel(),
-        1 - beta1,
-        1 - beta2,
-        eps,
-        BLOCK=BLOCK,
-        num_warps=4,
+        adamw_kernel, (triton.cdiv(weights.numel(), BLOCK),), _stream(weights),
+        None if remainders is None else _stream(remainders), _stream(grads.contiguous()), _stream(exp_avg),
+        _stream(exp_avg_sq), scalars, weights.numel(), 1 - beta1, 1 - beta2, eps, BLOCK=BLOCK, num_warps=4,
         enable_fp_fusion=False,
-    )
+    )  # fmt: skip
 
 
 @torch.no_grad()

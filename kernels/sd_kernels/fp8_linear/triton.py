@@ -22,13 +22,9 @@ from sd_kernels.layer_norm.triton import layer_norm_backward, layer_norm_statist
 
 
 def _product(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    scales: tuple[torch.Tensor, torch.Tensor],
-    dtype: torch.dtype,
-    bias: torch.Tensor | None = None,
-    fast: bool = False,
-) -> torch.Tensor:
+    a: torch.Tensor, b: torch.Tensor, scales: tuple[torch.Tensor, torch.Tensor], dtype: torch.dtype,
+    bias: torch.Tensor | None = None, fast: bool = False,
+) -> torch.Tensor:  # fmt: skip
     """a (I, J) times b (L, J) transposed, both with J contiguous, plus bias (L,)."""
     if is_recording():
         return a.new_empty((a.shape[0], b.shape[0]), dtype=dtype)

@@ -9,13 +9,9 @@ from sd_kernels.layer_norm.checks import check
 
 
 def layer_norm(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    residual: torch.Tensor | None = None,
-    *,
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor | None = None, *,
     eps: float = 1e-5,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """See `reference.layer_norm`."""
     check(x, weight, bias, residual, double=True)
     total = x if residual is None else x + residual

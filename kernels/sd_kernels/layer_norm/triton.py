@@ -225,13 +225,9 @@ def _(x, weight, bias, residual, eps):
 
 @torch.library.custom_op("sd_kernels::layer_norm_backward", mutates_args=())
 def layer_norm_backward(
-    total: torch.Tensor,
-    weight: torch.Tensor,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    dy: torch.Tensor,
+    total: torch.Tensor, weight: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor, dy: torch.Tensor,
     dtotal: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Gradients of x (and of residual), and of weight and bias (2, C)."""
     rows = _rows(total)
     (M, C), tiling = rows.shape, _tiling(total.shape[-1])
@@ -255,13 +251,9 @@ def _(
 
 @layer_norm_backward.register_fake
 def _(
-    total: torch.Tensor,
-    weight: torch.Tensor,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    dy: torch.Tensor,
+    total: torch.Tensor, weight: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor, dy: torch.Tensor,
     dtotal: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     return total.new_empty(total.shape), weight.new_empty(2, total.shape[-1])
 
 
@@ -301,13 +293,9 @@ class _HandingOn(torch.autograd.Function):
 
 
 def layer_norm(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    residual: torch.Tensor | None = None,
-    *,
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor | None = None, *,
     eps: float = 1e-5,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """See `reference.layer_norm`; float32, bfloat16 or float16. Gradients of both outputs meet in one pass."""
     check(x, weight, bias, residual)
     require(x.shape[-1] <= WIDEST, "layer_norm", f"shape {tuple(x.shape)}", f"a last axis of at most {WIDEST}")
