@@ -286,7 +286,7 @@ class FastUNet(nn.Module):
         bias = torch.cat([block.emb_layers[1].bias + block.in_layers[2].bias for block in blocks])
         half = self.config.model_channels // 2
         steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
-        angles = timesteps[:, None].float() * torch.exp(steps * (-math.log(MAX_PERIOD) / half))
+        angles = timesteps[:, None].float() * torch.exp(-math.log(MAX_PERIOD) * steps / half)
         features = torch.cat((angles.cos(), angles.sin()), dim=1).to(dtype)
         into, out = self.time_embed[0], self.time_embed[2]
         hidden = F.silu(self.ops.linear(features, into.weight, into.bias))

@@ -104,9 +104,16 @@ class Subject:
         return unet.to(dtype)
 
     def plain_networks(self, dtype: str = "float32") -> Iterator[torch.nn.Module]:
-        """Plain torch twice, which rounds otherwise in each order of memory; with FP8 where the fast one has it."""
-        for layout in (torch.contiguous_format, torch.channels_last):
-            unet = self.plain().to(memory_format=layout)  # type: ignore[call-overload]
+        """Plain torch as a CPU has it, NCHW, and as cuDNN does it: channels-last, biases added to what was rounded.
+
+        With FP8 where the fast one has it.
+        """
+        for like_cudnn in (False, True):
+            unet = self.plain()
+            if like_cudnn:
+                unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                for layer in (layer for layer in unet.modules() if isinstance(layer, torch.nn.Conv2d)):
+                    layer.forward = partial(_bias_apart, layer)  # type: ignore[method-assign]
             if dtype == "bfloat16":
                 round_to_fp8(unet, self.config.precision)
             yield unet
@@ -151,6 +158,11 @@ def round_to_fp8(unet: torch.nn.Module, precision: PrecisionConfig) -> None:
         layers = next(classes, None) if isinstance(layer, torch.nn.Linear) else None
         if layers and precision.of(layers) != "bf16":
             layer.forward = partial(_rounded, layer)
+
+
+def _bias_apart(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    y = torch.nn.functional.conv2d(x, layer.weight, None, layer.stride, layer.padding)
+    return y + layer.bias[:, None, None].to(y.dtype)
 
 
 def _rounded(layer: Any, x: torch.Tensor) -> Any:
