@@ -13,7 +13,7 @@ from sd_perf.config import LINEAR_LAYERS, Config
 from sd_perf.estimate.eager import plain
 from sd_perf.estimate.ways import kept
 from sd_perf.models.architecture import architecture
-from sd_perf.models.kernel_choice import choose_kernels, target_named
+from sd_perf.models.kernel_choice import choose_kernels, target_named, used_ops
 from sd_perf.reference.unet import UNet
 
 
@@ -59,7 +59,7 @@ def dry_run(config: Config, world_size: int, target: str = "here") -> dict[str, 
         "steps_between_checkpoints": config.steps_of(config.checkpoint.every_samples),
         "linear_layers": {layers: _format(config, layers) for layers in LINEAR_LAYERS},
         "target": device.name,
-        "kernels": {name: asdict(choice) for name, choice in choices.items()},
+        "kernels": {op: asdict(choices[op]) for op in used_ops(config)},
     }
 
 
@@ -90,9 +90,11 @@ def _format(config: Config, layers: str) -> str:
     return config.training.precision if arithmetic == "bf16" else arithmetic
 
 
-def kernels_table(facts: dict[str, Any]) -> tuple[str, Table]:
-    """The backends that `dry_run` chose, and why each better one was passed over."""
-    title = f"kernels on {facts['target']}, for model.implementation fast"
+def kernels_table(facts: dict[str, Any]) -> tuple[Any, ...]:
+    """The backends that were chosen, and why each better one was passed over; nothing for the plain network."""
+    if not facts["kernels"]:
+        return ()
+    title = f"kernels on {facts['target']}"
     table = Table("op", "backend", "why no better one")
     for choice in facts["kernels"].values():
         reasons = [f"{name}: {why}" for name, why in choice["passed_over"].items()]
