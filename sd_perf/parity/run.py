@@ -95,7 +95,8 @@ def _children(
             running.append((stack.enter_context(subprocess.Popen(command, env=environment)), answer))
         codes = [process.wait() for process, _ in running]
         if bad := next((code for code in codes if code), 0):
-            raise UserError(f"a part of the comparison ended with {bad}; what it said stands above")
+            said = "was killed, as the system does when memory runs out" if bad == -9 else "said why above"
+            raise UserError(f"a part of the comparison ended with {bad}: it {said}")
         return [json.loads(answer.read_text(encoding="utf-8")) for _, answer in running]
 
 

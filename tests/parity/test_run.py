@@ -44,7 +44,7 @@ def test_a_level_in_both_processes(preset: Path, config: Config, sd_perf: Any) -
 def test_bad_input_of_a_child_is_its_sentence(preset: Path, config: Config, sd_perf: Any) -> None:
     options = ["--text-encoder.model", "no-model", "--text-encoder.weights", "random", "--level", "block"]
     code, _, errors = sd_perf("parity", "--config", preset, *options)
-    assert code == 2 and "what it said stands above" in errors
+    assert code == 2 and "ended with 2: it said why above" in errors
     assert not (record_folder(config) / NAME).exists()
 
 
