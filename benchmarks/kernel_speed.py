@@ -2,11 +2,12 @@
 
     python benchmarks/kernel_speed.py [--ops geglu ...] [--cases TEXT] [--output benchmarks/results/kernels_h100.json]
 
-Times the calls of one training step at full size, forward and backward, in CUDA graphs that rotate through inputs
-larger than the L2 cache. GB/s counts the bytes that must move (the spec's), beside the copy bandwidth of the same run.
-A backend is timed only where its parity with float64, on this GPU and in this dtype, is green: on the op's small cases
-and on the timed case itself, made small enough. Exit code 0: all is well; 1: something of ours is red or failed; 2: it
-cannot run here. `sd-perf doctor` reads committed results to tell what has run on hardware.
+Times the calls of one training step at full size, forward and backward (of 16-bit layers with weights, the gradients of
+input and of parameters apart), in CUDA graphs that rotate through inputs larger than the L2 cache. GB/s counts bytes
+that must move (the spec's), beside the copy bandwidth of the same run; TFLOP/s counts what matrices compute. A backend
+is timed only where its parity with float64, on this GPU and in this dtype, is green: on the op's small cases and on
+the timed case itself, made small enough. Exit code 0: all is well; 1: something of ours is red or failed; 2: it cannot
+run here. `sd-perf doctor` reads committed results to tell what has run on hardware.
 
 Not called kernels.py: scripts of this folder can be imported, and other libraries look for a package of that name.
 """
@@ -45,7 +46,9 @@ from sd_perf.files import write_json
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 COMPILED = "torch.compile"
-DIRECTIONS = ("forward", "backward")
+PRODUCTS = ("conv", "linear", "skip_conv", "upsample_conv")
+"""ops whose backward is two products: dgrad, the gradient of the input, and wgrad, that of the weight and the bias"""
+PARAMETERS = ("weight", "bias")
 PARITY_BYTES = 2**28
 """of a timed case where it is held to float64, whose tensors are several times as large"""
 GRAPH_SECONDS = 5e-4
@@ -59,7 +62,7 @@ UNCHECKED = {"ok": False, "checked": 0, "worst": ""}
 
 @dataclass(frozen=True)
 class Entry:
-    """One implementation of one call: forward and backward are a row each."""
+    """One implementation of one call; forward and backward, or the two products of the latter, are a row each."""
 
     spec: OpSpec
     case: Case
@@ -75,13 +78,20 @@ class Entry:
         return self.spec.backend(self.backend).function(self.spec.name)
 
     def work(self, direction: str) -> float:
-        """Bytes that must move; 0 where there is no such direction."""
+        """Bytes that must move. Each product reads two of input, weight and output, and makes the third."""
         work = self.spec.work(self.case, self.dtype)
-        return work.forward_bytes if direction == "forward" else work.backward_bytes
+        return work.backward_bytes if direction == "backward" else work.forward_bytes
+
+    def flops(self, direction: str) -> float:
+        """Floating-point operations of matrices; the three products of a layer have as many each."""
+        work = self.spec.work(self.case, self.dtype)
+        return work.backward_flops or 2 * work.flops if direction == "backward" else work.flops
 
     def directions(self) -> list[str]:
         """Those that the op has."""
-        return [direction for direction in DIRECTIONS if self.work(direction)]
+        if self.spec.name in PRODUCTS:
+            return ["forward", "dgrad", "wgrad"]
+        return ["forward", "backward"] if self.work("backward") else ["forward"]
 
 
 def plan(options: argparse.Namespace, target: Target) -> list[Entry]:
@@ -100,8 +110,7 @@ def _cases(spec: OpSpec, options: argparse.Namespace, dtype: torch.dtype) -> lis
     cases = [case for case in spec.cases if options.cases in case.name]
     if options.quick and cases:
         cases = [max(cases, key=lambda case: case.calls * spec.work(case, dtype).forward_bytes)]
-    # B counts samples, or rows of all samples; the specs' cases are those of BATCH samples.
-    return [case.at_batch(case.shape["B"] * options.batch // BATCH) if "B" in case.shape else case for case in cases]
+    return [case.at_batch(options.batch) if "B" in case.shape else case for case in cases]
 
 
 def _entries(spec: OpSpec, case: Case, dtype: torch.dtype, target: Target) -> Iterator[Entry]:
@@ -169,10 +178,21 @@ def forwards(function: Function, sets: list[dict[str, Any]]) -> list[Callable[[]
     return [partial(function, **inputs) for inputs in sets]
 
 
-def backwards(function: Function, sets: list[dict[str, Any]]) -> list[Callable[[], Any]]:
-    """The backward of a call for each set of inputs; the forwards run now, and keep what they saved."""
+def _wanted(direction: str, name: str) -> bool:
+    return direction == "backward" or (direction == "wgrad") == (name in PARAMETERS)
+
+
+def backwards(function: Function, sets: list[dict[str, Any]], direction: str = "backward") -> list[Callable[[], Any]]:
+    """The backward of a call for each set of inputs; the forwards run now, and keep what they saved.
+
+    What the direction does not ask for takes no gradient at all: it is by that that an op of ours leaves it out.
+    """
     calls: list[Callable[[], Any]] = []
-    for inputs in sets:
+    for given in sets:
+        inputs = {
+            name: value.detach() if isinstance(value, torch.Tensor) and not _wanted(direction, name) else value
+            for name, value in given.items()
+        }
         results = function(**inputs)
         outputs = [out for out in (results if isinstance(results, tuple) else (results,)) if out.requires_grad]
         leaves = [value for value in inputs.values() if isinstance(value, torch.Tensor) and value.requires_grad]
@@ -202,8 +222,7 @@ def time_direction(entry: Entry, direction: str, calls: list[Callable[[], Any]],
     replays = repetitions(seconds, once, least=5, most=500)
     us = 1000 * statistics.median(timed(replay, replays, CudaClock())) / count
     rate = moved / us * 1e6
-    flops = entry.spec.work(entry.case, entry.dtype).flops if direction == "forward" else 0.0
-    values = (us, rate / 1e9, 100 * rate / copy, flops / us / 1e6, len(calls), count, replays)
+    values = (us, rate / 1e9, 100 * rate / copy, entry.flops(direction) / us / 1e6, len(calls), count, replays)
     return {"status": "measured", **dict(zip(MEASURED_KEYS, values, strict=True))}
 
 
@@ -217,7 +236,7 @@ def measure(entry: Entry, parity: Parity, copy: float, l2_bytes: int, seconds: f
     def timed_on_side_stream(way: str) -> dict[str, Any]:
         with torch.cuda.stream(torch.cuda.Stream()):
             sets = input_sets(entry, l2_bytes, device)
-            calls = (forwards if way == "forward" else backwards)(function, sets)
+            calls = forwards(function, sets) if way == "forward" else backwards(function, sets, way)
             return time_direction(entry, way, calls, copy, seconds)
 
     measured = {}

@@ -187,7 +187,7 @@ def save(state: dict[str, torch.Tensor], path: Path, config: dict, **facts: obje
 def report(folder: Path) -> None:
     """Measures the files on fresh scenes, and writes the numbers as JSON beside them."""
     images, scenes = scene_batch(0, 1024, TEST_SEED)
-    numbers = {"bytes": {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}}
+    numbers = {"bytes": {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}}
     numbers |= measure_autoencoder(folder, images[:512], scenes[:512])
     numbers |= measure_clip(folder, images[:256], [scene.caption for scene in scenes[:256]])
     numbers |= {"frechet_distance_n_512": measure_features(folder, (images + 1) / 2)}

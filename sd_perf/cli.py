@@ -1,4 +1,4 @@
-"""The command line: `sd-perf train | sample | export | data | report | doctor`."""
+"""The command line: `sd-perf train | evaluate | sample | export | data | mlperf | report | estimate | doctor`."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ except ImportError as missing:
 from sd_perf.config import Config, SamplingConfig
 
 _INTERRUPTED = 75  # EX_TEMPFAIL: saved; run me again
+_CTRL_C = 130  # 128 + SIGINT, as shells have it
 _RANK, _LOCAL_RANK = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
 _Run = tyro.conf.Positional[Path]
 _Target = Literal["here", "a100", "h100", "h200", "b200"]
@@ -40,15 +41,9 @@ _DESCRIPTION = (
 
 
 def train(
-    config: Path,
-    settings: _Settings,
-    resume: bool = False,
-    fresh: bool = False,
-    dry_run: bool = False,
-    ranks: int = 1,
-    target: _Target = "here",
-    json: bool = False,
-) -> int:
+    config: Path, settings: _Settings, resume: bool = False, fresh: bool = False, dry_run: bool = False,
+    ranks: int = 1, target: _Target = "here", json: bool = False,
+) -> int:  # fmt: skip
     """Train a UNet. Every field of the preset can be overridden.
 
     Args:
@@ -56,7 +51,7 @@ def train(
         settings: fields of the preset
         resume: continue the run in its folder from its newest checkpoint (begin it where there is none)
         fresh: move a complete run in the folder aside (runs/smoke becomes runs/smoke.1, ...) and begin anew
-        dry_run: print parameters, FLOPs, memory and batch arithmetic of the run, and exit
+        dry_run: print parameters, FLOPs, memory, batch arithmetic and kernels of the run, and exit
         ranks: processes that the dry run counts with
         target: GPU that the dry run chooses kernels for
         json: print the dry run as JSON
@@ -79,14 +74,9 @@ def train(
 
 
 def sample(
-    source: Path,
-    prompt: tuple[str, ...],
-    autoencoder: Path,
-    output: Path,
-    steps: int | None = None,
-    guidance_scale: float | None = None,
-    seed: int = 0,
-) -> int:
+    source: Path, prompt: tuple[str, ...], autoencoder: Path, output: Path, steps: int | None = None,
+    guidance_scale: float | None = None, seed: int = 0,
+) -> int:  # fmt: skip
     """Draw pictures from prompts with the weights of a run (DDIM).
 
     Args:
@@ -192,15 +182,13 @@ def check(run: _Run) -> int:
 
 
 def estimate(
-    config: Path,
-    settings: _Settings,
-    gpu: str = "h100",
-    batch: int = 64,
-    ranks: int = 1,
-    png: Path | None = None,
+    config: Path, settings: _Settings, gpu: str = "h100", batch: int = 64, ranks: int = 1, png: Path | None = None,
     json: bool = False,
-) -> int:
+) -> int:  # fmt: skip
     """Predict time and memory of a training step on a GPU that need not be here: where the time goes, and what fits.
+
+    All figures are of bfloat16, and a floor of time. The fused way is what the ops of sd_kernels amount to in one CUDA
+    graph, not a step that the trainer has yet.
 
     Args:
         config: YAML preset
@@ -268,14 +256,9 @@ def doctor(target: _Target = "here", json: bool = False) -> int:
 
 
 def prepare(
-    config: Path,
-    settings: _Settings,
-    images: Path,
-    autoencoder: Path,
-    captions: Path | None = None,
-    captions_per_image: int = 1,
-    samples_per_shard: int = 1000,
-) -> int:
+    config: Path, settings: _Settings, images: Path, autoencoder: Path, captions: Path | None = None,
+    captions_per_image: int = 1, samples_per_shard: int = 1000,
+) -> int:  # fmt: skip
     """Make moments shards (and text states, where data.context is precomputed) from a folder of captioned images.
 
     The shards go to data.path; the images are resized to 8 x data.latent_size pixels.
@@ -296,6 +279,8 @@ def prepare(
     from sd_perf.models.build import build_text_encoder
     from sd_perf.models.sources import read_encoder
 
+    _require("--captions-per-image", captions_per_image, captions_per_image >= 1, "at least 1")
+    _require("--samples-per-shard", samples_per_shard, 1 <= samples_per_shard <= 10_000, "1 to 10000")
     folder = settings.data.path
     settings.data.require(bool(folder), "path", "the folder to write the shards to")
     samples = read_images(images, captions, settings.data.allow_empty_captions)
@@ -321,6 +306,8 @@ def scenes(output: Path, samples: int = 4096, seed: int = 1, uncaptioned_every: 
     """
     from sd_perf.data.prepare.scenes import write_scene_shards, write_scenes
 
+    _require("--samples", samples, samples >= 1, "at least 1")
+    _require("--uncaptioned-every", uncaptioned_every, uncaptioned_every >= 0, "0 or more")
     write = write_scene_shards if shards else write_scenes
     write(output, samples, seed, uncaptioned_every)
     _console.print(f"{samples} scenes -> {output}", highlight=False, soft_wrap=True)
@@ -371,7 +358,7 @@ _GROUPS: dict[str, dict[str, Callable[..., int]]] = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command; exits 0 done, 1 a bug, 2 bad input, 75 stopped and saved."""
+    """Run a command; exits 0 done, 1 a bug, 2 bad input, 75 stopped and saved, 130 stopped by Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
@@ -387,6 +374,10 @@ def main(arguments: list[str] | None = None) -> None:
             _let_first_rank_speak()
         print(f"sd-perf: {f'rank {_RANK}: ' if _RANK else ''}{error}", file=sys.stderr)
         code = 2
+    except KeyboardInterrupt:
+        if not _RANK:
+            print("sd-perf: stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(_CTRL_C)
     except BrokenPipeError:  # the reader of our output has left; so that Python does not complain at exit:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
@@ -432,13 +423,26 @@ def _preset_of(arguments: list[str]) -> Config:
 
 
 def _dry_run(settings: Config, ranks: int, target: _Target, as_json: bool) -> int:
+    from sd_perf.mlperf.rules import require_closed
+    from sd_perf.models.kernel_choice import require_used
     from sd_perf.training.dry_run import as_table, dry_run, kernels_table
 
+    _require("--ranks", ranks, ranks >= 1, "at least 1")
+    # What a run refuses, as `training.launch` asks for it.
+    if settings.mlperf.division == "closed":
+        require_closed(settings)
+    require_used(settings)
     facts = dry_run(settings, ranks, target)
     if as_json:
         return _print_json(facts)
     _page().print(as_table(facts), *kernels_table(facts))
     return 0
+
+
+def _require(option: str, value: Any, ok: bool, right: str) -> None:
+    """UserError with an option's value and what would be right, unless it is ok."""
+    if not ok:
+        raise UserError(f"{option}: {value!r} cannot be used; it must be {right}")
 
 
 def _page() -> Console:

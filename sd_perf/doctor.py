@@ -39,6 +39,7 @@ _PACKAGES = (
     ("pillow", "data prepare, sampling", "pip install 'sd-perf[images]'"),
     ("onnxruntime", "autoencoders in .onnx files", "pip install 'sd-perf[onnx]'"),
     ("matplotlib", "report", "pip install 'sd-perf[report]'"),
+    ("mlperf-logging", "MLPerf logs, mlperf check", "pip install 'sd-perf[mlperf]'"),
     ("diffusers", "tests only: an independent UNet", "pip install 'sd-perf[dev]'"),
 )
 
@@ -145,9 +146,9 @@ def _described(device: dict[str, Any]) -> str:
 
 
 def _kernels_table(kernels: list[dict[str, Any]]) -> Table:
-    """An op's backends by what is to be said of them, long reasons cut off; the reference can always be had."""
+    """An op's backends by what is to be said of them; the reference can always be had."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for column in ("op", "auto takes", "backends", "can they be had", "run on hardware"):
+    for column in ("op", "auto takes", "backends", "can they be had", "ran on"):
         table.add_column(column, no_wrap=column != "can they be had")
     for kernel in kernels:
         first = (kernel["op"], kernel["auto"])
@@ -158,17 +159,18 @@ def _kernels_table(kernels: list[dict[str, Any]]) -> Table:
             alike.setdefault(said, []).append(row["backend"])
         for (availability, ran), names in alike.items():
             style = "dim" if availability.startswith("no") else "green" if availability == "yes, taken" else ""
-            text = Text(availability, style, no_wrap=True, overflow="ellipsis")
-            table.add_row(*first, ", ".join(names), text, ran)
+            table.add_row(*first, ", ".join(names), Text(availability, style), ran)
             first = ("", "")
     return table
 
 
 def _availability(row: dict[str, Any], taken: bool) -> str:
+    """In few words; of a reason what comes before the target's own facts, which the title names."""
     if row["against"] and row["against"][0].startswith("No module named"):
         return "no: not installed"
     if row["against"]:
-        return "no: " + row["against"][0].removesuffix(row["install"]).rstrip("; ")
+        reason = row["against"][0].removesuffix(row["install"]).partition(", ")[0].rstrip("; ")
+        return "no: " + reason.replace("compute capability", "capability")
     return "yes, taken" if taken else "yes" if row["automatic"] else "yes, when named"
 
 

@@ -70,3 +70,35 @@ def mount_tmpfs(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     yield mount
     if folder.is_mount():
         subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture
+def sd_perf(capfd) -> Callable[..., tuple[int, str, str]]:
+    """sd_perf("train", ...) -> exit code, stdout, stderr, in this process."""
+    from sd_perf.cli import main
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            main([str(argument) for argument in arguments])
+        return exit.value.code, *capfd.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def refused(sd_perf) -> Callable[..., str]:
+    """The sentence with which a command is refused; that it is one, and the exit code, are checked."""
+
+    def call(*arguments: object) -> str:
+        code, _, errors = sd_perf(*arguments)
+        assert code == 2, errors
+        return only_sentence(errors)
+
+    return call
+
+
+def only_sentence(errors: str) -> str:
+    [line] = errors.splitlines()
+    assert line.startswith("sd-perf: ") and "Traceback" not in line
+    return line

@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +16,11 @@ import pytest
 import yaml
 
 from sd_kernels.errors import KernelError
-from sd_perf.cli import main
 from sd_perf.data.order import SampleOrder
 from sd_perf.data.prepare.scenes import write_scenes
 from sd_perf.data.shards import ShardWriter
 from sd_perf.distributed.checkpoints import CheckpointStore, load_component
+from tests.conftest import only_sentence
 from tests.data.test_samples import Bomb, npy
 from tests.training.conftest import TREE, start_train, train
 
@@ -29,6 +28,7 @@ SHORT = {"training": {**TREE["training"], "max_samples": 8}, "checkpoint": {"eve
 AUTOENCODER = Path(__file__).parent.parent / "assets" / "tiny" / "autoencoder.safetensors"
 TEXT_TINY = str(Path(__file__).parent.parent / "configs" / "text_tiny.json")
 MOMENTS = np.zeros((1, 8, 8, 8), np.float32)
+FAST = ["--model.implementation", "fast"]
 CONTEXT = np.zeros((3, 16), np.float16)
 
 
@@ -53,37 +53,6 @@ def run(tmp_path: Path) -> Path:
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
     return tmp_path / "shards"
-
-
-@pytest.fixture
-def sd_perf(capfd) -> Callable[..., tuple[int, str, str]]:
-    """sd_perf("train", ...) -> exit code, stdout, stderr, in this process."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as exit:
-            main([str(argument) for argument in arguments])
-        return exit.value.code, *capfd.readouterr()
-
-    return call
-
-
-@pytest.fixture
-def refused(sd_perf) -> Callable[..., str]:
-    """The sentence with which a command is refused; that it is one, and the exit code, are checked."""
-
-    def call(*arguments: object) -> str:
-        code, _, errors = sd_perf(*arguments)
-        assert code == 2, errors
-        return only_sentence(errors)
-
-    return call
-
-
-def only_sentence(errors: str) -> str:
-    [line] = errors.splitlines()
-    assert line.startswith("sd-perf: ") and "Traceback" not in line
-    return line
 
 
 def saved(folder: Path) -> dict[str, str]:
@@ -185,7 +154,11 @@ def test_options_that_do_not_parse(options, parts, preset, run, sd_perf):
         (["--kernels.geglu", "triton"], ["kernels.geglu: 'triton'", "auto or reference", "is 'plain'"]),
         (["--kernels.strict"], ["kernels.strict: True", "is 'plain'"]),
         (["--precision.text", "fp8_native"], ["precision.text: 'fp8_native'", "bf16, since", "is 'plain'"]),
-        (["--kernels.geglu", "tritn", "--dry-run"], ["kernels.geglu: 'tritn'", "did you mean 'triton'?"]),
+        (["--kernels.geglu", "triton", "--dry-run"], ["kernels.geglu: 'triton'", "auto or reference", "is 'plain'"]),
+        (["--mlperf.division", "closed", "--dry-run"], ["is not allowed in the closed division"]),
+        ([*FAST, "--kernels.geglu", "tritn", "--dry-run"], ["kernels.geglu: 'tritn'", "did you mean 'triton'?"]),
+        (["--dry-run", "--ranks", "0"], ["--ranks: 0 cannot be used; it must be at least 1"]),
+        (["--dry-run", "--ranks", "-2"], ["--ranks: -2 cannot be used; it must be at least 1"]),
         (["--resume", "--fresh"], ["--resume", "--fresh", "give one of them"]),
     ],
 )
@@ -195,7 +168,7 @@ def test_options_that_cannot_be_used(options, parts, preset, run, refused):
 
 
 def test_dry_run_for_a_declared_gpu(preset, run, sd_perf):
-    command = ["train", "--config", preset, "--run.dir", run, "--dry-run", "--kernels.geglu", "triton"]
+    command = ["train", "--config", preset, "--run.dir", run, "--dry-run", *FAST, "--kernels.geglu", "triton"]
     code, output, _ = sd_perf(*command, "--target", "h100", "--json")
     facts = json.loads(output)
     assert code == 0 and facts["target"] == "H100" and facts["kernels"]["geglu"]["backend"] == "triton"

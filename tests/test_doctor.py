@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from sd_kernels.registry import all_ops, source_digest
@@ -39,7 +40,9 @@ def backend(report: dict[str, Any], op: str, name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("target", ["here", "a100", "h100", "h200", "b200"])
 def test_one_screen(target: str) -> None:
-    lines = shown(examine(target)).splitlines()
+    page = shown(examine(target))
+    assert "\N{HORIZONTAL ELLIPSIS}" not in page
+    lines = page.splitlines()
     assert len(lines) <= 40
     assert max(map(len, lines)) <= 100
     assert all(any(line.startswith(op) for line in lines) for op in all_ops())
@@ -51,6 +54,15 @@ def test_kernels_of_a_declared_gpu() -> None:
     assert next(kernel["auto"] for kernel in report["kernels"] if kernel["op"] == "geglu") == "triton"
     assert backend(report, "geglu", "triton")["against"] == []
     assert "kernels on H100, as declared" in shown(report)
+
+
+def test_a_reason_can_be_read() -> None:
+    assert "no: needs a CUDA GPU" in shown(examine("here")) or torch.cuda.is_available()
+    assert "no: needs capability 8.9" in shown(examine("a100"))
+
+
+def test_the_package_of_the_log_is_listed() -> None:
+    assert "mlperf-logging" in {row["package"] for row in examine("here")["packages"]}
 
 
 def test_no_hardware_without_a_result(tmp_path: Path) -> None:

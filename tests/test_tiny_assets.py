@@ -118,3 +118,8 @@ def test_features_tell_scenes_apart_and_notice_blur_and_noise(images):
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     weak, strong = ((net((images + sigma * noise).clamp(0, 1)) - features).norm(dim=1).mean() for sigma in (0.05, 0.3))
     assert 0 < weak < strong and spread > 0
+
+
+def test_the_report_has_the_sizes_of_the_networks() -> None:
+    report = json.loads((ASSETS / "report.json").read_text())
+    assert report["bytes"] == {path.name: path.stat().st_size for path in ASSETS.glob("*.safetensors")}

@@ -88,14 +88,9 @@ def _widened(value: Any) -> Any:
 
 
 def check(
-    spec: OpSpec,
-    backend: str,
-    case: Case,
-    dtype: torch.dtype,
-    device: str = "cpu",
-    seed: int = 0,
+    spec: OpSpec, backend: str, case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0,
     function: Function | None = None,
-) -> list[Verdict]:
+) -> list[Verdict]:  # fmt: skip
     """Verdicts of one case; `function` stands in for the backend's own (a planted fault, a compiled one)."""
     inputs = spec.inputs(case, Inputs(case, dtype, device, seed))
     exact = spec.exact if spec.backend(backend).exact else ()

@@ -5,11 +5,17 @@ from __future__ import annotations
 import hashlib
 import importlib
 import pkgutil
+import re
 from functools import cache
 from pathlib import Path
 
 import sd_kernels
 from sd_kernels.spec import OpSpec
+
+_IMPORT = re.compile(r"^ *from sd_kernels\.([\w.]+) import ", re.MULTILINE)
+"""the one form of import of this package that its modules use"""
+_DESCRIBING = ("spec", "sd_v2_shapes")
+"""modules that tell of calls and targets; they compute nothing"""
 
 
 @cache
@@ -19,8 +25,23 @@ def all_ops() -> dict[str, OpSpec]:
     return {name: importlib.import_module(f"sd_kernels.{name}").SPEC for name in sorted(folders)}
 
 
+def sources(op: str) -> list[Path]:
+    """The op's files and all files of this package that these import, by path."""
+    root = Path(sd_kernels.__path__[0])
+    found: set[Path] = set()
+    waiting = [*(root / op).glob("*.py")]
+    while waiting:
+        path = waiting.pop()
+        if path not in found:
+            found.add(path)
+            modules = _IMPORT.findall(path.read_text(encoding="utf-8"))
+            imported = (root / f"{module.replace('.', '/')}.py" for module in modules if module not in _DESCRIBING)
+            waiting += [file for file in imported if file.is_file()]
+    return sorted(found)
+
+
 def source_digest(op: str) -> str:
-    """Of an op's files: it tells whether a measured result is of this source."""
-    folder = Path(sd_kernels.__path__[0]) / op
-    sources = b"".join(path.name.encode() + path.read_bytes() for path in sorted(folder.glob("*.py")))
-    return hashlib.sha256(sources).hexdigest()[:12]
+    """Of an op's sources: it tells whether a measured result is of them."""
+    root = Path(sd_kernels.__path__[0])
+    contents = b"".join(str(path.relative_to(root)).encode() + path.read_bytes() for path in sources(op))
+    return hashlib.sha256(contents).hexdigest()[:12]

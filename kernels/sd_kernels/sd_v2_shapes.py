@@ -20,7 +20,10 @@ BATCH = 64
 class Architecture:
     """A UNet's sizes; sides and lengths in latent pixels and tokens, the rest in channels."""
 
+    stem: int = 320
+    """of the first convolution; a quarter of the time embedding's"""
     widths: tuple[int, ...] = (320, 640, 1280, 1280)
+    """of each level"""
     side: int = 64
     """of the latents, halved at each level after the first"""
     transformer_levels: tuple[int, ...] = (0, 1, 2)
@@ -74,7 +77,7 @@ class Resample:
 def layers(unet: Architecture = SD_V2) -> Iterator[ResBlock | Transformer | Resample]:
     """The UNet's blocks from input to output."""
     widths, sides = unet.widths, unet.sides
-    width, skips = widths[0], [widths[0]]
+    width, skips = unet.stem, [unet.stem]
     for level, (channels, side) in enumerate(zip(widths, sides, strict=True)):
         for _ in range(unet.blocks):
             yield ResBlock(side, (width,), channels)

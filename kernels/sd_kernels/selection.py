@@ -32,22 +32,24 @@ class Choice:
 def reasons_against(
     backend: Backend, target: Target, cases: Iterable[Case] = (), dtype: torch.dtype = torch.bfloat16
 ) -> list[str]:
-    """Everything that keeps a backend from running these cases on the target; empty where nothing does."""
+    """Everything that keeps a backend from running these cases on the target; empty where nothing does.
+
+    A reason that several cases share is said once, of the first.
+    """
     missing = backend.missing(target)
     if not missing and target.device == "cuda" and backend.gpu_dtypes and dtype not in backend.gpu_dtypes:
         missing = f"takes {' or '.join(map(str, backend.gpu_dtypes))} on a GPU, not {dtype}"
-    refusals = (f"{case.name}: {why}" for case in cases if (why := backend.refuses(case, dtype)))
-    return [*([missing] if missing else []), *dict.fromkeys(refusals)]
+    refusals: dict[str, str] = {}
+    for case in cases:
+        if why := backend.refuses(case, dtype):
+            refusals.setdefault(why, case.name)
+    return [*([missing] if missing else []), *(f"{name}: {why}" for why, name in refusals.items())]
 
 
 def choose(
-    op: str,
-    wanted: str = AUTO,
-    target: Target | None = None,
-    cases: Iterable[Case] = (),
-    dtype: torch.dtype = torch.bfloat16,
-    strict: bool = False,
-) -> Choice:
+    op: str, wanted: str = AUTO, target: Target | None = None, cases: Iterable[Case] = (),
+    dtype: torch.dtype = torch.bfloat16, strict: bool = False,
+) -> Choice:  # fmt: skip
     """The backend for an op.
 
     A backend that is asked for by name and cannot be had is an error that lists every reason. `auto` takes the first

@@ -42,15 +42,9 @@ def guided_prediction(
 
 @torch.no_grad()
 def ddim_sample(
-    unet: Predictor,
-    noise: torch.Tensor,
-    context: torch.Tensor,
-    uncond: torch.Tensor,
-    config: DiffusionConfig,
-    steps: int = 50,
-    guidance_scale: float = 8.0,
-    project_text: Callable[[torch.Tensor], Any] = lambda text: text,
-) -> torch.Tensor:
+    unet: Predictor, noise: torch.Tensor, context: torch.Tensor, uncond: torch.Tensor, config: DiffusionConfig,
+    steps: int = 50, guidance_scale: float = 8.0, project_text: Callable[[torch.Tensor], Any] = lambda text: text,
+) -> torch.Tensor:  # fmt: skip
     """Latents (B, C, H, W) float32 from noise (B, C, H, W), text states (B, T, D) and those of "" (1, T, D).
 
     `project_text` is what the network can do once for all steps with the text that it conditions on.

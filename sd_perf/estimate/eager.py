@@ -33,9 +33,10 @@ _NO_KERNEL = {"empty", "detach", "_unsafe_view", "lift_fresh", "zeros_like", "on
 class _Autocast(TorchFunctionMode):
     """Casts as torch.autocast("cuda") does; a weight once per step. Attention by its fused kernel."""
 
-    def __init__(self) -> None:
+    def __init__(self, enabled: bool) -> None:
         super().__init__()
         self.weights: dict[int, torch.Tensor] = {}
+        self.casts = {torch.bfloat16: _IN_BFLOAT16, torch.float32: _IN_FLOAT32} if enabled else {}
 
     def cast(self, value: Any, dtype: torch.dtype) -> Any:
         if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dtype == dtype:
@@ -47,7 +48,7 @@ class _Autocast(TorchFunctionMode):
         return self.weights[id(value)]
 
     def __torch_function__(self, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for functions, dtype in ((_IN_BFLOAT16, torch.bfloat16), (_IN_FLOAT32, torch.float32)):
+        for dtype, functions in self.casts.items():
             if function in functions:
                 args = [self.cast(value, dtype) for value in args]
                 kwargs = {name: self.cast(value, dtype) for name, value in (kwargs or {}).items()}
@@ -107,12 +108,12 @@ class _Recorder(TorchDispatchMode):
         yield Kernel("elementwise", (1.0 + forward) * _bytes(y))
 
 
-def recorded(forward: Callable[[], Any]) -> tuple[list[Kernel], float]:
+def recorded(forward: Callable[[], Any], autocast: bool = True) -> tuple[list[Kernel], float]:
     """Kernels of a forward pass on the meta device and of its backward, and the bytes that the one keeps for the other.
 
     The gradients of what `forward` gives are there; they are neither made nor counted.
     """
-    recorder, autocast, kept = _Recorder(), _Autocast(), {}
+    recorder, casts, kept = _Recorder(), _Autocast(autocast), {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         base = tensor if tensor._base is None else tensor._base
@@ -120,18 +121,18 @@ def recorded(forward: Callable[[], Any]) -> tuple[list[Kernel], float]:
             kept[id(base)] = base
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast, recorder:
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), casts, recorder:
         outputs = tree_leaves(forward())
     recorder.backward = True
     gradients = [torch.ones_like(output, memory_format=torch.contiguous_format) for output in outputs]
     with recorder:
         torch.autograd.backward(outputs, gradients)
-    for weight in autocast.weights.values():
+    for weight in casts.weights.values():
         kept.pop(id(weight), None)
     return recorder.kernels, float(_bytes(list(kept.values())))
 
 
-def plain(config: Config, batch: int) -> tuple[list[Kernel], float]:
+def plain(config: Config, batch: int, autocast: bool = True) -> tuple[list[Kernel], float]:
     """`recorded` for the whole network and a loss, of so many samples."""
     with torch.device("meta"):
         unet = UNet(config.model)
@@ -139,4 +140,4 @@ def plain(config: Config, batch: int) -> tuple[list[Kernel], float]:
         latents = torch.empty(batch, channels, size, size)
         context = torch.empty(batch, config.data.context_tokens, config.model.context_dim)
         timesteps = torch.zeros(batch, dtype=torch.int64)
-    return recorded(lambda: unet(latents, timesteps, context).float().square().mean())
+    return recorded(lambda: unet(latents, timesteps, context).float().square().mean(), autocast)

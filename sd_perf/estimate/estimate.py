@@ -11,22 +11,19 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from sd_kernels.sd_v2_shapes import Architecture
 from sd_perf.config import Config
 from sd_perf.errors import ConfigError
 from sd_perf.estimate.eager import plain
 from sd_perf.estimate.kernels import GPU, GPUS, Kernel
 from sd_perf.estimate.ways import fused, kept, refusals, submission
-from sd_perf.files import written_aside
+from sd_perf.files import disk_errors, written_aside
+from sd_perf.models.architecture import architecture
 from sd_perf.optional import optional
-from sd_perf.reference.unet import UNet
 
 WAYS = {
     "plain": "plain eager PyTorch, bf16 autocast",
     "submission": "the best MLPerf submission's way",
-    "fused": "sd_kernels in one CUDA graph",
+    "fused": "what the ops of sd_kernels amount to",
 }
 _FAMILIES = {
     "convolutions": ("conv", "upsample_conv", "skip_conv"),
@@ -48,31 +45,10 @@ _WORKSPACE = 32 * 2**20
 """bytes that cuBLAS takes on Hopper (torch's documentation of CUBLAS_WORKSPACE_CONFIG)"""
 
 
-def architecture(config: Config) -> Architecture:
-    """The config's UNet in the terms of sd_kernels."""
-    model = config.model
-    with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in UNet(model).parameters())
-    levels = range(len(model.channel_mult))
-    return Architecture(
-        widths=tuple(mult * model.model_channels for mult in model.channel_mult),
-        side=config.data.latent_size,
-        transformer_levels=tuple(level for level in levels if 2**level in model.attention_resolutions),
-        blocks=model.num_res_blocks,
-        head_dim=model.num_head_channels,
-        context_length=config.data.context_tokens,
-        context_width=model.context_dim,
-        in_channels=model.in_channels,
-        out_channels=model.out_channels,
-        block_groups=model.resblock_groups,
-        transformer_groups=model.transformer_groups,
-        parameters=parameters,
-    )
-
-
 def estimate(config: Config, gpu: str, batch: int, ranks: int = 1) -> dict[str, Any]:
     """Figures per way of working, as JSON takes them; those of `fused` at the top, too. All in bfloat16.
 
+    `fused` is what the ops amount to in one CUDA graph, not a step that the trainer has yet.
     ranks: GPUs that share the submission's optimizer state.
     """
     if gpu not in GPUS:
@@ -98,6 +74,8 @@ def estimate(config: Config, gpu: str, batch: int, ranks: int = 1) -> dict[str, 
     }
     ways = {way: _figures(way, kernels[way], dict(zip(names, held[way], strict=True)), chosen, batch) for way in WAYS}
     notes = list(refusals(unet, batch))
+    if config.training.precision != "bf16":
+        notes.append(f"training.precision is {config.training.precision}; these figures are of bfloat16")
     for way, figures in ways.items():
         if batch > (largest := figures["largest_batch"]):
             notes.append(f"{way}: batch {batch} does not fit into {chosen.name}; the largest that does is {largest}")
@@ -154,7 +132,7 @@ def tables(facts: dict[str, Any]) -> Iterable[Any]:
         memory.add_row(name, *(f"{way['memory_bytes'][name] / 1e9:.1f}" for way in ways.values()))
     memory.add_row("largest batch", *(f"{way['largest_batch']:,}" for way in ways.values()))
     yield memory
-    yield "One GPU; communication is not counted."
+    yield "One GPU; communication is not counted. fused is what the ops amount to; the trainer has no such step yet."
     yield from facts["notes"]
 
 
@@ -177,6 +155,7 @@ def draw(facts: dict[str, Any], path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel(f"ms per sample, at least: {GPUS[facts['gpu']].name}, batch {facts['batch']}")
     figure.legend(loc="outside upper left", ncols=4, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_aside(path) as draft:
-        figure.savefig(draft, dpi=150, format="png")
+    with disk_errors(path, "choose another --png"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_aside(path) as draft:
+            figure.savefig(draft, dpi=150, format="png")

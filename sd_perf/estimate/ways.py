@@ -44,8 +44,8 @@ def submission(unet: Architecture, batch: int, ranks: int) -> Iterator[Kernel]:
             yield from of_case(op, case)
     for layer in layers(unet):
         yield from _submitted(layer, unet, batch)
-    for width in (unet.widths[0], 4 * unet.widths[0]):
-        yield from _linear(batch, width, 4 * unet.widths[0])
+    for width in (unet.stem, 4 * unet.stem):
+        yield from _linear(batch, width, 4 * unet.stem)
     yield from _norm(batch * unet.side**2, unet.widths[0], unet.side)
     yield from _skip_gradients(unet, batch)
     # Unscaling reads and writes gradients, zeroing writes them; masters and moments in float32, 16-bit weights written.
@@ -130,7 +130,7 @@ def _submitted(layer: Any, unet: Architecture, batch: int) -> Iterator[Kernel]:
         inputs = sum(layer.sources)
         yield from _moved("elementwise", rows, 2 * inputs if len(layer.sources) > 1 else 0, 3 * inputs)
         yield from _norm(rows, inputs, layer.side)
-        yield from _linear(batch, 4 * unet.widths[0], C)
+        yield from _linear(batch, 4 * unet.stem, C)
         # Inductor takes a convolution's bias out of it and adds it with what follows.
         yield from _moved("elementwise", rows, 2 * C, C)
         yield from _norm(rows, C, layer.side)

@@ -12,7 +12,6 @@ Shape letters: B samples of a batch, D features.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,23 +88,6 @@ class FeatureStatistics:
         self.scatter.addr_(offset, offset, alpha=self.count * count / total)
         self.mean += offset * (count / total)
         self.count = total
-
-    def over_ranks(self, add: Callable[[torch.Tensor], object]) -> FeatureStatistics:
-        """Statistics of the samples of all ranks, called by all of them.
-
-        `add` adds a float64 tensor over the ranks in place, as torch.distributed.all_reduce does. No rank ever holds
-        more than one other covariance, however many ranks there are.
-        """
-        total = FeatureStatistics(len(self.mean), self.mean.device)
-        count = torch.tensor(self.count, dtype=torch.float64, device=self.mean.device)
-        add(count)
-        total.count = int(count)
-        total.mean = self.mean * (self.count / max(total.count, 1))
-        add(total.mean)
-        offset = self.mean - total.mean
-        total.scatter = self.scatter + self.count * torch.outer(offset, offset)
-        add(total.scatter)
-        return total
 
     def gaussian(self) -> Gaussian:
         """Mean and unbiased covariance on the CPU; DataError for fewer than 2 samples or non-finite features."""

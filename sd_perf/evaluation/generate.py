@@ -25,14 +25,9 @@ Decoder = Callable[[torch.Tensor], torch.Tensor]
 
 @torch.no_grad()
 def generate(
-    unet: torch.nn.Module,
-    text_encoder: Callable[[list[str]], torch.Tensor],
-    decode: Decoder,
-    prompts: list[str],
-    config: Config,
-    seed: int,
-    batch_size: int = 8,
-) -> Iterator[torch.Tensor]:
+    unet: torch.nn.Module, text_encoder: Callable[[list[str]], torch.Tensor], decode: Decoder, prompts: list[str],
+    config: Config, seed: int, batch_size: int = 8,
+) -> Iterator[torch.Tensor]:  # fmt: skip
     """A picture per prompt, in batches (B, 3, H, W) float32 in [0, 1] on the CPU, each drawn when it is asked for.
 
     `decode` takes the unscaled latents and gives images in [-1, 1]. Picture i is a function of (seed, i, prompt).

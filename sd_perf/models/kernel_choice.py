@@ -10,8 +10,9 @@ from sd_kernels.errors import KernelError
 from sd_kernels.registry import all_ops
 from sd_kernels.selection import AUTO, Choice, choose, reasons_against
 from sd_kernels.spec import DECLARED_TARGETS, Target
-from sd_perf.config import Config, KernelsConfig, UNetConfig
+from sd_perf.config import Config, KernelsConfig
 from sd_perf.errors import ConfigError
+from sd_perf.models.architecture import architecture
 
 REFERENCE = "reference"
 
@@ -24,15 +25,13 @@ def target_named(name: str) -> Target:
 def choose_kernels(config: Config, target: Target) -> dict[str, Choice]:
     """The backend of every operator, for the calls that the config's model makes.
 
-    Only the benchmark's own model has its calls listed in the specs; for another one a backend is judged by what it
-    needs, and an operator itself refuses what it cannot compute. `strict` binds the operators that training runs.
-    Raises ConfigError naming the key.
+    `strict` binds the operators that training runs. Raises ConfigError naming the key.
     """
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
-    is_benchmark = config.model.network == UNetConfig()
-    choices, used = {}, used_ops(config)
+    unet, used = architecture(config), used_ops(config)
+    choices = {}
     for name, spec in all_ops().items():
-        wanted, cases = getattr(config.kernels, name), spec.cases if is_benchmark else ()
+        wanted, cases = getattr(config.kernels, name), spec.cases_of(unet) if spec.cases_of else ()
         try:
             choices[name] = choose(name, wanted, target, cases, dtype, config.kernels.strict and name in used)
         except KernelError as error:

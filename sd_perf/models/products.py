@@ -8,8 +8,8 @@ Shape letters: K columns in, N columns out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -105,16 +105,6 @@ def load_precision_state(unet: nn.Module, state: Mapping[str, Tensor]) -> None:
         from sd_kernels.fp8_linear import te
 
         te.load_precision_state(layers, state)
-
-
-@contextmanager
-def precision_state_kept(unet: nn.Module) -> Iterator[None]:
-    """Steps taken within, for warm-up or to capture a graph, leave the precision state as it was."""
-    state = precision_state(unet)
-    try:
-        yield
-    finally:
-        load_precision_state(unet, state)
 
 
 def _layers_with_state(unet: nn.Module) -> dict[str, Any]:

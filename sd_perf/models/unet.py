@@ -49,8 +49,13 @@ class Ops:
 
     @classmethod
     def chosen(cls, choices: Mapping[str, Choice]) -> Ops:
-        """The functions of these choices, which see weights in the dtype of what they are applied to."""
-        return cls(**{field.name: _in_dtype_of_first(choices[field.name].function()) for field in fields(cls)})
+        """The functions of these choices, which see weights in the dtype of what they are applied to.
+
+        Up-sampling convolutions see them as they are, to round them once, after they are merged.
+        """
+        functions = {field.name: choices[field.name].function() for field in fields(cls)}
+        cast = {name: _in_dtype_of_first(op) for name, op in functions.items() if name != "upsample_conv"}
+        return cls(**{**functions, **cast})
 
 
 def _in_dtype_of_first(op: Op) -> Op:

@@ -182,17 +182,13 @@ def _unet_config(entries: dict[str, Any], path: Path) -> UNetConfig:
         widths, heads = entries["block_out_channels"], entries["attention_head_dim"]
         kinds = entries["down_block_types"]
         config = UNetConfig(
-            in_channels=entries["in_channels"],
-            out_channels=entries["out_channels"],
-            model_channels=widths[0],
-            channel_mult=tuple(width // widths[0] for width in widths),
-            num_res_blocks=entries["layers_per_block"],
+            in_channels=entries["in_channels"], out_channels=entries["out_channels"], model_channels=widths[0],
+            channel_mult=tuple(width // widths[0] for width in widths), num_res_blocks=entries["layers_per_block"],
             attention_resolutions=tuple(2**n for n in reversed(range(len(kinds))) if kinds[n] != "DownBlock2D"),
-            num_head_channels=widths[0] // heads[0],
-            context_dim=entries["cross_attention_dim"],
+            num_head_channels=widths[0] // heads[0], context_dim=entries["cross_attention_dim"],
             resblock_groups=entries["norm_num_groups"],
             transformer_groups=entries.get("transformer_norm_num_groups", entries["norm_num_groups"]),
-        )
+        )  # fmt: skip
     except (LookupError, TypeError, ArithmeticError, ConfigError) as error:
         raise CheckpointError(
             f"{path}: describes no UNet of this trainer ({type(error).__name__}: {_reason(error)})"

@@ -22,28 +22,32 @@ CAPTIONS = ["a red disc above a blue square", "a photograph of an astronaut ridi
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+@torch.no_grad()
 def compare_blocks(subject: Subject) -> Iterator[Row]:
     """Each block of the fast network, given what the plain one's block is given in float64; and the text encoder."""
     truth = subject.plain(torch.float64)
     given = _recorded(truth, subject.inputs())
     for dtype in subject.dtypes:
-        torchs, ours = list(subject.plain_networks(dtype)), subject.fast(dtype)
-        skips = _skip_channels(ours)
-        transformers = [name for name, module in ours.named_modules() if isinstance(module, fast.SpatialTransformer)]
-        for name, args in given.items():
-            exact_block, our_block, *torch_blocks = (unet.get_submodule(name) for unet in (truth, ours, *torchs))
-            rounded = [arg.to(DTYPES[dtype]) for arg in args]
-            with torch.no_grad():
-                exact = exact_block(*(arg.double() for arg in rounded))
-                with subject.autocast(dtype):
-                    by_torch = [[block(*rounded)] for block in torch_blocks]
-                if name in transformers:  # which take keys and values, as the network projects them for all of them
-                    rounded[1] = ours.project_text(rounded[1])[transformers.index(name)]
-                by_us = _applied(our_block, rounded, skips.get(name, 0), ours.ops)
-            what = f"{name} ({type(exact_block).__name__})"
-            yield compared("block", what, subject.where, dtype, [by_us], by_torch, [exact])
+        yield from _blocks(subject, dtype, truth, given)
     if subject.where != "interpreter":
         yield from _text_encoder(subject)
+
+
+def _blocks(subject: Subject, dtype: str, truth: nn.Module, given: dict[str, tuple[Tensor, ...]]) -> Iterator[Row]:
+    ours, torchs = subject.fast(dtype), list(subject.plain_networks(dtype))
+    skips = _skip_channels(ours)
+    transformers = [name for name, module in ours.named_modules() if isinstance(module, fast.SpatialTransformer)]
+    for name, args in given.items():
+        rounded = [arg.to(DTYPES[dtype]) for arg in args]
+        exact_block, our_block, *torch_blocks = (unet.get_submodule(name) for unet in (truth, ours, *torchs))
+        exact = exact_block(*(arg.double() for arg in rounded))
+        with subject.autocast(dtype):
+            by_torch = [[block(*rounded)] for block in torch_blocks]
+        if name in transformers:  # they take keys and values, which the network projects for all of them
+            rounded[1] = ours.project_text(rounded[1])[transformers.index(name)]
+        by_us = _applied(our_block, rounded, skips.get(name, 0), ours.ops)
+        what = f"{name} ({type(exact_block).__name__})"
+        yield compared("block", what, subject.where, dtype, [by_us], by_torch, [exact])
 
 
 def _recorded(unet: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> dict[str, tuple[Tensor, ...]]:
@@ -55,8 +59,7 @@ def _recorded(unet: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> dict[st
 
     handles = [m.register_forward_pre_hook(keep(name)) for name, m in unet.named_modules() if isinstance(m, BLOCKS)]
     latents, timesteps, context = inputs
-    with torch.no_grad():
-        unet(latents.double(), timesteps, context.double())
+    unet(latents.double(), timesteps, context.double())
     for handle in handles:
         handle.remove()
     return given
@@ -105,30 +108,31 @@ def _text_encoder(subject: Subject) -> Iterator[Row]:
 def _hooked(encoder: OpenClipTextEncoder, dtype: torch.dtype) -> Tensor:
     tower, states = encoder.tower.to(dtype), []
     handle = tower.transformer.resblocks[-2].register_forward_hook(lambda module, args, out: states.append(out))
-    with torch.no_grad():
-        tower(encoder.tokenizer(CAPTIONS).to(tower.positional_embedding.device))
-        handle.remove()
-        return tower.ln_final(states[0])
+    tower(encoder.tokenizer(CAPTIONS).to(tower.positional_embedding.device))
+    handle.remove()
+    return tower.ln_final(states[0])
 
 
 def compare_networks(subject: Subject, levels: set[str]) -> Iterator[Row]:
     """Prediction (unet), and gradients of a weighted sum of it by kinds of parameters (grad)."""
-    with_grads = "grad" in levels
     for dtype in subject.dtypes:
-        # One network at a time, and nothing kept but errors: the benchmark's takes 7 GB in float64, gradients as much.
-        truth = _results(subject, subject.plain(torch.float64), "float64", with_grads)
+        yield from (row for row in _networks(subject, dtype, "grad" in levels) if row.level in levels)
 
-        def errors_of(unet: nn.Module, exact: list[Tensor] = truth, dtype: str = dtype) -> dict[str, Errors]:
-            results = _results(subject, unet, dtype, with_grads)
-            kinds = {name: [1 + number for number in numbers] for name, numbers in by_kind(unet).items()}
-            parts = {"prediction": [0], **(kinds if with_grads else {})}
-            return {name: errors([results[i] for i in part], [exact[i] for i in part]) for name, part in parts.items()}
 
-        by_torch, by_us = [errors_of(unet) for unet in subject.plain_networks(dtype)], errors_of(subject.fast(dtype))
-        for name, ours in by_us.items():
-            level = "unet" if name == "prediction" else "grad"
-            if level in levels:
-                yield judged(level, name, subject.where, dtype, ours, [plain[name] for plain in by_torch])
+def _networks(subject: Subject, dtype: str, with_grads: bool) -> Iterator[Row]:
+    # One network at a time, and nothing kept but errors: the benchmark's takes 7 GB in float64, gradients as much.
+    exact = _results(subject, subject.plain(torch.float64), "float64", with_grads)
+
+    def errors_of(unet: nn.Module) -> dict[str, Errors]:
+        results = _results(subject, unet, dtype, with_grads)
+        kinds = {name: [1 + number for number in numbers] for name, numbers in by_kind(unet).items()}
+        parts = {"prediction": [0], **(kinds if with_grads else {})}
+        return {name: errors([results[i] for i in part], [exact[i] for i in part]) for name, part in parts.items()}
+
+    by_torch, by_us = [errors_of(unet) for unet in subject.plain_networks(dtype)], errors_of(subject.fast(dtype))
+    for name, ours in by_us.items():
+        level = "unet" if name == "prediction" else "grad"
+        yield judged(level, name, subject.where, dtype, ours, [plain[name] for plain in by_torch])
 
 
 def _results(subject: Subject, unet: nn.Module, dtype: str, with_grads: bool) -> list[Tensor]:

@@ -19,11 +19,11 @@ from sd_perf.config import Config, PrecisionConfig
 from sd_perf.data.batch import Batch, LoaderOptions
 from sd_perf.data.synthetic import draw_inputs
 from sd_perf.diffusion.ddim import ddim_sample, ddim_timesteps
-from sd_perf.diffusion.randomness import Stream
 from sd_perf.distributed.world import World
 from sd_perf.parity.rows import Row, compared, errors, exact, judged
 from sd_perf.parity.subject import SEED, Subject, by_kind
 from sd_perf.reference.step import DiffusionStep
+from sd_perf.training.diffusion import FusedDiffusionStep
 from sd_perf.training.optimizer import build_optimizer, learning_rate
 from sd_perf.training.step import TrainStep
 
@@ -40,11 +40,11 @@ def compare_steps(subject: Subject) -> Iterator[Row]:
     """All rows of the level."""
     yield from _draws(subject)
     yield _ranks(subject)
-    yield from _optimizer(subject)
+    yield from _optimizer(subject.light)
     if subject.choices["adamw"].backend in ("triton", "reference"):  # others keep no remainders
         yield _masters(subject)
     if subject.where != "interpreter":
-        yield from _whole_step(subject)
+        yield from _whole_step(subject.light)
         yield from _sampler(subject)
 
 
@@ -62,18 +62,10 @@ def _draws(subject: Subject) -> Iterator[Row]:
     latents, noise, timesteps = step.draw(batch.moments, batch.sample_indices)
     schedule = step.schedule
     plain = schedule.add_noise(latents, noise, timesteps), schedule.v_target(latents, noise, timesteps)
-    noisy, target, drawn = subject.function("diffusion_inputs")(
-        moments=batch.moments,
-        sample_indices=batch.sample_indices,
-        sqrt_alphas_cumprod=schedule.sqrt_alphas_cumprod,
-        sqrt_one_minus_alphas_cumprod=schedule.sqrt_one_minus_alphas_cumprod,
-        dtype=torch.float32,
-        seed=SEED,
-        latent_scale=subject.config.diffusion.latent_scale,
-        timestep_stream=int(Stream.TIMESTEP),
-        noise_stream=int(Stream.NOISE),
-        moments_stream=int(Stream.MOMENTS),
-    )
+    options = FusedDiffusionStep(subject.config, SEED, subject.choices).options | {"dtype": torch.float32}
+    tables = schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod
+    draw = subject.function("diffusion_inputs")
+    noisy, target, drawn = draw(batch.moments, batch.sample_indices, *tables, **options)
     yield exact("step", "timesteps drawn", subject.where, "int64", _share(drawn != timesteps))
     wide = [value.double() for value in plain]
     yield compared("step", "noisy latents and target", subject.where, "float32", [noisy, target], [plain], wide)
@@ -189,8 +181,9 @@ def _whole_step(subject: Subject) -> Iterator[Row]:
     batch = _batch(subject)
     for dtype in subject.dtypes:
         config = _trained_in(subject.config, dtype)
-        unets = subject.fast(dtype), *subject.plain_networks(dtype)
-        ours, *by_torch = (_stepped(unet, config, batch, subject) for unet in unets)
+        plain = dataclasses.replace(config, model=config.model.network, precision=PrecisionConfig())
+        ours = _stepped(subject.fast(dtype), config, batch, subject)
+        by_torch = [_stepped(unet, plain, batch, subject) for unet in subject.plain_networks(dtype)]
         truth = _exact_step(subject, config, batch)
         yield compared("step", "loss", subject.where, dtype, ours[:1], [some[:1] for some in by_torch], truth[:1])
         # By their mean square alone: where rounding turns a gradient's sign, AdamW's first step goes the other way.

@@ -25,6 +25,8 @@ from sd_perf.reference.unet import UNet
 Where = Literal["interpreter", "structure", "gpu"]
 SEED = 2026
 BATCH = 2
+NARROW = 64
+"""channels of a network whose optimizer steps any machine can hold in float64"""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,17 @@ class Subject:
     def choices(self) -> dict[str, Choice]:
         """The backend of every operator."""
         return choose_kernels(self.config, Target.here())
+
+    @cached_property
+    def light(self) -> Subject:
+        """For optimizer steps, which take several times the weights' memory: on a CPU a narrower network's subject."""
+        model = self.config.model
+        if self.where == "gpu" or model.model_channels <= NARROW:
+            return self
+        self.notes.append(f"whole steps were compared with a network of {NARROW} channels, not {model.model_channels}")
+        head = min(NARROW, model.num_head_channels)
+        narrow = dataclasses.replace(model, model_channels=NARROW, num_head_channels=head, context_dim=NARROW)
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, model=narrow))
 
     def function(self, op: str) -> Callable[..., Any]:
         """The operator by its chosen backend, whose calls are counted."""
@@ -126,16 +139,9 @@ class Subject:
 def tiny(model: UNetConfig) -> UNetConfig:
     """A network with every kind of block that the interpreter takes in seconds; its groups differ as the model's do."""
     return dataclasses.replace(
-        model,
-        model_channels=32,
-        channel_mult=(1, 2),
-        num_res_blocks=1,
-        attention_resolutions=(2,),
-        num_head_channels=32,
-        context_dim=16,
-        resblock_groups=16,
-        transformer_groups=32,
-    )
+        model, model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2,),
+        num_head_channels=32, context_dim=16, resblock_groups=16, transformer_groups=32,
+    )  # fmt: skip
 
 
 def round_to_fp8(unet: torch.nn.Module, precision: PrecisionConfig) -> None:

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from rich.table import Table
-from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from sd_perf.config import LINEAR_LAYERS, Config
+from sd_perf.estimate.eager import plain
+from sd_perf.estimate.ways import kept
+from sd_perf.models.architecture import architecture
 from sd_perf.models.kernel_choice import choose_kernels, target_named
 from sd_perf.reference.unet import UNet
-
-
-class _FlashAttention(TorchFunctionMode):
-    """Attention on meta tensors as the fused kernels do it: without the matrix of scores in memory."""
-
-    def __torch_function__(self, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is torch.nn.functional.scaled_dot_product_attention:
-            return torch.ops.aten._scaled_dot_product_flash_attention(*args)[0]
-        return function(*args, **(kwargs or {}))
 
 
 def dry_run(config: Config, world_size: int, target: str = "here") -> dict[str, Any]:
@@ -37,16 +29,16 @@ def dry_run(config: Config, world_size: int, target: str = "here") -> dict[str, 
         unet = UNet(config.model)
     parameters = sum(parameter.numel() for parameter in unet.parameters())
     flops_forward, flops_step = _flops(unet, config)
-    activations = _activation_bytes(unet, config)
+    activations = _activation_bytes(config)
     weight_bytes = 4 * parameters
     low_precision = 2 * parameters if config.training.precision == "bf16" else 0
-    kept = "activations" + ("_without_checkpointing" if config.model.activation_checkpointing else "")
+    name = "activations" + ("_without_checkpointing" if config.model.activation_checkpointing else "")
     memory = {
         "weights": weight_bytes,
         "gradients": weight_bytes,
         "adamw_moments": 2 * weight_bytes,
         "bf16_weight_copies": low_precision,
-        kept: activations * micro_batch,
+        name: int(activations * micro_batch),
     }
     batch = config.training.global_batch_size
     return {
@@ -109,6 +101,13 @@ def kernels_table(facts: dict[str, Any]) -> tuple[str, Table]:
     return f"[italic]{title}[/]", table
 
 
+def _activation_bytes(config: Config) -> float:
+    """Bytes per sample that the backward pass keeps, parameters aside."""
+    if config.model.implementation == "plain" or config.training.precision == "fp32":
+        return plain(config, 1, config.training.precision == "bf16")[1]
+    return kept(architecture(config), 1, concatenated=False)
+
+
 def _inputs(config: Config, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One sample's latents, timesteps and text states on the meta device."""
     size = config.data.latent_size
@@ -125,21 +124,3 @@ def _flops(unet: UNet, config: Config) -> tuple[int, int]:
     with FlopCounterMode(display=False) as backward:
         output.square().mean().backward()
     return forward.get_total_flops(), forward.get_total_flops() + backward.get_total_flops()
-
-
-def _activation_bytes(unet: UNet, config: Config) -> int:
-    """Bytes per sample that the backward pass keeps, parameters aside."""
-    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
-    unet = unet.to(dtype)
-    own = {id(parameter) for parameter in unet.parameters()}
-    kept: dict[int, torch.Tensor] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        base = tensor if tensor._base is None else tensor._base
-        if id(base) not in own:
-            kept[id(base)] = base
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _FlashAttention():
-        unet(*_inputs(config, dtype))
-    return sum(tensor.numel() * tensor.element_size() for tensor in kept.values())

@@ -11,13 +11,9 @@ def build_optimizer(unet: torch.nn.Module, config: Config) -> torch.optim.AdamW:
     """AdamW in one group: the benchmark decays norms and biases like everything else. State is made at once."""
     options = config.optimizer
     optimizer = torch.optim.AdamW(
-        unet.parameters(),
-        lr=learning_rate(options, config.learning_rate, 0),
-        betas=(options.beta_1, options.beta_2),
-        eps=options.epsilon,
-        weight_decay=options.weight_decay,
-        fused=True,
-    )
+        unet.parameters(), lr=learning_rate(options, config.learning_rate, 0), betas=(options.beta_1, options.beta_2),
+        eps=options.epsilon, weight_decay=options.weight_decay, fused=True,
+    )  # fmt: skip
     for parameter in unet.parameters():
         optimizer.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),

@@ -34,14 +34,9 @@ class Trainer:
     """One run: `fit` takes steps from `samples` to `total_samples`. Position is counted in samples."""
 
     def __init__(
-        self,
-        config: Config,
-        world: World,
-        unet: torch.nn.Module,
-        loader: Loader,
-        text_encoder: TextEncoder | None,
+        self, config: Config, world: World, unet: torch.nn.Module, loader: Loader, text_encoder: TextEncoder | None,
         callbacks: list[Callback],
-    ) -> None:
+    ) -> None:  # fmt: skip
         if config.training.seed is None:
             raise ValueError("the config's seed must be settled (sd_perf.training.run_folder.open_run)")
         self.config = config

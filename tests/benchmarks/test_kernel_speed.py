@@ -110,6 +110,28 @@ def test_forward_and_backward_are_those_of_the_op() -> None:
     assert first[0].shape == sets[0]["x"].shape and torch.equal(first[0], again[0])
 
 
+@pytest.mark.parametrize("op", kernel_speed.PRODUCTS)
+def test_the_products_of_a_backward_are_apart(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = all_ops()[op]
+    item = Entry(spec, next(case for case in spec.small_cases if case.name != "one row"), "reference", torch.float32)
+    assert item.directions() == ["forward", "dgrad", "wgrad"]
+    work = spec.work(item.case, torch.float32)
+    assert [item.flops(way) for way in item.directions()] == [work.flops] * 3
+    assert [item.work(way) for way in item.directions()] == [work.forward_bytes] * 3
+    [inputs] = kernel_speed.input_sets(item, 1, "cpu")
+    for way, names in (("dgrad", {"x", "other"}), ("wgrad", {"weight", "bias"})):
+        [call] = kernel_speed.backwards(spec.reference(), [inputs], way)
+        expected = [inputs[name].shape for name in inputs if name in names and inputs[name] is not None]
+        assert [grad.shape for grad in call()] == expected
+
+
+def test_the_backward_of_attention_is_counted_with_its_five_products() -> None:
+    spec = all_ops()["attention"]
+    item = Entry(spec, spec.cases[0], "math", torch.bfloat16)
+    assert item.directions() == ["forward", "backward"]
+    assert item.flops("backward") == 2.5 * item.flops("forward") > 0
+
+
 def test_green_is_timed(on_cpu: None) -> None:
     parity = Parity("cpu")
     measured = kernel_speed.measure(entry("triton"), parity, copy=1e9, l2_bytes=2**17, seconds=0.01)
@@ -120,6 +142,7 @@ def test_green_is_timed(on_cpu: None) -> None:
     assert forward["us"] == pytest.approx(2000 / forward["graph_calls"])
     assert forward["graph_calls"] % forward["input_sets"] == 0
     assert forward["gb_per_second"] == pytest.approx(entry("triton").work("forward") / forward["us"] / 1000)
+    assert forward["tflop_per_second"] == 0
     assert forward["percent_of_copy"] == pytest.approx(100 * forward["gb_per_second"])
     row = make_row(MACHINE, entry("triton"), "forward", forward)
     json.dumps(row, allow_nan=False)
@@ -165,7 +188,7 @@ def test_rows_of_a_run_that_meets_everything() -> None:
         raise RuntimeError("no kernel")
 
     green = {"ok": True, "checked": 1, "worst": ""}
-    outcomes = iter([lambda _: {way: {"parity": green, **MEASURED} for way in kernel_speed.DIRECTIONS},
+    outcomes = iter([lambda _: {way: {"parity": green, **MEASURED} for way in ("forward", "backward")},
                      run_out_of_memory, fail])  # fmt: skip
     now = iter([0.0, 1.0, 2.0, 3.0, 99.0])
     saved: list[int] = []

@@ -20,9 +20,10 @@ from sd_perf.config import Config, UNetConfig
 from sd_perf.errors import ConfigError
 from sd_perf.estimate import estimate as module
 from sd_perf.estimate.eager import plain
-from sd_perf.estimate.estimate import WAYS, architecture, estimate
+from sd_perf.estimate.estimate import WAYS, estimate
 from sd_perf.estimate.kernels import GPUS, Kernel, Product
 from sd_perf.estimate.ways import cases, fused, kept, submission
+from sd_perf.models.architecture import architecture
 from sd_perf.presets import load_preset
 from sd_perf.training.dry_run import dry_run
 
@@ -87,6 +88,9 @@ def test_bytes_by_hand() -> None:
     assert moved(kernels, "geglu") == batch * tokens * (12 + 20) * 2
     # LayerNorm: 2, 4 and 4 forward, 4 each backward.
     assert moved(kernels, "layer_norm") == batch * tokens * (2 + 4 + 4 + 12) * 2
+    # Sums that no norm follows: three passes; the only bias to read a gradient for is that of the 8 x 8 convolution.
+    images = 4096 * 320 + 1024 * 640 + 256 * 1280 + 64 * 1280 + 256 * 1280 + 1024 * 640
+    assert moved(kernels, "residual_add") == batch * ((tokens + images) * 3 + 64 * 1280) * 2
     # AdamW: 12 bytes read and written, 2 read; and step and rate.
     assert moved(kernels, "adamw") == 865_910_724 * 26 + 8
     # Skips: five at 64 x 64 and so on, two sums of three passes each; biases of linears: 13C a token, and the times'.
@@ -178,6 +182,7 @@ def test_json_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert left.value.code == 0
     page = capsys.readouterr().out
     assert "B200 180 GB, batch 8" in page and "largest batch" in page and "communication is not counted" in page
+    assert "the trainer has no such step yet" in " ".join(page.split())
 
 
 @pytest.mark.parametrize(
@@ -196,6 +201,15 @@ def test_bad_input(options: list[str], sentence: str, capsys: pytest.CaptureFixt
     assert capsys.readouterr().err.strip() == f"sd-perf: {sentence}"
 
 
+def test_a_picture_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for png in (tmp_path, Path("/proc/x/bars.png")):
+        with pytest.raises(SystemExit) as left:
+            main(["estimate", "--config", str(SMOKE), "--batch", "2", "--png", str(png)])
+        assert left.value.code == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"sd-perf: {png} cannot be written (") and line.endswith("choose another --png")
+
+
 def test_a_shape_that_no_backend_takes_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = all_ops()["geglu"]
 
@@ -205,11 +219,18 @@ def test_a_shape_that_no_backend_takes_is_said(monkeypatch: pytest.MonkeyPatch) 
     backends = (replace(spec.backends[0], refuses=refuses), spec.backends[-1])
     monkeypatch.setitem(all_ops(), "geglu", replace(spec, backends=backends))
     notes = estimate(load_preset(SMOKE), "h100", 2)["notes"]
-    assert notes == ["geglu, 16 tokens, 512: takes more than 16 tokens; counted as if it could"]
+    assert notes[:1] == ["geglu, 16 tokens, 512: takes more than 16 tokens; counted as if it could"]
+
+
+def test_figures_of_another_precision_say_so() -> None:
+    note = "training.precision is fp32; these figures are of bfloat16"
+    for precision, notes in (("fp32", [note]), ("bf16", [])):
+        training = replace(load_preset(SMOKE).training, precision=precision)
+        assert estimate(replace(load_preset(SMOKE), training=training), "h100", 2)["notes"] == notes
 
 
 def test_other_architectures() -> None:
-    config = replace(Config(), model=UNetConfig(channel_mult=(1, 2), attention_resolutions=(2,), num_res_blocks=1))
+    config = replace(Config(), model=UNetConfig(channel_mult=(2, 1), attention_resolutions=(2,), num_res_blocks=1))
     forward = [
         gflops(list(kernels), False) for kernels in (plain(config, 1)[0], submission(architecture(config), 1, 1))
     ]

@@ -1,5 +1,3 @@
-import threading
-
 import numpy as np
 import pytest
 import torch
@@ -50,32 +48,6 @@ def test_statistics_survive_a_large_mean():
 def test_statistics_take_float16():
     samples = features(64, 8, 0).half()
     assert torch.equal(statistics(samples).gaussian().mean, statistics(samples.double()).gaussian().mean)
-
-
-def test_over_ranks():
-    """Three ranks, one of them without samples, as threads; `add` is what all_reduce does."""
-    samples = features(90, 12, 1)
-    shares = [statistics(samples[:20]), FeatureStatistics(12), statistics(samples[20:])]
-    barrier, given, results = threading.Barrier(3), [None] * 3, [None] * 3
-
-    def rank(number: int) -> None:
-        def add(tensor: torch.Tensor) -> None:
-            given[number] = tensor.clone()
-            barrier.wait(10)
-            tensor.copy_(sum(given))
-            barrier.wait(10)
-
-        results[number] = shares[number].over_ranks(add)
-
-    threads = [threading.Thread(target=rank, args=(number,)) for number in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for result in results:
-        assert result.count == 90
-        torch.testing.assert_close(result.gaussian().covariance, samples.T.cov(), rtol=1e-12, atol=1e-12)
-    assert shares[0].count == 20  # a rank's own share is left as it was
 
 
 @pytest.mark.parametrize("count", [400, 20], ids=["full rank", "rank-deficient"])

@@ -12,6 +12,9 @@ from sd_kernels.fp8_linear.quantise import fp8_quantise
 from sd_kernels.fp8_linear.reference import FORWARD, GRADIENT, quantise
 from sd_kernels.fp8_linear.reference import fp8_linear as reference
 from sd_kernels.fp8_linear.triton import fp8_linear
+from sd_kernels.registry import all_ops
+from sd_kernels.sd_v2_shapes import BATCH
+from sd_kernels.spec import Inputs
 from tests.kernels import fake_te
 from tests.kernels.faults import assert_caught, planted
 
@@ -78,12 +81,18 @@ def test_zeros_stay_zeros_and_nan_stays_nan() -> None:
 
 
 BAD = {"x": torch.zeros(4, 32).bfloat16(), "weight": torch.zeros(16, 32).bfloat16()}
+NORM = {"producer": "layer_norm", **dict.fromkeys(("norm_weight", "norm_bias"), torch.zeros(32).bfloat16())}
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"x": torch.zeros(4, 32)}, "bfloat16 or float16"),
+        ({"x": torch.zeros(4, 32)}, "one dtype"),
+        ({"x": torch.zeros(4, 32), "weight": torch.zeros(16, 32)}, "bfloat16 or float16"),
+        ({"bias": torch.zeros(15).bfloat16()}, r"bias of shape \(15,\); takes \(16,\)"),
+        ({**NORM, "norm_weight": torch.zeros(31).bfloat16()}, r"norm_weight of shape \(31,\); takes \(32,\)"),
+        ({**NORM, "norm_bias": torch.zeros(2, 32).bfloat16()}, r"norm_bias of shape \(2, 32\); takes \(32,\)"),
+        ({**NORM, "residual": torch.zeros(3, 32).bfloat16()}, r"residual of shape \(3, 32\); takes \(4, 32\)"),
         ({"weight": torch.zeros(16, 40).bfloat16()}, "multiples of 16"),
         ({"x": torch.zeros(4, 48).bfloat16()}, "a last axis of 32"),
         ({"producer": "gelu"}, "none, geglu, layer_norm"),
@@ -97,10 +106,44 @@ def test_bad_input_is_one_sentence(changes: dict[str, Any], words: str) -> None:
         fp8_linear(**{**BAD, **changes})
 
 
+def test_a_step_has_the_linear_layers_of_its_transformer_blocks() -> None:
+    flops = sum(case.calls * SPEC.work(case, torch.bfloat16).flops for case in SPEC.cases)
+    # Projections of 3, 1, 1, 1, 8 and 4 times C x C for each token.
+    tokens = ((4096, 320, 5), (1024, 640, 5), (256, 1280, 5), (64, 1280, 1))
+    assert flops == sum(blocks * 2 * BATCH * L * 18 * C**2 for L, C, blocks in tokens)
+    in_16_bits = ("projection", "keys and values", "time", "all time")
+    linear = all_ops()["linear"]
+    others = sum(
+        case.calls * linear.work(case, torch.bfloat16).flops
+        for case in linear.cases
+        if not case.name.startswith(in_16_bits)
+    )
+    assert flops == others
+
+
+@pytest.mark.parametrize("with_residual", [True, False])
+def test_backward_of_the_sum_alone(with_residual: bool) -> None:
+    x, residual, weight, *norm = (
+        torch.randn(*shape).bfloat16() for shape in ((4, 32), (4, 32), (16, 32), (32,), (32,))
+    )
+    leaves = [x.requires_grad_(), residual.requires_grad_()][: 1 + with_residual]
+    parts = {"residual": residual} if with_residual else {}
+    _, total = fp8_linear(x, weight, None, **parts, norm_weight=norm[0], norm_bias=norm[1], producer="layer_norm")
+    grad = torch.randn(4, 32).bfloat16()
+    assert all(torch.equal(given, grad) for given in torch.autograd.grad(total, leaves, grad))
+
+
 @pytest.mark.parametrize("name", ["77 tokens", "after GEGLU", "after LayerNorm"])
 def test_transformer_engine_is_called_with_its_signature(te: Any, name: str) -> None:
     assert all(verdict.ok for verdict in harness.check(SPEC, "te", CASES[name], torch.float32))
-    assert fake_te.state.rows == te.padded_rows(CASES[name].shape["B"])
+    assert fake_te.state.rows == te.padded_rows(CASES[name].shape["L"])
+
+
+def test_transformer_engine_draws_no_random_number(te: Any) -> None:
+    inputs = SPEC.inputs(CASES["after LayerNorm"], Inputs(CASES["after LayerNorm"], torch.float32))
+    before = torch.get_rng_state()
+    te.fp8_linear(**inputs)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_recipes_are_hybrid_and_named(te: Any) -> None:

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from sd_kernels import harness
 from sd_kernels.errors import KernelError
 from sd_kernels.group_norm import SPEC
 from sd_kernels.group_norm import triton as kernels
+from sd_kernels.group_norm.torch import group_norm as torchs
 from sd_kernels.spec import Case, Inputs
 from tests.kernels.faults import assert_caught
 
@@ -82,6 +84,17 @@ def test_a_gradient_may_come_in_another_memory_order() -> None:
     assert torch.equal(torch.autograd.grad(y, inputs["x"], grad)[0], expected[0])
 
 
+@pytest.mark.parametrize("function", [torchs, SPEC.reference()], ids=["torch", "reference"])
+def test_the_order_of_memory_is_kept(function: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu = F.group_norm
+    monkeypatch.setattr(F, "group_norm", lambda x, *others: on_gpu(x.contiguous(), *others))  # which gives NCHW
+    for order in (torch.channels_last, torch.contiguous_format):
+        x = torch.randn(2, 32, 4, 5).contiguous(memory_format=order)
+        shift, norm = torch.randn(2, 32), torch.randn(2, 64)
+        for y in function(x, *norm, shift, None, x, num_groups=4, eps=1e-5, silu=True, hand_on=True):
+            assert y.is_contiguous(memory_format=order)
+
+
 def image(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.zeros(*shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
 
@@ -100,12 +113,16 @@ def image(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         ({"residual": image(2, 32, 4, 4, dtype=torch.bfloat16)}, "one dtype"),
         ({"other": image(2, 8, 3, 4)}, "other of shape"),
         ({"bias": torch.zeros(32, device="meta")}, "one device"),
+        ({"num_groups": 0}, "32 channels in 0 groups"),
+        ({"num_groups": -4}, "32 channels in -4 groups"),
     ],
 )
 def test_bad_input_is_one_sentence(changes: dict[str, Any], words: str) -> None:
     good = {"x": image(2, 32, 4, 4), "weight": torch.ones(32), "bias": torch.zeros(32), "num_groups": 16, "eps": 1e-5}
-    with pytest.raises(KernelError, match=words):
-        kernels.group_norm(**{**good, **changes})
+    functions = [kernels.group_norm] if words == "channels-last" else [kernels.group_norm, torchs]
+    for function in functions:
+        with pytest.raises(KernelError, match=words):
+            function(**{**good, **changes})
 
 
 @pytest.fixture
@@ -151,5 +168,9 @@ def test_apex_refuses_what_it_would_hand_to_torch(fake_apex: list[tuple[Any, ...
         group_norm(image(1, 96, 2, 2), **options)
     with pytest.raises(KernelError, match="not 8"):
         group_norm(image(1, 96, 2, 2), **{**options, "num_groups": 8})
+    with pytest.raises(KernelError, match="256 channels in 0 groups"):
+        group_norm(image(1, 256, 2, 2), torch.ones(256), torch.zeros(256), num_groups=0, eps=1e-5)
+    with pytest.raises(KernelError, match="dense channels-last memory"):  # pixels apart
+        group_norm(image(1, 264, 2, 2)[:, :256], torch.ones(256), torch.zeros(256), num_groups=16, eps=1e-5)
     assert SPEC.backend("apex").refuses(CASES["nothing added"], torch.bfloat16)
     assert not fake_apex

@@ -46,6 +46,14 @@ def test_kernels_import_torch_and_triton(path: Path) -> None:
     assert set(imported(path)) <= allowed
 
 
+@pytest.mark.parametrize("path", KERNELS, ids=name)
+def test_this_package_is_imported_in_the_one_form_that_digests_know(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import | ast.ImportFrom) and "sd_kernels" in ast.unparse(node):
+            is_known = isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sd_kernels.")
+            assert is_known or path.name == "registry.py", f"{path}:{node.lineno}"
+
+
 def test_an_adapted_package_is_imported_by_its_adapter_alone() -> None:
     adapted = set().union(*ADAPTED.values())
     wrong = {name(path): found for path in SOURCES if (found := set(imported(path)) & adapted)}

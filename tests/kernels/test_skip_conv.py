@@ -57,11 +57,21 @@ def test_nothing_is_copied(name: str) -> None:
     inputs = {key: value.detach() for key, value in given.items()}
     with Names() as names:
         y = products.skip_conv_forward._init_fn(**inputs)
-        products.skip_conv_backward._init_fn(**inputs, dy=y)
-    views = ("permute", "view", "_unsafe_view", "slice", "t")
+        products.skip_conv_dgrad._init_fn(y, inputs["weight"], inputs["x"].shape[1])
+        products.skip_conv_wgrad._init_fn(y, inputs["x"], inputs["other"])
+    views = ("permute", "view", "_unsafe_view", "slice", "t", "unsqueeze")
     working = [name for name in names.seen if name.split(".")[0] not in views]
-    forward, backward = ["mm.default", "addmm_.default"], ["mm.out", "mm.default"]
-    assert working == [*forward, "new_empty.default", *backward, *backward]
+    assert working == ["mm.default", "addmm_.default", *["mm.default"] * 2, "new_empty.default", *["mm.out"] * 2]
+
+
+@pytest.mark.parametrize(("leaf", "gradient"), [("x", "dgrad"), ("other", "dgrad"), ("weight", "wgrad")])
+def test_no_gradient_is_made_unasked(leaf: str, gradient: str) -> None:
+    given = SPEC.inputs(CASES["two sources"], Inputs(CASES["two sources"], torch.float32))
+    inputs = {key: value.detach().requires_grad_(key == leaf) for key, value in given.items()}
+    y = products.skip_conv(**inputs)
+    with Names() as names:
+        torch.autograd.grad(y.sum(), inputs[leaf])
+    assert [name for name in names.seen if name.startswith("skip_conv")] == [f"skip_conv_{gradient}.default"]
 
 
 @pytest.mark.parametrize("name", ["tiny", "one source"])

@@ -37,6 +37,25 @@ def test_auto_for_a_declared_gpu_and_for_a_cpu() -> None:
     assert on_cpu["geglu"].passed_over == {"triton": "needs a CUDA GPU, this is cpu"}
 
 
+def test_a_head_dim_that_cudnn_does_not_take() -> None:
+    odd = Config(model=UNetConfig(model_channels=288, num_head_channels=36, transformer_groups=16))
+    assert choose_kernels(odd, H100)["attention"].backend == "math"
+    why = "4096 tokens, 8 heads, self: takes head dims that are multiples of 8 up to 128, not 36"
+    assert choose_kernels(odd, H100)["attention"].passed_over["cudnn"] == why
+    asked = replace(odd, kernels=KernelsConfig(attention="cudnn"))
+    with pytest.raises(ConfigError, match=r"kernels\.attention: 'cudnn' cannot be had on H100: .*not 36"):
+        choose_kernels(asked, H100)
+
+
+def test_a_tiny_model_runs_on_any_target() -> None:
+    tiny = UNetConfig(
+        model_channels=6, channel_mult=(1,), num_head_channels=3, resblock_groups=1, transformer_groups=1,
+        attention_resolutions=(),
+    )  # fmt: skip
+    for target in (Target("cpu", "cpu"), *DECLARED_TARGETS.values()):
+        assert choose_kernels(Config(model=tiny), target).keys() == all_ops().keys()
+
+
 @pytest.mark.parametrize("model", [UNetConfig(), UNetConfig(model_channels=64, context_dim=128)])
 def test_a_name_is_taken_for_any_model(model: UNetConfig) -> None:
     config = Config(model=model, kernels=KernelsConfig(geglu="reference"))
@@ -103,7 +122,7 @@ def test_a_kernel_of_fp8_needs_a_layer_in_fp8() -> None:
 
 def test_the_benchmarks_calls_are_judged_whatever_its_speed() -> None:
     def chosen(model: UNetConfig) -> dict:
-        return choose_kernels(Config(model=model), Target("cpu", "cpu"))
+        return choose_kernels(Config(model=model), H100)
 
     assert chosen(replace(FAST, activation_checkpointing=True, compile=True)) == chosen(UNetConfig())
-    assert chosen(replace(FAST, context_dim=768)) != chosen(UNetConfig())
+    assert chosen(replace(FAST, model_channels=288, num_head_channels=36)) != chosen(UNetConfig())

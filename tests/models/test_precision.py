@@ -18,7 +18,7 @@ from sd_kernels import launch
 from sd_kernels.spec import DECLARED_TARGETS, Target
 from sd_perf.config import LINEAR_LAYERS, Config, KernelsConfig, PrecisionConfig, UNetConfig
 from sd_perf.models.build import build_sampling_unet
-from sd_perf.models.products import load_precision_state, precision_state, precision_state_kept
+from sd_perf.models.products import load_precision_state, precision_state
 from sd_perf.models.unet import FastUNet, Ops
 from sd_perf.reference.unet import UNet
 from tests.kernels import fake_te
@@ -226,8 +226,9 @@ def test_steps_of_a_warm_up_leave_no_trace(on_h100: None, steps: int) -> None:
     unet, other = delayed(), delayed()
     for _ in range(steps):
         bf16_results(unet), bf16_results(other)
-    with precision_state_kept(unet):
-        bf16_results(unet, side=8)
+    state = precision_state(unet)
+    bf16_results(unet, side=8)
+    load_precision_state(unet, state)
     assert all(map(torch.equal, bf16_results(unet), bf16_results(other)))
 
 

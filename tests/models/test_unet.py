@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
 
-from sd_kernels import launch
+from sd_kernels import launch, selection
+from sd_kernels.errors import require_convolution
+from sd_kernels.registry import all_ops
 from sd_kernels.spec import Target
 from sd_perf.config import Config, KernelsConfig, PrecisionConfig, UNetConfig
 from sd_perf.diffusion.ddim import ddim_sample
 from sd_perf.models.kernel_choice import choose_kernels
-from sd_perf.models.unet import FastUNet, Ops
+from sd_perf.models.unet import FastUNet, Op, Ops
 from sd_perf.reference.unet import UNet
 
 TINY = UNetConfig(model_channels=32, num_head_channels=16, context_dim=24)
 SHALLOW = replace(TINY, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2,), resblock_groups=32)
 LEVELS = replace(TINY, channel_mult=(2, 1), num_res_blocks=3, attention_resolutions=())
 REFERENCE = KernelsConfig(**{field.name: "reference" for field in fields(KernelsConfig) if field.name != "strict"})
+
+
+def reasons_against(op: str, backend: str) -> list[str]:
+    """Why it does not run here outside Triton's interpreter."""
+    target = replace(Target.here(), interpreted=False)
+    return selection.reasons_against(all_ops()[op].backend(backend), target, (), torch.float32)
 
 
 def built(config: UNetConfig, kernels: KernelsConfig = REFERENCE, precision: PrecisionConfig | None = None) -> FastUNet:
@@ -101,6 +110,39 @@ def test_is_no_further_off_in_bfloat16() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         ours, torchs = (largest_difference(results(unet, torch.float32)[:1], exact[:1]) for unet in (fast, plain))
     assert 1e-4 < ours < 2 * torchs
+
+
+def as_on_a_gpu(ops: Ops) -> Ops:
+    """The same operators, with convolutions as strict as cuDNN's adapter, and images checked that come out."""
+
+    def conv(x: torch.Tensor, weight: torch.Tensor, **options: int) -> torch.Tensor:
+        require_convolution("conv", x, weight)
+        return ops.conv(x, weight, **options)
+
+    def checked(op: Op) -> Op:
+        def call(*inputs: Any, **options: Any) -> Any:
+            results = op(*inputs, **options)
+            for result in results if isinstance(results, tuple) else (results,):
+                assert result.dim() != 4 or result.is_contiguous(memory_format=torch.channels_last)
+            return results
+
+        return call
+
+    return Ops(**{field.name: checked(getattr(replace(ops, conv=conv), field.name)) for field in fields(Ops)})
+
+
+OTHERS = [(field.name, backend.name) for field in fields(Ops) for backend in all_ops()[field.name].backends]
+
+
+@pytest.mark.parametrize(("op", "backend"), [pair for pair in OTHERS if not reasons_against(*pair)])
+def test_one_operator_on_any_backend_beside_the_others(op: str, backend: str) -> None:
+    """On a CPU; `auto` beside it, which takes what is nearest to a GPU's."""
+    plain = randomised(UNet(SHALLOW)).double()
+    fast = built(SHALLOW, replace(KernelsConfig(), **{op: backend})).double()
+    fast.load_state_dict(plain.state_dict())
+    fast.ops = as_on_a_gpu(fast.ops)
+    # layer_norm/torch has statistics in float32 on a CPU.
+    assert largest_difference(*(results(unet, torch.float64, side=4) for unet in (fast, plain))) < 1e-3
 
 
 def test_runs_on_triton_kernels() -> None:

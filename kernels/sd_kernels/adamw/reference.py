@@ -81,19 +81,10 @@ def check(*tensors: torch.Tensor | None, floats: Sequence[torch.dtype] = (torch.
 
 @torch.no_grad()
 def adamw(
-    weights: torch.Tensor,
-    remainders: torch.Tensor | None,
-    grads: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    step: torch.Tensor,
-    learning_rate: torch.Tensor,
-    *,
-    beta1: float = 0.9,
-    beta2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.01,
-) -> tuple[torch.Tensor, ...]:
+    weights: torch.Tensor, remainders: torch.Tensor | None, grads: torch.Tensor, exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor, step: torch.Tensor, learning_rate: torch.Tensor, *, beta1: float = 0.9,
+    beta2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.01,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """One step in place on flat buffers (N,); gives back (weights, exp_avg, exp_avg_sq) and, if any, remainders.
 
     Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019), of every element, biases and norms too:

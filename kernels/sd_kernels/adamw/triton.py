@@ -64,19 +64,9 @@ def _narrowed(x, dtype: tl.constexpr):
 
 @triton.jit
 def _update(
-    weights,
-    remainders,
-    grads,
-    exp_avg,
-    exp_avg_sq,
-    scalars,
-    left,
-    rest1,
-    rest2,
-    eps,
-    WHOLE: tl.constexpr,
+    weights, remainders, grads, exp_avg, exp_avg_sq, scalars, left, rest1, rest2, eps, WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     w = _load(weights, left, WHOLE, BLOCK)
     if remainders is not None:
         low = _load(remainders, left, WHOLE, BLOCK)
@@ -126,50 +116,23 @@ def _stream(buffer: torch.Tensor) -> torch.Tensor:
 
 @torch.library.custom_op("sd_kernels::adamw_update", mutates_args=("weights", "remainders", "exp_avg", "exp_avg_sq"))
 def adamw_update(
-    weights: torch.Tensor,
-    remainders: torch.Tensor | None,
-    grads: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    scalars: torch.Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-) -> None:
+    weights: torch.Tensor, remainders: torch.Tensor | None, grads: torch.Tensor, exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor, scalars: torch.Tensor, beta1: float, beta2: float, eps: float,
+) -> None:  # fmt: skip
     launch(
-        adamw_kernel,
-        (triton.cdiv(weights.numel(), BLOCK),),
-        _stream(weights),
-        None if remainders is None else _stream(remainders),
-        _stream(grads.contiguous()),
-        _stream(exp_avg),
-        _stream(exp_avg_sq),
-        scalars,
-        weights.numel(),
-        1 - beta1,
-        1 - beta2,
-        eps,
-        BLOCK=BLOCK,
-        num_warps=4,
+        adamw_kernel, (triton.cdiv(weights.numel(), BLOCK),), _stream(weights),
+        None if remainders is None else _stream(remainders), _stream(grads.contiguous()), _stream(exp_avg),
+        _stream(exp_avg_sq), scalars, weights.numel(), 1 - beta1, 1 - beta2, eps, BLOCK=BLOCK, num_warps=4,
         enable_fp_fusion=False,
-    )
+    )  # fmt: skip
 
 
 @torch.no_grad()
 def adamw(
-    weights: torch.Tensor,
-    remainders: torch.Tensor | None,
-    grads: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    step: torch.Tensor,
-    learning_rate: torch.Tensor,
-    *,
-    beta1: float = 0.9,
-    beta2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.01,
-) -> tuple[torch.Tensor, ...]:
+    weights: torch.Tensor, remainders: torch.Tensor | None, grads: torch.Tensor, exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor, step: torch.Tensor, learning_rate: torch.Tensor, *, beta1: float = 0.9,
+    beta2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.01,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """See `reference.adamw`; buffers begin at multiples of 16 bytes."""
     check(weights, remainders, grads, exp_avg, exp_avg_sq, step, learning_rate)
     scalars = coefficients(step, learning_rate, beta1, beta2, weight_decay).float()

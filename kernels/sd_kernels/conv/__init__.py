@@ -12,7 +12,7 @@ from sd_kernels.spec import Backend, Case, Inputs, OpSpec, Work
 
 def _calls(unet: Architecture) -> list[tuple[int, int, int, int]]:
     """(side, channels, output channels, stride) from input to output; those after an upsampling are another op."""
-    calls = [(unet.side, unet.in_channels, unet.widths[0], 1)]
+    calls = [(unet.side, unet.in_channels, unet.stem, 1)]
     for layer in layers(unet):
         if isinstance(layer, ResBlock):
             calls.append((layer.side, sum(layer.sources), layer.channels, 1))

@@ -56,23 +56,10 @@ def _normals(seed, blocks, stream, low, high):
 
 @triton.jit(do_not_specialize=["seed"])
 def diffusion_inputs_kernel(
-    moments,
-    sample_indices,
-    signals,
-    sigmas,
-    noisy,
-    target,
-    timesteps,
-    seed: tl.int64,
-    latent_scale: tl.float32,
-    TIMESTEP: tl.constexpr,
-    NOISE: tl.constexpr,
-    MOMENTS: tl.constexpr,
-    T: tl.constexpr,
-    HW: tl.constexpr,
-    C: tl.constexpr,
-    PIXELS: tl.constexpr,
-):
+    moments, sample_indices, signals, sigmas, noisy, target, timesteps, seed: tl.int64, latent_scale: tl.float32,
+    TIMESTEP: tl.constexpr, NOISE: tl.constexpr, MOMENTS: tl.constexpr, T: tl.constexpr, HW: tl.constexpr,
+    C: tl.constexpr, PIXELS: tl.constexpr,
+):  # fmt: skip
     sample = tl.program_id(1).to(tl.int64)
     index = tl.load(sample_indices + sample)  # narrow: one number a program
     low, high = index.to(tl.uint32), (index >> 32).to(tl.uint32)
@@ -103,15 +90,9 @@ def diffusion_inputs_kernel(
 
 @torch.library.custom_op("sd_kernels::diffusion_inputs_forward", mutates_args=())
 def diffusion_inputs_forward(
-    moments: torch.Tensor,
-    sample_indices: torch.Tensor,
-    signals: torch.Tensor,
-    sigmas: torch.Tensor,
-    seed: int,
-    latent_scale: float,
-    streams: list[int],
-    dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    moments: torch.Tensor, sample_indices: torch.Tensor, signals: torch.Tensor, sigmas: torch.Tensor, seed: int,
+    latent_scale: float, streams: list[int], dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     B, C, H, W = moments.shape[0], moments.shape[1] // 2, *moments.shape[2:]
     noisy, target = (empty(moments, (B, H, W, C), out) for out in (dtype, torch.float32))
     timesteps = empty(sample_indices, (B,))
@@ -128,33 +109,19 @@ def diffusion_inputs_forward(
 
 @diffusion_inputs_forward.register_fake
 def _(
-    moments: torch.Tensor,
-    sample_indices: torch.Tensor,
-    signals: torch.Tensor,
-    sigmas: torch.Tensor,
-    seed: int,
-    latent_scale: float,
-    streams: list[int],
-    dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    moments: torch.Tensor, sample_indices: torch.Tensor, signals: torch.Tensor, sigmas: torch.Tensor, seed: int,
+    latent_scale: float, streams: list[int], dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     B, C, H, W = moments.shape[0], moments.shape[1] // 2, *moments.shape[2:]
     noisy, target = (moments.new_empty((B, H, W, C), dtype=out).permute(0, 3, 1, 2) for out in (dtype, torch.float32))
     return noisy, target, torch.empty_like(sample_indices)
 
 
 def diffusion_inputs(
-    moments: torch.Tensor,
-    sample_indices: torch.Tensor,
-    sqrt_alphas_cumprod: torch.Tensor,
-    sqrt_one_minus_alphas_cumprod: torch.Tensor,
-    *,
-    seed: int,
-    latent_scale: float,
-    timestep_stream: int,
-    noise_stream: int,
-    moments_stream: int,
-    dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    moments: torch.Tensor, sample_indices: torch.Tensor, sqrt_alphas_cumprod: torch.Tensor,
+    sqrt_one_minus_alphas_cumprod: torch.Tensor, *, seed: int, latent_scale: float, timestep_stream: int,
+    noise_stream: int, moments_stream: int, dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """See `reference.diffusion_inputs`; not differentiable.
 
     Takes contiguous moments of float32, bfloat16 or float16, C a power of two, H x W a multiple of 4.

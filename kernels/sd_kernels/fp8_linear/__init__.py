@@ -6,36 +6,52 @@ from typing import Any
 
 from torch import bfloat16, dtype, float16
 
-from sd_kernels.sd_v2_shapes import BATCH, Transformer, counted, transformers
+from sd_kernels.sd_v2_shapes import BATCH, counted, transformers
 from sd_kernels.spec import Backend, Case, Inputs, OpSpec, Work
 
-
-def _calls() -> list[tuple[Transformer, str]]:
-    return [(layer, producer) for layer in transformers() for producer in ("geglu", "layer_norm", "none")]
-
-
-def _case(call: tuple[Transformer, str]) -> Case:
-    """Feed-forward in (after a norm) and out (after GEGLU), and the attention's output."""
-    (layer, producer), C = call, call[0].channels
-    K, N = {"geglu": (4 * C, C), "layer_norm": (C, 8 * C), "none": (C, C)}[producer]
-    rows = BATCH * layer.side**2
-    return Case(
-        f"{producer} {rows} x {K} to {N}", {"B": rows, "K": K, "N": N}, {"producer": producer}, {"residual": True}
-    )
+Call = tuple[str, int, int, int, bool, bool]
+"""producer, tokens of a sample, columns in, columns out, whether there is a bias, and a residual"""
 
 
-def _small(name: str, M: int, K: int, N: int, producer: str = "none", **data: Any) -> Case:
-    return Case(name, {"B": M, "K": K, "N": N}, {"producer": producer}, data)
+def _calls() -> list[Call]:
+    """The linear layers of every transformer block; those around it, the text's and the times' stay in 16 bits.
+
+    Queries, keys and values of the self-attention, queries of the cross-attention, and the feed-forward come of norms.
+    """
+    calls: list[Call] = []
+    for layer in transformers():
+        L, C = layer.side**2, layer.channels
+        calls += [("layer_norm", L, C, 3 * C, False, False), ("layer_norm", L, C, C, False, True)]
+        calls += [("none", L, C, C, True, False)] * 2
+        calls += [("layer_norm", L, C, 8 * C, True, True), ("geglu", L, 4 * C, C, True, False)]
+    return calls
+
+
+def _case(call: Call) -> Case:
+    producer, L, K, N, bias, residual = call
+    name = f"{producer} {L} x {K} to {N}"
+    return _make(name, BATCH, L, K, N, producer, bias=bias, residual=residual)
+
+
+def _make(name: str, B: int, L: int, K: int, N: int, producer: str, bias: bool, residual: bool, **data: Any) -> Case:
+    data |= {"bias": bias, "residual": residual}
+    return Case(name, {"B": B, "L": L, "K": K, "N": N}, {"producer": producer}, data)
+
+
+def _small(
+    name: str, L: int, K: int, N: int, producer: str = "none", bias: bool = True, residual: bool = False, **data: Any
+) -> Case:
+    return _make(name, 1, L, K, N, producer, bias, residual, **data)
 
 
 def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
-    (M, K, N), producer = case.shape.values(), case.options["producer"]
+    (B, L, K, N), producer = case.shape.values(), case.options["producer"]
     is_norm = producer == "layer_norm"
     return {
-        "x": make.data(M, 2 * K if producer == "geglu" else K),
+        "x": make.data(B, L, 2 * K if producer == "geglu" else K),
         "weight": make.tensor(N, K, std=K**-0.5).detach().contiguous().requires_grad_(),
-        "bias": make.tensor(N, std=0.3),
-        "residual": make.data(M, K) if is_norm and case.data.get("residual") else None,
+        "bias": make.tensor(N, std=0.3) if case.data["bias"] else None,
+        "residual": make.data(B, L, K) if case.data["residual"] else None,
         "norm_weight": make.tensor(K, mean=1.0, std=0.3) if is_norm else None,
         "norm_bias": make.tensor(K, std=0.3) if is_norm else None,
         **case.options,
@@ -44,9 +60,10 @@ def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
 
 def _work(case: Case, dtype: dtype) -> Work:
     """Two sweeps over what makes the operands, both copies of each operand written once and read once."""
-    (M, K, N), producer, wide = case.shape.values(), case.options["producer"], dtype.itemsize
+    (B, L, K, N), producer, wide = case.shape.values(), case.options["producer"], dtype.itemsize
+    M = B * L
     sources = M * K * wide * (2 if producer == "geglu" else 1)
-    handed = M * K * wide * 2 if case.data.get("residual") and producer == "layer_norm" else 0
+    handed = M * K * wide * 2 if case.data["residual"] else 0
     operands, results = 2 * (M * K + N * K), M * N * wide
     forward = 2 * sources + handed + 2 * N * K * wide + operands + M * K + N * K + results
     backward = 2 * results + 2 * M * N + 2 * M * N + M * K + N * K + M * K * wide + N * K * wide
@@ -75,6 +92,7 @@ SPEC = OpSpec(
         _small("after LayerNorm", 21, 320, 64, "layer_norm", residual=True),
         _small("after LayerNorm, nothing added", 16, 64, 32, "layer_norm", mean=-2.3, std=0.5),
         _small("77 tokens", 77, 128, 96),
+        _small("no bias", 24, 64, 48, "layer_norm", bias=False, residual=True),
         _small("several tiles", 150, 144, 80, "geglu"),
         _small("one row", 1, 1280, 16),
         _small("rows apart", 20, 64, 16, padding=16),

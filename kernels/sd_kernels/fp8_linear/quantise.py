@@ -89,15 +89,10 @@ def quantise_kernel(
 
 @torch.library.custom_op("sd_kernels::fp8_quantise", mutates_args=())
 def fp8_quantise(
-    x: torch.Tensor,
-    dtype: torch.dtype,
-    producer: str = "none",
-    mean: torch.Tensor | None = None,
-    rstd: torch.Tensor | None = None,
-    amax: torch.Tensor | None = None,
-    norm_weight: torch.Tensor | None = None,
+    x: torch.Tensor, dtype: torch.dtype, producer: str = "none", mean: torch.Tensor | None = None,
+    rstd: torch.Tensor | None = None, amax: torch.Tensor | None = None, norm_weight: torch.Tensor | None = None,
     norm_bias: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """produced(x) (M, K) in FP8, the same transposed (K, P), and what undoes the scale (); x (M, K), GEGLU: (M, 2K).
 
     `amax` () int32 has the bits of the largest magnitude, where it is known; then there is one sweep.

@@ -51,16 +51,10 @@ class _Rounded(torch.autograd.Function):
 
 
 def fp8_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    norm_weight: torch.Tensor | None = None,
-    norm_bias: torch.Tensor | None = None,
-    *,
-    producer: str = "none",
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None,
+    norm_weight: torch.Tensor | None = None, norm_bias: torch.Tensor | None = None, *, producer: str = "none",
     eps: float = 1e-5,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """produced(x) weight^T + bias; the product's operands, and those of its gradients, are rounded to FP8.
 
     `producer` is what stands before the linear layer: "none"; "geglu", of x (..., 2K); or "layer_norm", of the sum

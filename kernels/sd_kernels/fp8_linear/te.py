@@ -17,6 +17,7 @@ import transformer_engine.pytorch as te
 from transformer_engine.common.recipe import DelayedScaling, Float8CurrentScaling, Format
 
 from sd_kernels.errors import require
+from sd_kernels.fp8_linear.checks import check
 from sd_kernels.geglu.reference import geglu
 
 HISTORY = 16
@@ -90,17 +91,15 @@ def load_precision_state(layers: Mapping[str, Linear], state: Mapping[str, torch
 
 
 def fp8_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    norm_weight: torch.Tensor | None = None,
-    norm_bias: torch.Tensor | None = None,
-    *,
-    producer: str = "none",
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None,
+    norm_weight: torch.Tensor | None = None, norm_bias: torch.Tensor | None = None, *, producer: str = "none",
     eps: float = 1e-5,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """See `reference.fp8_linear`; current scaling, which has no state, in a layer made for this call."""
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """See `reference.fp8_linear`; current scaling, which has no state, in a layer made for this call.
+
+    The layer's own parameters are on the meta device: the call's stand in for them, and no random number is drawn.
+    """
+    check(x, weight, bias, residual, norm_weight, norm_bias, producer)
     total = x if residual is None else x + residual
     produced = geglu(total) if producer == "geglu" else total
     if norm_weight is not None:

@@ -12,24 +12,19 @@ from typing import Any
 import torch
 
 from sd_kernels.column_sum import column_sum
-from sd_kernels.errors import require, require_floating
+from sd_kernels.errors import require
+from sd_kernels.fp8_linear.checks import check
 from sd_kernels.fp8_linear.quantise import fp8_quantise
 from sd_kernels.fp8_linear.reference import FORWARD, GRADIENT
 from sd_kernels.geglu.triton import geglu_backward
 from sd_kernels.launch import is_recording
 from sd_kernels.layer_norm.triton import layer_norm_backward, layer_norm_statistics
 
-PRODUCERS = ("none", "geglu", "layer_norm")
-
 
 def _product(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    scales: tuple[torch.Tensor, torch.Tensor],
-    dtype: torch.dtype,
-    bias: torch.Tensor | None = None,
-    fast: bool = False,
-) -> torch.Tensor:
+    a: torch.Tensor, b: torch.Tensor, scales: tuple[torch.Tensor, torch.Tensor], dtype: torch.dtype,
+    bias: torch.Tensor | None = None, fast: bool = False,
+) -> torch.Tensor:  # fmt: skip
     """a (I, J) times b (L, J) transposed, both with J contiguous, plus bias (L,)."""
     if is_recording():
         return a.new_empty((a.shape[0], b.shape[0]), dtype=dtype)
@@ -40,16 +35,9 @@ def _product(
 class _Fp8Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        residual: torch.Tensor | None,
-        norm_weight: torch.Tensor | None,
-        norm_bias: torch.Tensor | None,
-        producer: str,
-        eps: float,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None,
+        norm_weight: torch.Tensor | None, norm_bias: torch.Tensor | None, producer: str, eps: float,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
         kept: tuple[Any, ...] = (x,) if producer == "geglu" else ()
         total, mean, rstd, amax = x, None, None, None
         if producer == "layer_norm":
@@ -68,6 +56,8 @@ class _Fp8Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
+        if grads[0] is None:  # nothing but the sum was used
+            return grads[1], None, None, grads[1] if ctx.has_residual else None, None, None, None, None
         transposed, scale, weights_transposed, weight_scale, *kept = ctx.saved_tensors
         grad = grads[0].contiguous()
         numbers, grad_transposed, grad_scale = fp8_quantise(grad, GRADIENT)
@@ -83,32 +73,14 @@ class _Fp8Linear(torch.autograd.Function):
 
 
 def fp8_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    norm_weight: torch.Tensor | None = None,
-    norm_bias: torch.Tensor | None = None,
-    *,
-    producer: str = "none",
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None,
+    norm_weight: torch.Tensor | None = None, norm_bias: torch.Tensor | None = None, *, producer: str = "none",
     eps: float = 1e-5,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """See `reference.fp8_linear`; bfloat16 or float16, K and N multiples of 16."""
-    op = "fp8_linear"
-    tensors = [tensor for tensor in (x, weight, bias, residual, norm_weight, norm_bias) if tensor is not None]
-    require_floating(op, *tensors)
-    require(producer in PRODUCERS, op, f"producer {producer!r}", ", ".join(PRODUCERS))
-    for tensor in tensors:
-        require(tensor.dtype == x.dtype != torch.float32, op, f"{x.dtype} and {tensor.dtype}", "bfloat16 or float16")
-    fits = weight.dim() == 2 and weight.shape[0] % 16 == weight.shape[1] % 16 == 0
-    require(fits, op, f"a weight of shape {tuple(weight.shape)}", "(N, K), both multiples of 16")
-    width = weight.shape[1] * (2 if producer == "geglu" else 1)
-    require(x.shape[-1] == width, op, f"x of shape {tuple(x.shape)}", f"a last axis of {width} for this weight")
-    is_norm = producer == "layer_norm"
-    complete = is_norm == (norm_weight is not None) == (norm_bias is not None) and (is_norm or residual is None)
-    require(
-        complete, op, f"producer {producer!r} with other parts than its own", "norm's parameters for layer_norm alone"
-    )
+    check(x, weight, bias, residual, norm_weight, norm_bias, producer)
+    require(x.dtype != torch.float32, "fp8_linear", str(x.dtype), "bfloat16 or float16")
+    is_norm, width = producer == "layer_norm", x.shape[-1]
     rows, added = (None if part is None else part.reshape(-1, width) for part in (x, residual))
     y, total = _Fp8Linear.apply(rows, weight, bias, added, norm_weight, norm_bias, producer, eps)
     y = y.view(*x.shape[:-1], -1)

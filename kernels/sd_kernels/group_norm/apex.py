@@ -11,29 +11,25 @@ import torch
 
 from sd_kernels.errors import require
 from sd_kernels.group_norm.apex_limits import refusal
+from sd_kernels.group_norm.checks import check
 from sd_kernels.group_norm.reference import prologue
-from sd_kernels.group_norm.rows import is_channels_last
 
 
 def group_norm(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    shift: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    other: torch.Tensor | None = None,
-    *,
-    num_groups: int,
-    eps: float,
-    silu: bool = False,
-    hand_on: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """See `reference.group_norm`."""
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, shift: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None, other: torch.Tensor | None = None, *, num_groups: int, eps: float,
+    silu: bool = False, hand_on: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """See `reference.group_norm`; what Apex normalises must be dense in channels-last memory."""
+    check(x, weight, bias, shift, residual, other, num_groups)
     total = prologue(x, shift, residual)
     source = total if other is None else torch.cat((total, other), dim=1)
     why = refusal(source.shape[1], num_groups, source.dtype)
     require(not why, "group_norm/apex", why, "what Apex's kernels compute; choose triton")
-    require(is_channels_last(source), "group_norm/apex", f"strides {source.stride()}", "channels-last memory")
+    # Pixels apart, which our kernels read, make Apex's C++ raise.
+    is_dense = source.is_contiguous(memory_format=torch.channels_last)
+    strides = f"an image of shape {tuple(source.shape)} with strides {source.stride()}"
+    require(is_dense, "group_norm/apex", strides, "dense channels-last memory")
     passes = 2 if source.shape[2] * source.shape[3] > 1024 else 1
     act = "silu" if silu else ""
     y, _ = torch.ops.apex.group_norm_nhwc_fprop(source, num_groups, weight, bias, eps, act, passes, False)

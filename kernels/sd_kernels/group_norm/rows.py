@@ -19,5 +19,5 @@ def pixel_stride(x: torch.Tensor) -> int:
 
 
 def dense(x: torch.Tensor) -> torch.Tensor:
-    """x itself where it is channels-last, else a copy that is: a gradient may arrive in any order."""
+    """x itself where it is channels-last, else a copy that is: what torch made, or a gradient, may have any order."""
     return x if is_channels_last(x) else x.contiguous(memory_format=torch.channels_last)

@@ -5,25 +5,22 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from sd_kernels.group_norm.checks import check
 from sd_kernels.group_norm.reference import prologue
+from sd_kernels.group_norm.rows import dense, is_channels_last
 
 
 def group_norm(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    shift: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    other: torch.Tensor | None = None,
-    *,
-    num_groups: int,
-    eps: float,
-    silu: bool = False,
-    hand_on: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, shift: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None, other: torch.Tensor | None = None, *, num_groups: int, eps: float,
+    silu: bool = False, hand_on: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """See `reference.group_norm`."""
+    check(x, weight, bias, shift, residual, other, num_groups, double=True)
     total = prologue(x, shift, residual)
     source = total if other is None else torch.cat((total, other), dim=1)
     y = F.group_norm(source, num_groups, weight, bias, eps)
+    # On a GPU torch's kernel gives NCHW, whatever it is given.
+    y = dense(y) if is_channels_last(source) else y
     y = F.silu(y) if silu else y
     return (y, total) if hand_on else y

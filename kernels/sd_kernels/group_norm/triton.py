@@ -24,7 +24,8 @@ import torch
 import triton
 import triton.language as tl
 
-from sd_kernels.errors import require, require_floating
+from sd_kernels.errors import require
+from sd_kernels.group_norm.checks import check
 from sd_kernels.group_norm.rows import dense, is_channels_last, pixel_stride
 from sd_kernels.launch import empty, interpreted, launch, rounded
 
@@ -302,17 +303,9 @@ def _source_strides(
 
 @torch.library.custom_op("sd_kernels::group_norm_forward", mutates_args=())
 def group_norm_forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    shift: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    other: torch.Tensor | None,
-    num_groups: int,
-    eps: float,
-    silu: bool,
-    hand_on: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, shift: torch.Tensor | None,
+    residual: torch.Tensor | None, other: torch.Tensor | None, num_groups: int, eps: float, silu: bool, hand_on: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     B, C1, H, W = x.shape
     C = weight.shape[0]
     sizes, programs, warps = _plan(B, H * W, C, num_groups)
@@ -340,19 +333,10 @@ def _(x, weight, bias, shift, residual, other, num_groups, eps, silu, hand_on):
 
 @torch.library.custom_op("sd_kernels::group_norm_backward", mutates_args=())
 def group_norm_backward(
-    dy: torch.Tensor,
-    dtotal: torch.Tensor | None,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    shift: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    other: torch.Tensor | None,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    silu: bool,
-    shift_gradient: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    dy: torch.Tensor, dtotal: torch.Tensor | None, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor,
+    shift: torch.Tensor | None, residual: torch.Tensor | None, other: torch.Tensor | None, mean: torch.Tensor,
+    rstd: torch.Tensor, silu: bool, shift_gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     B, C1, H, W = x.shape
     C, N, G = weight.shape[0], H * W, mean.shape[1]
     sizes, programs, warps = _plan(B, N, C, G)
@@ -425,54 +409,19 @@ group_norm_forward.register_autograd(_backward, setup_context=_save)
 
 
 def group_norm(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    shift: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    other: torch.Tensor | None = None,
-    *,
-    num_groups: int,
-    eps: float,
-    silu: bool = False,
-    hand_on: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, shift: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None, other: torch.Tensor | None = None, *, num_groups: int, eps: float,
+    silu: bool = False, hand_on: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """See `reference.group_norm`; images in channels-last memory, statistics in float32."""
-    _check(x, weight, bias, shift, residual, other, num_groups)
+    check(x, weight, bias, shift, residual, other, num_groups)
+    for name, image in {"x": x, "residual": residual, "other": other}.items():
+        if image is not None:
+            order = f"{name} of shape {tuple(image.shape)} with strides {image.stride()}"
+            takes = "channels-last memory (x.to(memory_format=torch.channels_last))"
+            require(is_channels_last(image), "group_norm", order, takes)
+    if shift is not None:
+        adjacent = shift.stride(1) == 1 or shift.shape[1] == 1
+        require(adjacent, "group_norm", f"a shift with strides {shift.stride()}", "channels adjacent")
     y, total, _, _ = group_norm_forward(x, weight, bias, shift, residual, other, num_groups, eps, silu, hand_on)
     return (y, total) if hand_on else y
-
-
-def _check(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    shift: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    other: torch.Tensor | None,
-    num_groups: int,
-) -> None:
-    op = "group_norm"
-    require_floating(op, *(tensor for tensor in (x, weight, bias, shift, residual, other) if tensor is not None))
-    images = {"x": x, "residual": residual, "other": other}
-    for name, image in images.items():
-        if image is not None:
-            require(image.dim() == 4, op, f"{name} of shape {tuple(image.shape)}", "images (B, C, H, W)")
-            order = f"{name} of shape {tuple(image.shape)} with strides {image.stride()}"
-            require(
-                is_channels_last(image), op, order, "channels-last memory (x.to(memory_format=torch.channels_last))"
-            )
-            require(image.dtype == x.dtype, op, f"x of {x.dtype} and {name} of {image.dtype}", "one dtype")
-    B, C1, H, W = x.shape
-    if residual is not None:
-        require(residual.shape == x.shape, op, f"a residual of shape {tuple(residual.shape)}", f"{tuple(x.shape)}")
-    if shift is not None:
-        suitable = shift.shape == (B, C1) and (shift.stride(1) == 1 or C1 == 1)
-        require(suitable, op, f"a shift of shape {tuple(shift.shape)}", f"{(B, C1)}, channels adjacent")
-    C = C1
-    if other is not None:
-        C += other.shape[1]
-        require(other.shape == (B, C - C1, H, W), op, f"other of shape {tuple(other.shape)}", f"({B}, any, {H}, {W})")
-    shapes = f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)}"
-    require(weight.shape == bias.shape == (C,), op, shapes, f"({C},) for {C} channels")
-    require(C % num_groups == 0, op, f"{C} channels in {num_groups} groups", "channels that the groups divide")

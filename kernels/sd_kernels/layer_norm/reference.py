@@ -6,13 +6,9 @@ import torch
 
 
 def layer_norm(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    residual: torch.Tensor | None = None,
-    *,
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor | None = None, *,
     eps: float = 1e-5,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """The norm of x + residual (..., C) over its last axis, and that sum (without a residual x itself), handed on.
 
     Ba, Kiros and Hinton, "Layer Normalization" (2016); weight and bias (C,); all of one dtype, statistics in float32.

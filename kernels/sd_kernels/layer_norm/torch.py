@@ -5,16 +5,15 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from sd_kernels.layer_norm.checks import check
+
 
 def layer_norm(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    residual: torch.Tensor | None = None,
-    *,
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor | None = None, *,
     eps: float = 1e-5,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """See `reference.layer_norm`."""
+    check(x, weight, bias, residual, double=True)
     total = x if residual is None else x + residual
     inputs = total, weight, bias
     if not x.is_cuda:

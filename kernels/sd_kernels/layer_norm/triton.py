@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 
 from sd_kernels.column_sum import column_sum, processors
-from sd_kernels.errors import require, require_floating
+from sd_kernels.errors import require
 from sd_kernels.launch import empty, launch, rounded
+from sd_kernels.layer_norm.checks import check
 
 TILES = tl.constexpr(5)
 ELEMENTS = 1024
@@ -193,14 +194,9 @@ def layer_norm_forward(
 
 
 def _forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    residual: torch.Tensor | None,
-    eps: float,
-    y: torch.Tensor | None = None,
-    amax: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor | None, eps: float,
+    y: torch.Tensor | None = None, amax: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Sum, mean and 1 / deviation; the norm is written into y, and the bits of its largest magnitude into amax."""
     rows, added = _rows(x), None if residual is None else _rows(residual)
     (M, C), tiling = rows.shape, _tiling(x.shape[-1])
@@ -229,13 +225,9 @@ def _(x, weight, bias, residual, eps):
 
 @torch.library.custom_op("sd_kernels::layer_norm_backward", mutates_args=())
 def layer_norm_backward(
-    total: torch.Tensor,
-    weight: torch.Tensor,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    dy: torch.Tensor,
+    total: torch.Tensor, weight: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor, dy: torch.Tensor,
     dtotal: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Gradients of x (and of residual), and of weight and bias (2, C)."""
     rows = _rows(total)
     (M, C), tiling = rows.shape, _tiling(total.shape[-1])
@@ -259,13 +251,9 @@ def _(
 
 @layer_norm_backward.register_fake
 def _(
-    total: torch.Tensor,
-    weight: torch.Tensor,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    dy: torch.Tensor,
+    total: torch.Tensor, weight: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor, dy: torch.Tensor,
     dtotal: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     return total.new_empty(total.shape), weight.new_empty(2, total.shape[-1])
 
 
@@ -305,22 +293,12 @@ class _HandingOn(torch.autograd.Function):
 
 
 def layer_norm(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    residual: torch.Tensor | None = None,
-    *,
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor | None = None, *,
     eps: float = 1e-5,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """See `reference.layer_norm`; float32, bfloat16 or float16. Gradients of both outputs meet in one pass."""
-    tensors = [x, weight, bias] + ([] if residual is None else [residual])
-    require_floating("layer_norm", *tensors)
-    for tensor in tensors[1:]:
-        require(tensor.dtype == x.dtype, "layer_norm", f"{x.dtype} and {tensor.dtype}", "one dtype")
-    C = x.shape[-1] if x.dim() > 0 else 0
-    require(0 < C <= WIDEST, "layer_norm", f"shape {tuple(x.shape)}", f"a last axis of at most {WIDEST}")
-    for tensor, shape in zip(tensors[1:], ((C,), (C,), x.shape), strict=False):
-        require(tensor.shape == shape, "layer_norm", f"shape {tuple(tensor.shape)}", f"{tuple(shape)} beside x")
+    check(x, weight, bias, residual)
+    require(x.shape[-1] <= WIDEST, "layer_norm", f"shape {tuple(x.shape)}", f"a last axis of at most {WIDEST}")
     if residual is None:
         return _HandingOn.apply(x, weight, bias, None, eps)
     return layer_norm_forward(x, weight, bias, residual, eps)[:2]

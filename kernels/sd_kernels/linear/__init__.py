@@ -28,7 +28,7 @@ def _calls(unet: Architecture) -> list[Call]:
     texts = sum(2 * layer.channels for layer in transformers(unet))
     times = sum(block.channels for block in res_blocks(unet))
     calls.append(("keys and values of all texts", unet.context_length, unet.context_width, texts, False))
-    width, embedding = unet.widths[0], 4 * unet.widths[0]
+    width, embedding = unet.stem, 4 * unet.stem
     calls += [("time in", 1, width, embedding, True), ("time out", 1, embedding, embedding, True)]
     return [*calls, ("all time projections", 1, embedding, times, True)]
 

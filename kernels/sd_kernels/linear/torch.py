@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from sd_kernels.errors import require, require_floating
+from sd_kernels.errors import require, require_floating, require_one_dtype
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x (..., K) times weight (N, K) transposed, plus bias (N,); all of one dtype."""
     tensors = (x, weight) if bias is None else (x, weight, bias)
-    require_floating("linear", *(tensor for tensor in tensors if tensor.dtype != torch.float64))
+    require_floating("linear", *tensors, double=True)
+    require_one_dtype("linear", *tensors)
     got = f"x {tuple(x.shape)}, weight {tuple(weight.shape)}" + ("" if bias is None else f", bias {tuple(bias.shape)}")
-    fits = weight.dim() == 2 and x.shape[-1] == weight.shape[1] and (bias is None or bias.shape == weight.shape[:1])
+    fits = weight.dim() == 2 and x.shape[-1:] == weight.shape[1:] and (bias is None or bias.shape == weight.shape[:1])
     require(fits, "linear", got, "x (..., K), weight (N, K), bias (N,)")
     return F.linear(x, weight, bias)

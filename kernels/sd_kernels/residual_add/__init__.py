@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
 
-from sd_kernels.sd_v2_shapes import BATCH, SD_V2, Architecture, Resample, counted, layers, transformers
+from sd_kernels.sd_v2_shapes import BATCH, SD_V2, Architecture, Resample, ResBlock, counted, layers, transformers
 from sd_kernels.spec import Backend, Case, Inputs, OpSpec, Work
 
+Call = tuple[int, int, bool, bool]
+"""side, channels, whether it is of images, whether there is a bias"""
 
-def _case(call: tuple[int, int, bool]) -> Case:
-    side, channels, is_image = call
+
+def _case(call: Call) -> Case:
+    side, channels, is_image, bias = call
     name = f"{side} x {side} x {channels}" if is_image else f"{side**2} tokens, {channels}"
-    return Case(name, {"B": BATCH, "S": side, "C": channels}, data={"image": is_image})
+    data = {"image": is_image, "bias": bias}
+    return Case(name + (", bias" if bias else ""), {"B": BATCH, "S": side, "C": channels}, data=data)
 
 
-def _calls(unet: Architecture) -> list[tuple[int, int, bool]]:
-    images = [(layer.side, layer.channels, True) for layer in layers(unet) if isinstance(layer, Resample)]
-    return images + [(layer.side, layer.channels, False) for layer in transformers(unet)]
+def _calls(unet: Architecture) -> list[Call]:
+    """A convolution's bias waits for the sum; a linear layer has added its own, so that after it there is none."""
+    images = [
+        (layer.side, layer.channels, True, isinstance(before, ResBlock))
+        for before, layer in pairwise(layers(unet))
+        if isinstance(layer, Resample)
+    ]
+    return images + [(layer.side, layer.channels, False, False) for layer in transformers(unet)]
 
 
 def _small(name: str, batch: int, side: int, channels: int, **data: Any) -> Case:
-    return Case(name, {"B": batch, "S": side, "C": channels}, data={"image": True, **data})
+    return Case(name, {"B": batch, "S": side, "C": channels}, data={"image": True, "bias": True, **data})
 
 
 def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
@@ -30,12 +40,13 @@ def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
     shape = (batch, channels, side, side) if case.data["image"] else (batch, side**2, channels)
     draw = make.image if case.data["image"] else make.data
     inputs = {"x": draw(*shape), "residual": draw(*shape)}
-    return inputs | ({"bias": make.tensor(channels)} if case.data.get("bias", True) else {})
+    return inputs | ({"bias": make.tensor(channels)} if case.data["bias"] else {})
 
 
 def _work(case: Case, dtype: torch.dtype) -> Work:
+    """Backward hands the gradient on as it is, and reads it for the bias alone."""
     elements = case.shape["B"] * case.shape["S"] ** 2 * case.shape["C"]
-    return Work(0.0, 3 * elements * dtype.itemsize, elements * dtype.itemsize)
+    return Work(0.0, 3 * elements * dtype.itemsize, case.data["bias"] * elements * dtype.itemsize)
 
 
 SPEC = OpSpec(

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from sd_kernels.column_sum import column_sum
-from sd_kernels.errors import require, require_floating
+from sd_kernels.errors import require, require_floating, require_one_dtype
 from sd_kernels.launch import empty, launch, rounded
 
 ROWS, COLUMNS = 32, 64
@@ -79,12 +79,13 @@ residual_add_forward.register_autograd(_backward)
 
 def residual_add(x: torch.Tensor, residual: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """See `reference.residual_add`; images in channels-last memory; float32, bfloat16 or float16."""
-    require_floating("residual_add", x, residual, *([] if bias is None else [bias]))
+    tensors = [x, residual] + ([] if bias is None else [bias])
+    require_floating("residual_add", *tensors)
+    require_one_dtype("residual_add", *tensors)
     require(x.dim() > 0, "residual_add", "a number", "images (B, C, H, W) or tokens (..., C)")
     C = x.shape[1 if x.dim() == 4 else -1]
     for tensor, shape in ((residual, x.shape), (bias, (C,))):
         if tensor is not None:
-            require(tensor.dtype == x.dtype, "residual_add", f"{x.dtype} and {tensor.dtype}", "one dtype")
             require(tensor.shape == shape, "residual_add", f"shape {tuple(tensor.shape)}", f"{tuple(shape)} beside x")
     for tensor in (x, residual):
         require(tensor.dim() != 4 or tensor.stride(1) == 1, "residual_add", "another layout", "channels-last images")

@@ -37,19 +37,25 @@ def skip_conv_forward(x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor
     return _images(y, x)
 
 
-@torch.library.custom_op("sd_kernels::skip_conv_backward", mutates_args=())
-def skip_conv_backward(
-    x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor | None, dy: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    C1, weights = x.shape[1], weight.flatten(1)
-    grad = _rows(dy.contiguous(memory_format=torch.channels_last))
-    dweight = weight.new_empty(weights.shape)
+@torch.library.custom_op("sd_kernels::skip_conv_dgrad", mutates_args=())
+def skip_conv_dgrad(dy: torch.Tensor, weight: torch.Tensor, C1: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of the sources, C1 channels and the rest; no rest: empty."""
+    weights, grad = weight.flatten(1), _rows(dy.contiguous(memory_format=torch.channels_last))
+    dx = _images(torch.mm(grad, weights[:, :C1]), dy)
+    if weights.shape[1] == C1:
+        return dx, dy.new_empty(0)
+    return dx, _images(torch.mm(grad, weights[:, C1:]), dy)
+
+
+@torch.library.custom_op("sd_kernels::skip_conv_wgrad", mutates_args=())
+def skip_conv_wgrad(dy: torch.Tensor, x: torch.Tensor, other: torch.Tensor | None) -> torch.Tensor:
+    """Gradient of the weight (K, C1 + C2, 1, 1)."""
+    C1, grad = x.shape[1], _rows(dy.contiguous(memory_format=torch.channels_last))
+    dweight = x.new_empty(grad.shape[1], C1 + (0 if other is None else other.shape[1]))
     torch.mm(grad.t(), _rows(x), out=dweight[:, :C1])
-    dx = _images(torch.mm(grad, weights[:, :C1]), x)
-    if other is None:
-        return dx, dweight.view(weight.shape), x.new_empty(0)
-    torch.mm(grad.t(), _rows(other), out=dweight[:, C1:])
-    return dx, dweight.view(weight.shape), _images(torch.mm(grad, weights[:, C1:]), x)
+    if other is not None:
+        torch.mm(grad.t(), _rows(other), out=dweight[:, C1:])
+    return dweight[:, :, None, None]
 
 
 def _channels_last(like: torch.Tensor, channels: int) -> torch.Tensor:
@@ -62,12 +68,15 @@ def _(x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor | None) -> torc
     return _channels_last(x, weight.shape[0])
 
 
-@skip_conv_backward.register_fake
-def _(
-    x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor | None, dy: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dother = x.new_empty(0) if other is None else _channels_last(x, other.shape[1])
-    return _channels_last(x, x.shape[1]), weight.new_empty(weight.shape), dother
+@skip_conv_dgrad.register_fake
+def _(dy: torch.Tensor, weight: torch.Tensor, C1: int) -> tuple[torch.Tensor, torch.Tensor]:
+    C2 = weight.shape[1] - C1
+    return _channels_last(dy, C1), _channels_last(dy, C2) if C2 else dy.new_empty(0)
+
+
+@skip_conv_wgrad.register_fake
+def _(dy: torch.Tensor, x: torch.Tensor, other: torch.Tensor | None) -> torch.Tensor:
+    return x.new_empty(dy.shape[1], x.shape[1] + (0 if other is None else other.shape[1]), 1, 1)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -75,9 +84,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(x, weight, *(() if other is None else (other,)))
 
 
-def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     x, weight, *others = ctx.saved_tensors
-    dx, dweight, dother = skip_conv_backward(x, weight, others[0] if others else None, dy)
+    wants_x, wants_weight, wants_other = ctx.needs_input_grad
+    dx, dother = skip_conv_dgrad(dy, weight, x.shape[1]) if wants_x or wants_other else (None, None)
+    dweight = skip_conv_wgrad(dy, x, others[0] if others else None) if wants_weight else None
     return dx, dweight, dother if others else None
 
 

@@ -9,6 +9,7 @@ u = i + a. Zeros beyond the borders stay zeros, so this is exact. It takes 4/9 o
 
 In low precision the merged weights are rounded, and so are their gradients before they are summed: y and the weights'
 gradient have sqrt(2) times the error of plain torch (measured: 1.42), dx no more (0.99), since upsampling rounds too.
+Weights given in float32 are rounded once, after they were merged, and y has no more error than plain torch.
 
 Shape letters: B samples, C channels, K output channels, H and W rows and columns of the small image.
 """
@@ -23,7 +24,7 @@ from sd_kernels.errors import require, require_convolution
 
 def check(x: torch.Tensor, weight: torch.Tensor) -> None:
     """Raise KernelError unless x and weight are what the op takes."""
-    require_convolution("upsample_conv", x, weight)
+    require_convolution("upsample_conv", x, weight, takes_wide=True)
     require(weight.shape[2:] == (3, 3), "upsample_conv", f"weight of shape {tuple(weight.shape)}", "(K, C, 3, 3)")
 
 
@@ -53,4 +54,4 @@ def interleave(parities: torch.Tensor) -> torch.Tensor:
 def upsample_conv(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """See `reference.upsample_conv`; x and weight dense in channels-last memory, and so is what comes out."""
     check(x, weight)
-    return interleave(F.conv2d(x, merge(weight), padding=1))
+    return interleave(F.conv2d(x, merge(weight).to(x.dtype), padding=1))

@@ -196,4 +196,4 @@ interleave_forward.register_autograd(lambda ctx, dy: interleave_backward(dy))
 def upsample_conv(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """See `reference.upsample_conv`; x and weight dense in channels-last memory, and so is what comes out."""
     check(x, weight)
-    return interleave_forward(F.conv2d(x, merge_forward(weight), padding=1))
+    return interleave_forward(F.conv2d(x, merge_forward(weight).to(x.dtype), padding=1))

@@ -128,16 +128,11 @@ def load_image(path: str | Path | BinaryIO, size: int) -> torch.Tensor:
 
 
 def prepare_moments(
-    samples: Sequence[CaptionedImage],
-    encoder: Callable[[torch.Tensor], torch.Tensor],
-    folder: str | Path,
-    size: int,
-    samples_per_shard: int = 1000,
-    text_encoder: Callable[[list[str]], torch.Tensor] | None = None,
-    pixel_range: Literal["minus_one_one", "zero_one"] = "minus_one_one",
-    captions_per_image: int = 1,
+    samples: Sequence[CaptionedImage], encoder: Callable[[torch.Tensor], torch.Tensor], folder: str | Path, size: int,
+    samples_per_shard: int = 1000, text_encoder: Callable[[list[str]], torch.Tensor] | None = None,
+    pixel_range: Literal["minus_one_one", "zero_one"] = "minus_one_one", captions_per_image: int = 1,
     batch_size: int = 8,
-) -> int:
+) -> int:  # fmt: skip
     """Encode images into moments shards in `folder`; returns the number of samples written.
 
     Each image gives a sample for each of its first `captions_per_image` captions. encoder: images (B, 3, size, size)

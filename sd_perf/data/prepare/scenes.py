@@ -17,7 +17,7 @@ import numpy as np
 
 from sd_perf.data.shards import ShardWriter
 from sd_perf.errors import DataError
-from sd_perf.files import write_text
+from sd_perf.files import disk_errors, write_text
 from sd_perf.optional import optional
 
 SIZE = 64
@@ -112,15 +112,16 @@ def write_scenes(folder: str | Path, num: int, seed: int, uncaptioned_every: int
     DataError where the folder already holds something.
     """
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise DataError(f"{folder} is not empty; name a new folder for the scenes")
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for index, (png, caption) in enumerate(_pictures(num, seed, uncaptioned_every)):
-        (folder / f"{index:06d}.png").write_bytes(png)
-        lines.append(json.dumps({"file": f"{index:06d}.png", "caption": caption}))
-    # Last, so that a folder with captions is a folder with all its pictures.
-    write_text(folder / "captions.jsonl", "\n".join(lines) + "\n")
+    with disk_errors(folder, "make room or choose another folder", DataError):
+        if folder.exists() and any(folder.iterdir()):
+            raise DataError(f"{folder} is not empty; name a new folder for the scenes")
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = []
+        for index, (png, caption) in enumerate(_pictures(num, seed, uncaptioned_every)):
+            (folder / f"{index:06d}.png").write_bytes(png)
+            lines.append(json.dumps({"file": f"{index:06d}.png", "caption": caption}))
+        # Last, so that a folder with captions is a folder with all its pictures.
+        write_text(folder / "captions.jsonl", "\n".join(lines) + "\n")
 
 
 def write_scene_shards(folder: str | Path, num: int, seed: int, uncaptioned_every: int = 0) -> None:
