@@ -108,28 +108,36 @@ class _Recorder(TorchDispatchMode):
         yield Kernel("elementwise", (1.0 + forward) * _bytes(y))
 
 
+def recorded(forward: Callable[[], Any], autocast: bool = True) -> tuple[list[Kernel], float]:
+    """Kernels of a forward pass on the meta device and of its backward, and the bytes that the one keeps for the other.
+
+    The gradients of what `forward` gives are there; they are neither made nor counted.
+    """
+    recorder, casts, kept = _Recorder(), _Autocast(autocast), {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        base = tensor if tensor._base is None else tensor._base
+        if not isinstance(base, torch.nn.Parameter):
+            kept[id(base)] = base
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), casts, recorder:
+        outputs = tree_leaves(forward())
+    recorder.backward = True
+    gradients = [torch.ones_like(output, memory_format=torch.contiguous_format) for output in outputs]
+    with recorder:
+        torch.autograd.backward(outputs, gradients)
+    for weight in casts.weights.values():
+        kept.pop(id(weight), None)
+    return recorder.kernels, float(_bytes(list(kept.values())))
+
+
 def plain(config: Config, batch: int, autocast: bool = True) -> tuple[list[Kernel], float]:
-    """Kernels of a forward and backward pass of so many samples, and the bytes that the one keeps for the other."""
+    """`recorded` for the whole network and a loss, of so many samples."""
     with torch.device("meta"):
         unet = UNet(config.model)
         size, channels = config.data.latent_size, config.model.in_channels
         latents = torch.empty(batch, channels, size, size)
         context = torch.empty(batch, config.data.context_tokens, config.model.context_dim)
         timesteps = torch.zeros(batch, dtype=torch.int64)
-    recorder, casts, kept = _Recorder(), _Autocast(autocast), {}
-    own = {id(parameter) for parameter in unet.parameters()}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        base = tensor if tensor._base is None else tensor._base
-        if id(base) not in own:
-            kept[id(base)] = base
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), casts, recorder:
-        loss = unet(latents, timesteps, context).float().square().mean()
-    recorder.backward = True
-    with recorder:
-        loss.backward()
-    for weight in casts.weights.values():
-        kept.pop(id(weight), None)
-    return recorder.kernels, float(_bytes(list(kept.values())))
+    return recorded(lambda: unet(latents, timesteps, context).float().square().mean(), autocast)

@@ -33,10 +33,7 @@ def fused(unet: Architecture, batch: int) -> Iterator[Kernel]:
     """What the specs of sd_kernels say, and torch's sums: gradients of linears' biases, and of skips."""
     for op in all_ops():
         for case in cases(op, unet, batch):
-            yield from _of_case(op, case)
-            if op == "linear" and case.data["bias"]:
-                size = case.shape["B"] * case.shape["L"] * case.shape["N"] * BYTES
-                yield Kernel("elementwise", float(size), calls=case.calls, backward=True)
+            yield from of_case(op, case)
     yield from _skip_gradients(unet, batch)
 
 
@@ -44,7 +41,7 @@ def submission(unet: Architecture, batch: int, ranks: int) -> Iterator[Kernel]:
     """The optimizer's state is divided among `ranks` GPUs; their communication is not counted."""
     for op in ("attention", "conv", "skip_conv", "diffusion_inputs", "v_mse_loss"):
         for case in cases(op, unet, batch):
-            yield from _of_case(op, case)
+            yield from of_case(op, case)
     for layer in layers(unet):
         yield from _submitted(layer, unet, batch)
     for width in (unet.stem, 4 * unet.stem):
@@ -56,7 +53,8 @@ def submission(unet: Architecture, batch: int, ranks: int) -> Iterator[Kernel]:
     yield Kernel("adamw", unet.parameters * 28.0 / ranks)
 
 
-def _of_case(op: str, case: Case) -> Iterator[Kernel]:
+def of_case(op: str, case: Case) -> Iterator[Kernel]:
+    """What the op's spec says of such calls, and torch's sum over rows that is the gradient of a linear's bias."""
     spec = all_ops()[op]
     work = spec.work(case, bfloat16)
     if op == "attention":
@@ -66,6 +64,9 @@ def _of_case(op: str, case: Case) -> Iterator[Kernel]:
     elif op in _PRODUCTS:
         stride = {"stride": case.options["stride"]} if op == "conv" else {}
         yield from _products(op, work, case.calls, *_PRODUCTS[op](*case.shape.values(), **stride))
+        if case.data.get("bias"):
+            size = case.shape["B"] * case.shape["L"] * case.shape["N"] * BYTES
+            yield Kernel("elementwise", float(size), calls=case.calls, backward=True)
     else:
         yield Kernel(op, work.forward_bytes, calls=case.calls)
         if work.backward_bytes:
@@ -139,7 +140,7 @@ def _submitted(layer: Any, unet: Architecture, batch: int) -> Iterator[Kernel]:
         yield from _norm(rows, C, layer.side)
     elif layer.up:
         large = 2 * layer.side
-        yield from _of_case("conv", Case("", {"B": batch, "C": C, "H": large, "W": large, "K": C}, {"stride": 1}))
+        yield from of_case("conv", Case("", {"B": batch, "C": C, "H": large, "W": large, "K": C}, {"stride": 1}))
         yield from _moved("elementwise", 4 * rows, 1.25 * C + 2 * C, 1.25 * C + C)
     else:
         yield from _moved("elementwise", rows // 4, 2 * C, C)
