@@ -119,7 +119,7 @@ def screen(report: dict[str, Any]) -> Iterable[Any]:
     yield f"[bold]sd-perf {report['sd_perf']}[/], Python {report['python']}, {report['platform']}"
     yield _facts(report)
     target = report["target"]
-    yield f"\n[bold]kernels on {target['name']}[/]" + (", as declared" if target["declared"] else "")
+    yield f"[bold]kernels on {target['name']}[/]" + (", as declared" if target["declared"] else "")
     yield _kernels_table(report["kernels"])
     yield from _adapted(report["kernels"])
     yield "[dim]sd-perf doctor --json has every reason in full, and how to get each package[/]"
