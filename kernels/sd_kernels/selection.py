@@ -69,7 +69,7 @@ def choose(
             against = ["only when named", *against]
         if not against:
             break
-        passed_over[backend.name] = "; ".join(against)
+        passed_over[backend.name] = against[0]
     chosen = Choice(op, backend.name, wanted, passed_over)
     slower = [f"{name}: {why}" for name, why in passed_over.items() if _may_be_had(spec.backend(name), target)]
     if strict and slower:
