@@ -48,11 +48,9 @@ def _worst(subject: Subject, spec: OpSpec, backend: str, cases: list[Case], dtyp
         verdicts += harness.check(spec, backend, case, dtype, subject.device.type, function=function)
     sizes = [verdict for verdict in verdicts if verdict.measure != "rms"]
     largest, mean = (max(some, key=_used) for some in (sizes, [v for v in verdicts if v.measure == "rms"] or sizes))
-    pairs = [(v.error, v.torch_error, v.budget) for v in (largest, mean)]
-    (max_error, torch_max, max_budget), (rms_error, torch_rms, rms_budget) = pairs
+    errors = largest.error, mean.error, largest.torch_error, mean.torch_error, largest.budget, mean.budget
     note = f"worst: {largest.output}, case {largest.case!r}"
-    numbers = max_error, rms_error, torch_max, torch_rms, max_budget, rms_budget
-    return Row("op", f"{spec.name} ({backend})", subject.where, largest.dtype, *numbers, note)
+    return Row("op", f"{spec.name} ({backend})", subject.where, largest.dtype, *errors, note)
 
 
 def _used(verdict: harness.Verdict) -> float:

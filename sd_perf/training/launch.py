@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import Any
 
 import torch
 from rich.console import Console
 
+from sd_kernels.conv.cudnn import tuned
 from sd_kernels.spec import Target
 from sd_perf.config import Config
 from sd_perf.data.build import build_loader
@@ -56,7 +58,9 @@ def launch(config: Config, world: World, resume: bool, fresh: bool, console: Con
         console.print(*kernels_table({"target": Target.here().name, "kernels": kernels}), sep="\n")
     records = {"kernels.json": list(kernels.values()), "parity.json": parity}
     world.on_main(lambda: open_run(settled, resume, fresh, records))
-    return trainer.fit()
+    # Convolutions keep their shapes for the whole run; a deterministic one takes what cuDNN's heuristics say.
+    with contextlib.nullcontext() if settled.training.deterministic else tuned(algorithms=10):
+        return trainer.fit()
 
 
 def build_trainer(config: Config, world: World, callbacks: list[Callback]) -> Trainer:
