@@ -423,15 +423,11 @@ def _preset_of(arguments: list[str]) -> Config:
 
 
 def _dry_run(settings: Config, ranks: int, target: _Target, as_json: bool) -> int:
-    from sd_perf.mlperf.rules import require_closed
-    from sd_perf.models.kernel_choice import require_used
     from sd_perf.training.dry_run import as_table, dry_run, kernels_table
+    from sd_perf.training.launch import require_allowed
 
     _require("--ranks", ranks, ranks >= 1, "at least 1")
-    # What a run refuses, as `training.launch` asks for it.
-    if settings.mlperf.division == "closed":
-        require_closed(settings)
-    require_used(settings)
+    require_allowed(settings)
     facts = dry_run(settings, ranks, target)
     if as_json:
         return _print_json(facts)

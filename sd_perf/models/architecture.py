@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from sd_kernels.sd_v2_shapes import Architecture
@@ -9,6 +11,7 @@ from sd_perf.config import Config
 from sd_perf.reference.unet import UNet
 
 
+@cache  # asked by every choice of kernels
 def architecture(config: Config) -> Architecture:
     """Its sizes; the parameters are counted, not allocated."""
     model = config.model

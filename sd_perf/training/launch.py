@@ -34,9 +34,7 @@ def launch(config: Config, world: World, resume: bool, fresh: bool, console: Con
 
     Nothing is written to the run folder before all that the run needs has been found good.
     """
-    if config.mlperf.division == "closed":
-        world.on_main(lambda: require_closed(config))
-    world.on_main(lambda: require_used(config))
+    world.on_main(lambda: require_allowed(config))
     kernels = world.on_main(lambda: _kernels(config))
     parity = world.on_main(lambda: _proof(config, console))
     world.on_main(lambda: config.micro_batch_size(world.size))
@@ -61,6 +59,13 @@ def launch(config: Config, world: World, resume: bool, fresh: bool, console: Con
     # Convolutions keep their shapes for the whole run; a deterministic one takes what cuDNN's heuristics say.
     with contextlib.nullcontext() if settled.training.deterministic else tuned(algorithms=10):
         return trainer.fit()
+
+
+def require_allowed(config: Config) -> None:
+    """ConfigError where the closed division's rules, or kernels that nothing would run, forbid the config."""
+    if config.mlperf.division == "closed":
+        require_closed(config)
+    require_used(config)
 
 
 def build_trainer(config: Config, world: World, callbacks: list[Callback]) -> Trainer:
