@@ -1,6 +1,6 @@
 """Compile every Triton kernel for GPUs that are not here, and read what the compiler made of it.
 
-    python benchmarks/ahead_of_time.py [--ops geglu ...] [--targets 80 90 100] [--markdown FILE]
+    python -m benchmarks.ahead_of_time [--ops geglu ...] [--targets 80 90 100] [--markdown FILE]
 
 Each op's real calls (full size, bfloat16) are recorded where they would launch; Triton's own binder gives signature and
 hints from those arguments, so that what is compiled is what would run. A kernel is red where it
@@ -33,8 +33,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))  # found without being installed
 
 from sd_kernels.launch import Launch, interpreted, recording
 from sd_kernels.registry import all_ops

@@ -1,6 +1,6 @@
 """On a CPU: our loader beside webdataset, our plain UNet beside diffusers', fast training steps beside plain ones.
 
-    python benchmarks/cpu_comparisons.py
+    python -m benchmarks.cpu_comparisons
 
 Ratios are what counts: both sides run alternately on the same machine, on the same shards or weights. Shards are
 written to a temporary folder and read from the page cache.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,12 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # sd_perf is found without being installed
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
-
 from sd_perf.config import Config, DataConfig, UNetConfig
 from sd_perf.data.batch import Batch, LoaderOptions
-from sd_perf.data.portable import PortableLoader
+from sd_perf.data.loaders.portable import PortableLoader
 from sd_perf.data.shards import ShardWriter
 from sd_perf.distributed.world import World
 from sd_perf.models.build import build_unet

@@ -1,6 +1,6 @@
 """Fréchet distance: the eigenvalue route of sd_perf against scipy.linalg.sqrtm, the benchmark's reference, in one run.
 
-    python benchmarks/frechet_distance.py [--output FILE.json]
+    python -m benchmarks.frechet_distance [--output FILE.json]
 
 Two pairs of Gaussians of 2048 features, seeded: both covariances of full rank, and one of fewer samples than features.
 The routes take turns; times are medians in seconds, with the same number of threads for both. Needs scipy.
@@ -20,8 +20,6 @@ import numpy as np
 import scipy
 import scipy.linalg
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # sd_perf is found without being installed
 
 from sd_perf.evaluation.fid import FeatureStatistics, Gaussian, frechet_distance
 from sd_perf.files import write_json

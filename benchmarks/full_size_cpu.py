@@ -1,6 +1,6 @@
 """The benchmark's networks at full size, once, on a CPU: an optimizer step, and the chain from photographs to pictures.
 
-    python benchmarks/full_size_cpu.py --images DIR --output DIR
+    python -m benchmarks.full_size_cpu --images DIR --output DIR
 
 DIR of the images holds photographs and, in it or beside it, their captions.jsonl. Weights and text states are random
 and seeded: this shows that the full size works, what it takes in time and memory, and nothing about pictures. Prints
@@ -26,15 +26,11 @@ from typing import Any
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # sd_perf is found without being installed
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
-
-from gpu_environment import git_sha
-from gpu_workload import make_inputs, randomize
-
+from benchmarks.gpu_environment import git_sha
+from benchmarks.gpu_workload import make_inputs, randomize
 from sd_perf.config import Config, DataConfig, DiffusionConfig, UNetConfig
 from sd_perf.data.batch import Batch, LoaderOptions
-from sd_perf.data.portable import PortableLoader
+from sd_perf.data.loaders.portable import PortableLoader
 from sd_perf.data.prepare.photographs import load_image, read_captioned_images
 from sd_perf.data.shards import ShardWriter
 from sd_perf.diffusion.ddim import ddim_sample

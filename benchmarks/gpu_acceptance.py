@@ -1,6 +1,6 @@
 """The fast and the plain UNet on a GPU: are they and their kernels right there, how fast are they, and why not faster.
 
-    python benchmarks/gpu_acceptance.py --output DIR
+    python -m benchmarks.gpu_acceptance --output DIR
 
 Writes DIR/gpu_acceptance.json and DIR/kernels_<gpu>.json (rows as those of kernel_speed.py), and prints a summary last.
 Runs from the repository root as it is, with torch, Triton and NumPy alone. Exit code 0: all is well; 1: a check is red
@@ -25,14 +25,10 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # sd_perf is found without being installed
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
-
-import gpu_profile
-import kernel_speed
-from attempts import attempt, release_memory
-from gpu_checks import Check, against, gpu_checks, guarded, passed
-from gpu_environment import (
+from benchmarks import gpu_profile, kernel_speed
+from benchmarks.attempts import attempt, release_memory
+from benchmarks.gpu_checks import Check, against, gpu_checks, guarded, passed
+from benchmarks.gpu_environment import (
     ESTIMATED_AS,
     TELEMETRY_KEYS,
     Telemetry,
@@ -41,15 +37,14 @@ from gpu_environment import (
     measure_ceilings,
     peak_flops,
 )
-from gpu_fast import FAST_BF16, FAST_TIMED
-from gpu_workload import AUTOCAST, COMPILED, DIFFUSERS, DIFFUSERS_COMPILED, MASTERS, Recipe
-from timing import Budget, CudaClock, rates, repetitions, timed
-
+from benchmarks.gpu_fast import FAST_BF16, FAST_TIMED
+from benchmarks.gpu_workload import AUTOCAST, COMPILED, DIFFUSERS, DIFFUSERS_COMPILED, MASTERS, Recipe
+from benchmarks.timing import Budget, CudaClock, rates, repetitions, timed
 from sd_kernels.conv.cudnn import tuned
 from sd_kernels.spec import Target
 from sd_perf.config import Config, UNetConfig
-from sd_perf.estimate.estimate import estimate
 from sd_perf.files import write_json
+from sd_perf.tools.estimate.estimate import estimate
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PARTS = ("environment", "correctness", "kernels", "profile", "throughput")

@@ -17,9 +17,19 @@ from functools import partial
 from typing import Any
 
 import torch
-from gpu_fast import FAST_CHECKED, FAST_FP32, FAST_TIMED, FastRecipe, FastWorkload
-from gpu_workload import AUTOCAST, FP32, MASTERS, Predictor, Recipe, Workload, channels_last, make_inputs, randomize
 
+from benchmarks.gpu_fast import FAST_CHECKED, FAST_FP32, FAST_TIMED, FastRecipe, FastWorkload
+from benchmarks.gpu_workload import (
+    AUTOCAST,
+    FP32,
+    MASTERS,
+    Predictor,
+    Recipe,
+    Workload,
+    channels_last,
+    make_inputs,
+    randomize,
+)
 from sd_kernels import launch
 from sd_kernels.harness import FLOOR
 from sd_perf.config import DiffusionConfig, UNetConfig

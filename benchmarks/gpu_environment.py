@@ -13,7 +13,8 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from timing import CudaClock, timed
+
+from benchmarks.timing import CudaClock, timed
 
 DENSE_BF16_PEAK = {
     "NVIDIA A100-SXM4-40GB": (312e12, "NVIDIA A100 datasheet"),

@@ -9,17 +9,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from flat_parameters import FlatAdamW, FlatParameters
-from gpu_workload import FP32, MASTERS, Recipe, Workload, channels_last, randomize
 
+from benchmarks.gpu_workload import FP32, MASTERS, Recipe, Workload, channels_last, randomize
 from sd_kernels.registry import all_ops
 from sd_kernels.selection import Choice, choose
 from sd_kernels.spec import Target
 from sd_perf.config import Config, UNetConfig
 from sd_perf.diffusion.randomness import Stream
+from sd_perf.fast.choice import choose_kernels
 from sd_perf.models.build import build_unet
-from sd_perf.models.kernel_choice import choose_kernels
 from sd_perf.reference.unet import UNet
+from sd_perf.training.flat import FlatAdamW, FlatParameters
 
 Op = Callable[..., Any]
 Wrap = Callable[[str, Op], Op]

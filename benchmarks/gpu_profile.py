@@ -13,8 +13,8 @@ from functools import wraps
 from typing import Any, Protocol
 
 import torch
-from gpu_fast import FastRecipe, FastWorkload, Op
 
+from benchmarks.gpu_fast import FastRecipe, FastWorkload, Op
 from sd_kernels.conv.cudnn import tuned
 from sd_kernels.registry import all_ops
 from sd_perf.config import UNetConfig

@@ -1,6 +1,6 @@
 """Every operator on a GPU: first whether it is right there, then how fast, beside plain torch and torch.compile.
 
-    python benchmarks/kernel_speed.py [--ops geglu ...] [--cases TEXT] [--output benchmarks/results/kernels_h100.json]
+    python -m benchmarks.kernel_speed [--ops geglu ...] [--cases TEXT] [--output benchmarks/results/kernels_h100.json]
 
 Times the calls of one training step at full size, forward and backward (of 16-bit layers with weights, the gradients of
 input and of parameters apart), in CUDA graphs that rotate through inputs larger than the L2 cache. GB/s counts bytes
@@ -29,13 +29,9 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # sd_perf is found without being installed
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
-
-from attempts import attempt, release_memory
-from gpu_environment import describe, git_sha, measure_copy
-from timing import Budget, CudaClock, repetitions, timed
-
+from benchmarks.attempts import attempt, release_memory
+from benchmarks.gpu_environment import describe, git_sha, measure_copy
+from benchmarks.timing import Budget, CudaClock, repetitions, timed
 from sd_kernels import harness
 from sd_kernels.conv.cudnn import tuned
 from sd_kernels.registry import all_ops, source_digest

@@ -94,7 +94,7 @@ def sample(
     from sd_perf.models.build import build_sampling_unet, build_text_encoder
     from sd_perf.models.sources import newest_checkpoint, read_decoder, read_unet
     from sd_perf.models.weight_files import load_into
-    from sd_perf.training.run_folder import read_run_config
+    from sd_perf.runs.folder import read_run_config
 
     if not prompt:
         raise UserError("--prompt: give one or more prompts")
@@ -141,7 +141,7 @@ def report(run: _Run) -> int:
     Args:
         run: run folder
     """
-    from sd_perf.report.page import write_report
+    from sd_perf.tools.report.page import write_report
 
     _console.print(write_report(run), highlight=False, soft_wrap=True)
     return 0
@@ -156,7 +156,7 @@ def evaluate(run: _Run) -> int:
     import torch
 
     from sd_perf.evaluation.evaluate import evaluate_run, scores_table
-    from sd_perf.training.run_folder import read_run_config
+    from sd_perf.runs.folder import read_run_config
 
     config = read_run_config(run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -199,8 +199,8 @@ def estimate(
         png: file to draw the ms per sample to, by op
         json: print JSON
     """
-    from sd_perf.estimate.estimate import draw, tables
-    from sd_perf.estimate.estimate import estimate as predict
+    from sd_perf.tools.estimate.estimate import draw, tables
+    from sd_perf.tools.estimate.estimate import estimate as predict
 
     facts = predict(settings, gpu, batch, ranks)
     if png is not None:
@@ -227,9 +227,9 @@ def parity(
         level: levels to compare (default: all but trajectory, which takes minutes, and world, six whole runs)
         json: print the record as JSON
     """
-    from sd_perf.parity.page import screen
-    from sd_perf.parity.record import USUAL
-    from sd_perf.parity.run import run_parity
+    from sd_perf.runs.parity_record import USUAL
+    from sd_perf.tools.parity.page import screen
+    from sd_perf.tools.parity.run import run_parity
 
     record, folder = run_parity(settings, level or USUAL, functools.partial(print, file=sys.stderr, flush=True))
     if json:
@@ -246,7 +246,7 @@ def doctor(target: _Target = "here", json: bool = False) -> int:
         target: GPU that kernels are chosen for
         json: print JSON
     """
-    from sd_perf.doctor import examine, screen
+    from sd_perf.tools.doctor import examine, screen
 
     report = examine(target)
     if json:
@@ -423,7 +423,7 @@ def _preset_of(arguments: list[str]) -> Config:
 
 
 def _dry_run(settings: Config, ranks: int, target: _Target, as_json: bool) -> int:
-    from sd_perf.training.dry_run import as_table, dry_run, kernels_table
+    from sd_perf.tools.estimate.dry_run import as_table, dry_run, kernels_table
     from sd_perf.training.launch import require_allowed
 
     _require("--ranks", ranks, ranks >= 1, "at least 1")

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+pytest_plugins = ["tests.small_run"]
+
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     # Read when triton is first imported: kernels then run in its interpreter, on CPU tensors.

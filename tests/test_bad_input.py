@@ -19,10 +19,10 @@ from sd_kernels.errors import KernelError
 from sd_perf.data.order import SampleOrder
 from sd_perf.data.prepare.scenes import write_scenes
 from sd_perf.data.shards import ShardWriter
-from sd_perf.distributed.checkpoints import CheckpointStore, load_component
+from sd_perf.runs.checkpoints import CheckpointStore, load_component
 from tests.conftest import only_sentence
 from tests.data.test_samples import Bomb, npy
-from tests.training.conftest import TREE, start_train, train
+from tests.small_run import TREE, start_train, train
 
 SHORT = {"training": {**TREE["training"], "max_samples": 8}, "checkpoint": {"every_samples": 4}}
 AUTOENCODER = Path(__file__).parent.parent / "assets" / "tiny" / "autoencoder.safetensors"
@@ -183,7 +183,7 @@ def test_an_operators_error(preset, run, refused, monkeypatch):
     def refuse(*_):
         raise KernelError("geglu: got torch.int32; takes float32, bfloat16 or float16")
 
-    monkeypatch.setattr("sd_perf.training.dry_run.dry_run", refuse)
+    monkeypatch.setattr("sd_perf.tools.estimate.dry_run.dry_run", refuse)
     matches(refused("train", "--config", preset, "--run.dir", run, "--dry-run"), "geglu: got torch.int32")
 
 

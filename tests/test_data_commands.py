@@ -32,7 +32,7 @@ def test_numbers_of_prepared_samples(tmp_path, refused):
     ("command", "work"),
     [
         (["data", "scenes", "--output", "x"], "sd_perf.data.prepare.scenes.write_scenes"),
-        (["evaluate", "x"], "sd_perf.training.run_folder.read_run_config"),
+        (["evaluate", "x"], "sd_perf.runs.folder.read_run_config"),
     ],
     ids=["data scenes", "evaluate"],
 )

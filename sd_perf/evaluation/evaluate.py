@@ -19,7 +19,6 @@ from sd_perf.config import Config, EvaluationConfig
 from sd_perf.data.prepare.photographs import load_sample
 from sd_perf.data.prepare.raw_shards import read_images
 from sd_perf.data.prepare.scenes import Attributes
-from sd_perf.distributed.checkpoints import CheckpointStore, load_component, read_state
 from sd_perf.errors import CheckpointError, DataError
 from sd_perf.evaluation.clip_score import ClipScorer
 from sd_perf.evaluation.feature_net import FeatureNet, read_feature_net
@@ -33,7 +32,8 @@ from sd_perf.mlperf.check import check
 from sd_perf.mlperf.log import LOG_NAME, MLPerfLog
 from sd_perf.models.build import build_sampling_unet, build_text_encoder
 from sd_perf.models.sources import read_decoder
-from sd_perf.training.run_folder import read_lines, read_scores
+from sd_perf.runs.checkpoints import CheckpointStore, load_component, read_state
+from sd_perf.runs.folder import read_lines, read_scores
 
 GRID = 64
 """pictures in a grid, at most"""

@@ -16,8 +16,8 @@ from sd_perf.config import Config
 from sd_perf.diffusion.ddim import ddim_sample
 from sd_perf.diffusion.randomness import Stream, normal
 from sd_perf.errors import UserError
+from sd_perf.fast.unet import FastUNet
 from sd_perf.files import disk_errors, written_aside
-from sd_perf.models.unet import FastUNet
 from sd_perf.optional import optional
 
 Decoder = Callable[[torch.Tensor], torch.Tensor]

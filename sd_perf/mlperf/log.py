@@ -18,11 +18,11 @@ from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 from sd_perf.config import Config
-from sd_perf.distributed.checkpoints import MAKE_ROOM
 from sd_perf.errors import DataError, UserError
 from sd_perf.files import disk_errors, one_line
 from sd_perf.mlperf.rules import CLIP_TARGET, FID_TARGET
 from sd_perf.optional import optional
+from sd_perf.runs.checkpoints import MAKE_ROOM
 
 LOG_NAME = "result_0.txt"
 BENCHMARK = "stable_diffusion"

@@ -8,8 +8,8 @@ import torch
 
 from sd_kernels.spec import Target
 from sd_perf.config import Config, KernelsConfig, PrecisionConfig
-from sd_perf.models.kernel_choice import choose_kernels
-from sd_perf.models.unet import FastUNet, Ops
+from sd_perf.fast.choice import choose_kernels
+from sd_perf.fast.unet import FastUNet, Ops
 from sd_perf.reference.unet import UNet
 
 

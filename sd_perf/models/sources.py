@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from sd_perf.config import UNetConfig
-from sd_perf.distributed.checkpoints import CheckpointStore, load_component
 from sd_perf.errors import CheckpointError
 from sd_perf.models.onnx_autoencoder import OnnxDecoder, OnnxEncoder
 from sd_perf.models.vae import AutoencoderConfig, AutoencoderKL
@@ -21,7 +20,8 @@ from sd_perf.models.weight_files import (
     split_components,
 )
 from sd_perf.reference.unet import UNet
-from sd_perf.training.run_folder import read_run_config
+from sd_perf.runs.checkpoints import CheckpointStore, load_component
+from sd_perf.runs.folder import read_run_config
 
 
 def read_unet(source: Path) -> tuple[dict[str, torch.Tensor], UNetConfig]:

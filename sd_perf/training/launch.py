@@ -12,20 +12,20 @@ from rich.console import Console
 from sd_kernels.conv.cudnn import tuned
 from sd_kernels.spec import Target
 from sd_perf.config import Config
-from sd_perf.data.build import build_loader
+from sd_perf.data.loaders.build import build_loader
 from sd_perf.distributed.world import World
+from sd_perf.fast.choice import choose_kernels, require_used, used_ops
 from sd_perf.mlperf.rules import require_closed
 from sd_perf.models.build import build_text_encoder, build_unet
-from sd_perf.models.kernel_choice import choose_kernels, require_used, used_ops
-from sd_perf.parity.record import require_green
+from sd_perf.runs.folder import open_run, settle_run
+from sd_perf.runs.parity_record import require_green
+from sd_perf.tools.estimate.dry_run import kernels_table
 from sd_perf.training.callbacks.base import Callback
 from sd_perf.training.callbacks.checkpointer import Checkpointer
 from sd_perf.training.callbacks.metrics import MetricsFile
 from sd_perf.training.callbacks.mlperf import MLPerfLogger
 from sd_perf.training.callbacks.progress import ProgressDisplay
 from sd_perf.training.callbacks.signals import StopOnSignal
-from sd_perf.training.dry_run import kernels_table
-from sd_perf.training.run_folder import open_run, settle_run
 from sd_perf.training.trainer import Trainer
 
 
@@ -71,7 +71,7 @@ def require_allowed(config: Config) -> None:
 def build_trainer(config: Config, world: World, callbacks: list[Callback]) -> Trainer:
     """A trainer at sample 0, for a config whose seed is settled."""
     if config.training.seed is None:
-        raise ValueError("the config's seed must be settled (sd_perf.training.run_folder.open_run)")
+        raise ValueError("the config's seed must be settled (sd_perf.runs.folder.open_run)")
     loader = build_loader(config, config.training.seed, world)
     text_encoder = world.together(lambda: build_text_encoder(config, world.device)) if _captions_only(config) else None
     unet = build_unet(config, config.training.seed, world.device)

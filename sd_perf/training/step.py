@@ -12,9 +12,9 @@ from sd_kernels.spec import Target
 from sd_perf.config import Config
 from sd_perf.data.batch import Batch, Replacement
 from sd_perf.distributed.world import World
-from sd_perf.models.kernel_choice import choose_kernels
+from sd_perf.fast.choice import choose_kernels
+from sd_perf.fast.step import FusedDiffusionStep
 from sd_perf.reference.step import DiffusionStep
-from sd_perf.training.diffusion import FusedDiffusionStep
 from sd_perf.training.optimizer import build_optimizer, learning_rate
 
 TextEncoder = Callable[[list[str]], torch.Tensor]

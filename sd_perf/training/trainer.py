@@ -13,7 +13,11 @@ import torch
 
 from sd_perf.config import Config
 from sd_perf.data.batch import Batch, Loader, Replacement
-from sd_perf.distributed.checkpoints import (
+from sd_perf.distributed.world import World
+from sd_perf.errors import CheckpointError, DataError, UserError
+from sd_perf.fast.linear import load_precision_state, precision_state
+from sd_perf.files import disk_errors, json_lines
+from sd_perf.runs.checkpoints import (
     GO_BACK,
     MAKE_ROOM,
     CheckpointStore,
@@ -21,10 +25,6 @@ from sd_perf.distributed.checkpoints import (
     load_tensors,
     read_state,
 )
-from sd_perf.distributed.world import World
-from sd_perf.errors import CheckpointError, DataError, UserError
-from sd_perf.files import disk_errors, json_lines
-from sd_perf.models.products import load_precision_state, precision_state
 from sd_perf.training.callbacks.base import Callback
 from sd_perf.training.optimizer import optimizer_tensors, set_step_count
 from sd_perf.training.step import TextEncoder, TrainStep
@@ -38,7 +38,7 @@ class Trainer:
         callbacks: list[Callback],
     ) -> None:  # fmt: skip
         if config.training.seed is None:
-            raise ValueError("the config's seed must be settled (sd_perf.training.run_folder.open_run)")
+            raise ValueError("the config's seed must be settled (sd_perf.runs.folder.open_run)")
         self.config = config
         self.world = world
         self.seed = config.training.seed

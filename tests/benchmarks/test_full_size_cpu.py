@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import full_size_cpu
-
+from benchmarks import full_size_cpu
 from sd_perf.config import UNetConfig
 from sd_perf.models.vae import AutoencoderConfig
 

@@ -17,17 +17,19 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import gpu_acceptance
-import gpu_checks
-import gpu_environment
-import gpu_profile
-import timing
-from gpu_acceptance import Rung, attempt, check_losses, exit_code, make_row, measure_rows, plan_rungs, summary
-from gpu_fast import FAST_BF16, FAST_FP8
-from gpu_workload import AUTOCAST, COMPILED, FP32, MASTERS, PlainWorkload, Recipe, make_inputs, randomize
-
+from benchmarks import gpu_acceptance, gpu_checks, gpu_environment, gpu_profile, timing
+from benchmarks.gpu_acceptance import (
+    Rung,
+    attempt,
+    check_losses,
+    exit_code,
+    make_row,
+    measure_rows,
+    plan_rungs,
+    summary,
+)
+from benchmarks.gpu_fast import FAST_BF16, FAST_FP8
+from benchmarks.gpu_workload import AUTOCAST, COMPILED, FP32, MASTERS, PlainWorkload, Recipe, make_inputs, randomize
 from sd_perf.config import Config, DiffusionConfig, UNetConfig
 from sd_perf.reference.step import DiffusionStep
 from sd_perf.reference.unet import UNet
@@ -455,8 +457,7 @@ ALLOWED = {
     "filelock", "typing_extensions", "sympy", "mpmath", "networkx", "jinja2", "markupsafe", "fsspec",
     "setuptools", "_distutils_hack", "pkg_resources",
     "sd_perf", "sd_kernels",
-    "attempts", "gpu_acceptance", "gpu_checks", "gpu_environment", "gpu_fast", "gpu_profile", "gpu_workload",
-    "flat_parameters", "kernel_speed", "timing",
+    "benchmarks",
 }
 
 class Blocker(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -474,15 +475,15 @@ class Blocker(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         raise AssertionError
 
 sys.meta_path.insert(0, Blocker())
-sys.path.insert(0, "benchmarks")
 for name in ("yaml", "PIL", "tyro"):
     try:
         __import__(name)
     except ModuleNotFoundError:
         continue
     sys.exit(f"{name} is not blocked")
-import gpu_acceptance, sd_perf.config, sd_perf.models.kernel_choice, sd_perf.reference.step, sd_perf.reference.unet
-import kernel_speed, os, sd_kernels
+from benchmarks import gpu_acceptance, kernel_speed
+import sd_perf.config, sd_perf.fast.choice, sd_perf.reference.step, sd_perf.reference.unet
+import os, sd_kernels
 for package in (sd_kernels, sd_perf):  # of this checkout, installed or not
     assert os.path.realpath(package.__path__[0]).startswith(os.path.realpath(os.getcwd()) + os.sep), package.__path__
 gpu_acceptance.parse(["--output", "unused"])

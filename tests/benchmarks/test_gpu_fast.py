@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,13 +12,9 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import gpu_checks
-import gpu_profile
-from gpu_fast import FAST_BF16, FAST_CHECKED, FAST_FP8, FAST_FP32, FastRecipe, FastWorkload, Op, unwrapped
-from gpu_workload import AUTOCAST, DIFFUSERS, FP32, MASTERS, PlainWorkload, Recipe, randomize
-
+from benchmarks import gpu_checks, gpu_profile
+from benchmarks.gpu_fast import FAST_BF16, FAST_CHECKED, FAST_FP8, FAST_FP32, FastRecipe, FastWorkload, Op, unwrapped
+from benchmarks.gpu_workload import AUTOCAST, DIFFUSERS, FP32, MASTERS, PlainWorkload, Recipe, randomize
 from sd_kernels.registry import all_ops
 from sd_perf.config import KernelsConfig, UNetConfig
 from sd_perf.models.key_maps import to_diffusers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,13 +14,20 @@ from typing import Any
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import gpu_acceptance
-import kernel_speed
-from kernel_speed import COMPILED, Entry, Parity, is_bad, make_row, measure_all, parse, plan, reduced, step_lines
-from timing import Budget
-
+from benchmarks import gpu_acceptance, kernel_speed
+from benchmarks.kernel_speed import (
+    COMPILED,
+    Entry,
+    Parity,
+    is_bad,
+    make_row,
+    measure_all,
+    parse,
+    plan,
+    reduced,
+    step_lines,
+)
+from benchmarks.timing import Budget
 from sd_kernels import geglu
 from sd_kernels.registry import all_ops, source_digest
 from sd_kernels.spec import DECLARED_TARGETS, Case, Target
@@ -234,9 +242,10 @@ def test_no_such_case_and_no_gpu_are_one_sentence(
 
 
 def test_a_bare_checkout_is_enough() -> None:
-    script = Path(kernel_speed.__file__)
-    command = [sys.executable, "-E", str(script), "--dry", "--quick"]
-    result = subprocess.run(command, cwd="/", capture_output=True, text=True)
+    root = Path(kernel_speed.__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root / "kernels")}
+    command = [sys.executable, "-m", "benchmarks.kernel_speed", "--dry", "--quick"]
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from sd_perf.config import DataConfig
 from sd_perf.data.batch import LoaderOptions
-from sd_perf.data.portable import PortableLoader
+from sd_perf.data.loaders.portable import PortableLoader
 from sd_perf.data.prepare.photographs import load_image, prepare_moments, read_captioned_images
 from sd_perf.data.shards import ShardIndex
 from sd_perf.errors import DataError, UserError

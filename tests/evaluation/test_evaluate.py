@@ -27,8 +27,8 @@ from sd_perf.evaluation.judge import judge
 from sd_perf.evaluation.prompts import read_prompts
 from sd_perf.mlperf.check import check
 from sd_perf.presets import load_preset
+from sd_perf.runs.folder import read_scores
 from sd_perf.training.launch import launch
-from sd_perf.training.run_folder import read_scores
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = 12

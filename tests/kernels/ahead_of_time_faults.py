@@ -9,17 +9,13 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import ahead_of_time
-
+from benchmarks import ahead_of_time
 from sd_kernels.launch import Launch
 
 N = 1024

@@ -19,13 +19,13 @@ needs_oldest = pytest.mark.skipif(not (OLDEST / "triton").is_dir(), reason=f"no 
 VERSIONS = ["installed", pytest.param("oldest", marks=[pytest.mark.slow, needs_oldest])]
 
 
-def run(script: str, *arguments: str, triton: str = "installed") -> subprocess.CompletedProcess[str]:
-    """A script of the checkout without Triton's interpreter; whatever it warns of is an error."""
+def run(module: str, *arguments: str, triton: str = "installed") -> subprocess.CompletedProcess[str]:
+    """A module of the checkout without Triton's interpreter; whatever it warns of is an error."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     if triton == "oldest":
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(OLDEST), environment.get("PYTHONPATH")]))
-    command = [sys.executable, str(ROOT / script), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    command = [sys.executable, "-m", module, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
     assert "warn" not in result.stderr.lower(), result.stderr
     return result
 
@@ -33,7 +33,7 @@ def run(script: str, *arguments: str, triton: str = "installed") -> subprocess.C
 @pytest.fixture(scope="module", params=VERSIONS)
 def judged(request: pytest.FixtureRequest) -> dict[str, Any]:
     """What the check says of each kernel of ahead_of_time_faults.py, for an H100."""
-    result = run("tests/kernels/ahead_of_time_faults.py", "90", triton=request.param)
+    result = run("tests.kernels.ahead_of_time_faults", "90", triton=request.param)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 
@@ -71,20 +71,22 @@ def test_a_product_without_tensor_cores_is_red(judged: dict[str, Any]) -> None:
 
 
 def test_two_ops_for_hopper() -> None:
-    result = run("benchmarks/ahead_of_time.py", "--ops", "geglu", "v_mse_loss", "--targets", "90")
+    result = run("benchmarks.ahead_of_time", "--ops", "geglu", "v_mse_loss", "--targets", "90")
     assert result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("triton", VERSIONS)
 def test_all_ops_for_all_targets(triton: str, tmp_path: Path) -> None:
-    result = run("benchmarks/ahead_of_time.py", "--markdown", str(tmp_path / "table.md"), triton=triton)
+    result = run("benchmarks.ahead_of_time", "--markdown", str(tmp_path / "table.md"), triton=triton)
     assert result.returncode == 0, result.stdout + result.stderr
     assert ("triton 3.6" in result.stdout) == (triton == "oldest")
     assert (tmp_path / "table.md").read_text().startswith("| kernel | registers sm_80 |")
 
 
 def test_the_interpreter_is_refused() -> None:
-    command = [sys.executable, str(ROOT / "benchmarks/ahead_of_time.py"), "--ops", "geglu"]
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"})
+    command = [sys.executable, "-m", "benchmarks.ahead_of_time", "--ops", "geglu"]
+    result = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}
+    )
     assert result.returncode == 2 and "TRITON_INTERPRET is set" in result.stderr

@@ -50,10 +50,12 @@ def test_the_documented_op_is_right(documented: OpSpec, device: str) -> None:
 
 def test_the_documented_op_compiles_for_hopper(tmp_path: Path) -> None:
     write_op(tmp_path)
-    script = f"import sd_kernels; sd_kernels.__path__.append({str(tmp_path)!r}); import ahead_of_time as a; "
+    script = (
+        f"import sd_kernels; sd_kernels.__path__.append({str(tmp_path)!r}); from benchmarks import ahead_of_time as a; "
+    )
     script += "import sys; sys.argv = ['', '--ops', 'squared_relu', '--targets', '90']; sys.exit(a.main())"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "kernels"), str(ROOT / "benchmarks")])
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "kernels"), str(ROOT)])
     command = [sys.executable, "-c", script]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr

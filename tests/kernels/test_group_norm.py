@@ -14,7 +14,7 @@ from sd_kernels import harness
 from sd_kernels.errors import KernelError
 from sd_kernels.group_norm import SPEC
 from sd_kernels.group_norm import triton as kernels
-from sd_kernels.group_norm.torch import group_norm as torchs
+from sd_kernels.group_norm.aten import group_norm as torchs
 from sd_kernels.spec import Case, Inputs
 from tests.kernels.faults import assert_caught
 

@@ -6,7 +6,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from sd_kernels.errors import KernelError
 from sd_kernels.layer_norm import SPEC
-from sd_kernels.layer_norm.torch import layer_norm as torchs
+from sd_kernels.layer_norm.aten import layer_norm as torchs
 from sd_kernels.layer_norm.triton import WIDEST, layer_norm
 from sd_kernels.spec import Case, Inputs
 from tests.kernels.faults import assert_caught

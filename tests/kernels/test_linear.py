@@ -7,7 +7,7 @@ import torch
 
 from sd_kernels.errors import KernelError
 from sd_kernels.linear import SPEC
-from sd_kernels.linear.torch import linear
+from sd_kernels.linear.aten import linear
 from sd_kernels.sd_v2_shapes import BATCH
 from tests.kernels.faults import assert_caught
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from sd_perf.distributed.checkpoints import CheckpointStore, read_state
+from sd_perf.runs.checkpoints import CheckpointStore, read_state
 from sd_perf.training.callbacks.checkpointer import Checkpointer
-from tests.training.conftest import start_train, train
+from tests.small_run import start_train, train
 from tests.training.test_resume import assert_bit_identical, final_tensors, wait_for
 
 KILLS, IN_A_WRITE = 20, 5

@@ -12,10 +12,10 @@ from torch._dynamo.utils import counters
 
 from sd_kernels.spec import DECLARED_TARGETS, Target
 from sd_perf.config import KernelsConfig
-from sd_perf.distributed.checkpoints import load_component
 from sd_perf.distributed.world import start_world
 from sd_perf.errors import CheckpointError, ConfigError
-from sd_perf.models.products import precision_state
+from sd_perf.fast.linear import precision_state
+from sd_perf.runs.checkpoints import load_component
 from sd_perf.training.callbacks.checkpointer import Checkpointer
 from sd_perf.training.callbacks.metrics import MetricsFile
 from sd_perf.training.launch import launch

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from sd_perf.distributed.checkpoints import CheckpointStore, load_component
+from sd_perf.runs.checkpoints import CheckpointStore, load_component
 from sd_perf.training.callbacks.base import Callback
 from sd_perf.training.callbacks.checkpointer import Checkpointer
 from sd_perf.training.callbacks.metrics import MetricsFile
-from tests.training.conftest import start_train, train
+from tests.small_run import start_train, train
 
 
 class StopAt(Callback):

@@ -71,7 +71,7 @@ SPEC = OpSpec(
             refuses=_float32_alone,
             exact=False,
         ),
-        Backend("torch", f"{__name__}.torch", refuses=_float32_alone, exact=False),
+        Backend("torch", f"{__name__}.aten", refuses=_float32_alone, exact=False),
         Backend("reference", f"{__name__}.reference"),
     ),
     cases=_cases(SD_V2),

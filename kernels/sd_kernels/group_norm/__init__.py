@@ -109,7 +109,7 @@ SPEC = OpSpec(
             capability=(7, 5),
             refuses=_apex_refuses,
         ),
-        Backend("torch", f"{__name__}.torch"),
+        Backend("torch", f"{__name__}.aten"),
         Backend("reference", f"{__name__}.reference"),
     ),
     cases=counted(_calls(SD_V2), _case),

@@ -46,7 +46,7 @@ SPEC = OpSpec(
     summary="x + residual and its LayerNorm",
     backends=(
         Backend("triton", f"{__name__}.triton", capability=(8, 0)),
-        Backend("torch", f"{__name__}.torch"),
+        Backend("torch", f"{__name__}.aten"),
         Backend("reference", f"{__name__}.reference"),
     ),
     cases=counted(_calls(SD_V2), _case),

@@ -57,7 +57,7 @@ def _work(case: Case, dtype: dtype) -> Work:
 SPEC = OpSpec(
     name="linear",
     summary="product with a weight, and bias",
-    backends=(Backend("torch", f"{__name__}.torch"), Backend("reference", f"{__name__}.reference")),
+    backends=(Backend("torch", f"{__name__}.aten"), Backend("reference", f"{__name__}.reference")),
     cases=counted(_calls(SD_V2), _case),
     cases_of=lambda unet: counted(_calls(unet), _case),
     small_cases=(

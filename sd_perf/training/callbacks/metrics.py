@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from sd_perf.distributed.checkpoints import MAKE_ROOM
 from sd_perf.files import disk_errors, json_lines, write_text
+from sd_perf.runs.checkpoints import MAKE_ROOM
+from sd_perf.runs.folder import read_lines
 from sd_perf.training.callbacks.base import Callback
-from sd_perf.training.run_folder import read_lines
 
 if TYPE_CHECKING:
     from sd_perf.training.trainer import Trainer

@@ -1,0 +1,80 @@
+"""Which backend runs each operator: the config's section `kernels` resolved for a GPU, in the words of its keys."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import torch
+
+from sd_kernels.errors import KernelError
+from sd_kernels.registry import all_ops
+from sd_kernels.selection import AUTO, Choice, choose, reasons_against
+from sd_kernels.spec import DECLARED_TARGETS, Target
+from sd_perf.config import Config, KernelsConfig
+from sd_perf.errors import ConfigError
+from sd_perf.fast.architecture import architecture
+
+REFERENCE = "reference"
+
+
+def target_named(name: str) -> Target:
+    """The declared GPU of that name, or with `here` this machine's device."""
+    return Target.here() if name == "here" else DECLARED_TARGETS[name]
+
+
+def choose_kernels(config: Config, target: Target) -> dict[str, Choice]:
+    """The backend of every operator, for the calls that the config's model makes.
+
+    `strict` binds the operators that training runs. Raises ConfigError naming the key.
+    """
+    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    unet, used = architecture(config), used_ops(config)
+    choices = {}
+    for name, spec in all_ops().items():
+        wanted, cases = getattr(config.kernels, name), spec.cases_of(unet) if spec.cases_of else ()
+        try:
+            choices[name] = choose(name, wanted, target, cases, dtype, config.kernels.strict and name in used)
+        except KernelError as error:
+            raise ConfigError(str(error)) from error
+    _require_fp8(config, target, choices["fp8_linear"])
+    return choices
+
+
+def _require_fp8(config: Config, target: Target, native: Choice) -> None:
+    """ConfigError where a layer is to be in FP8 and the target has none: that is no speed that is passed over."""
+    for _, arithmetic, key in config.precision.in_fp8():
+        if arithmetic == "fp8_te":
+            against = reasons_against(all_ops()["fp8_linear"].backend("te"), target)
+            right = f"fp8_native or bf16, since fp8_te cannot be had on {target.name}: {'; '.join(against)}"
+            config.precision.require(not against, key, right)
+        elif target.device == "cuda" and native.wanted == AUTO:
+            reasons = "; ".join(f"{name}: {why}" for name, why in native.passed_over.items())
+            right = f"bf16 on {target.name} ({reasons}), or set kernels.fp8_linear to {REFERENCE}, which is slow"
+            config.precision.require(native.backend != REFERENCE, key, right)
+
+
+def used_ops(config: Config) -> tuple[str, ...]:
+    """The operators that the config's training runs: none with the plain network. AdamW is torch's own."""
+    idle = {"adamw"} | (set() if config.precision.uses("fp8_native") else {"fp8_linear"})
+    is_fast = config.model.implementation == "fast"
+    return tuple(op for op in all_ops() if is_fast and op not in idle)
+
+
+def require_used(config: Config) -> None:
+    """ConfigError where the config chooses kernels that the rest of it leaves without work."""
+    used, is_fast = used_ops(config), config.model.implementation == "fast"
+    for key in (field.name for field in fields(KernelsConfig)):
+        if key in used or (key == "strict" and is_fast):
+            continue
+        right = "false" if key == "strict" else f"{AUTO} or {REFERENCE}"
+        right += f", since {_idle(key) if is_fast else _PLAIN}"
+        config.kernels.require(getattr(config.kernels, key) in (AUTO, REFERENCE, False), key, right)
+
+
+_PLAIN = "model.implementation is 'plain', which runs no kernels"
+
+
+def _idle(op: str) -> str:
+    if op == "fp8_linear":
+        return "no layer of the section precision is fp8_native"
+    return "training updates weights by torch's own fused AdamW"

@@ -1,0 +1,193 @@
+"""What is installed here, what is not and what that costs, what torch can compute on, and which kernels can be had."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterable
+from importlib import metadata
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+import sd_perf
+from sd_kernels.registry import all_ops, source_digest
+from sd_kernels.selection import choose, reasons_against
+from sd_kernels.spec import Backend, OpSpec, Target
+from sd_perf.errors import UserError
+from sd_perf.fast.choice import REFERENCE, target_named
+from sd_perf.files import one_line
+
+RESULTS = Path(sd_perf.__file__).parents[1] / "benchmarks/results"
+"""of a source checkout; an installed package has none, and then no kernel has a proof"""
+
+# package, what it is for, how to get it
+_PACKAGES = (
+    ("torch", "everything", "pip install torch"),
+    ("triton", "fused kernels on a GPU", "pip install triton"),
+    ("numpy", "data", "pip install numpy"),
+    ("tyro", "command line", "pip install 'sd-perf[cli]'"),
+    ("rich", "command line", "pip install 'sd-perf[cli]'"),
+    ("PyYAML", "presets", "pip install 'sd-perf[cli]'"),
+    ("safetensors", "export and import of weights", "pip install 'sd-perf[cli]'"),
+    ("open-clip-torch", "text encoder in the step, sampling", "pip install 'sd-perf[text]'"),
+    ("pillow", "data prepare, sampling", "pip install 'sd-perf[images]'"),
+    ("onnxruntime", "autoencoders in .onnx files", "pip install 'sd-perf[onnx]'"),
+    ("matplotlib", "report", "pip install 'sd-perf[report]'"),
+    ("mlperf-logging", "MLPerf logs, mlperf check", "pip install 'sd-perf[mlperf]'"),
+    ("diffusers", "tests only: an independent UNet", "pip install 'sd-perf[dev]'"),
+)
+
+
+def examine(target: str = "here", results: Path = RESULTS) -> dict[str, Any]:
+    """Versions, devices, packages, and the kernels that can be had on the target, as JSON takes them."""
+    device = target_named(target)
+    runs = _runs(results)
+    return {
+        "sd_perf": sd_perf.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "devices": _devices(),
+        "packages": [
+            {"package": name, "version": _version(name), "needed_for": purpose, "install": command}
+            for name, purpose, command in _PACKAGES
+        ],
+        "target": {"name": device.name, "declared": target != "here"},
+        "kernels": [_kernel(spec, device, runs) for spec in all_ops().values()],
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[dict[str, Any]]:
+    cpu = {"device": "cpu", "name": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    gpus = []
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        capability = f"sm_{properties.major}{properties.minor}"
+        gpu = {"device": f"cuda:{i}", "name": properties.name, "memory_bytes": properties.total_memory}
+        gpus.append({**gpu, "capability": capability, "multiprocessors": properties.multi_processor_count})
+    return [cpu, *gpus]
+
+
+def _kernel(spec: OpSpec, target: Target, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "op": spec.name,
+        "summary": spec.summary,
+        "auto": choose(spec.name, target=target, cases=spec.cases).backend,
+        "backends": [_backend(spec, backend, target, runs) for backend in spec.backends],
+    }
+
+
+def _backend(spec: OpSpec, backend: Backend, target: Target, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    mine = [run for run in runs if (run["op"], run["backend"]) == (spec.name, backend.name)]
+    return {
+        "backend": backend.name,
+        "package": backend.package,
+        "installed": _version(backend.package.split()[0]) if backend.package else None,
+        "install": backend.install,
+        "against": reasons_against(backend, target, spec.cases),
+        "automatic": backend.automatic,
+        "ran_on": sorted({run["gpu"] for run in mine}),
+        "changed_since": bool(mine) and all(run["source"] != source_digest(spec.name) for run in mine),
+    }
+
+
+def _runs(folder: Path) -> list[dict[str, Any]]:
+    """Rows of all committed kernel benchmarks that ran on a GPU with green parity."""
+    rows = []
+    for path in sorted(folder.glob("kernels_*.json")):
+        try:
+            rows += [row for row in json.loads(path.read_text(encoding="utf-8"))["rows"] if row["parity"]["ok"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: is no result of kernel_speed.py ({one_line(error)}); restore it") from error
+    return rows
+
+
+def screen(report: dict[str, Any]) -> Iterable[Any]:
+    """The report for a terminal, within one screen of 100 columns."""
+    yield f"[bold]sd-perf {report['sd_perf']}[/], Python {report['python']}, {report['platform']}"
+    yield _facts(report)
+    target = report["target"]
+    yield f"[bold]kernels on {target['name']}[/]" + (", as declared" if target["declared"] else "")
+    yield _kernels_table(report["kernels"])
+    yield from _adapted(report["kernels"])
+    yield "[dim]sd-perf doctor --json has every reason in full, and how to get each package[/]"
+
+
+def _facts(report: dict[str, Any]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    described = [(device["device"], _described(device)) for device in report["devices"]]
+    for what, names in groupby(described, key=lambda pair: pair[1]):
+        alike = [name for name, _ in names]
+        table.add_row(alike[0] + (f" ... {alike[-1]}" if len(alike) > 1 else ""), what)
+    there = [f"{row['package']} [cyan]{row['version']}[/]" for row in report["packages"] if row["version"]]
+    table.add_row("packages", "  ".join(there))
+    for row in report["packages"]:
+        if not row["version"]:
+            table.add_row("[red]missing[/]", escape(f"{row['package']} ({row['needed_for']}): {row['install']}"))
+    return table
+
+
+def _described(device: dict[str, Any]) -> str:
+    if "threads" in device:
+        return f"{device['name']}, {device['threads']} CPU threads"
+    return f"{device['name']}, {device['memory_bytes'] / 2**30:.0f} GiB, {device['capability']}"
+
+
+def _kernels_table(kernels: list[dict[str, Any]]) -> Table:
+    """An op's backends by what is to be said of them; the reference can always be had."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for column in ("op", "auto takes", "backends", "can they be had", "ran on"):
+        table.add_column(column, no_wrap=column != "can they be had")
+    for kernel in kernels:
+        first = (kernel["op"], kernel["auto"])
+        others = [row for row in kernel["backends"] if row["backend"] != REFERENCE]
+        alike: dict[tuple[str, str], list[str]] = {}
+        for row in others:
+            said = _availability(row, row["backend"] == kernel["auto"]), _ran(row)
+            alike.setdefault(said, []).append(row["backend"])
+        for (availability, ran), names in alike.items():
+            style = "dim" if availability.startswith("no") else "green" if availability == "yes, taken" else ""
+            table.add_row(*first, ", ".join(names), Text(availability, style), ran)
+            first = ("", "")
+    return table
+
+
+def _availability(row: dict[str, Any], taken: bool) -> str:
+    """In few words; of a reason what comes before the target's own facts, which the title names."""
+    if row["against"] and row["against"][0].startswith("No module named"):
+        return "no: not installed"
+    if row["against"]:
+        reason = row["against"][0].removesuffix(row["install"]).partition(", ")[0].rstrip("; ")
+        return "no: " + reason.replace("compute capability", "capability")
+    return "yes, taken" if taken else "yes" if row["automatic"] else "yes, when named"
+
+
+def _ran(row: dict[str, Any]) -> str:
+    if not row["ran_on"]:
+        return "[yellow]never[/]"
+    return ", ".join(row["ran_on"]) + (" [yellow](changed since)[/]" if row["changed_since"] else "")
+
+
+def _adapted(kernels: list[dict[str, Any]]) -> Iterable[Any]:
+    """A line per adapted package: whose signature is bound, and what is installed."""
+    packages: dict[tuple[str, str | None], list[str]] = {}
+    for kernel in kernels:
+        for row in (row for row in kernel["backends"] if row["package"]):
+            packages.setdefault((row["package"], row["installed"]), []).append(f"{kernel['op']}/{row['backend']}")
+    table = Table.grid(padding=(0, 2))
+    for (package, installed), users in packages.items():
+        state = f"{installed} is installed" if installed else "not installed"
+        table.add_row(", ".join(users), escape(f"signature bound to {package}; {state}"))
+    return ["", table] if table.row_count else []

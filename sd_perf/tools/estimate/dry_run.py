@@ -1,0 +1,128 @@
+"""What a config amounts to, without allocating its weights: parameters, FLOPs, memory, batch arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
+
+from sd_perf.config import LINEAR_LAYERS, Config
+from sd_perf.fast.architecture import architecture
+from sd_perf.fast.choice import choose_kernels, target_named, used_ops
+from sd_perf.reference.unet import UNet
+from sd_perf.tools.estimate.eager import plain
+from sd_perf.tools.estimate.ways import kept
+
+
+def dry_run(config: Config, world_size: int, target: str = "here") -> dict[str, Any]:
+    """Facts of a run on a GPU of `sd_kernels.spec.DECLARED_TARGETS` or here, as JSON takes them.
+
+    Raises ConfigError where the batch does not divide, or a kernel that is asked for cannot be had there.
+    """
+    micro_batch = config.micro_batch_size(world_size)
+    device = target_named(target)
+    choices = choose_kernels(config, device)
+    with torch.device("meta"):
+        unet = UNet(config.model)
+    parameters = sum(parameter.numel() for parameter in unet.parameters())
+    flops_forward, flops_step = _flops(unet, config)
+    activations = _activation_bytes(config)
+    weight_bytes = 4 * parameters
+    low_precision = 2 * parameters if config.training.precision == "bf16" else 0
+    name = "activations" + ("_without_checkpointing" if config.model.activation_checkpointing else "")
+    memory = {
+        "weights": weight_bytes,
+        "gradients": weight_bytes,
+        "adamw_moments": 2 * weight_bytes,
+        "bf16_weight_copies": low_precision,
+        name: int(activations * micro_batch),
+    }
+    batch = config.training.global_batch_size
+    return {
+        "parameters": parameters,
+        "tensors": len(list(unet.parameters())),
+        "gflops_forward": round(flops_forward / 1e9, 1),
+        "gflops_forward_backward": round(flops_step / 1e9, 1),
+        "memory_bytes": {**memory, "total": sum(memory.values())},
+        "batch": {
+            "global": batch,
+            "ranks": world_size,
+            "accumulate_steps": config.training.accumulate_steps,
+            "per_rank_and_pass": micro_batch,
+        },
+        "learning_rate": config.learning_rate,
+        "warmup_steps": config.optimizer.warmup_steps,
+        "steps": config.steps_of(config.training.max_samples),
+        "steps_between_checkpoints": config.steps_of(config.checkpoint.every_samples),
+        "linear_layers": {layers: _format(config, layers) for layers in LINEAR_LAYERS},
+        "target": device.name,
+        "kernels": {op: asdict(choices[op]) for op in used_ops(config)},
+    }
+
+
+def as_table(facts: dict[str, Any]) -> Table:
+    """The facts of `dry_run` for the terminal."""
+    memory, batch = facts["memory_bytes"], facts["batch"]
+    table = Table(show_header=False, title="dry run", title_justify="left")
+    table.add_row("parameters", f"{facts['parameters']:,} in {facts['tensors']} tensors")
+    table.add_row("forward", f"{facts['gflops_forward']:,.1f} GFLOP per sample")
+    table.add_row("forward + backward", f"{facts['gflops_forward_backward']:,.1f} GFLOP per sample")
+    parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items() if name != "total")
+    table.add_row("memory per rank", f"{memory['total'] / 2**30:.2f} GiB: {parts}")
+    table.add_row(
+        "batch",
+        f"{batch['global']} samples per step = {batch['ranks']} ranks x {batch['accumulate_steps']} "
+        f"accumulation steps x {batch['per_rank_and_pass']}",
+    )
+    formats = facts["linear_layers"]
+    named = ", ".join(f"{layers} {number_format}" for layers, number_format in formats.items())
+    table.add_row("linear layers", named if len(set(formats.values())) > 1 else next(iter(formats.values())))
+    table.add_row("learning rate", f"{facts['learning_rate']:.4g} after {facts['warmup_steps']} steps")
+    table.add_row("steps", f"{facts['steps']:,}, a checkpoint every {facts['steps_between_checkpoints']:,}")
+    return table
+
+
+def _format(config: Config, layers: str) -> str:
+    arithmetic = config.precision.of(layers)
+    return config.training.precision if arithmetic == "bf16" else arithmetic
+
+
+def kernels_table(facts: dict[str, Any]) -> tuple[Any, ...]:
+    """The backends that were chosen, and why each better one was passed over; nothing for the plain network."""
+    if not facts["kernels"]:
+        return ()
+    title = f"kernels on {facts['target']}"
+    table = Table("op", "backend", "why no better one")
+    for choice in facts["kernels"].values():
+        reasons = [f"{name}: {why}" for name, why in choice["passed_over"].items()]
+        named = [] if choice["wanted"] == "auto" else ["named in the config"]
+        table.add_row(choice["op"], choice["backend"], "; ".join([*named, *reasons]))
+    return f"[italic]{title}[/]", table
+
+
+def _activation_bytes(config: Config) -> float:
+    """Bytes per sample that the backward pass keeps, parameters aside."""
+    if config.model.implementation == "plain" or config.training.precision == "fp32":
+        return plain(config, 1, config.training.precision == "bf16")[1]
+    return kept(architecture(config), 1, concatenated=False)
+
+
+def _inputs(config: Config, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One sample's latents, timesteps and text states on the meta device."""
+    size = config.data.latent_size
+    with torch.device("meta"):
+        latents = torch.empty(1, config.model.in_channels, size, size, dtype=dtype)
+        context = torch.empty(1, config.data.context_tokens, config.model.context_dim, dtype=dtype)
+        return latents, torch.zeros(1, dtype=torch.int64), context
+
+
+def _flops(unet: UNet, config: Config) -> tuple[int, int]:
+    """FLOPs per sample of forward and of forward + backward (multiply-add is 2; nothing counted twice)."""
+    with FlopCounterMode(display=False) as forward:
+        output = unet(*_inputs(config, torch.float32))
+    with FlopCounterMode(display=False) as backward:
+        output.square().mean().backward()
+    return forward.get_total_flops(), forward.get_total_flops() + backward.get_total_flops()

@@ -1,0 +1,159 @@
+"""Parity can fail: each planted fault is red at its own level, by a name that leads to it; unplanted all is green."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from functools import cache
+
+import pytest
+import torch
+
+from sd_kernels.registry import all_ops
+from sd_kernels.spec import Backend, Function
+from sd_perf.config import Config
+from sd_perf.data import order
+from sd_perf.presets import load_preset
+from sd_perf.tools.parity import network, operators, step, subject
+from sd_perf.tools.parity.rows import Row
+from sd_perf.tools.parity.subject import Subject, Where
+from tests.kernels.faults import planted, replaced
+
+Plant = Callable[[pytest.MonkeyPatch, ExitStack], None]
+
+
+def smoke() -> Config:
+    config = load_preset("configs/smoke.yaml")
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, implementation="fast"))
+
+
+def rows(level: str, where: Where, ops: tuple[str, ...] = ()) -> list[Row]:
+    """All rows of a level; of level op those of these operators alone."""
+    own = Subject.of(smoke(), where)
+    if level == "op":
+        kept = {name: spec for name, spec in all_ops().items() if name in ops}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(operators, "all_ops", lambda: kept)
+            return list(operators.compare_operators(own))
+    levels: dict[str, Callable[[], Iterable[Row]]] = {
+        "block": lambda: network.compare_blocks(own),
+        "unet": lambda: network.compare_networks(own, {"unet"}),
+        "grad": lambda: network.compare_networks(own, {"grad"}),
+        "step": lambda: step.compare_steps(own),
+    }
+    return list(levels[level]())
+
+
+@cache
+def unplanted(level: str, where: Where, ops: tuple[str, ...] = ()) -> list[Row]:
+    return rows(level, where, ops)
+
+
+def in_op(op: str, *replacements: tuple[str, str]) -> Plant:
+    def plant(patch: pytest.MonkeyPatch, stack: ExitStack) -> None:
+        faulty, original = stack.enter_context(planted(op, *replacements)), Backend.function
+
+        def function(self: Backend, name: str) -> Function:
+            return faulty if (name, self.name) == (op, "triton") else original(self, name)
+
+        patch.setattr(Backend, "function", function)
+
+    return plant
+
+
+def in_unet(*replacements: tuple[str, str]) -> Plant:
+    def plant(patch: pytest.MonkeyPatch, stack: ExitStack) -> None:
+        faulty = stack.enter_context(replaced("sd_perf.fast.unet", *replacements))
+        patch.setattr(network, "fast", faulty)
+        for name in ("FastUNet", "Ops"):
+            patch.setattr(subject, name, getattr(faulty, name))
+
+    return plant
+
+
+def in_module(module: str, user: object, name: str, *replacements: tuple[str, str]) -> Plant:
+    def plant(patch: pytest.MonkeyPatch, stack: ExitStack) -> None:
+        patch.setattr(user, name, getattr(stack.enter_context(replaced(module, *replacements)), name))
+
+    return plant
+
+
+def no_decay_on_biases(patch: pytest.MonkeyPatch, stack: ExitStack) -> None:
+    def build(unet: torch.nn.Module, config: Config) -> torch.optim.AdamW:
+        named = list(unet.named_parameters())
+        biases = [parameter for name, parameter in named if name.endswith("bias")]
+        others = [parameter for name, parameter in named if not name.endswith("bias")]
+        return torch.optim.AdamW([{"params": others}, {"params": biases, "weight_decay": 0.0}])
+
+    patch.setattr(step, "build_optimizer", build)
+
+
+TANH = "tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))"
+TAKEN_BY_RANK = "np.arange(position + rank, position + global_batch, world_size"
+TAKEN_BY_ALL = "np.arange(position, position + global_batch // world_size"
+FAULTS: dict[str, tuple[str, Where, str, Plant]] = {
+    "wrong eps": (
+        "op", "interpreter", "group_norm", in_op("group_norm", ("/ (N * CPG) + eps)", "/ (N * CPG) + 1e-3)")),
+    ),
+    "swapped GEGLU halves": (
+        "op", "interpreter", "geglu",
+        in_op("geglu", ("value * (gate * _normal_cdf(gate))", "gate * (value * _normal_cdf(value))")),
+    ),
+    "tanh GELU": (
+        "op", "interpreter", "geglu", in_op("geglu", ("0.5 * (1.0 + tl.erf(x * 0.7071067811865476))", TANH)),
+    ),
+    "stale FP8 scale": (
+        "op", "interpreter", "fp8_linear",
+        in_op("fp8_linear", ("mean, rstd, amax, norm_weight", "mean, rstd, amax and amax - (1 << 22), norm_weight")),
+    ),
+    "32 groups for 16": (
+        "block", "structure", "ResBlock",
+        in_unet(("norm = Norm(groups, out_channels, 1e-5", "norm = Norm(2 * groups, out_channels, 1e-5")),
+    ),
+    "missing residual": (
+        "block", "structure", "SpatialTransformer",
+        in_unet(("return Pending(as_image(out, total), residual=total)", "return Pending(as_image(out, total))")),
+    ),
+    "last transformer block skipped in the text encoder": (
+        "block", "structure", network.TEXT_ENCODER,
+        in_module(
+            "sd_perf.models.text_encoder", network, "OpenClipTextEncoder", ("resblocks[:-1]", "resblocks[:-2]")
+        ),
+    ),
+    "sin and cos swapped": (
+        "unet", "structure", "prediction",
+        in_unet(("(angles.cos(), angles.sin())", "(angles.sin(), angles.cos())")),
+    ),
+    "gradient of the skips lost": (
+        "grad", "structure", "", in_unet(("skips.append(total)", "skips.append(total.detach())")),
+    ),
+    "weight decay forgotten on biases": ("step", "structure", "AdamW's change of biases", no_decay_on_biases),
+    "noise reused across ranks": (
+        "step", "structure", step.NOISE_OF_RANKS,
+        in_module("sd_perf.data.order", order, "rank_positions", (TAKEN_BY_RANK, TAKEN_BY_ALL)),
+    ),
+    "bfloat16 master instead of remainder": (
+        "step", "interpreter", "masters",
+        in_op("adamw", ("_store(remainders, bits.to(tl.int16)", "_store(remainders, (bits * 0).to(tl.int16)")),
+    ),
+    "wrong alpha_prev at the last DDIM step": (
+        "step", "structure", "DDIM's latents after its last step",
+        in_module("sd_perf.diffusion.ddim", step, "ddim_sample", ("timesteps[1:], 0]", "timesteps[1:], 1]")),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_red_at_its_level_and_named(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    level, where, name, plant = FAULTS[fault]
+    ops = (name,) if level == "op" else ()
+    good = unplanted(level, where, ops)
+    assert good and all(row.ok for row in good), [row for row in good if not row.ok]
+    with ExitStack() as stack:
+        plant(monkeypatch, stack)
+        bad = rows(level, where, ops)
+    wrong = [row for row in bad if not row.ok]
+    assert wrong and {row.name for row in bad} == {row.name for row in good}
+    assert all(row.level == level and re.search(re.escape(name), row.name) for row in wrong), wrong
