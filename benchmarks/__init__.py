@@ -1,1 +1,2 @@
-"""What is measured: each module is a command, `python -m benchmarks.NAME`; results/ holds the measured JSON."""
+"""What is measured: each module is a command, `python -m benchmarks.NAME`; results/ holds the
+measured JSON."""

@@ -1,9 +1,10 @@
-"""On a CPU: our loader beside webdataset, our plain UNet beside diffusers', fast training steps beside plain ones.
+"""On a CPU: our loader beside webdataset, our plain UNet beside diffusers', fast training steps
+beside plain ones.
 
     python -m benchmarks.cpu_comparisons
 
-Ratios are what counts: both sides run alternately on the same machine, on the same shards or weights. Shards are
-written to a temporary folder and read from the page cache.
+Ratios are what counts: both sides run alternately on the same machine, on the same shards or
+weights. Shards are written to a temporary folder and read from the page cache.
 """
 
 from __future__ import annotations
@@ -58,13 +59,16 @@ def write_moments(folder: Path) -> None:
 
 
 def compare_loaders() -> dict[str, float]:
-    """Seconds for an epoch of shuffled batches; both give float32 moments (B, 8, 64, 64) and captions."""
+    """Seconds for an epoch of shuffled batches; both give float32 moments (B, 8, 64, 64) and
+    captions."""
     import webdataset
 
     with tempfile.TemporaryDirectory() as folder:
         write_moments(Path(folder))
         config = DataConfig(path=folder, workers=2)
-        loader = PortableLoader(config, LoaderOptions(seed=0, global_batch_size=BATCH, micro_batch_size=BATCH))
+        loader = PortableLoader(
+            config, LoaderOptions(seed=0, global_batch_size=BATCH, micro_batch_size=BATCH)
+        )
         shards = sorted(str(path) for path in Path(folder).glob("*.tar"))
 
         def ours() -> None:
@@ -81,7 +85,8 @@ def compare_loaders() -> dict[str, float]:
 
 
 def compare_unets(config: UNetConfig, latent_size: int, tokens: int) -> dict[str, float]:
-    """Seconds of forward + backward at the smoke run's sizes, with the same weights and 32 groups in both."""
+    """Seconds of forward + backward at the smoke run's sizes, with the same weights and 32 groups
+    in both."""
     define_missing_torchvision_ops()
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
@@ -89,7 +94,10 @@ def compare_unets(config: UNetConfig, latent_size: int, tokens: int) -> dict[str
     other = UNet2DConditionModel.from_config(diffusers_unet_config(config))
     other.load_state_dict(to_diffusers(unet.state_dict(), config))
     latents = torch.randn(BATCH, config.in_channels, latent_size, latent_size)
-    context, timesteps = torch.randn(BATCH, tokens, config.context_dim), torch.randint(0, 1000, (BATCH,))
+    context, timesteps = (
+        torch.randn(BATCH, tokens, config.context_dim),
+        torch.randint(0, 1000, (BATCH,)),
+    )
 
     def ours() -> None:
         unet(latents, timesteps, context).square().mean().backward()
@@ -101,7 +109,8 @@ def compare_unets(config: UNetConfig, latent_size: int, tokens: int) -> dict[str
 
 
 def compare_steps(smoke: Config) -> dict[str, float]:
-    """Seconds of a training step of the smoke run, draws and optimizer included, with both networks."""
+    """Seconds of a training step of the smoke run, draws and optimizer included, with both
+    networks."""
     world = World(rank=0, size=1, device=torch.device("cpu"))
     plain = replace(smoke, model=smoke.model.network)
     side, tokens = smoke.data.latent_size, smoke.data.context_tokens
@@ -125,7 +134,10 @@ def main() -> None:
     torch.set_num_threads(2)
     steps = compare_steps(smoke)
     torch.set_num_threads(1)
-    sizes = {**vars(smoke.model.network), "resblock_groups": 32}  # diffusers has one number of groups for all norms
+    sizes = {
+        **vars(smoke.model.network),
+        "resblock_groups": 32,
+    }  # diffusers has one number of groups for all norms
     unets = compare_unets(UNetConfig(**sizes), smoke.data.latent_size, smoke.data.context_tokens)
     results = {
         "loader, seconds per 1,024 samples": compare_loaders(),
@@ -134,7 +146,10 @@ def main() -> None:
     }
     for name, seconds in results.items():
         (ours, our_time), (theirs, their_time) = seconds.items()
-        print(f"{name}: {ours} {our_time:.3f}, {theirs} {their_time:.3f}: ratio {their_time / our_time:.2f}")
+        print(
+            f"{name}: {ours} {our_time:.3f}, {theirs} {their_time:.3f}: ratio "
+            f"{their_time / our_time:.2f}"
+        )
     print(json.dumps({"torch": torch.__version__, "results": results}))
 
 

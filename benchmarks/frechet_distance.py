@@ -1,9 +1,11 @@
-"""Fréchet distance: the eigenvalue route of sd_perf against scipy.linalg.sqrtm, the benchmark's reference, in one run.
+"""Fréchet distance: the eigenvalue route of sd_perf against scipy.linalg.sqrtm, the benchmark's
+reference, in one run.
 
     python -m benchmarks.frechet_distance [--output FILE.json]
 
-Two pairs of Gaussians of 2048 features, seeded: both covariances of full rank, and one of fewer samples than features.
-The routes take turns; times are medians in seconds, with the same number of threads for both. Needs scipy.
+Two pairs of Gaussians of 2048 features, seeded: both covariances of full rank, and one of fewer
+samples than features. The routes take turns; times are medians in seconds, with the same number of
+threads for both. Needs scipy.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ AGREEMENT = 1e-6
 def gaussian(samples: int, features: int, seed: int) -> Gaussian:
     """Of correlated, off-centre features (samples, features) with a spectrum over three decades."""
     generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(features, features, generator=generator, dtype=torch.float64) / features**0.5
+    mixing = (
+        torch.randn(features, features, generator=generator, dtype=torch.float64) / features**0.5
+    )
     scales = torch.logspace(0, -3, features, dtype=torch.float64)
     noise = torch.randn(samples, features, generator=generator, dtype=torch.float64)
     drawn = FeatureStatistics(features)
@@ -48,7 +52,9 @@ def by_sqrtm(a: Gaussian, b: Gaussian) -> float:
     return ((a.mean - b.mean).square().sum() + traces).item() - 2 * float(np.trace(root))
 
 
-def timed(distance: Callable[[Gaussian, Gaussian], float], pair: tuple[Gaussian, Gaussian]) -> tuple[float, float]:
+def timed(
+    distance: Callable[[Gaussian, Gaussian], float], pair: tuple[Gaussian, Gaussian]
+) -> tuple[float, float]:
     """Seconds, and the distance."""
     start = time.perf_counter()
     value = distance(*pair)
@@ -57,11 +63,19 @@ def timed(distance: Callable[[Gaussian, Gaussian], float], pair: tuple[Gaussian,
 
 def compare(features: int, samples_per_feature: float, repeats: int) -> dict[str, float]:
     """Median seconds of both routes, their ratio, and the relative difference of the distances."""
-    pair = gaussian(round(features * samples_per_feature), features, 1), gaussian(4 * features, features, 2)
+    pair = (
+        gaussian(round(features * samples_per_feature), features, 1),
+        gaussian(4 * features, features, 2),
+    )
     runs = [(timed(frechet_distance, pair), timed(by_sqrtm, pair)) for _ in range(repeats)]
     ours, theirs = (statistics.median(run[i][0] for run in runs) for i in (0, 1))
     (_, value), (_, expected) = runs[0]
-    return {"eigenvalues_s": ours, "sqrtm_s": theirs, "ratio": theirs / ours, "difference": abs(value / expected - 1)}
+    return {
+        "eigenvalues_s": ours,
+        "sqrtm_s": theirs,
+        "ratio": theirs / ours,
+        "difference": abs(value / expected - 1),
+    }
 
 
 def main() -> int:
@@ -75,10 +89,16 @@ def main() -> int:
     machine = {"platform": platform.platform(), "threads": torch.get_num_threads()}
     print(f"{options.features} features, {machine['threads']} threads, {versions}")
     for name, row in results.items():
-        print(f"{name:15s} eigenvalues {row['eigenvalues_s']:7.2f} s   sqrtm {row['sqrtm_s']:7.2f} s   "
-              f"ratio {row['ratio']:5.2f}   relative difference {row['difference']:.1e}")  # fmt: skip
+        print(
+            f"{name:15s} eigenvalues {row['eigenvalues_s']:7.2f} s   sqrtm {row['sqrtm_s']:7.2f} "
+            "s   "
+            f"ratio {row['ratio']:5.2f}   relative difference {row['difference']:.1e}"
+        )
     if options.output:
-        write_json(options.output, {"features": options.features, "results": results, **versions, **machine})
+        write_json(
+            options.output,
+            {"features": options.features, "results": results, **versions, **machine},
+        )
     return 0 if all(row["difference"] < AGREEMENT for row in results.values()) else 1
 
 

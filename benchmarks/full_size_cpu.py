@@ -1,10 +1,12 @@
-"""The benchmark's networks at full size, once, on a CPU: an optimizer step, and the chain from photographs to pictures.
+"""The benchmark's networks at full size, once, on a CPU: an optimizer step, and the chain from
+photographs to pictures.
 
     python -m benchmarks.full_size_cpu --images DIR --output DIR
 
-DIR of the images holds photographs and, in it or beside it, their captions.jsonl. Weights and text states are random
-and seeded: this shows that the full size works, what it takes in time and memory, and nothing about pictures. Prints
-a table; writes full_size_cpu.json, the moments shard and the decoded pictures.
+DIR of the images holds photographs and, in it or beside it, their captions.jsonl. Weights and text
+states are random and seeded: this shows that the full size works, what it takes in time and memory,
+and nothing about pictures. Prints a table; writes full_size_cpu.json, the moments shard and the
+decoded pictures.
 """
 
 from __future__ import annotations
@@ -45,7 +47,10 @@ from sd_perf.training.optimizer import build_optimizer
 SEED = 0
 PHOTOGRAPHS = 2
 DDIM_STEPS = 2
-NOTE = "Weights of both networks and the text states are random, seeded; the pictures show nothing but that."
+NOTE = (
+    "Weights of both networks and the text states are random, seeded; the pictures show nothing "
+    "but that."
+)
 
 
 @dataclass(frozen=True)
@@ -68,27 +73,38 @@ class Sizes:
 
 
 class Stages:
-    """Times stages and keeps the peak of the process's resident memory in each; `rows` has one dict per stage."""
+    """Times stages and keeps the peak of the process's resident memory in each; `rows` has one dict
+    per stage."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Measure the block: seconds, and peak_memory_bytes, of the stage alone where Linux lets us reset the mark."""
+        """Measure the block: seconds, and peak_memory_bytes, of the stage alone where Linux lets us
+        reset the mark."""
         gc.collect()
         alone = _reset_peak_memory()
         started = time.perf_counter()
         yield
         seconds = time.perf_counter() - started
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        self.rows.append({"stage": name, "seconds": seconds, "peak_memory_bytes": peak, "peak_of_stage_alone": alone})
+        self.rows.append(
+            {
+                "stage": name,
+                "seconds": seconds,
+                "peak_memory_bytes": peak,
+                "peak_of_stage_alone": alone,
+            }
+        )
         print(f"{seconds:9.2f} s  {peak / 2**30:6.2f} GiB  {name}", flush=True)
 
 
 def _reset_peak_memory() -> bool:
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): sets the peak to what is resident now
+        Path("/proc/self/clear_refs").write_text(
+            "5"
+        )  # proc(5): sets the peak to what is resident now
     except OSError:
         return False
     return True
@@ -96,10 +112,13 @@ def _reset_peak_memory() -> bool:
 
 @torch.no_grad()
 def encode_photographs(images_dir: Path, shards: Path, sizes: Sizes, stages: Stages) -> None:
-    """Photographs -> moments (2C, S, S) and random text states (L, D) -> a shard. DataError without photographs."""
+    """Photographs -> moments (2C, S, S) and random text states (L, D) -> a shard. DataError without
+    photographs."""
     samples = read_captioned_images(images_dir)[:PHOTOGRAPHS]
     if len(samples) < PHOTOGRAPHS:
-        raise DataError(f"{images_dir} has {len(samples)} captioned photographs; {PHOTOGRAPHS} are needed")
+        raise DataError(
+            f"{images_dir} has {len(samples)} captioned photographs; {PHOTOGRAPHS} are needed"
+        )
     with stages("autoencoder: build"):
         autoencoder = _autoencoder(sizes)
     moments = []
@@ -119,7 +138,8 @@ def _autoencoder(sizes: Sizes) -> AutoencoderKL:
 
 
 def _text_states(sizes: Sizes, samples: range) -> torch.Tensor:
-    """Standard normal text states (B, L, D) float32; sample numbers past the photographs' stand for other prompts."""
+    """Standard normal text states (B, L, D) float32; sample numbers past the photographs' stand for
+    other prompts."""
     indices = torch.tensor(list(samples))
     numbers = normal(SEED, Stream.SYNTHETIC, indices, sizes.context_tokens * sizes.unet.context_dim)
     return numbers.view(len(indices), sizes.context_tokens, sizes.unet.context_dim)
@@ -128,7 +148,10 @@ def _text_states(sizes: Sizes, samples: range) -> torch.Tensor:
 def load_batches(shards: Path, sizes: Sizes, stages: Stages) -> list[Batch]:
     """The shard's samples as micro-batches of one, through the trainer's portable loader."""
     config = DataConfig(
-        path=str(shards), latent_size=sizes.latent, context="precomputed", context_tokens=sizes.context_tokens
+        path=str(shards),
+        latent_size=sizes.latent,
+        context="precomputed",
+        context_tokens=sizes.context_tokens,
     )
     with stages("moments shard: index and load"):
         options = LoaderOptions(
@@ -149,8 +172,11 @@ def synthetic_batch(sizes: Sizes) -> Batch:
     return Batch(indices, moments, ["random"], context)
 
 
-def optimizer_step(unet: UNet, optimizer: torch.optim.AdamW, batches: list[Batch], stages: Stages, name: str) -> float:
-    """One float32 optimizer step over micro-batches; returns the mean loss. Gradients are freed afterwards."""
+def optimizer_step(
+    unet: UNet, optimizer: torch.optim.AdamW, batches: list[Batch], stages: Stages, name: str
+) -> float:
+    """One float32 optimizer step over micro-batches; returns the mean loss. Gradients are freed
+    afterwards."""
     diffusion = DiffusionStep(DiffusionConfig(), SEED)
     losses = []
     for number, batch in enumerate(batches, 1):
@@ -169,14 +195,21 @@ def optimizer_step(unet: UNet, optimizer: torch.optim.AdamW, batches: list[Batch
 
 
 def train(shards: Path, sizes: Sizes, stages: Stages) -> tuple[UNet, dict[str, float]]:
-    """A step on one random sample and a step on the photographs; returns the UNet and both losses."""
+    """A step on one random sample and a step on the photographs; returns the UNet and both
+    losses."""
     with stages("UNet: build"):
         unet = UNet(sizes.unet)
         randomize(unet, SEED)  # no layer at 0, so that every gradient is there
     with stages("AdamW: build"):
         optimizer = build_optimizer(unet, Config())
-    optimizer.param_groups[0]["lr"] = Config().learning_rate  # past the warm-up, so that a step moves the weights
-    losses = {"random sample": optimizer_step(unet, optimizer, [synthetic_batch(sizes)], stages, "random sample")}
+    optimizer.param_groups[0]["lr"] = (
+        Config().learning_rate
+    )  # past the warm-up, so that a step moves the weights
+    losses = {
+        "random sample": optimizer_step(
+            unet, optimizer, [synthetic_batch(sizes)], stages, "random sample"
+        )
+    }
     batches = load_batches(shards, sizes, stages)
     losses["photographs"] = optimizer_step(unet, optimizer, batches, stages, "photograph")
     return unet, losses
@@ -187,9 +220,14 @@ def sample_latents(unet: UNet, sizes: Sizes, stages: Stages) -> torch.Tensor:
     """DDIM latents (B, 4, S, S) of the photographs' text states, with guidance."""
     unet.eval().requires_grad_(False)
     config = sizes.unet
-    numbers = normal(SEED, Stream.SAMPLER, torch.arange(PHOTOGRAPHS), config.in_channels * sizes.latent**2)
+    numbers = normal(
+        SEED, Stream.SAMPLER, torch.arange(PHOTOGRAPHS), config.in_channels * sizes.latent**2
+    )
     noise = numbers.view(PHOTOGRAPHS, config.in_channels, sizes.latent, sizes.latent)
-    context, uncond = _text_states(sizes, range(PHOTOGRAPHS)), _text_states(sizes, range(PHOTOGRAPHS, PHOTOGRAPHS + 1))
+    context, uncond = (
+        _text_states(sizes, range(PHOTOGRAPHS)),
+        _text_states(sizes, range(PHOTOGRAPHS, PHOTOGRAPHS + 1)),
+    )
     with stages(f"DDIM: {DDIM_STEPS} steps with guidance, batch {PHOTOGRAPHS}"):
         return ddim_sample(unet, noise, context, uncond, DiffusionConfig(), steps=DDIM_STEPS)
 
@@ -247,19 +285,31 @@ def table(report: dict[str, Any]) -> str:
     """The stages, their sum and the losses as text."""
     rows = report["stages"]
     lines = [f"{'stage':60s} {'seconds':>9s} {'peak GiB':>9s}"]
-    lines += [f"{row['stage']:60s} {row['seconds']:9.2f} {row['peak_memory_bytes'] / 2**30:9.2f}" for row in rows]
+    lines += [
+        f"{row['stage']:60s} {row['seconds']:9.2f} {row['peak_memory_bytes'] / 2**30:9.2f}"
+        for row in rows
+    ]
     highest = max(row["peak_memory_bytes"] for row in rows)
     lines.append(f"{'all':60s} {sum(row['seconds'] for row in rows):9.2f} {highest / 2**30:9.2f}")
     lines += [f"loss, {name}: {loss:.4f}" for name, loss in report["losses"].items()]
-    lines.append(f"UNet of {report['unet_parameters']:,} parameters, {report['image_size']} px. {report['note']}")
+    lines.append(
+        f"UNet of {report['unet_parameters']:,} parameters, {report['image_size']} px. "
+        f"{report['note']}"
+    )
     return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, write, print; returns the exit code: 2 where images or output cannot be used."""
-    parser = argparse.ArgumentParser(description="The full-size networks once on a CPU: time and memory.")
-    parser.add_argument("--images", type=Path, required=True, help="folder of photographs with captions.jsonl")
-    parser.add_argument("--output", type=Path, required=True, help="folder that receives the results")
+    parser = argparse.ArgumentParser(
+        description="The full-size networks once on a CPU: time and memory."
+    )
+    parser.add_argument(
+        "--images", type=Path, required=True, help="folder of photographs with captions.jsonl"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder that receives the results"
+    )
     options = parser.parse_args(arguments)
     try:
         options.output.mkdir(parents=True, exist_ok=True)

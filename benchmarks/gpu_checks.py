@@ -1,7 +1,9 @@
-"""Correctness before speed: networks, draws and captured iterations, held to budgets on this machine.
+"""Correctness before speed: networks, draws and captured iterations, held to budgets on this
+machine.
 
-The plain recipes are held to float64 by fixed budgets, the fast ones by the house rule: at most twice the error that
-plain operations in the same number formats make on the same weights and inputs.
+The plain recipes are held to float64 by fixed budgets, the fast ones by the house rule: at most
+twice the error that plain operations in the same number formats make on the same weights and
+inputs.
 """
 
 from __future__ import annotations
@@ -47,25 +49,28 @@ CONTEXT_TOKENS = 77
 
 CHECKED = (FP32, AUTOCAST, MASTERS, *FAST_CHECKED)
 PRECISION_BUDGET = {"plain_fp32": 1e-4, "plain_autocast": 3e-2, "plain_bf16_masters": 3e-2}
-"""of ||out - ref|| / ||ref|| against float64. On a CPU the small network has 1.6e-6 in fp32 and 1.3e-2 in bf16; TF32
-rounds 8 times finer than bf16, so it would fail as fp32"""
+"""of ||out - ref|| / ||ref|| against float64. On a CPU the small network has 1.6e-6 in fp32 and
+1.3e-2 in bf16; TF32 rounds 8 times finer than bf16, so it would fail as fp32"""
 WORST = "gradient of the worst parameter"
 SMALL_GRADIENT = 1e-3
-"""of the root mean square of all gradients: one that is smaller counts by this, since rounding is all there is of it"""
+"""of the root mean square of all gradients: one that is smaller counts by this, since rounding is
+all there is of it"""
 REPLAY_BUDGETS = {True: (1e-5, 1e-3), False: (1e-3, 0.2)}
-"""by whether all arithmetic is float32: of the relative difference between the losses of replays and of eager
-iterations; and of the difference between the weights after them, in units of what the iterations changed. Early AdamW
-steps are near the sign of the gradient, so rounding that differs from run to run turns whole steps of tiny gradients"""
+"""by whether all arithmetic is float32: of the relative difference between the losses of replays
+and of eager iterations; and of the difference between the weights after them, in units of what the
+iterations changed. Early AdamW steps are near the sign of the gradient, so rounding that differs
+from run to run turns whole steps of tiny gradients"""
 STEP_FLOORS = {True: (1e-5, 1e-3), False: (1e-3, 1e-3)}
-"""likewise, of what is allowed of a fast recipe's losses and updates beside plain float32 ones, where its yardstick is
-these themselves, or was lucky"""
+"""likewise, of what is allowed of a fast recipe's losses and updates beside plain float32 ones,
+where its yardstick is these themselves, or was lucky"""
 TARGET_BUDGET = 1e-6
 """of the v-target: float32 arithmetic on draws that are the same"""
 REPLAYED_ITERATIONS = 3
 
 
 def make_check(name: str, error: float, budget: float, note: str = "") -> Check:
-    """One line of the correctness table. An error that is not finite is kept as None, and never passes."""
+    """One line of the correctness table. An error that is not finite is kept as None, and never
+    passes."""
     finite = math.isfinite(error)
     return {
         "check": name,
@@ -87,11 +92,17 @@ def guarded(name: str, group: Callable[[], list[Check]]) -> list[Check]:
 def against(recipe: Recipe, checks: Sequence[Check]) -> list[str]:
     """Names of the red checks for which a recipe must not be timed.
 
-    What is red of a fast recipe says nothing against the others, but that of the one in float32, which has the same
-    operators, stands against all fast ones. What is red of anything else stands against all.
+    What is red of a fast recipe says nothing against the others, but that of the one in float32,
+    which has the same operators, stands against all fast ones. What is red of anything else stands
+    against all.
     """
     red = [check["check"] for check in checks if not check["passed"]]
-    of_fast = {name: fast for name in red for fast in FAST_CHECKED if name.startswith(fast.implementation + ":")}
+    of_fast = {
+        name: fast
+        for name in red
+        for fast in FAST_CHECKED
+        if name.startswith(fast.implementation + ":")
+    }
     concerned = (recipe, FAST_FP32) if isinstance(recipe, FastRecipe) else ()
     return [name for name in red if name not in of_fast or of_fast[name] in concerned]
 
@@ -120,11 +131,14 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def check_draws(device: str) -> list[Check]:
-    """Philox words, timesteps and normals of the device against the CPU's, for indices past 2**32."""
+    """Philox words, timesteps and normals of the device against the CPU's, for indices past
+    2**32."""
     indices = torch.tensor([0, 1, 2**31, 2**40 + 7])
     draws: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "Philox words": lambda index: philox(2**33 + 5, Stream.NOISE, index, 4096),
-        "timesteps": lambda index: uniform_integers(5, Stream.TIMESTEP, index, DiffusionConfig().num_timesteps),
+        "timesteps": lambda index: uniform_integers(
+            5, Stream.TIMESTEP, index, DiffusionConfig().num_timesteps
+        ),
         "normals": lambda index: normal(5, Stream.NOISE, index, 4 * 64 * 64),
     }
     checks = []
@@ -145,7 +159,8 @@ def _evaluate(
 
 
 def _errors(results: list[torch.Tensor], exact: list[torch.Tensor]) -> dict[str, float]:
-    """Relative errors of output, of all gradients as one vector, and of the gradient that is furthest off."""
+    """Relative errors of output, of all gradients as one vector, and of the gradient that is
+    furthest off."""
     errors = {"output": relative_error(results[0], exact[0])}
     if len(exact) == 1:
         return errors
@@ -154,7 +169,9 @@ def _errors(results: list[torch.Tensor], exact: list[torch.Tensor]) -> dict[str,
     norms = [right.norm().item() for _, right in pairs]
     rms = math.hypot(*norms) / math.sqrt(sum(right.numel() for _, right in pairs))
     least = [SMALL_GRADIENT * rms * math.sqrt(right.numel()) for _, right in pairs]
-    worst = max(error / max(norm, floor) for error, norm, floor in zip(off, norms, least, strict=True))
+    worst = max(
+        error / max(norm, floor) for error, norm, floor in zip(off, norms, least, strict=True)
+    )
     return errors | {"gradients": math.hypot(*off) / math.hypot(*norms), WORST: worst}
 
 
@@ -166,9 +183,11 @@ def check_precisions(
     reference_device: str,
     gradients: bool,
 ) -> list[Check]:
-    """Output, and gradients if asked for, of each recipe on the device against float64 on the reference device.
+    """Output, and gradients if asked for, of each recipe on the device against float64 on the
+    reference device.
 
-    Weights and inputs are the same float32 values, so the error of a recipe includes its rounding of them.
+    Weights and inputs are the same float32 values, so the error of a recipe includes its rounding
+    of them.
     """
     with torch.device(reference_device):
         unet = channels_last(UNet(config))
@@ -201,7 +220,9 @@ def check_precisions(
     return checks
 
 
-def _precision_checks(recipe: Recipe, errors: Mapping[str, Mapping[str, float]], note: str) -> list[Check]:
+def _precision_checks(
+    recipe: Recipe, errors: Mapping[str, Mapping[str, float]], note: str
+) -> list[Check]:
     name, checks = recipe.implementation, []
     for what, error in errors[name].items():
         if not isinstance(recipe, FastRecipe):
@@ -210,7 +231,9 @@ def _precision_checks(recipe: Recipe, errors: Mapping[str, Mapping[str, float]],
         elif recipe.yardstick:
             yardstick = recipe.yardstick.implementation
             budget = 2 * errors[yardstick][what] + FLOOR
-            checks.append(make_check(f"{name}: {what}", error, budget, f"twice {yardstick}; {note}"))
+            checks.append(
+                make_check(f"{name}: {what}", error, budget, f"twice {yardstick}; {note}")
+            )
     return checks
 
 
@@ -222,10 +245,14 @@ def _is_float32(recipe: Recipe) -> bool:
     return recipe.weights == torch.float32 and not recipe.autocast
 
 
-def check_replay(workload: Workload, capture: Callable[[], Callable[[], object]], recipe: Recipe) -> list[Check]:
-    """Eager iterations against replays of the captured one from the same state, and what the capture changed.
+def check_replay(
+    workload: Workload, capture: Callable[[], Callable[[], object]], recipe: Recipe
+) -> list[Check]:
+    """Eager iterations against replays of the captured one from the same state, and what the
+    capture changed.
 
-    `capture` captures the workload's iteration and returns what replays it; the eager iterations are its warm-up.
+    `capture` captures the workload's iteration and returns what replays it; the eager iterations
+    are its warm-up.
     """
     start = [tensor.clone() for tensor in workload.state()]
     eager = train(workload, workload.iteration, REPLAYED_ITERATIONS)
@@ -235,8 +262,16 @@ def check_replay(workload: Workload, capture: Callable[[], Callable[[], object]]
     replayed = train(workload, replay, REPLAYED_ITERATIONS)
     name, (loss_budget, update_budget) = recipe.implementation, REPLAY_BUDGETS[_is_float32(recipe)]
     return [
-        make_check(f"{name}: elements of the state unlike the start's after warm-up, reset and capture", changed, 0),
-        make_check(f"{name}: losses of replays against eager iterations", _loss_error(replayed, eager), loss_budget),
+        make_check(
+            f"{name}: elements of the state unlike the start's after warm-up, reset and capture",
+            changed,
+            0,
+        ),
+        make_check(
+            f"{name}: losses of replays against eager iterations",
+            _loss_error(replayed, eager),
+            loss_budget,
+        ),
         make_check(
             f"{name}: weight updates of replays against eager iterations",
             relative_error(replayed.update, eager.update),
@@ -260,7 +295,8 @@ class Trained:
 
 
 def train(workload: Workload, call: Callable[[], object], iterations: int) -> Trained:
-    """Run `call`, an iteration of the workload or a replay of one, so many times from the state that it is in."""
+    """Run `call`, an iteration of the workload or a replay of one, so many times from the state
+    that it is in."""
     before = launch.executed.copy()
     start = torch.cat([master.flatten() for master in workload.masters()])
     losses = []
@@ -275,38 +311,60 @@ def _loss_error(trained: Trained, right: Trained) -> float:
     return ((trained.losses - right.losses).abs() / right.losses.abs()).max().item()
 
 
-def compare_training(recipe: Recipe, fast: Trained, yardstick: Trained, exact: Trained) -> list[Check]:
-    """A fast recipe's iterations against the plain ones in float32, beside the error of its yardstick."""
+def compare_training(
+    recipe: Recipe, fast: Trained, yardstick: Trained, exact: Trained
+) -> list[Check]:
+    """A fast recipe's iterations against the plain ones in float32, beside the error of its
+    yardstick."""
     name, iterations = recipe.implementation, len(exact.losses)
     note = f"{iterations} iterations against float32; twice the yardstick's error"
     loss_floor, update_floor = STEP_FLOORS[_is_float32(recipe)]
     loss_budget = 2 * _loss_error(yardstick, exact) + loss_floor
     update_budget = 2 * relative_error(yardstick.update, exact.update) + update_floor
     return [
-        make_check(f"{name}: masters unlike the plain start", differing([fast.start], [exact.start]), 0),
+        make_check(
+            f"{name}: masters unlike the plain start", differing([fast.start], [exact.start]), 0
+        ),
         make_check(f"{name}: losses of training", _loss_error(fast, exact), loss_budget, note),
-        make_check(f"{name}: updates of AdamW", relative_error(fast.update, exact.update), update_budget, note),
+        make_check(
+            f"{name}: updates of AdamW",
+            relative_error(fast.update, exact.update),
+            update_budget,
+            note,
+        ),
     ]
 
 
 def check_launches(name: str, kernels: Mapping[str, str], launches: Mapping[str, int]) -> Check:
-    """That every operator for which Triton was chosen ran a kernel of its own, and that there is one."""
+    """That every operator for which Triton was chosen ran a kernel of its own, and that there is
+    one."""
     chosen = [op for op, backend in kernels.items() if backend == "triton"]
     silent = [op for op in chosen if not any(launches.get(kernel) for kernel in _kernels_of(op))]
-    note = f"{sum(launches.values())} launches; backends: {', '.join(f'{op} {kernels[op]}' for op in sorted(kernels))}"
+    note = (
+        f"{sum(launches.values())} launches; backends: "
+        f"{', '.join(f'{op} {kernels[op]}' for op in sorted(kernels))}"
+    )
     note = f"{note}; silent: {', '.join(silent)}" if silent else note
     count = len(silent) if chosen else 1
-    return make_check(f"{name}: operators on Triton without a launch (no such operator counts as one)", count, 0, note)
+    return make_check(
+        f"{name}: operators on Triton without a launch (no such operator counts as one)",
+        count,
+        0,
+        note,
+    )
 
 
 def _kernels_of(op: str) -> set[str]:
     """Names of the kernels in an operator's modules; those of an operator that ran are imported."""
-    modules = [module for name, module in sys.modules.items() if name.startswith(f"sd_kernels.{op}.")]
+    modules = [
+        module for name, module in sys.modules.items() if name.startswith(f"sd_kernels.{op}.")
+    ]
     return {name for module in modules for name in vars(module) if name.endswith("_kernel")}
 
 
 def check_inputs(workload: FastWorkload, name: str) -> list[Check]:
-    """The fused draws of the current samples against the plain diffusion step's, on the same device."""
+    """The fused draws of the current samples against the plain diffusion step's, on the same
+    device."""
     diffusion, indices = workload.diffusion, workload.sample_indices
     noisy, target, timesteps = workload.training_inputs()
     latents, noise, right = diffusion.draw(workload.moments, indices)
@@ -314,14 +372,24 @@ def check_inputs(workload: FastWorkload, name: str) -> list[Check]:
     right_target = diffusion.schedule.v_target(latents, noise, right)
     budget = 2 * relative_error(right_noisy.to(noisy.dtype), right_noisy) + FLOOR
     return [
-        make_check(f"{name}: timesteps unlike the plain step's", differing([timesteps], [right]), 0),
+        make_check(
+            f"{name}: timesteps unlike the plain step's", differing([timesteps], [right]), 0
+        ),
         make_check(f"{name}: v-target", relative_error(target, right_target), TARGET_BUDGET),
-        make_check(f"{name}: noised latents", relative_error(noisy, right_noisy), budget, "twice the rounding"),
+        make_check(
+            f"{name}: noised latents",
+            relative_error(noisy, right_noisy),
+            budget,
+            "twice the rounding",
+        ),
     ]
 
 
-def check_steps(recipe: FastRecipe, config: UNetConfig, latent_size: int, device: str, iterations: int) -> list[Check]:
-    """Draws, losses, AdamW's updates and Triton's launches of a fast recipe in some iterations of 2 samples."""
+def check_steps(
+    recipe: FastRecipe, config: UNetConfig, latent_size: int, device: str, iterations: int
+) -> list[Check]:
+    """Draws, losses, AdamW's updates and Triton's launches of a fast recipe in some iterations of 2
+    samples."""
 
     def trained(each: Recipe) -> tuple[Workload, Trained]:
         workload = each.workload(config, 2, device, latent_size=latent_size)
@@ -346,7 +414,9 @@ def check_captures(recipe: Recipe) -> list[Check]:
 
 def gpu_checks() -> list[tuple[str, Callable[[], list[Check]]]]:
     """Name and function of every group of checks that a GPU goes through before it is timed."""
-    yardsticks = [fast.yardstick for fast in FAST_CHECKED if fast.yardstick and fast.yardstick not in CHECKED]
+    yardsticks = [
+        fast.yardstick for fast in FAST_CHECKED if fast.yardstick and fast.yardstick not in CHECKED
+    ]
     recipes = (*yardsticks, *CHECKED)
     small, full = (SMALL, SMALL_LATENTS), (UNetConfig(), 64)
     groups: list[tuple[str, Callable[[], list[Check]]]] = [
@@ -361,6 +431,9 @@ def gpu_checks() -> list[tuple[str, Callable[[], list[Check]]]]:
         groups.append((f"{fast.implementation}: steps of the small network", steps))
     for fast in FAST_TIMED:
         groups.append(
-            (f"{fast.implementation}: a step of the full network", partial(check_steps, fast, *full, "cuda", 1))
+            (
+                f"{fast.implementation}: a step of the full network",
+                partial(check_steps, fast, *full, "cuda", 1),
+            )
         )
     return groups

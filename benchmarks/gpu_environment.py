@@ -1,4 +1,5 @@
-"""What the numbers were measured on: the GPU, its two ceilings, its clocks under load, and the software."""
+"""What the numbers were measured on: the GPU, its two ceilings, its clocks under load, and the
+software."""
 
 from __future__ import annotations
 
@@ -22,9 +23,13 @@ DENSE_BF16_PEAK = {
     "NVIDIA A100 80GB PCIe": (312e12, "NVIDIA A100 datasheet"),
     "NVIDIA H100 80GB HBM3": (989e12, "NVIDIA H100 datasheet, SXM, half of the rate with sparsity"),
     "NVIDIA H200": (989e12, "NVIDIA H200 datasheet, SXM, half of the rate with sparsity"),
-    "NVIDIA B200": (2250e12, "NVIDIA HGX B200 datasheet, one of eight GPUs, half of the rate with sparsity"),
+    "NVIDIA B200": (
+        2250e12,
+        "NVIDIA HGX B200 datasheet, one of eight GPUs, half of the rate with sparsity",
+    ),
 }
-"""FLOP/s and source by the exact name the driver gives, since PCIe and NVL cards of these chips are slower"""
+"""FLOP/s and source by the exact name the driver gives, since PCIe and NVL cards of these chips are
+slower"""
 
 ESTIMATED_AS = {
     "NVIDIA A100-SXM4-80GB": "a100",
@@ -55,14 +60,18 @@ COPY_BYTES = 2**31
 
 
 def peak_flops(gpu: str) -> float | None:
-    """Dense bf16 FLOP/s of a GPU by name, or None where it is not in the table: a peak is never guessed."""
+    """Dense bf16 FLOP/s of a GPU by name, or None where it is not in the table: a peak is never
+    guessed."""
     entry = DENSE_BF16_PEAK.get(gpu)
     return None if entry is None else entry[0]
 
 
 def nvidia_smi(fields: Sequence[str]) -> list[str] | None:
-    """Values of the fields for torch's GPU 0, as nvidia-smi prints them; None where it cannot be asked. Only reads."""
-    uuid = torch.cuda.get_device_properties(0).uuid  # an index would be another GPU's under CUDA_VISIBLE_DEVICES
+    """Values of the fields for torch's GPU 0, as nvidia-smi prints them; None where it cannot be
+    asked. Only reads."""
+    uuid = torch.cuda.get_device_properties(
+        0
+    ).uuid  # an index would be another GPU's under CUDA_VISIBLE_DEVICES
     query = [
         "nvidia-smi",
         f"--query-gpu={','.join(fields)}",
@@ -76,15 +85,21 @@ def nvidia_smi(fields: Sequence[str]) -> list[str] | None:
 
 def _output_of(command: list[str], folder: Path | None = None) -> str | None:
     try:
-        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=20, check=True)
+        result = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, timeout=20, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.strip()
 
 
 def git_sha(folder: Path) -> str | None:
-    """Commit of the working tree at `folder`, with "-dirty" where it differs; None where git cannot say."""
-    return _output_of(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], folder) or None
+    """Commit of the working tree at `folder`, with "-dirty" where it differs; None where git cannot
+    say."""
+    return (
+        _output_of(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], folder)
+        or None
+    )
 
 
 def _version(package: str) -> str | None:
@@ -129,7 +144,9 @@ def measure_ceilings() -> dict[str, float]:
     """The two rates nothing runs past: copying in device memory and a bf16 matrix product."""
     copy_rate = measure_copy()
     # Random data: a product of zeros draws less power and runs faster than any real one.
-    a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    a, b = (
+        torch.randn(GEMM_SIZE, GEMM_SIZE, device="cuda", dtype=torch.bfloat16) for _ in range(2)
+    )
     product = torch.empty_like(a)
     gemm_seconds = _median_seconds(partial(torch.mm, a, b, out=product), 200)
     return {
@@ -152,7 +169,8 @@ def _number(text: str) -> float | None:
 
 
 def reason_names(mask: str) -> list[str]:
-    """Names of the bits of clocks_event_reasons.active, given as 0x...; none where it is not a number."""
+    """Names of the bits of clocks_event_reasons.active, given as 0x...; none where it is not a
+    number."""
     try:
         bits = int(mask, 16)
     except ValueError:
@@ -161,12 +179,16 @@ def reason_names(mask: str) -> list[str]:
 
 
 def summarise_telemetry(samples: list[list[str]]) -> dict[str, Any]:
-    """Median clock and power, highest temperature and all reasons for lower clocks in the second half of samples.
+    """Median clock and power, highest temperature and all reasons for lower clocks in the second
+    half of samples.
 
     A sample is the values of TELEMETRY_FIELDS. Values are None where there is no sample that tells.
     """
     settled = samples[len(samples) // 2 :]
-    columns = [[value for row in settled if (value := _number(row[field])) is not None] for field in range(3)]
+    columns = [
+        [value for row in settled if (value := _number(row[field])) is not None]
+        for field in range(3)
+    ]
     clock, power, temperature = columns
     reasons = sorted({name for row in settled for name in reason_names(row[3])})
     values = (
@@ -179,7 +201,8 @@ def summarise_telemetry(samples: list[list[str]]) -> dict[str, Any]:
 
 
 class Telemetry:
-    """Asks nvidia-smi about once a second, in a thread, while the block runs; `summary()` afterwards."""
+    """Asks nvidia-smi about once a second, in a thread, while the block runs; `summary()`
+    afterwards."""
 
     def __init__(
         self,
@@ -204,7 +227,10 @@ class Telemetry:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._done.set()
         self._thread.join()

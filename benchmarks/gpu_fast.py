@@ -1,4 +1,5 @@
-"""The training iteration of sd_kernels' operators: the fast UNet, flat bf16 weights with masters, fused AdamW."""
+"""The training iteration of sd_kernels' operators: the fast UNet, flat bf16 weights with masters,
+fused AdamW."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from sd_perf.training.flat import FlatAdamW, FlatParameters
 
 Op = Callable[..., Any]
 Wrap = Callable[[str, Op], Op]
-"""gives what is called instead of an operator, from its name and the operator: the profile marks them"""
+"""gives what is called instead of an operator, from its name and the operator: the profile marks
+them"""
 
 
 @dataclass(frozen=True)
@@ -31,29 +33,37 @@ class FastRecipe(Recipe):
     """One way to run the fast UNet."""
 
     yardstick: Recipe | None = MASTERS
-    """plain operations in the same number formats, whose error this one's may be twice of; none: it is a yardstick"""
+    """plain operations in the same number formats, whose error this one's may be twice of; none: it
+    is a yardstick"""
     sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """what differs from the default config: values by section and field, such as kernels that are named"""
+    """what differs from the default config: values by section and field, such as kernels that are
+    named"""
 
     def fast_config(self, config: UNetConfig) -> Config:
         """The whole config with which a trainer would run this."""
         whole = Config(model=dataclasses.replace(config, implementation="fast"))
         precision = {"precision": "bf16" if self.weights == torch.bfloat16 else "fp32"}
         sections = {"training": precision, **self.sections}
-        changed = {name: dataclasses.replace(getattr(whole, name), **values) for name, values in sections.items()}
+        changed = {
+            name: dataclasses.replace(getattr(whole, name), **values)
+            for name, values in sections.items()
+        }
         return dataclasses.replace(whole, **changed)
 
     def choices(self, config: UNetConfig) -> dict[str, Choice]:
         """The backend of every operator."""
         whole, target = self.fast_config(config), Target.here()
-        # For another model than the benchmark's, no calls are looked at; whether the optimizer's can be made depends on
-        # the buffers' formats alone.
+        # For another model than the benchmark's, no calls are looked at; whether the optimizer's
+        # can be made depends on the buffers' formats alone.
         calls = all_ops()["adamw"].cases[:1]
-        adamw = choose("adamw", whole.kernels.adamw, target, calls, self.weights, whole.kernels.strict)
+        adamw = choose(
+            "adamw", whole.kernels.adamw, target, calls, self.weights, whole.kernels.strict
+        )
         return {**choose_kernels(whole, target), "adamw": adamw}
 
     def unet(self, config: UNetConfig, device: str) -> torch.nn.Module:
-        """Made where it will live: 866 million numbers take a GPU milliseconds and a CPU seconds."""
+        """Made where it will live: 866 million numbers take a GPU milliseconds and a CPU
+        seconds."""
         with torch.device(device):
             return build_unet(self.fast_config(config), 0, torch.device(device))
 
@@ -66,12 +76,14 @@ FAST_FP32 = FastRecipe(
     "fp32, TF32 off; flat buffers",
     torch.float32,
     yardstick=FP32,
-    # As its yardstick's: other attentions emulate float32, and would hide what the kernels around them do.
+    # As its yardstick's: other attentions emulate float32, and would hide what the kernels around
+    # them do.
     sections={"kernels": {"attention": "math"}},
 )
 FAST_BF16 = FastRecipe(
     "fast_bf16",
-    "bf16 weights and activations; AdamW on fp32 masters kept as the bf16 weights and 16-bit remainders",
+    "bf16 weights and activations; AdamW on fp32 masters kept as the bf16 weights and 16-bit "
+    "remainders",
     torch.bfloat16,
     way="fused",
 )
@@ -103,7 +115,8 @@ def unwrapped(name: str, op: Op) -> Op:
 def wrapped_operators(wrap: Wrap) -> Iterator[None]:
     """Whatever takes an operator's chosen function within is given `wrap(name, function)`.
 
-    A network may bind functions while it is made, so that to exchange them afterwards would miss some.
+    A network may bind functions while it is made, so that to exchange them afterwards would miss
+    some.
     """
     chosen = Choice.function
     Choice.function = lambda choice: wrap(choice.op, chosen(choice))  # type: ignore[assignment,method-assign]
@@ -114,7 +127,8 @@ def wrapped_operators(wrap: Wrap) -> Iterator[None]:
 
 
 class FastWorkload(Workload):
-    """Draws, network, loss and AdamW by sd_kernels' operators; weights, remainders, gradients in a flat buffer each.
+    """Draws, network, loss and AdamW by sd_kernels' operators; weights, remainders, gradients in a
+    flat buffer each.
 
     It starts from the weights of the plain one with the same seed, and from the same samples.
     """
@@ -136,7 +150,8 @@ class FastWorkload(Workload):
         with wrapped_operators(lambda name, op: wrap(name, self._noted(name, op))):
             self.unet = recipe.unet(config, device)
             self.draw, self.loss_of, adamw = (
-                self.choices[name].function() for name in ("diffusion_inputs", "v_mse_loss", "adamw")
+                self.choices[name].function()
+                for name in ("diffusion_inputs", "v_mse_loss", "adamw")
             )
         self.dtype = recipe.weights
         self.flat = FlatParameters(self.unet, recipe.weights)

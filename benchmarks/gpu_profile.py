@@ -1,8 +1,10 @@
-"""Where the time of a fast iteration goes, by operator, beside what `sd-perf estimate` says each must cost.
+"""Where the time of a fast iteration goes, by operator, beside what `sd-perf estimate` says each
+must cost.
 
-A kernel belongs to an operator because of where it was launched, not because of its name: within the operator's marked
-range or a custom operator `sd_kernels::<op>...` in forward, and in backward within the autograd node that the range
-made, which carries the same sequence number. All else are torch's own sums, copies and casts: `elementwise`.
+A kernel belongs to an operator because of where it was launched, not because of its name: within
+the operator's marked range or a custom operator `sd_kernels::<op>...` in forward, and in backward
+within the autograd node that the range made, which carries the same sequence number. All else are
+torch's own sums, copies and casts: `elementwise`.
 """
 
 from __future__ import annotations
@@ -57,17 +59,27 @@ def marked(name: str, op: Op) -> Op:
 
 
 def device_times(event: Any) -> Times:
-    """Kernels that the event itself launched; the profiler's copies of ranges on the GPU's time line are none."""
-    return [(kernel.name, kernel.duration) for kernel in event.kernels if not kernel.name.startswith(RANGE)]
+    """Kernels that the event itself launched; the profiler's copies of ranges on the GPU's time
+    line are none."""
+    return [
+        (kernel.name, kernel.duration)
+        for kernel in event.kernels
+        if not kernel.name.startswith(RANGE)
+    ]
 
 
-def by_op(events: Iterable[Event], times: Callable[[Any], Times] = device_times) -> dict[str, dict[str, Any]]:
-    """Milliseconds, number of kernels and the longest kernels of each operator, longest operator first."""
+def by_op(
+    events: Iterable[Event], times: Callable[[Any], Times] = device_times
+) -> dict[str, dict[str, Any]]:
+    """Milliseconds, number of kernels and the longest kernels of each operator, longest operator
+    first."""
     events = sorted(events, key=lambda event: event.time_range.start)
     made_by: dict[int, str] = {}
     for event in events:
         # Of all forward events with the number of a node that is to come, the last made it.
-        if event.sequence_nr >= 0 and not any(around.name.startswith(ENGINE) for around in _ancestors(event)):
+        if event.sequence_nr >= 0 and not any(
+            around.name.startswith(ENGINE) for around in _ancestors(event)
+        ):
             made_by[event.sequence_nr] = _named(event) or REST
     spent: dict[str, Counter[str]] = {}
     counts: Counter[str] = Counter()
@@ -80,7 +92,9 @@ def by_op(events: Iterable[Event], times: Callable[[Any], Times] = device_times)
         op: {
             "ms": sum(kernels.values()) / 1000,
             "kernels": counts[op],
-            "longest": {name: spent_us / 1000 for name, spent_us in kernels.most_common(MOST_KERNELS)},
+            "longest": {
+                name: spent_us / 1000 for name, spent_us in kernels.most_common(MOST_KERNELS)
+            },
         }
         for op, kernels in spent.items()
     }
@@ -115,22 +129,33 @@ def _operator(event: Event, made_by: Mapping[int, str]) -> str:
     return REST
 
 
-def compare(measured: Mapping[str, Mapping[str, Any]], predicted: Mapping[str, float]) -> list[dict[str, Any]]:
+def compare(
+    measured: Mapping[str, Mapping[str, Any]], predicted: Mapping[str, float]
+) -> list[dict[str, Any]]:
     """A row per operator, the largest gap first; milliseconds of one iteration."""
     rows = []
     for op in dict.fromkeys([*measured, *predicted]):
         own: Mapping[str, Any] = measured.get(op, {"ms": 0.0, "kernels": 0, "longest": {}})
         floor = predicted.get(op)
-        row = {"op": op, "measured_ms": own["ms"], "predicted_ms": floor, "gap_ms": own["ms"] - (floor or 0.0)}
+        row = {
+            "op": op,
+            "measured_ms": own["ms"],
+            "predicted_ms": floor,
+            "gap_ms": own["ms"] - (floor or 0.0),
+        }
         row["ratio"] = own["ms"] / floor if floor else None
         rows.append(row | {"kernels": own["kernels"], "longest": own["longest"]})
     return sorted(rows, key=lambda row: -row["gap_ms"])
 
 
-def profile(recipe: FastRecipe, config: UNetConfig, batch: int, device: str, **sizes: int) -> list[Any]:
-    """Events of one eager iteration after a warm-up. On a GPU the current stream must be a side stream.
+def profile(
+    recipe: FastRecipe, config: UNetConfig, batch: int, device: str, **sizes: int
+) -> list[Any]:
+    """Events of one eager iteration after a warm-up. On a GPU the current stream must be a side
+    stream.
 
-    Not of a graph's replay: that has no ranges. Its kernels are the same; the gaps between them are not looked at.
+    Not of a graph's replay: that has no ranges. Its kernels are the same; the gaps between them are
+    not looked at.
     """
     workload = FastWorkload(recipe, config, batch, device, wrap=marked, **sizes)
     with tuned():
@@ -147,8 +172,11 @@ def profile(recipe: FastRecipe, config: UNetConfig, batch: int, device: str, **s
     return list(profiler.events() or ())
 
 
-def measure_profile(recipe: FastRecipe, batch: int, predicted: Mapping[str, float]) -> dict[str, Any]:
-    """The table of one iteration at full size on the GPU, with the milliseconds predicted for each operator."""
+def measure_profile(
+    recipe: FastRecipe, batch: int, predicted: Mapping[str, float]
+) -> dict[str, Any]:
+    """The table of one iteration at full size on the GPU, with the milliseconds predicted for each
+    operator."""
     with torch.cuda.stream(torch.cuda.Stream()):
         measured = by_op(profile(recipe, UNetConfig(), batch, "cuda"))
     if not measured:
@@ -161,11 +189,26 @@ def lines(table: Mapping[str, Any]) -> list[str]:
     """The table for people."""
     if table["status"] != "measured":
         return [f"profile: {table['status']}: {table['reason']}"]
-    shown = [f"one iteration of {table['recipe']} at batch {table['batch']}, ms of kernels, largest gap first"]
+    shown = [
+        f"one iteration of {table['recipe']} at batch {table['batch']}, ms of kernels, largest "
+        "gap first"
+    ]
     shown.append(f"{'op':18s} measured  predicted  ratio  gap      kernels")
     for row in table["ops"]:
-        floor = "         -      -" if row["ratio"] is None else f"{row['predicted_ms']:10.2f} {row['ratio']:6.2f}"
-        shown.append(f"{row['op']:18s} {row['measured_ms']:8.2f} {floor} {row['gap_ms']:+8.2f} {row['kernels']:5d}")
-    measured, predicted = (sum(row[key] or 0.0 for row in table["ops"]) for key in ("measured_ms", "predicted_ms"))
+        floor = (
+            "         -      -"
+            if row["ratio"] is None
+            else f"{row['predicted_ms']:10.2f} {row['ratio']:6.2f}"
+        )
+        shown.append(
+            f"{row['op']:18s} {row['measured_ms']:8.2f} {floor} {row['gap_ms']:+8.2f} "
+            f"{row['kernels']:5d}"
+        )
+    measured, predicted = (
+        sum(row[key] or 0.0 for row in table["ops"]) for key in ("measured_ms", "predicted_ms")
+    )
     ratio = f"{measured / predicted:6.2f}" if predicted else "     -"
-    return [*shown, f"{'sum':18s} {measured:8.2f} {predicted:10.2f} {ratio} {measured - predicted:+8.2f}"]
+    return [
+        *shown,
+        f"{'sum':18s} {measured:8.2f} {predicted:10.2f} {ratio} {measured - predicted:+8.2f}",
+    ]

@@ -1,6 +1,8 @@
-"""A training iteration as a repeatable piece of GPU work, eager or captured in one CUDA graph: the plain one.
+"""A training iteration as a repeatable piece of GPU work, eager or captured in one CUDA graph: the
+plain one.
 
-Shape letters: B samples, C latent channels, S latent rows and columns, L text tokens, D context channels.
+Shape letters: B samples, C latent channels, S latent rows and columns, L text tokens, D context
+channels.
 """
 
 from __future__ import annotations
@@ -35,10 +37,14 @@ class DiffusersUNet(torch.nn.Module):
 
         self.model = UNet2DConditionModel.from_config(diffusers_unet_config(config))
         for module in self.model.modules():
-            if isinstance(module, Transformer2DModel):  # stock diffusers has one number of groups for all norms
+            if isinstance(
+                module, Transformer2DModel
+            ):  # stock diffusers has one number of groups for all norms
                 module.norm.num_groups = config.transformer_groups
 
-    def forward(self, latents: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor
+    ) -> torch.Tensor:
         return self.model(latents, timesteps, context, return_dict=False)[0]
 
 
@@ -66,7 +72,8 @@ class Recipe:
     """of `sd-perf estimate`, if it estimates this one"""
 
     def unet(self, config: UNetConfig, device: str) -> torch.nn.Module:
-        """The network with float32 parameters, convolutions in the layout that tensor cores read."""
+        """The network with float32 parameters, convolutions in the layout that tensor cores
+        read."""
         with torch.device(device):
             return channels_last(self.network(config))
 
@@ -86,19 +93,27 @@ AUTOCAST = Recipe(
 )
 MASTERS = Recipe(
     "plain_bf16_masters",
-    "bf16 weights and activations; AdamW on fp32 masters, from which the bf16 weights are rounded after every step",
+    "bf16 weights and activations; AdamW on fp32 masters, from which the bf16 weights are rounded "
+    "after every step",
     torch.bfloat16,
     attention=SDPBackend.CUDNN_ATTENTION,
 )
 COMPILED = replace(MASTERS, implementation="plain_bf16_masters_compiled", compiled=True)
 DIFFUSERS = replace(
-    MASTERS, implementation="diffusers_bf16_masters", network=DiffusersUNet, requires="diffusers", attention=None
+    MASTERS,
+    implementation="diffusers_bf16_masters",
+    network=DiffusersUNet,
+    requires="diffusers",
+    attention=None,
 )
-DIFFUSERS_COMPILED = replace(DIFFUSERS, implementation="diffusers_bf16_masters_compiled", compiled=True)
+DIFFUSERS_COMPILED = replace(
+    DIFFUSERS, implementation="diffusers_bf16_masters_compiled", compiled=True
+)
 
 
 class Predictor(torch.nn.Module):
-    """A UNet run by a recipe: `predictor(latents, timesteps, context)` takes the inputs of `UNet` in any precision."""
+    """A UNet run by a recipe: `predictor(latents, timesteps, context)` takes the inputs of `UNet`
+    in any precision."""
 
     def __init__(self, unet: torch.nn.Module, recipe: Recipe) -> None:
         super().__init__()
@@ -106,10 +121,12 @@ class Predictor(torch.nn.Module):
         self.recipe = recipe
         self.dtype = next(unet.parameters()).dtype
 
-    def forward(self, latents: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor
+    ) -> torch.Tensor:
         latents = latents.to(self.dtype, memory_format=torch.channels_last)
-        # Every weight is used once per iteration, so autocast's cache of casts saves nothing; without it no cast can
-        # outlive the capture it was made in.
+        # Every weight is used once per iteration, so autocast's cache of casts saves nothing;
+        # without it no cast can outlive the capture it was made in.
         autocast = torch.autocast(
             latents.device.type, torch.bfloat16, enabled=self.recipe.autocast, cache_enabled=False
         )
@@ -134,23 +151,27 @@ def copy_all(sources: Iterable[torch.Tensor], targets: Iterable[torch.Tensor]) -
 
 
 def randomize(unet: torch.nn.Module, seed: int) -> None:
-    """Torch's default initialization of every layer, in place; the same values for the same seed and device.
+    """Torch's default initialization of every layer, in place; the same values for the same seed
+    and device.
 
-    Training starts some layers at 0, which would leave most gradients 0, and work on zeros can run faster than real
-    work; checks and timings use weights without zeros.
+    Training starts some layers at 0, which would leave most gradients 0, and work on zeros can run
+    faster than real work; checks and timings use weights without zeros.
     """
     torch.manual_seed(seed)
     for module in unet.modules():
-        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear | torch.nn.GroupNorm | torch.nn.LayerNorm):
+        if isinstance(
+            module, torch.nn.Conv2d | torch.nn.Linear | torch.nn.GroupNorm | torch.nn.LayerNorm
+        ):
             module.reset_parameters()
 
 
 class Workload(ABC):
     """Training iterations over one batch of inputs that stays in device memory; no loader.
 
-    `iteration()` draws moments sample, noise and timesteps from the sample indices, runs forward, backward and AdamW,
-    and advances the indices by B; it never waits for the device, so it can be captured. Everything it changes is in
-    `state()`, and `reset()` brings the start state back bit for bit. What a recipe does is in the abstract methods.
+    `iteration()` draws moments sample, noise and timesteps from the sample indices, runs forward,
+    backward and AdamW, and advances the indices by B; it never waits for the device, so it can be
+    captured. Everything it changes is in `state()`, and `reset()` brings the start state back bit
+    for bit. What a recipe does is in the abstract methods.
     """
 
     unet: torch.nn.Module
@@ -167,11 +188,14 @@ class Workload(ABC):
         context_tokens: int = 77,
         seed: int = 0,
     ) -> None:
-        """Inputs are moments (B, 2C, S, S) with S = latent_size, and context (B, L, D), as `make_inputs` draws them."""
+        """Inputs are moments (B, 2C, S, S) with S = latent_size, and context (B, L, D), as
+        `make_inputs` draws them."""
         self.config, self.batch, self.device, self.seed = config, batch, device, seed
         self.sample_indices = torch.arange(batch, device=device)
         self.loss = torch.zeros((), device=device)
-        self.moments, self.context = make_inputs(config, self.sample_indices, latent_size, context_tokens, seed)
+        self.moments, self.context = make_inputs(
+            config, self.sample_indices, latent_size, context_tokens, seed
+        )
         self.diffusion = DiffusionStep(DiffusionConfig(), seed).to(device)
 
     @abstractmethod
@@ -180,7 +204,8 @@ class Workload(ABC):
 
     @abstractmethod
     def training_loss(self) -> torch.Tensor:
-        """Mean loss of the batch with the draws of `sample_indices`, a float32 scalar that backward can start from."""
+        """Mean loss of the batch with the draws of `sample_indices`, a float32 scalar that backward
+        can start from."""
 
     @abstractmethod
     def update(self) -> None:
@@ -192,11 +217,13 @@ class Workload(ABC):
 
     @abstractmethod
     def changing(self) -> list[torch.Tensor]:
-        """Every tensor that `update` and the network change and the next iteration reads; the tensors themselves."""
+        """Every tensor that `update` and the network change and the next iteration reads; the
+        tensors themselves."""
 
     @torch.no_grad()
     def reset(self) -> None:
-        """The start state: weights of the seed, moments and step count 0, sample indices 0 to B - 1."""
+        """The start state: weights of the seed, moments and step count 0, sample indices 0 to B -
+        1."""
         self.restart()
         torch.arange(self.batch, out=self.sample_indices)
         self.loss.zero_()
@@ -207,8 +234,8 @@ class Workload(ABC):
 
     def iteration(self) -> None:
         """One optimizer step; leaves the batch's mean loss in `loss`, a float32 scalar."""
-        # Gradients that start from None are written once, not zeroed and then added to. In a capture they are born in
-        # the graph's own memory and stay there.
+        # Gradients that start from None are written once, not zeroed and then added to. In a
+        # capture they are born in the graph's own memory and stay there.
         self.unet.zero_grad(set_to_none=True)
         loss = self.training_loss()
         loss.backward()
@@ -220,14 +247,19 @@ class Workload(ABC):
     def capture(self) -> torch.cuda.CUDAGraph:
         """The iteration as one CUDA graph; nothing runs, so the state stays as it is.
 
-        The current stream must be a side stream on which the workload was made and a few iterations have run: they
-        load kernels, choose convolution algorithms and create what libraries keep, none of which may happen in a
-        capture. Replay on the same stream, and keep the workload alive as long.
+        The current stream must be a side stream on which the workload was made and a few iterations
+        have run: they load kernels, choose convolution algorithms and create what libraries keep,
+        none of which may happen in a capture. Replay on the same stream, and keep the workload
+        alive as long.
         """
         stream = torch.cuda.current_stream()
         if stream == torch.cuda.default_stream():
-            raise RuntimeError("a capture needs a side stream; enter torch.cuda.stream(torch.cuda.Stream()) first")
-        self.unet.zero_grad(set_to_none=True)  # gives the warm-up's gradients back before the graph takes memory
+            raise RuntimeError(
+                "a capture needs a side stream; enter torch.cuda.stream(torch.cuda.Stream()) first"
+            )
+        self.unet.zero_grad(
+            set_to_none=True
+        )  # gives the warm-up's gradients back before the graph takes memory
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             self.iteration()
@@ -237,14 +269,18 @@ class Workload(ABC):
 class PlainWorkload(Workload):
     """The plain diffusion step and torch's fused AdamW around a UNet of plain layers."""
 
-    def __init__(self, recipe: Recipe, config: UNetConfig, batch: int, device: str, **sizes: int) -> None:
+    def __init__(
+        self, recipe: Recipe, config: UNetConfig, batch: int, device: str, **sizes: int
+    ) -> None:
         super().__init__(config, batch, device, **sizes)
         self.master_unet = recipe.unet(config, device)
         self.unet = self.master_unet
         if recipe.weights != torch.float32:
             self.unet = copy.deepcopy(self.master_unet).to(recipe.weights)
             for parameter in self.master_unet.parameters():
-                parameter.grad = torch.zeros_like(parameter)  # a place for the gradients of `unet`, cast
+                parameter.grad = torch.zeros_like(
+                    parameter
+                )  # a place for the gradients of `unet`, cast
         self.predictor = Predictor(self.unet, recipe)
         self.optimizer = build_optimizer(self.master_unet, Config())
         # A number would be frozen into the graph; a tensor is read at every replay.
@@ -254,7 +290,8 @@ class PlainWorkload(Workload):
         self.reset()
 
     def capture(self) -> torch.cuda.CUDAGraph:
-        # The fused step never asks the host for anything, but torch wants to be told before it lets it be captured.
+        # The fused step never asks the host for anything, but torch wants to be told before it lets
+        # it be captured.
         self.optimizer.param_groups[0]["capturable"] = True
         return super().capture()
 
@@ -280,13 +317,16 @@ class PlainWorkload(Workload):
             torch._foreach_zero_(list(tensors.values()))
 
     def changing(self) -> list[torch.Tensor]:
-        moments = [tensor for tensors in self.optimizer.state.values() for tensor in tensors.values()]
+        moments = [
+            tensor for tensors in self.optimizer.state.values() for tensor in tensors.values()
+        ]
         return [*self.master_unet.parameters(), *self.unet.parameters(), *moments]
 
 
 def make_inputs(
     config: UNetConfig, samples: torch.Tensor, latent_size: int, context_tokens: int, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Moments (B, 2C, S, S) and context (B, L, D) of samples (B,), as the trainer's synthetic loader draws them."""
+    """Moments (B, 2C, S, S) and context (B, L, D) of samples (B,), as the trainer's synthetic
+    loader draws them."""
     latents = (config.in_channels, latent_size, latent_size)
     return draw_inputs(seed, samples, latents, (context_tokens, config.context_dim))

@@ -69,8 +69,8 @@ def repetitions(seconds: float, seconds_each: float, least: int, most: int) -> i
 def rates(intervals: list[float], batch: int) -> dict[str, float]:
     """Rates of iterations that took so many milliseconds each.
 
-    The settled rate is the median of the second half, since clocks sink while the chip warms up; the mean rate of the
-    first tenth beside it shows by how much.
+    The settled rate is the median of the second half, since clocks sink while the chip warms up;
+    the mean rate of the first tenth beside it shows by how much.
     """
     settled = statistics.median(intervals[len(intervals) // 2 :])
     first = statistics.mean(intervals[: max(1, len(intervals) // 10)])

@@ -1,4 +1,5 @@
-"""The command line: `sd-perf train | evaluate | sample | export | data | mlperf | report | estimate | doctor`."""
+"""The command line: `sd-perf train | evaluate | sample | export | data | mlperf | report | estimate
+| doctor`."""
 
 from __future__ import annotations
 
@@ -41,16 +42,24 @@ _DESCRIPTION = (
 
 
 def train(
-    config: Path, settings: _Settings, resume: bool = False, fresh: bool = False, dry_run: bool = False,
-    ranks: int = 1, target: _Target = "here", json: bool = False,
-) -> int:  # fmt: skip
+    config: Path,
+    settings: _Settings,
+    resume: bool = False,
+    fresh: bool = False,
+    dry_run: bool = False,
+    ranks: int = 1,
+    target: _Target = "here",
+    json: bool = False,
+) -> int:
     """Train a UNet. Every field of the preset can be overridden.
 
     Args:
         config: YAML preset, such as configs/train_512_moments.yaml
         settings: fields of the preset
-        resume: continue the run in its folder from its newest checkpoint (begin it where there is none)
-        fresh: move a complete run in the folder aside (runs/smoke becomes runs/smoke.1, ...) and begin anew
+        resume: continue the run in its folder from its newest checkpoint (begin it where there is
+            none)
+        fresh: move a complete run in the folder aside (runs/smoke becomes runs/smoke.1, ...) and
+            begin anew
         dry_run: print parameters, FLOPs, memory, batch arithmetic and kernels of the run, and exit
         ranks: processes that the dry run counts with
         target: GPU that the dry run chooses kernels for
@@ -69,14 +78,23 @@ def train(
     if stop_reason is None:
         return 0
     again = f"sd-perf train --config {config} --run.dir {settings.run.dir} --resume"
-    _console.print(f"stopped by {stop_reason} and saved; continue with:\n  {again}", soft_wrap=True, highlight=False)
+    _console.print(
+        f"stopped by {stop_reason} and saved; continue with:\n  {again}",
+        soft_wrap=True,
+        highlight=False,
+    )
     return _INTERRUPTED
 
 
 def sample(
-    source: Path, prompt: tuple[str, ...], autoencoder: Path, output: Path, steps: int | None = None,
-    guidance_scale: float | None = None, seed: int = 0,
-) -> int:  # fmt: skip
+    source: Path,
+    prompt: tuple[str, ...],
+    autoencoder: Path,
+    output: Path,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    seed: int = 0,
+) -> int:
     """Draw pictures from prompts with the weights of a run (DDIM).
 
     Args:
@@ -119,9 +137,11 @@ def export(source: Path, output: Path, format: Literal["ldm", "diffusers"] = "ld
     """Write the UNet's weights for other tools.
 
     Args:
-        source: run folder (its newest checkpoint), checkpoint, folder exported for diffusers, or LDM .ckpt/.safetensors
+        source: run folder (its newest checkpoint), checkpoint, folder exported for diffusers, or
+            LDM .ckpt/.safetensors
         output: file (ldm) or folder (diffusers) to write; must not exist
-        format: ldm: one safetensors file in the names of Stable Diffusion checkpoints; diffusers: a folder with unet/
+        format: ldm: one safetensors file in the names of Stable Diffusion checkpoints; diffusers: a
+            folder with unet/
     """
     from sd_perf.models.sources import read_unet
     from sd_perf.models.weight_files import export_diffusers, export_ldm
@@ -136,7 +156,8 @@ def export(source: Path, output: Path, format: Literal["ldm", "diffusers"] = "ld
 
 
 def report(run: _Run) -> int:
-    """Write RUN/report.html: curves, scores, pictures, verdict and configuration of a run in one file to pass on.
+    """Write RUN/report.html: curves, scores, pictures, verdict and configuration of a run in one
+    file to pass on.
 
     Args:
         run: run folder
@@ -148,7 +169,8 @@ def report(run: _Run) -> int:
 
 
 def evaluate(run: _Run) -> int:
-    """Score every checkpoint of a run that has no scores yet: FID, CLIP score; adds them to the MLPerf log.
+    """Score every checkpoint of a run that has no scores yet: FID, CLIP score; adds them to the
+    MLPerf log.
 
     Args:
         run: run folder; its config's section evaluation says with what
@@ -162,7 +184,9 @@ def evaluate(run: _Run) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if config.training.cpu_threads is not None:
         torch.set_num_threads(config.training.cpu_threads)
-    evaluate_run(run, config, device, functools.partial(_console.print, highlight=False, soft_wrap=True))
+    evaluate_run(
+        run, config, device, functools.partial(_console.print, highlight=False, soft_wrap=True)
+    )
     _console.print(scores_table(run))
     return 0
 
@@ -182,13 +206,19 @@ def check(run: _Run) -> int:
 
 
 def estimate(
-    config: Path, settings: _Settings, gpu: str = "h100", batch: int = 64, ranks: int = 1, png: Path | None = None,
+    config: Path,
+    settings: _Settings,
+    gpu: str = "h100",
+    batch: int = 64,
+    ranks: int = 1,
+    png: Path | None = None,
     json: bool = False,
-) -> int:  # fmt: skip
-    """Predict time and memory of a training step on a GPU that need not be here: where the time goes, and what fits.
+) -> int:
+    """Predict time and memory of a training step on a GPU that need not be here: where the time
+    goes, and what fits.
 
-    All figures are of bfloat16, and a floor of time. The fused way is what the ops of sd_kernels amount to in one CUDA
-    graph, not a step that the trainer has yet.
+    All figures are of bfloat16, and a floor of time. The fused way is what the ops of sd_kernels
+    amount to in one CUDA graph, not a step that the trainer has yet.
 
     Args:
         config: YAML preset
@@ -217,30 +247,38 @@ def parity(
     level: tuple[Literal["op", "block", "unet", "grad", "step", "trajectory", "world"], ...] = (),
     json: bool = False,
 ) -> int:
-    """Compare the fast network with the plain one, level by level; exits 1 where one is further off than it may be.
+    """Compare the fast network with the plain one, level by level; exits 1 where one is further off
+    than it may be.
 
-    Writes parity.json and parity.html to the folder <run.dir>.parity. Runs with an MLPerf log need a green record.
+    Writes parity.json and parity.html to the folder <run.dir>.parity. Runs with an MLPerf log need
+    a green record.
 
     Args:
         config: YAML preset
         settings: fields of the preset
-        level: levels to compare (default: all but trajectory, which takes minutes, and world, six whole runs)
+        level: levels to compare (default: all but trajectory, which takes minutes, and world, six
+            whole runs)
         json: print the record as JSON
     """
     from sd_perf.runs.parity_record import USUAL
     from sd_perf.tools.parity.page import screen
     from sd_perf.tools.parity.run import run_parity
 
-    record, folder = run_parity(settings, level or USUAL, functools.partial(print, file=sys.stderr, flush=True))
+    record, folder = run_parity(
+        settings, level or USUAL, functools.partial(print, file=sys.stderr, flush=True)
+    )
     if json:
         _print_json(record)
     else:
-        _page().print(*screen(record), f"{folder}/parity.html", sep="\n", highlight=False, soft_wrap=True)
+        _page().print(
+            *screen(record), f"{folder}/parity.html", sep="\n", highlight=False, soft_wrap=True
+        )
     return 0 if record["ok"] else 1
 
 
 def doctor(target: _Target = "here", json: bool = False) -> int:
-    """Say what is installed, what is missing and for what, what torch can compute on, and which kernels can be had.
+    """Say what is installed, what is missing and for what, what torch can compute on, and which
+    kernels can be had.
 
     Args:
         target: GPU that kernels are chosen for
@@ -256,19 +294,27 @@ def doctor(target: _Target = "here", json: bool = False) -> int:
 
 
 def prepare(
-    config: Path, settings: _Settings, images: Path, autoencoder: Path, captions: Path | None = None,
-    captions_per_image: int = 1, samples_per_shard: int = 1000,
-) -> int:  # fmt: skip
-    """Make moments shards (and text states, where data.context is precomputed) from a folder of captioned images.
+    config: Path,
+    settings: _Settings,
+    images: Path,
+    autoencoder: Path,
+    captions: Path | None = None,
+    captions_per_image: int = 1,
+    samples_per_shard: int = 1000,
+) -> int:
+    """Make moments shards (and text states, where data.context is precomputed) from a folder of
+    captioned images.
 
     The shards go to data.path; the images are resized to 8 x data.latent_size pixels.
 
     Args:
         config: YAML preset of the run that will train on the shards
         settings: fields of the preset
-        images: folder of images with a captions.jsonl, or of raw shards (*.tar of .jpg, .txt, .json)
+        images: folder of images with a captions.jsonl, or of raw shards (*.tar of .jpg, .txt,
+            .json)
         autoencoder: file that holds the encoder: .onnx, or .ckpt or .safetensors in LDM names
-        captions: captions.jsonl with `file` and `captions` (default: in the images' folder or its parent)
+        captions: captions.jsonl with `file` and `captions` (default: in the images' folder or its
+            parent)
         captions_per_image: samples made of each image, one per caption
         samples_per_shard: samples per tar file
     """
@@ -280,7 +326,9 @@ def prepare(
     from sd_perf.models.sources import read_encoder
 
     _require("--captions-per-image", captions_per_image, captions_per_image >= 1, "at least 1")
-    _require("--samples-per-shard", samples_per_shard, 1 <= samples_per_shard <= 10_000, "1 to 10000")
+    _require(
+        "--samples-per-shard", samples_per_shard, 1 <= samples_per_shard <= 10_000, "1 to 10000"
+    )
     folder = settings.data.path
     settings.data.require(bool(folder), "path", "the folder to write the shards to")
     samples = read_images(images, captions, settings.data.allow_empty_captions)
@@ -288,21 +336,36 @@ def prepare(
     text_encoder = build_text_encoder(settings, torch.device("cpu")) if precomputed else None
     pixels, encode = 8 * settings.data.latent_size, read_encoder(autoencoder)
     count = prepare_moments(
-        samples, encode, folder, pixels, samples_per_shard, text_encoder, captions_per_image=captions_per_image
+        samples,
+        encode,
+        folder,
+        pixels,
+        samples_per_shard,
+        text_encoder,
+        captions_per_image=captions_per_image,
     )
     _console.print(f"{count} samples of {pixels}x{pixels} pixels -> {folder}", highlight=False)
     return 0
 
 
-def scenes(output: Path, samples: int = 4096, seed: int = 1, uncaptioned_every: int = 0, shards: bool = False) -> int:
-    """Draw captioned 64x64 pictures of two coloured shapes: the tiny world, which trains in minutes on a CPU.
+def scenes(
+    output: Path,
+    samples: int = 4096,
+    seed: int = 1,
+    uncaptioned_every: int = 0,
+    shards: bool = False,
+) -> int:
+    """Draw captioned 64x64 pictures of two coloured shapes: the tiny world, which trains in minutes
+    on a CPU.
 
     Args:
         output: new folder
         samples: how many pictures
         seed: of the pictures
-        uncaptioned_every: each n-th picture gets the empty caption, which guidance needs; 0: none does
-        shards: raw shards (tar files of images and captions) instead of PNG files with a captions.jsonl
+        uncaptioned_every: each n-th picture gets the empty caption, which guidance needs; 0: none
+            does
+        shards: raw shards (tar files of images and captions) instead of PNG files with a
+            captions.jsonl
     """
     from sd_perf.data.prepare.scenes import write_scene_shards, write_scenes
 
@@ -315,17 +378,23 @@ def scenes(output: Path, samples: int = 4096, seed: int = 1, uncaptioned_every: 
 
 
 def statistics(config: Path, settings: _Settings, images: Path) -> int:
-    """Write the statistics that FID compares with (evaluation.statistics) from a folder of captioned images.
+    """Write the statistics that FID compares with (evaluation.statistics) from a folder of
+    captioned images.
 
     Args:
         config: YAML preset of the run
         settings: fields of the preset
-        images: folder of images with a captions.jsonl, or of raw shards (*.tar of .jpg, .txt, .json)
+        images: folder of images with a captions.jsonl, or of raw shards (*.tar of .jpg, .txt,
+            .json)
     """
     from sd_perf.evaluation.evaluate import write_statistics
 
     count = write_statistics(images, settings)
-    _console.print(f"statistics of {count} images -> {settings.evaluation.statistics}", highlight=False, soft_wrap=True)
+    _console.print(
+        f"statistics of {count} images -> {settings.evaluation.statistics}",
+        highlight=False,
+        soft_wrap=True,
+    )
     return 0
 
 
@@ -358,10 +427,14 @@ _GROUPS: dict[str, dict[str, Callable[..., int]]] = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command; exits 0 done, 1 a bug, 2 bad input, 75 stopped and saved, 130 stopped by Ctrl-C."""
+    """Run a command; exits 0 done, 1 a bug, 2 bad input, 75 stopped and saved, 130 stopped by
+    Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
-    logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        level=logging.INFO if debug else logging.WARNING,
+        format="%(levelname)s %(name)s: %(message)s",
+    )
     code: str | int | None
     try:
         code = _run([argument for argument in arguments if argument != "--debug"])
@@ -378,7 +451,9 @@ def main(arguments: list[str] | None = None) -> None:
         if not _RANK:
             print("sd-perf: stopped by Ctrl-C", file=sys.stderr)
         sys.exit(_CTRL_C)
-    except BrokenPipeError:  # the reader of our output has left; so that Python does not complain at exit:
+    except (
+        BrokenPipeError
+    ):  # the reader of our output has left; so that Python does not complain at exit:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     if code:
@@ -387,13 +462,15 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _let_first_rank_speak() -> None:
-    """Wait to be ended: a launcher ends all processes of a node when one fails, were it before another has spoken."""
+    """Wait to be ended: a launcher ends all processes of a node when one fails, were it before
+    another has spoken."""
     if _LOCAL_RANK:
         time.sleep(10)
 
 
 def _bad_input() -> tuple[type[Exception], ...]:
-    """The errors that are one sentence. Only code that loaded the kernels, and torch with them, raises theirs."""
+    """The errors that are one sentence. Only code that loaded the kernels, and torch with them,
+    raises theirs."""
     kernels = sys.modules.get("sd_kernels.errors")
     return (UserError, kernels.KernelError) if kernels else (UserError,)
 
@@ -407,12 +484,17 @@ def _run(arguments: list[str]) -> int:
         preset = _preset_of(arguments)
         commands = {**commands, arguments[0]: functools.partial(chosen, settings=preset)}
     return tyro.extras.subcommand_cli_from_dict(
-        commands, args=arguments, prog=prog, description=_DESCRIPTION, console_outputs=_LOCAL_RANK == 0
+        commands,
+        args=arguments,
+        prog=prog,
+        description=_DESCRIPTION,
+        console_outputs=_LOCAL_RANK == 0,
     )
 
 
 def _preset_of(arguments: list[str]) -> Config:
-    """The preset that --config names: its fields are the defaults of the options that override them."""
+    """The preset that --config names: its fields are the defaults of the options that override
+    them."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config")
     try:

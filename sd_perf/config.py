@@ -1,7 +1,7 @@
 """The configuration tree: what every field means, its unit, and the rules it must obey.
 
-Presets are YAML files read by `sd_perf.presets`; this file needs the standard library alone, so that the model and
-the step can be imported where nothing but torch is installed.
+Presets are YAML files read by `sd_perf.presets`; this file needs the standard library alone, so
+that the model and the step can be imported where nothing but torch is installed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class Section:
     def require(self, ok: bool, name: str, right: str) -> None:
         """ConfigError with the field's key, its value and what would be right, unless it is ok."""
         if not ok:
-            raise ConfigError(f"{self.section}.{name}: {getattr(self, name)!r} cannot be used; it must be {right}")
+            raise ConfigError(
+                f"{self.section}.{name}: {getattr(self, name)!r} cannot be used; it must be {right}"
+            )
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,14 @@ class UNetConfig(Section):
     transformer_groups: Count = 32
     """GroupNorm groups at the entrance of each transformer"""
     implementation: Literal["plain", "fast"] = "plain"
-    """plain: plain torch; fast: the same function of the operators that the section `kernels` chooses"""
+    """plain: plain torch; fast: the same function of the operators that the section `kernels`
+    chooses"""
     activation_checkpointing: bool = False
-    """keep only what passes between blocks, and compute each block again in the backward pass (fast only)"""
+    """keep only what passes between blocks, and compute each block again in the backward pass (fast
+    only)"""
     compile: bool = False
-    """torch.compile of what lies between the operators, the whole forward pass as one graph (fast only)"""
+    """torch.compile of what lies between the operators, the whole forward pass as one graph (fast
+    only)"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,14 +105,20 @@ class UNetConfig(Section):
 
     @property
     def transformer_channels(self) -> tuple[int, ...]:
-        """Channels of each level that has transformers; the middle, of the last level's channels, always has one."""
+        """Channels of each level that has transformers; the middle, of the last level's channels,
+        always has one."""
         last = len(self.channel_mult) - 1
-        levels = [level for level in range(last + 1) if level == last or 2**level in self.attention_resolutions]
+        levels = [
+            level
+            for level in range(last + 1)
+            if level == last or 2**level in self.attention_resolutions
+        ]
         return tuple(self.channel_mult[level] * self.model_channels for level in levels)
 
     @property
     def downsampling(self) -> int:
-        """Factor between the latents and the UNet's smallest level; latent sides must be multiples of it."""
+        """Factor between the latents and the UNet's smallest level; latent sides must be multiples
+        of it."""
         return 2 ** (len(self.channel_mult) - 1)
 
 
@@ -117,7 +128,8 @@ SPEED_ONLY = ("implementation", "activation_checkpointing", "compile")
 
 @dataclass(frozen=True)
 class DiffusionConfig(Section):
-    """The noise schedule (LDM's "linear", diffusers' "scaled_linear") and the scale of the latents."""
+    """The noise schedule (LDM's "linear", diffusers' "scaled_linear") and the scale of the
+    latents."""
 
     section = "diffusion"
 
@@ -147,11 +159,13 @@ class DataConfig(Section):
     path: str = ""
     """folder of the *.tar shards"""
     index: str = ""
-    """file that keeps the byte offsets of every sample (default: sd_perf_index.npz in the shards' folder)"""
+    """file that keeps the byte offsets of every sample (default: sd_perf_index.npz in the shards'
+    folder)"""
     latent_size: Count = 64
     """height and width of the latents, latent pixels"""
     context: Literal["precomputed", "open_clip"] = "open_clip"
-    """text states: read from <key>.context.npy in the shards, or made from captions in every step"""
+    """text states: read from <key>.context.npy in the shards, or made from captions in every
+    step"""
     context_tokens: Count = 77
     """text tokens per caption"""
     workers: Count = 4
@@ -180,7 +194,8 @@ class TextEncoderConfig(Section):
     model: str = "ViT-H-14"
     """open_clip model name, or the path of an open_clip model JSON"""
     weights: str = ""
-    """file of weights (open_clip .bin/.pt/.safetensors, or an LDM .ckpt), or "random" for seeded random ones"""
+    """file of weights (open_clip .bin/.pt/.safetensors, or an LDM .ckpt), or "random" for seeded
+    random ones"""
 
 
 @dataclass(frozen=True)
@@ -221,10 +236,13 @@ class TrainingConfig(Section):
     """fp32 everywhere, or bf16 autocast over fp32 weights"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one and says what it took"""
-    cpu_threads: Annotated[int | None, Rule(lambda threads: threads > 0, "at least 1, or none")] = None
+    cpu_threads: Annotated[int | None, Rule(lambda threads: threads > 0, "at least 1, or none")] = (
+        None
+    )
     """threads of CPU arithmetic per process; none: as many as torch likes"""
     seed: Annotated[int | None, Rule(lambda seed: 0 <= seed < 2**63, "in [0, 2**63)")] = None
-    """seed of weights, data order and every draw; none: drawn from system entropy and kept in the manifest"""
+    """seed of weights, data order and every draw; none: drawn from system entropy and kept in the
+    manifest"""
     deterministic: bool = False
     """deterministic GPU algorithms, slower (CPU runs always are)"""
 
@@ -234,15 +252,17 @@ Arithmetic = Literal["bf16", "fp8_te", "fp8_native"]
 
 @dataclass(frozen=True)
 class PrecisionConfig(Section):
-    """Number formats of the linear layers in the fast UNet's transformers; those of the time stay as they are."""
+    """Number formats of the linear layers in the fast UNet's transformers; those of the time stay
+    as they are."""
 
     section = "precision"
 
     linear: Arithmetic = "bf16"
-    """bf16: as training.precision says; fp8_native: operands in FP8, by the op fp8_linear of the section `kernels`;
-    fp8_te: in FP8, by layers of Transformer Engine"""
+    """bf16: as training.precision says; fp8_native: operands in FP8, by the op fp8_linear of the
+    section `kernels`; fp8_te: in FP8, by layers of Transformer Engine"""
     attention: Arithmetic | None = None
-    """queries, keys, values and outputs of the attentions, but for the text's; none: as precision.linear"""
+    """queries, keys, values and outputs of the attentions, but for the text's; none: as
+    precision.linear"""
     feed_forward: Arithmetic | None = None
     """both layers of the feed-forwards; none: as precision.linear"""
     transformer_ends: Arithmetic | None = None
@@ -250,7 +270,8 @@ class PrecisionConfig(Section):
     text: Arithmetic | None = None
     """keys and values of the text; none: as precision.linear"""
     fp8_recipe: Literal["current", "delayed"] = "current"
-    """scales of fp8_te: from the numbers themselves, or from those of earlier steps (kept in checkpoints)"""
+    """scales of fp8_te: from the numbers themselves, or from those of earlier steps (kept in
+    checkpoints)"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -272,7 +293,9 @@ class PrecisionConfig(Section):
         return any(self.of(layers) == arithmetic for layers in LINEAR_LAYERS)
 
 
-LINEAR_LAYERS = tuple(f.name for f in fields(PrecisionConfig) if f.name not in ("linear", "fp8_recipe"))
+LINEAR_LAYERS = tuple(
+    f.name for f in fields(PrecisionConfig) if f.name not in ("linear", "fp8_recipe")
+)
 """classes of linear layers whose arithmetic can be chosen"""
 
 
@@ -284,7 +307,9 @@ class CheckpointConfig(Section):
 
     every_samples: Count = 512_000
     """distance between checkpoints, samples (rounded up to whole steps)"""
-    keep: Annotated[int | None, Rule(lambda keep: keep > 0, "at least 1, or none to keep all")] = None
+    keep: Annotated[int | None, Rule(lambda keep: keep > 0, "at least 1, or none to keep all")] = (
+        None
+    )
     """newest checkpoints kept; none keeps all"""
 
 
@@ -315,7 +340,8 @@ class MLPerfConfig:
     """The MLPerf log of the run, `result_0.txt`."""
 
     division: Literal["none", "closed", "open"] = "none"
-    """none: no log; closed: refuses values that the closed division's rules do not allow; open: takes any"""
+    """none: no log; closed: refuses values that the closed division's rules do not allow; open:
+    takes any"""
     org: str = ""
     """submission_org"""
     platform: str = ""
@@ -323,11 +349,14 @@ class MLPerfConfig:
     status: Literal["", "onprem", "cloud", "preview", "research"] = ""
     """submission_status"""
     parity_record: str = ""
-    """parity.json that proves the fast network (default: in the folder <run.dir>.parity, as sd-perf parity writes)"""
+    """parity.json that proves the fast network (default: in the folder <run.dir>.parity, as sd-perf
+    parity writes)"""
     waive: tuple[Literal["parity"], ...] = ()
-    """checks that the run starts without, by name; the log says so. parity: a green parity record for this config"""
+    """checks that the run starts without, by name; the log says so. parity: a green parity record
+    for this config"""
     caches_cleared: bool = False
-    """that the system's file caches were dropped before this process started; logged as cache_clear"""
+    """that the system's file caches were dropped before this process started; logged as
+    cache_clear"""
 
 
 @dataclass(frozen=True)
@@ -345,7 +374,8 @@ class EvaluationConfig(Section):
     autoencoder: str = ""
     """file of the decoder: .onnx, .ckpt or .safetensors"""
     features: str = ""
-    """network whose features FID compares: the FID Inception (.pth), or a feature net (.safetensors)"""
+    """network whose features FID compares: the FID Inception (.pth), or a feature net
+    (.safetensors)"""
     statistics: str = ""
     """.npz with mu and sigma of the real pictures' features"""
     clip_model: str = "ViT-H-14"
@@ -431,29 +461,45 @@ class Config:
         self.data.require(size % factor == 0, "latent_size", right)
         needs_text = self.data.format == "moments" and self.data.context == "open_clip"
         right = 'a file of weights (or "random"), since data.context is open_clip'
-        self.text_encoder.require(not needs_text or bool(self.text_encoder.weights), "weights", right)
+        self.text_encoder.require(
+            not needs_text or bool(self.text_encoder.weights), "weights", right
+        )
         timesteps = self.diffusion.num_timesteps
         right = f"at most diffusion.num_timesteps ({timesteps})"
         self.sampling.require(self.sampling.steps <= timesteps, "steps", right)
         self._require_fp8()
 
     def _require_fp8(self) -> None:
-        """The rules between FP8 and the rest: who computes it, on top of what, at which widths, with what else."""
+        """The rules between FP8 and the rest: who computes it, on top of what, at which widths,
+        with what else."""
         model, training = self.model, self.training
         for layers, arithmetic, key in self.precision.in_fp8():
-            right = f"bf16, since model.implementation is {model.implementation!r}, which has no FP8"
+            right = (
+                f"bf16, since model.implementation is {model.implementation!r}, which has no FP8"
+            )
             self.precision.require(model.implementation == "fast", key, right)
             right = f"bf16, since training.precision is {training.precision!r}"
             self.precision.require(training.precision == "bf16", key, right)
-            widths = (*model.transformer_channels, *([model.context_dim] if layers == "text" else []))
+            widths = (
+                *model.transformer_channels,
+                *([model.context_dim] if layers == "text" else []),
+            )
             odd = next((width for width in widths if width % 16), None)
-            right = f"bf16, since FP8 takes multiples of 16 channels and {layers} has layers of {odd}"
+            right = (
+                f"bf16, since FP8 takes multiples of 16 channels and {layers} has layers of {odd}"
+            )
             self.precision.require(odd is None, key, right)
             if "te" in (arithmetic.removeprefix("fp8_"), self.kernels.fp8_linear):
-                right = f"false with precision.{key} in Transformer Engine, which torch.compile cannot trace"
+                right = (
+                    f"false with precision.{key} in Transformer Engine, which torch.compile "
+                    "cannot trace"
+                )
                 model.require(not model.compile, "compile", right)
         again = model.activation_checkpointing and self.precision.fp8_recipe == "delayed"
-        right = "current with model.activation_checkpointing: computing again would enter magnitudes twice"
+        right = (
+            "current with model.activation_checkpointing: computing again would enter magnitudes "
+            "twice"
+        )
         self.precision.require(not again, "fp8_recipe", right)
 
     @property
@@ -462,9 +508,13 @@ class Config:
         return self.optimizer.base_learning_rate * self.training.global_batch_size
 
     def micro_batch_size(self, world_size: int) -> int:
-        """Samples per rank and forward pass. Raises ConfigError where the global batch does not divide."""
+        """Samples per rank and forward pass. Raises ConfigError where the global batch does not
+        divide."""
         batch, parts = self.training.global_batch_size, world_size * self.training.accumulate_steps
-        right = f"a multiple of ranks x accumulate_steps = {world_size} x {self.training.accumulate_steps}"
+        right = (
+            f"a multiple of ranks x accumulate_steps = {world_size} x "
+            f"{self.training.accumulate_steps}"
+        )
         self.training.require(batch % parts == 0, "global_batch_size", right)
         return batch // parts
 

@@ -18,20 +18,27 @@ ASIDE = ".writing_"
 
 @contextmanager
 def disk_errors(path: Path, remedy: str, kind: type[UserError] = UserError) -> Iterator[None]:
-    """Turn what the operating system says of writing into one sentence: a full, read-only or missing disk."""
+    """Turn what the operating system says of writing into one sentence: a full, read-only or
+    missing disk."""
     try:
         yield
     except OSError as error:
-        raise kind(f"{path} cannot be written ({error.strerror or one_line(error)}); {remedy}") from error
+        raise kind(
+            f"{path} cannot be written ({error.strerror or one_line(error)}); {remedy}"
+        ) from error
 
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """A place beside `path`, of the same name, for a file or folder; it becomes `path` when the block ends well.
+    """A place beside `path`, of the same name, for a file or folder; it becomes `path` when the
+    block ends well.
 
-    It is flushed to the disk first. Where anything fails, `path` stays as it was and nothing is left beside it.
+    It is flushed to the disk first. Where anything fails, `path` stays as it was and nothing is
+    left beside it.
     """
-    aside = TemporaryDirectory(prefix=f"{ASIDE}{path.name}.", dir=path.parent, ignore_cleanup_errors=True)
+    aside = TemporaryDirectory(
+        prefix=f"{ASIDE}{path.name}.", dir=path.parent, ignore_cleanup_errors=True
+    )
     with aside as folder:
         draft = Path(folder) / path.name
         yield draft
@@ -68,7 +75,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({one_line(error)}); restore it from a copy, or remove it") from error
+        raise UserError(
+            f"{path}: cannot be read ({one_line(error)}); restore it from a copy, or remove it"
+        ) from error
 
 
 def json_lines(objects: Iterable[dict[str, Any]]) -> str:

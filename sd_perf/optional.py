@@ -10,7 +10,8 @@ from sd_perf.files import one_line
 
 
 def optional(module: str, need: str, extra: str) -> Any:
-    """The module; where it is missing, a ConfigError that says the need ("images need Pillow") and what to install."""
+    """The module; where it is missing, a ConfigError that says the need ("images need Pillow") and
+    what to install."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

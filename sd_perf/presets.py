@@ -17,7 +17,8 @@ from sd_perf.files import one_line
 
 
 def load_preset(path: str | Path) -> Config:
-    """Config of a YAML file, `extends:` chains included. Raises ConfigError for anything it does not know."""
+    """Config of a YAML file, `extends:` chains included. Raises ConfigError for anything it does
+    not know."""
     tree = _read_chain(Path(path))
     try:
         return config_from_dict(tree)
@@ -33,13 +34,17 @@ def config_from_dict(tree: dict[str, Any]) -> Config:
 def config_differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """Dotted keys whose values differ, with both values."""
     flat_old, flat_new = _flatten(dataclasses.asdict(old)), _flatten(dataclasses.asdict(new))
-    return {key: (flat_old[key], flat_new[key]) for key in flat_old if flat_old[key] != flat_new[key]}
+    return {
+        key: (flat_old[key], flat_new[key]) for key in flat_old if flat_old[key] != flat_new[key]
+    }
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= (
+            _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
     return flat
 
 
@@ -54,7 +59,9 @@ def _read_chain(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML ({one_line(error)})") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: must hold sections such as `training:`, not a {type(tree).__name__}")
+        raise ConfigError(
+            f"{path}: must hold sections such as `training:`, not a {type(tree).__name__}"
+        )
     base = tree.pop("extends", None)
     if base is None:
         return tree
@@ -71,7 +78,9 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def _build(cls: type, tree: Any, prefix: str) -> Any:
     if not isinstance(tree, dict):
-        raise ConfigError(f"{prefix.rstrip('.')}: {tree!r} cannot be used; it must be a section of keys")
+        raise ConfigError(
+            f"{prefix.rstrip('.')}: {tree!r} cannot be used; it must be a section of keys"
+        )
     hints = typing.get_type_hints(cls)
     values = {}
     for key, value in tree.items():
@@ -99,7 +108,9 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     if origin is typing.Literal:
         if value in arguments:
             return value
-        raise ConfigError(f"{key}: {value!r} cannot be used; it must be one of {', '.join(map(str, arguments))}")
+        raise ConfigError(
+            f"{key}: {value!r} cannot be used; it must be one of {', '.join(map(str, arguments))}"
+        )
     if origin is tuple:
         if isinstance(value, list | tuple):
             return tuple(_convert(item, arguments[0], key) for item in value)

@@ -28,7 +28,9 @@ def device() -> str:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--real-data", type=Path, help="folder of real photographs, autoencoder and logs")
+    parser.addoption(
+        "--real-data", type=Path, help="folder of real photographs, autoencoder and logs"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +58,8 @@ def te(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @pytest.fixture
 def mount_tmpfs(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """mount_tmpfs("size=256k") -> folder: a small or read-only disk, for as long as the test runs."""
+    """mount_tmpfs("size=256k") -> folder: a small or read-only disk, for as long as the test
+    runs."""
     if os.geteuid() != 0:
         pytest.skip("mounting a file system needs root")
     folder = tmp_path / "disk"
@@ -90,7 +93,8 @@ def sd_perf(capfd) -> Callable[..., tuple[int, str, str]]:
 
 @pytest.fixture
 def refused(sd_perf) -> Callable[..., str]:
-    """The sentence with which a command is refused; that it is one, and the exit code, are checked."""
+    """The sentence with which a command is refused; that it is one, and the exit code, are
+    checked."""
 
     def call(*arguments: object) -> str:
         code, _, errors = sd_perf(*arguments)

@@ -29,7 +29,13 @@ TREE = {
     },
     "data": {"format": "synthetic", "latent_size": 8, "context_tokens": 3},
     "optimizer": {"base_learning_rate": 1.0e-4, "warmup_steps": 10},
-    "training": {"global_batch_size": 4, "max_samples": 200, "precision": "fp32", "device": "cpu", "seed": 0},
+    "training": {
+        "global_batch_size": 4,
+        "max_samples": 200,
+        "precision": "fp32",
+        "device": "cpu",
+        "seed": 0,
+    },
     "checkpoint": {"every_samples": 40},
     "logging": {"every_steps": 5},
 }
@@ -40,7 +46,10 @@ def make_config(tmp_path: Path) -> Callable[..., Config]:
     """make_config(name, training={...}, ...): the small run in tmp_path/name with keys changed."""
 
     def make(name: str = "run", **changes: dict) -> Config:
-        tree = {section: {**TREE.get(section, {}), **changes.get(section, {})} for section in {**TREE, **changes}}
+        tree = {
+            section: {**TREE.get(section, {}), **changes.get(section, {})}
+            for section in {**TREE, **changes}
+        }
         return config_from_dict({**tree, "run": {"dir": str(tmp_path / name)}})
 
     return make
@@ -69,10 +78,17 @@ def preset(tmp_path: Path) -> Path:
 
 
 def start_train(preset: Path, run: Path, *options: str, processes: int = 1) -> subprocess.Popen:
-    """`sd-perf train` in a process of its own (or several under torchrun), with its output piped."""
+    """`sd-perf train` in a process of its own (or several under torchrun), with its output
+    piped."""
     launcher = [sys.executable, "-m", "sd_perf"]
     if processes > 1:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+        torchrun = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            str(processes),
+        ]
         launcher = [*torchrun, "--standalone", "-m", "sd_perf"]
     command = [*launcher, "train", "--config", str(preset), "--run.dir", str(run), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -1,4 +1,5 @@
-"""Bad input at the command line: one sentence of what, where and what to do; exit 2; nothing saved is changed."""
+"""Bad input at the command line: one sentence of what, where and what to do; exit 2; nothing saved
+is changed."""
 
 from __future__ import annotations
 
@@ -35,8 +36,14 @@ CONTEXT = np.zeros((3, 16), np.float16)
 def write_preset(path: Path, **changes: dict) -> Path:
     """TREE, two steps long, with keys changed."""
     tree = {**TREE, **SHORT}
-    path.write_text(yaml.safe_dump({section: {**tree.get(section, {}), **changes.get(section, {})}
-                                    for section in {**tree, **changes}}))  # fmt: skip
+    path.write_text(
+        yaml.safe_dump(
+            {
+                section: {**tree.get(section, {}), **changes.get(section, {})}
+                for section in {**tree, **changes}
+            }
+        )
+    )
     return path
 
 
@@ -58,7 +65,10 @@ def shards(tmp_path: Path) -> Path:
 def saved(folder: Path) -> dict[str, str]:
     """Every file below a folder, with its digest."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
 
 
 def newest(run: Path) -> Path:
@@ -72,15 +82,22 @@ def matches(sentence: str, *parts: object) -> None:
         assert str(part) in sentence
 
 
-# ---------------------------------------------------------------------------------------------------- the config file
+# --------------------------------------------------------------------------------------------------
+# the config file
 
 
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
         ("trainig: {max_samples: 4}", ["trainig: unknown key", "did you mean training?"]),
-        ("training: {max_sample: 4}", ["training.max_sample: unknown key", "did you mean training.max_samples?"]),
-        ("training: {qwertyuiop: 4}", ["training.qwertyuiop: unknown key", "known here: global_batch_size"]),
+        (
+            "training: {max_sample: 4}",
+            ["training.max_sample: unknown key", "did you mean training.max_samples?"],
+        ),
+        (
+            "training: {qwertyuiop: 4}",
+            ["training.qwertyuiop: unknown key", "known here: global_batch_size"],
+        ),
         ("training: {max_samples: many}", ["training.max_samples: 'many'", "a whole number"]),
         ("training: {max_samples: 4.5}", ["training.max_samples: 4.5", "a whole number"]),
         ("training: {deterministic: 1}", ["training.deterministic: 1", "true or false"]),
@@ -93,8 +110,14 @@ def matches(sentence: str, *parts: object) -> None:
         ("training:", ["training: None", "a section of keys"]),
         ("training: {max_samples: 0}", ["training.max_samples: 0", "at least 1"]),
         ("optimizer: {beta_2: 1.0}", ["optimizer.beta_2: 1.0", "in [0, 1)"]),
-        ("optimizer: {base_learning_rate: .nan}", ["optimizer.base_learning_rate: nan", "positive"]),
-        ("model: {num_head_channels: 48}", ["model.num_head_channels: 48", "a divisor of every level's channels"]),
+        (
+            "optimizer: {base_learning_rate: .nan}",
+            ["optimizer.base_learning_rate: nan", "positive"],
+        ),
+        (
+            "model: {num_head_channels: 48}",
+            ["model.num_head_channels: 48", "a divisor of every level's channels"],
+        ),
         ("data: {format: synthetic, latent_size: 9}", ["data.latent_size: 9", "a multiple of 8"]),
         ("data: {format: moments}", ["data.path: ''", "data.format to synthetic"]),
         ("kernels: {geglo: triton}", ["kernels.geglo: unknown key", "did you mean kernels.geglu?"]),
@@ -117,20 +140,32 @@ def test_config_file(text, parts, tmp_path, refused, monkeypatch):
 
 
 def test_config_file_is_missing_or_no_text(tmp_path, refused):
-    matches(refused("train", "--config", tmp_path / "no.yaml"), tmp_path / "no.yaml", "no such config file", "configs/")
+    matches(
+        refused("train", "--config", tmp_path / "no.yaml"),
+        tmp_path / "no.yaml",
+        "no such config file",
+        "configs/",
+    )
     matches(refused("train", "--config", tmp_path), "no such config file")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     for command in (["train"], ["data", "prepare"], ["data", "statistics"]):
-        matches(refused(*command, "--config", tmp_path / "binary.yaml"), "binary.yaml: cannot be read as YAML")
+        matches(
+            refused(*command, "--config", tmp_path / "binary.yaml"),
+            "binary.yaml: cannot be read as YAML",
+        )
 
 
-# ------------------------------------------------------------------------------------------------------- the options
+# --------------------------------------------------------------------------------------------------
+# the options
 
 
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        (["--training.max-sample", "4"], ["--training.max-sample", "Perhaps you meant", "--training.max-samples INT"]),
+        (
+            ["--training.max-sample", "4"],
+            ["--training.max-sample", "Perhaps you meant", "--training.max-samples INT"],
+        ),
         (["--rezume"], ["--rezume", "Perhaps you meant", "--resume"]),
         (["--training.max-samples", "many"], ["--training.max-samples", "'many'"]),
         (["--training.precision", "fp16"], ["--training.precision", "'fp16'", "'fp32', 'bf16'"]),
@@ -149,14 +184,32 @@ def test_options_that_do_not_parse(options, parts, preset, run, sd_perf):
     [
         (["--training.max-samples", "0"], ["training.max_samples: 0", "at least 1"]),
         (["--optimizer.beta-1", "2"], ["optimizer.beta_1: 2.0", "in [0, 1)"]),
-        (["--training.accumulate-steps", "3"], ["training.global_batch_size: 4", "a multiple of", "1 x 3"]),
-        (["--sampling.steps", "2000"], ["sampling.steps: 2000", "at most diffusion.num_timesteps (1000)"]),
-        (["--kernels.geglu", "triton"], ["kernels.geglu: 'triton'", "auto or reference", "is 'plain'"]),
+        (
+            ["--training.accumulate-steps", "3"],
+            ["training.global_batch_size: 4", "a multiple of", "1 x 3"],
+        ),
+        (
+            ["--sampling.steps", "2000"],
+            ["sampling.steps: 2000", "at most diffusion.num_timesteps (1000)"],
+        ),
+        (
+            ["--kernels.geglu", "triton"],
+            ["kernels.geglu: 'triton'", "auto or reference", "is 'plain'"],
+        ),
         (["--kernels.strict"], ["kernels.strict: True", "is 'plain'"]),
-        (["--precision.text", "fp8_native"], ["precision.text: 'fp8_native'", "bf16, since", "is 'plain'"]),
-        (["--kernels.geglu", "triton", "--dry-run"], ["kernels.geglu: 'triton'", "auto or reference", "is 'plain'"]),
+        (
+            ["--precision.text", "fp8_native"],
+            ["precision.text: 'fp8_native'", "bf16, since", "is 'plain'"],
+        ),
+        (
+            ["--kernels.geglu", "triton", "--dry-run"],
+            ["kernels.geglu: 'triton'", "auto or reference", "is 'plain'"],
+        ),
         (["--mlperf.division", "closed", "--dry-run"], ["is not allowed in the closed division"]),
-        ([*FAST, "--kernels.geglu", "tritn", "--dry-run"], ["kernels.geglu: 'tritn'", "did you mean 'triton'?"]),
+        (
+            [*FAST, "--kernels.geglu", "tritn", "--dry-run"],
+            ["kernels.geglu: 'tritn'", "did you mean 'triton'?"],
+        ),
         (["--dry-run", "--ranks", "0"], ["--ranks: 0 cannot be used; it must be at least 1"]),
         (["--dry-run", "--ranks", "-2"], ["--ranks: -2 cannot be used; it must be at least 1"]),
         (["--resume", "--fresh"], ["--resume", "--fresh", "give one of them"]),
@@ -168,10 +221,22 @@ def test_options_that_cannot_be_used(options, parts, preset, run, refused):
 
 
 def test_dry_run_for_a_declared_gpu(preset, run, sd_perf):
-    command = ["train", "--config", preset, "--run.dir", run, "--dry-run", *FAST, "--kernels.geglu", "triton"]
+    command = [
+        "train",
+        "--config",
+        preset,
+        "--run.dir",
+        run,
+        "--dry-run",
+        *FAST,
+        "--kernels.geglu",
+        "triton",
+    ]
     code, output, _ = sd_perf(*command, "--target", "h100", "--json")
     facts = json.loads(output)
-    assert code == 0 and facts["target"] == "H100" and facts["kernels"]["geglu"]["backend"] == "triton"
+    assert (
+        code == 0 and facts["target"] == "H100" and facts["kernels"]["geglu"]["backend"] == "triton"
+    )
     assert set(facts["linear_layers"].values()) == {"fp32"}
     code, output, _ = sd_perf(*command, "--target", "a100")
     assert code == 0 and "kernels on A100" in output and "named in the config" in output
@@ -184,7 +249,10 @@ def test_an_operators_error(preset, run, refused, monkeypatch):
         raise KernelError("geglu: got torch.int32; takes float32, bfloat16 or float16")
 
     monkeypatch.setattr("sd_perf.tools.estimate.dry_run.dry_run", refuse)
-    matches(refused("train", "--config", preset, "--run.dir", run, "--dry-run"), "geglu: got torch.int32")
+    matches(
+        refused("train", "--config", preset, "--run.dir", run, "--dry-run"),
+        "geglu: got torch.int32",
+    )
 
 
 def test_unknown_command(sd_perf):
@@ -192,7 +260,8 @@ def test_unknown_command(sd_perf):
     assert code == 2 and "trian" in errors and "Traceback" not in errors
 
 
-# ----------------------------------------------------------------------------------------------------------- the data
+# --------------------------------------------------------------------------------------------------
+# the data
 
 
 def sample_files(**changes: bytes | None) -> dict[str, bytes]:
@@ -223,17 +292,49 @@ def cut(path: Path) -> None:
     ("spoil", "parts"),
     [
         (shutil.rmtree, ["shards is not a folder", "data.path must name"]),
-        (lambda shards: (shards / "00000.tar").unlink(), ["shards is empty", "data.path must name"]),
-        (lambda shards: (shards / "00000.tar").rename(shards / "00000.zip"), ["shards holds no *.tar", "data.path"]),
-        (lambda shards: cut(shards / "00000.tar"), ["00000.tar cannot be read as a tar file (unexpected end", "again"]),
-        (lambda shards: os.truncate(shards / "00000.tar", 512), ["00000.tar cannot be read", "again"]),
-        (lambda shards: (shards / "00000.tar").write_bytes(b"junk"), ["00000.tar cannot be read as a tar", "again"]),
+        (
+            lambda shards: (shards / "00000.tar").unlink(),
+            ["shards is empty", "data.path must name"],
+        ),
+        (
+            lambda shards: (shards / "00000.tar").rename(shards / "00000.zip"),
+            ["shards holds no *.tar", "data.path"],
+        ),
+        (
+            lambda shards: cut(shards / "00000.tar"),
+            ["00000.tar cannot be read as a tar file (unexpected end", "again"],
+        ),
+        (
+            lambda shards: os.truncate(shards / "00000.tar", 512),
+            ["00000.tar cannot be read", "again"],
+        ),
+        (
+            lambda shards: (shards / "00000.tar").write_bytes(b"junk"),
+            ["00000.tar cannot be read as a tar", "again"],
+        ),
         *[
-            (lambda shards, e=e: write_tar(shards / "00000.tar", sample_files(**{e: None})), ["000000003", f".{e}", do])
-            for e, do in [("npy", "needs"), ("txt", "needs"), ("context.npy", "set data.context to open_clip")]
+            (
+                lambda shards, e=e: write_tar(shards / "00000.tar", sample_files(**{e: None})),
+                ["000000003", f".{e}", do],
+            )
+            for e, do in [
+                ("npy", "needs"),
+                ("txt", "needs"),
+                ("context.npy", "set data.context to open_clip"),
+            ]
         ],
     ],
-    ids=["no folder", "empty", "no tar", "cut", "cut in a header", "junk", "no npy", "no txt", "no context"],
+    ids=[
+        "no folder",
+        "empty",
+        "no tar",
+        "cut",
+        "cut in a header",
+        "junk",
+        "no npy",
+        "no txt",
+        "no context",
+    ],
 )
 def test_shards(spoil, parts, preset, run, shards, refused):
     """Told before the run folder is made."""
@@ -255,7 +356,10 @@ def with_value(value: float) -> np.ndarray:
     [
         ({"npy": npy(MOMENTS[:, :4])}, "moments has shape (1, 4, 8, 8), not (1, 8, 8, 8)"),
         ({"npy": npy(MOMENTS.astype(np.float16))}, "moments has dtype float16, not float32"),
-        ({"npy": npy(np.array([Bomb()], dtype=object), allow_pickle=True)}, "moments holds pickled objects, which are"),
+        (
+            {"npy": npy(np.array([Bomb()], dtype=object), allow_pickle=True)},
+            "moments holds pickled objects, which are",
+        ),
         ({"npy": npy(with_value(np.nan))}, "moments has values that are NaN or infinite"),
         ({"npy": npy(with_value(np.inf))}, "moments has values that are NaN or infinite"),
         ({"context.npy": npy(CONTEXT[:2])}, "context has shape (2, 16), not (3, 16)"),
@@ -268,45 +372,96 @@ def test_samples(bad, reason, preset, run, shards, refused):
     shards.mkdir()
     write_tar(shards / "00000.tar", sample_files(**bad))
     sentence = refused("train", "--config", preset, "--run.dir", run, *data_options(shards))
-    matches(sentence, f"{shards}: sample 000000003 in 00000.tar: {reason}", "mend it, or set data.max_bad_samples")
+    matches(
+        sentence,
+        f"{shards}: sample 000000003 in 00000.tar: {reason}",
+        "mend it, or set data.max_bad_samples",
+    )
     assert not (run / "checkpoints").exists()
 
 
 def write_shards(folder: Path, bad: set[int] = frozenset(), num: int = 16) -> None:
     with ShardWriter(folder) as writer:
         for number in range(num):
-            writer.write(np.full((8, 8, 8), np.nan if number in bad else 0.1), f"caption {number}", None, CONTEXT)
+            writer.write(
+                np.full((8, 8, 8), np.nan if number in bad else 0.1),
+                f"caption {number}",
+                None,
+                CONTEXT,
+            )
 
 
 def test_more_bad_samples_than_allowed(preset, run, shards, refused, sd_perf):
     order = SampleOrder(seed=0, num_samples=16)
     write_shards(shards, {order.sample(position) for position in (1, 5, 6)})
-    command = ["train", "--config", preset, "--run.dir", run, *data_options(shards), "--data.max-bad-samples"]
+    command = [
+        "train",
+        "--config",
+        preset,
+        "--run.dir",
+        run,
+        *data_options(shards),
+        "--data.max-bad-samples",
+    ]
     sentence = refused(*command, 1)
-    matches(sentence, "3 bad samples, more than data.max_bad_samples (1), the last 0000000", "NaN", "raise the limit")
+    matches(
+        sentence,
+        "3 bad samples, more than data.max_bad_samples (1), the last 0000000",
+        "NaN",
+        "raise the limit",
+    )
     assert (run / "bad_samples.jsonl").read_text().count("\n") == 3
     assert newest(run).name == "samples_0000000004"
     assert sd_perf(*command, 3, "--resume")[0] == 0
     before = saved(run)
     longer = ["--resume", "--training.max-samples", 12]
-    matches(refused(*command, 1, *longer), "3 bad samples, more than data.max_bad_samples (1); mend")
-    assert saved(run / "checkpoints") == {k.removeprefix("checkpoints/"): v for k, v in before.items() if "check" in k}
+    matches(
+        refused(*command, 1, *longer), "3 bad samples, more than data.max_bad_samples (1); mend"
+    )
+    assert saved(run / "checkpoints") == {
+        k.removeprefix("checkpoints/"): v for k, v in before.items() if "check" in k
+    }
 
 
 def test_text_encoder_weights(preset, run, shards, refused, tmp_path):
     write_shards(shards)
-    options = [*data_options(shards)[:-1], "open_clip", "--text-encoder.model", TEXT_TINY, "--text-encoder.weights"]
+    options = [
+        *data_options(shards)[:-1],
+        "open_clip",
+        "--text-encoder.model",
+        TEXT_TINY,
+        "--text-encoder.weights",
+    ]
     command = ["train", "--config", preset, "--run.dir", run, *options]
-    matches(refused(*command, tmp_path / "absent.bin"), "absent.bin: no such file", "text_encoder.weights names")
+    matches(
+        refused(*command, tmp_path / "absent.bin"),
+        "absent.bin: no such file",
+        "text_encoder.weights names",
+    )
     matches(refused(*command, ""), "text_encoder.weights: ''", "a file of weights")
-    matches(refused(*command, "random"), "model.context_dim: 16 cannot be used", "it must be 128, the width of")
+    matches(
+        refused(*command, "random"),
+        "model.context_dim: 16 cannot be used",
+        "it must be 128, the width of",
+    )
     assert not run.exists()
 
 
-def test_shards_are_written_to_a_named_folder(preset, shards, refused, sd_perf, monkeypatch, tmp_path):
+def test_shards_are_written_to_a_named_folder(
+    preset, shards, refused, sd_perf, monkeypatch, tmp_path
+):
     monkeypatch.chdir(tmp_path)
     write_scenes(tmp_path / "scenes", 4, seed=0)
-    command = ["data", "prepare", "--config", preset, "--images", tmp_path / "scenes", "--autoencoder", AUTOENCODER]
+    command = [
+        "data",
+        "prepare",
+        "--config",
+        preset,
+        "--images",
+        tmp_path / "scenes",
+        "--autoencoder",
+        AUTOENCODER,
+    ]
     matches(refused(*command), "data.path: ''", "the folder to write the shards to")
     command += ["--data.path", shards]
     assert sd_perf(*command)[0] == 0
@@ -315,7 +470,8 @@ def test_shards_are_written_to_a_named_folder(preset, shards, refused, sd_perf, 
     assert saved(shards) == before
 
 
-# ----------------------------------------------------------------------------------------- run folders and checkpoints
+# ----------------------------------------------------------------------------------------- run
+# folders and checkpoints
 
 
 @pytest.fixture(scope="session")
@@ -342,9 +498,28 @@ def copied_run(whole_run: Path, run: Path) -> Path:
 
 def command_on(run: Path, name: str, preset: Path, output: Path) -> list[object]:
     commands: dict[str, list[object]] = {
-        "resume": ["train", "--config", preset, "--run.dir", run, "--resume", "--training.max-samples", 12],
+        "resume": [
+            "train",
+            "--config",
+            preset,
+            "--run.dir",
+            run,
+            "--resume",
+            "--training.max-samples",
+            12,
+        ],
         "export": ["export", "--source", run, "--output", output / "unet.safetensors"],
-        "sample": ["sample", "--source", run, "--output", output, "--autoencoder", "absent.ckpt", "--prompt", "a cat"],
+        "sample": [
+            "sample",
+            "--source",
+            run,
+            "--output",
+            output,
+            "--autoencoder",
+            "absent.ckpt",
+            "--prompt",
+            "a cat",
+        ],
     }
     return commands[name]
 
@@ -372,7 +547,10 @@ def another_model(checkpoint: Path, other: Path) -> None:
     [
         (truncate_tensors, ["__0_0.distcp: truncated", "move this checkpoint away"]),
         (truncate_metadata, ["damaged (.metadata: ", "move this checkpoint away"]),
-        (truncate_state, ["not a checkpoint of sd-perf (state.json: ", "move this checkpoint away"]),
+        (
+            truncate_state,
+            ["not a checkpoint of sd-perf (state.json: ", "move this checkpoint away"],
+        ),
         (another_model, [" shape"]),
     ],
 )
@@ -413,23 +591,34 @@ def test_source_is_no_run(command, source, parts, whole_run, preset, tmp_path, r
 def test_resume_where_there_is_nothing_yet_begins(preset, run, sd_perf):
     """So that a job that is queued again needs one command."""
     code, output, _ = sd_perf("train", "--config", preset, "--run.dir", run, "--resume")
-    assert code == 0 and "no checkpoint to resume from" in output and "starting at sample 0" in output
+    assert (
+        code == 0 and "no checkpoint to resume from" in output and "starting at sample 0" in output
+    )
 
 
 def test_resume_of_a_complete_run_does_nothing(copied_run, preset, sd_perf):
-    """So that a job that is queued again, or `make resume`, goes on to what comes after training."""
+    """So that a job that is queued again, or `make resume`, goes on to what comes after
+    training."""
     before = saved(copied_run)
     code, output, _ = sd_perf("train", "--config", preset, "--run.dir", copied_run, "--resume")
-    assert code == 0 and "the run is complete (8 samples)" in output and "larger --training.max-samples" in output
+    assert (
+        code == 0
+        and "the run is complete (8 samples)" in output
+        and "larger --training.max-samples" in output
+    )
     assert saved(copied_run) == before
 
 
 def test_a_folder_that_holds_a_run(copied_run, preset, refused):
     before = saved(copied_run)
     command = ["train", "--config", preset, "--run.dir", copied_run]
-    matches(refused(*command), copied_run, "holds a run already", "--resume", "--fresh", "--run.dir")
+    matches(
+        refused(*command), copied_run, "holds a run already", "--resume", "--fresh", "--run.dir"
+    )
     sentence = refused(*command, "--resume", "--model.num-res-blocks", 2)
-    matches(sentence, f"model.num_res_blocks: the run in {copied_run} has 1, this config 2", "--run.dir")
+    matches(
+        sentence, f"model.num_res_blocks: the run in {copied_run} has 1, this config 2", "--run.dir"
+    )
     (copied_run / "run_manifest.json").rename(copied_run.parent / "manifest")
     matches(refused(*command, "--resume"), "is no run folder (no run_manifest.json)")
     (copied_run.parent / "manifest").rename(copied_run / "run_manifest.json")
@@ -446,11 +635,14 @@ def test_fresh(copied_run, preset, sd_perf):
 
 
 def test_fresh_moves_nothing_where_the_run_cannot_begin(copied_run, preset, refused):
-    refused("train", "--config", preset, "--run.dir", copied_run, "--fresh", *data_options(copied_run))
+    refused(
+        "train", "--config", preset, "--run.dir", copied_run, "--fresh", *data_options(copied_run)
+    )
     assert [path.name for path in copied_run.parent.glob("run*")] == ["run"]
 
 
-# ----------------------------------------------------------------------------------------------------------- the disk
+# --------------------------------------------------------------------------------------------------
+# the disk
 
 
 def test_results_folder_below_a_file(preset, tmp_path, whole_run, refused):
@@ -458,7 +650,9 @@ def test_results_folder_below_a_file(preset, tmp_path, whole_run, refused):
     sentence = refused("train", "--config", preset, "--run.dir", tmp_path / "file" / "run")
     matches(sentence, "file/run cannot be written (Not a directory)", "choose another --run.dir")
     sentence = refused(*command_on(whole_run, "export", preset, tmp_path / "file"))
-    matches(sentence, "file/unet.safetensors cannot be written (File exists)", "choose another path")
+    matches(
+        sentence, "file/unet.safetensors cannot be written (File exists)", "choose another path"
+    )
     assert (tmp_path / "file").read_text() == "kept"
 
 
@@ -471,11 +665,20 @@ def test_read_only_disk(mount_tmpfs, preset, whole_run, refused):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_disk_full_in_a_checkpoint(processes, mount_tmpfs, preset, sd_perf):
-    """The first of two checkpoints fits. The run stops, keeps it, and goes on once there is space."""
+    """The first of two checkpoints fits. The run stops, keeps it, and goes on once there is
+    space."""
     disk = mount_tmpfs("size=20m")
     sentence = fail(preset, disk / "run", processes=processes)
-    matches(sentence, "a checkpoint could not be written (", "newest complete", "samples_0000000004", "make room")
-    assert [path.name for path in (disk / "run" / "checkpoints").iterdir()] == ["samples_0000000004"]
+    matches(
+        sentence,
+        "a checkpoint could not be written (",
+        "newest complete",
+        "samples_0000000004",
+        "make room",
+    )
+    assert [path.name for path in (disk / "run" / "checkpoints").iterdir()] == [
+        "samples_0000000004"
+    ]
     assert load_component(newest(disk / "run"), "model")
     subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
     code, output, _ = sd_perf("train", "--config", preset, "--run.dir", disk / "run", "--resume")
@@ -485,14 +688,29 @@ def test_disk_full_in_a_checkpoint(processes, mount_tmpfs, preset, sd_perf):
 
 def test_disk_full_in_the_metrics(mount_tmpfs, preset, refused):
     run = mount_tmpfs("size=12k") / "run"
-    options = ["--training.max-samples", 2000, "--checkpoint.every-samples", 2000, "--logging.every-steps", 1]
+    options = [
+        "--training.max-samples",
+        2000,
+        "--checkpoint.every-samples",
+        2000,
+        "--logging.every-steps",
+        1,
+    ]
     sentence = refused("train", "--config", preset, "--run.dir", run, *options)
-    matches(sentence, run / "metrics.jsonl", "cannot be written (No space left on device)", "make room", "--resume")
+    matches(
+        sentence,
+        run / "metrics.jsonl",
+        "cannot be written (No space left on device)",
+        "make room",
+        "--resume",
+    )
 
 
 def test_pictures_are_not_overwritten(tmp_path, run, refused, sd_perf, monkeypatch):
     """The autoencoder alone is made up. The second time is refused before anything is drawn."""
-    monkeypatch.setattr("sd_perf.models.sources.read_decoder", lambda path: lambda latents: latents[:, :3].tanh())
+    monkeypatch.setattr(
+        "sd_perf.models.sources.read_decoder", lambda path: lambda latents: latents[:, :3].tanh()
+    )
     text = {"text_encoder": {"model": TEXT_TINY, "weights": "random"}, "sampling": {"steps": 2}}
     preset = write_preset(tmp_path / "text.yaml", **text, model={"context_dim": 128})
     assert sd_perf("train", "--config", preset, "--run.dir", run)[0] == 0
@@ -505,26 +723,56 @@ def test_pictures_are_not_overwritten(tmp_path, run, refused, sd_perf, monkeypat
     matches(refused(*command, "--prompt"), "--prompt: give one or more prompts")
 
 
-# ------------------------------------------------------------------------------------------------------ the arithmetic
+# --------------------------------------------------------------------------------------------------
+# the arithmetic
 
 
 @pytest.mark.parametrize("every_samples", [4, 1000])
 def test_loss_not_finite(every_samples, preset, run, refused):
-    """The first step has rate 0; the second throws the weights away while its own loss is still finite."""
-    options = ["--optimizer.base-learning-rate", 1e30, "--optimizer.warmup-steps", 1, "--optimizer.warmup-start", 0]
-    command = ["train", "--config", preset, "--run.dir", run, *options, "--training.max-samples", 40]
-    sentence = refused(*command, "--checkpoint.every-samples", every_samples, "--logging.every-steps", 1)
-    matches(sentence, "not finite after", "this state was not saved", "lower optimizer.base_learning_rate")
+    """The first step has rate 0; the second throws the weights away while its own loss is still
+    finite."""
+    options = [
+        "--optimizer.base-learning-rate",
+        1e30,
+        "--optimizer.warmup-steps",
+        1,
+        "--optimizer.warmup-start",
+        0,
+    ]
+    command = [
+        "train",
+        "--config",
+        preset,
+        "--run.dir",
+        run,
+        *options,
+        "--training.max-samples",
+        40,
+    ]
+    sentence = refused(
+        *command, "--checkpoint.every-samples", every_samples, "--logging.every-steps", 1
+    )
+    matches(
+        sentence,
+        "not finite after",
+        "this state was not saved",
+        "lower optimizer.base_learning_rate",
+    )
     if every_samples == 4:
-        matches(sentence, "weights or optimizer moments are not finite after 8 samples", newest(run))
+        matches(
+            sentence, "weights or optimizer moments are not finite after 8 samples", newest(run)
+        )
         assert [path.name for path in (run / "checkpoints").iterdir()] == ["samples_0000000004"]
-        assert all(tensor.isfinite().all() for tensor in load_component(newest(run), "model").values())
+        assert all(
+            tensor.isfinite().all() for tensor in load_component(newest(run), "model").values()
+        )
     else:
         matches(sentence, "loss is not finite", "there is no complete checkpoint yet")
         assert not (run / "checkpoints").exists()
 
 
-# ---------------------------------------------------------------------------------------------------- real processes
+# --------------------------------------------------------------------------------------------------
+# real processes
 
 
 def fail(preset: Path, run: Path, *options: object, processes: int = 1) -> str:
@@ -535,19 +783,28 @@ def fail(preset: Path, run: Path, *options: object, processes: int = 1) -> str:
         assert process.returncode == 2, errors
         return only_sentence(errors)
     assert process.returncode == 1, errors  # torchrun's own, which prints a traceback of its own
-    assert not any("sd_perf/" in line for line in errors.splitlines() if line.startswith("  File")), errors
-    return only_sentence("".join(line for line in errors.splitlines(keepends=True) if line.startswith("sd-perf:")))
+    assert not any(
+        "sd_perf/" in line for line in errors.splitlines() if line.startswith("  File")
+    ), errors
+    return only_sentence(
+        "".join(line for line in errors.splitlines(keepends=True) if line.startswith("sd-perf:"))
+    )
 
 
 def test_process(preset, run, tmp_path):
-    matches(fail(preset, run, *data_options(tmp_path / "absent")), "absent is not a folder; data.path must name")
+    matches(
+        fail(preset, run, *data_options(tmp_path / "absent")),
+        "absent is not a folder; data.path must name",
+    )
     matches(fail(tmp_path / "no.yaml", run), "no.yaml: no such config file")
     assert not run.exists()
 
 
 def test_two_processes_and_a_batch_that_does_not_divide(preset, run):
     sentence = fail(preset, run, "--training.global-batch-size", 5, processes=2)
-    matches(sentence, "training.global_batch_size: 5", "a multiple of ranks x accumulate_steps = 2 x 1")
+    matches(
+        sentence, "training.global_batch_size: 5", "a multiple of ranks x accumulate_steps = 2 x 1"
+    )
     assert not run.exists()
 
 
@@ -555,7 +812,12 @@ def test_two_processes_and_a_bad_sample_on_the_second(preset, run, shards):
     """Position 5 is of the second step and the second rank; the first rank must not wait for it."""
     write_shards(shards, {SampleOrder(seed=0, num_samples=16).sample(5)})
     sentence = fail(preset, run, *data_options(shards), processes=2)
-    matches(sentence, f"sd-perf: rank 1: {shards}: sample 0000000", "NaN or infinite", "data.max_bad_samples")
+    matches(
+        sentence,
+        f"sd-perf: rank 1: {shards}: sample 0000000",
+        "NaN or infinite",
+        "data.max_bad_samples",
+    )
     assert newest(run).name == "samples_0000000004"
 
 

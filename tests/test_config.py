@@ -34,13 +34,19 @@ COUNTS = [
 
 
 def test_counts_are_found():
-    assert len(COUNTS) > 20 and ("training", "global_batch_size") in COUNTS and ("model", "model_channels") in COUNTS
+    assert (
+        len(COUNTS) > 20
+        and ("training", "global_batch_size") in COUNTS
+        and ("model", "model_channels") in COUNTS
+    )
 
 
 @pytest.mark.parametrize(("section", "field"), COUNTS)
 @pytest.mark.parametrize("value", [0, -1])
 def test_a_count_is_at_least_one(section, field, value):
-    with pytest.raises(ConfigError, match=rf"^{section}\.{field}: {value} cannot be used; it must be at least 1$"):
+    with pytest.raises(
+        ConfigError, match=rf"^{section}\.{field}: {value} cannot be used; it must be at least 1$"
+    ):
         dataclasses.replace(getattr(Config(), section), **{field: value})
 
 
@@ -63,68 +69,113 @@ def test_sections_with_rules_know_their_name(section):
         (lambda: UNetConfig(transformer_groups=33), "model.transformer_groups: 33 ... a divisor"),
         (lambda: DiffusionConfig(beta_start=0.5), "diffusion.beta_start: 0.5 ... positive and at"),
         (lambda: DataConfig(), "data.path: '' ... the folder of the moments shards"),
-        (lambda: OptimizerConfig(base_learning_rate=float("nan")), "optimizer.base_learning_rate: nan ... positive"),
+        (
+            lambda: OptimizerConfig(base_learning_rate=float("nan")),
+            "optimizer.base_learning_rate: nan ... positive",
+        ),
         (lambda: OptimizerConfig(warmup_start=1.1), "optimizer.warmup_start: 1.1 ... between 0"),
         (lambda: TrainingConfig(cpu_threads=0), "training.cpu_threads: 0 ... at least 1, or none"),
         (lambda: TrainingConfig(seed=2**63), f"training.seed: {2**63} ... in [0, 2**63)"),
-        (lambda: UNetConfig(compile=True), "model.compile: True ... false, since model.implementation is 'plain'"),
+        (
+            lambda: UNetConfig(compile=True),
+            "model.compile: True ... false, since model.implementation is 'plain'",
+        ),
         (
             lambda: UNetConfig(activation_checkpointing=True),
             "model.activation_checkpointing: True ... false, since model.implementation is 'plain'",
         ),
-        (lambda: PrecisionConfig(fp8_recipe="delayed"), "precision.fp8_recipe: 'delayed' ... current, since no layer"),
+        (
+            lambda: PrecisionConfig(fp8_recipe="delayed"),
+            "precision.fp8_recipe: 'delayed' ... current, since no layer",
+        ),
         (lambda: Config().micro_batch_size(7), "training.global_batch_size: 512 ... a multiple of"),
     ],
 )
 def test_other_rules(make, sentence):
-    with pytest.raises(ConfigError, match=re.escape(sentence.replace("...", "cannot be used; it must be"))):
+    with pytest.raises(
+        ConfigError, match=re.escape(sentence.replace("...", "cannot be used; it must be"))
+    ):
         make()
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"model": UNetConfig()}, "precision.text: 'fp8_te' ... bf16, since model.implementation is 'plain'"),
-        ({"training": TrainingConfig(precision="fp32")}, "precision.text: 'fp8_te' ... bf16, since training.precision"),
         (
-            {"model": dataclasses.replace(FAST, context_dim=1032)},
-            "precision.text: 'fp8_te' ... bf16, since FP8 takes multiples of 16 channels and text has layers of 1032",
+            {"model": UNetConfig()},
+            "precision.text: 'fp8_te' ... bf16, since model.implementation is 'plain'",
         ),
         (
-            {"model": UNetConfig(model_channels=8, num_head_channels=8, resblock_groups=8, transformer_groups=8,
-                                 implementation="fast"), "precision": PrecisionConfig(linear="fp8_native")},
-            "precision.linear: 'fp8_native' ... bf16, since FP8 takes multiples of 16 channels and attention has",
+            {"training": TrainingConfig(precision="fp32")},
+            "precision.text: 'fp8_te' ... bf16, since training.precision",
+        ),
+        (
+            {"model": dataclasses.replace(FAST, context_dim=1032)},
+            "precision.text: 'fp8_te' ... bf16, since FP8 takes multiples of 16 channels and text "
+            "has layers of 1032",
+        ),
+        (
+            {
+                "model": UNetConfig(
+                    model_channels=8,
+                    num_head_channels=8,
+                    resblock_groups=8,
+                    transformer_groups=8,
+                    implementation="fast",
+                ),
+                "precision": PrecisionConfig(linear="fp8_native"),
+            },
+            "precision.linear: 'fp8_native' ... bf16, since FP8 takes multiples of 16 channels "
+            "and attention has",
         ),
         (
             {"model": dataclasses.replace(FAST, compile=True)},
             "model.compile: True ... false with precision.text in Transformer Engine",
         ),
         (
-            {"model": dataclasses.replace(FAST, compile=True), "precision": PrecisionConfig(linear="fp8_native"),
-             "kernels": KernelsConfig(fp8_linear="te")},
+            {
+                "model": dataclasses.replace(FAST, compile=True),
+                "precision": PrecisionConfig(linear="fp8_native"),
+                "kernels": KernelsConfig(fp8_linear="te"),
+            },
             "model.compile: True ... false with precision.linear in Transformer Engine",
         ),
         (
-            {"model": dataclasses.replace(FAST, activation_checkpointing=True),
-             "precision": PrecisionConfig(linear="fp8_te", fp8_recipe="delayed")},
+            {
+                "model": dataclasses.replace(FAST, activation_checkpointing=True),
+                "precision": PrecisionConfig(linear="fp8_te", fp8_recipe="delayed"),
+            },
             "precision.fp8_recipe: 'delayed' ... current with model.activation_checkpointing",
         ),
     ],
-)  # fmt: skip
+)
 def test_rules_of_fp8(changes, sentence):
     allowed = {"model": FAST, "precision": PrecisionConfig(text="fp8_te")}
     Config(**allowed)
-    with pytest.raises(ConfigError, match=re.escape(sentence.replace("...", "cannot be used; it must be"))):
+    with pytest.raises(
+        ConfigError, match=re.escape(sentence.replace("...", "cannot be used; it must be"))
+    ):
         Config(**{**allowed, **changes})
 
 
 def test_a_class_of_layers_is_as_linear_unless_it_says():
     precision = PrecisionConfig(linear="fp8_native", text="bf16")
     assert {layers: precision.of(layers) for layers in LINEAR_LAYERS} == {
-        "attention": "fp8_native", "feed_forward": "fp8_native", "transformer_ends": "fp8_native", "text": "bf16",
-    }  # fmt: skip
-    keys = {layers: key for layers, _, key in PrecisionConfig(linear="fp8_te", text="fp8_native").in_fp8()}
-    assert keys == {"attention": "linear", "feed_forward": "linear", "transformer_ends": "linear", "text": "text"}
+        "attention": "fp8_native",
+        "feed_forward": "fp8_native",
+        "transformer_ends": "fp8_native",
+        "text": "bf16",
+    }
+    keys = {
+        layers: key
+        for layers, _, key in PrecisionConfig(linear="fp8_te", text="fp8_native").in_fp8()
+    }
+    assert keys == {
+        "attention": "linear",
+        "feed_forward": "linear",
+        "transformer_ends": "linear",
+        "text": "text",
+    }
 
 
 def test_what_changes_speed_only_leaves_the_network():

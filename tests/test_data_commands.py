@@ -17,15 +17,38 @@ def test_scenes(shards, tmp_path, refused):
     for samples in (0, -3):
         sentence = refused(*command, tmp_path / "new", "--samples", samples)
         assert sentence == f"sd-perf: --samples: {samples} cannot be used; it must be at least 1"
-    matches(refused(*command, tmp_path / "new", "--uncaptioned-every", -1), "--uncaptioned-every: -1", "0 or more")
+    matches(
+        refused(*command, tmp_path / "new", "--uncaptioned-every", -1),
+        "--uncaptioned-every: -1",
+        "0 or more",
+    )
     assert not (tmp_path / "new").exists()
-    matches(refused(*command, "/proc/x/y"), "/proc/x/y cannot be written (", "choose another folder")
+    matches(
+        refused(*command, "/proc/x/y"), "/proc/x/y cannot be written (", "choose another folder"
+    )
 
 
 def test_numbers_of_prepared_samples(tmp_path, refused):
-    command = ["data", "prepare", "--config", SMOKE, "--images", tmp_path, "--autoencoder", AUTOENCODER]
-    matches(refused(*command, "--captions-per-image", 0), "--captions-per-image: 0 cannot be used", "at least 1")
-    matches(refused(*command, "--samples-per-shard", 0), "--samples-per-shard: 0 cannot be used", "1 to 10000")
+    command = [
+        "data",
+        "prepare",
+        "--config",
+        SMOKE,
+        "--images",
+        tmp_path,
+        "--autoencoder",
+        AUTOENCODER,
+    ]
+    matches(
+        refused(*command, "--captions-per-image", 0),
+        "--captions-per-image: 0 cannot be used",
+        "at least 1",
+    )
+    matches(
+        refused(*command, "--samples-per-shard", 0),
+        "--samples-per-shard: 0 cannot be used",
+        "1 to 10000",
+    )
 
 
 @pytest.mark.parametrize(

@@ -42,9 +42,14 @@ def test_what_fails_leaves_the_old_one(tmp_path, error):
 def test_full_disk(mount_tmpfs):
     disk = mount_tmpfs("size=64k")
     write_text(disk / "a.txt", "old")
-    with pytest.raises(UserError, match="No space left on device"), disk_errors(disk / "a.txt", "make room"):
+    with (
+        pytest.raises(UserError, match="No space left on device"),
+        disk_errors(disk / "a.txt", "make room"),
+    ):
         write_text(disk / "a.txt", 100_000 * "new")
-    assert (disk / "a.txt").read_text() == "old" and [path.name for path in disk.iterdir()] == ["a.txt"]
+    assert (disk / "a.txt").read_text() == "old" and [path.name for path in disk.iterdir()] == [
+        "a.txt"
+    ]
 
 
 def test_two_writers_do_not_meet(tmp_path):

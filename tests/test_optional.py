@@ -17,5 +17,8 @@ def test_there():
 
 def test_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "json", None)
-    with pytest.raises(ConfigError, match=r"this needs json \(import of json halted.*; pip install 'sd-perf\[cli\]'$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"this needs json \(import of json halted.*; pip install 'sd-perf\[cli\]'$",
+    ):
         optional("json", "this needs json", "cli")

@@ -1,4 +1,5 @@
-"""The committed files of the tiny world: small, readable by the product's own loaders, and as good as they claim."""
+"""The committed files of the tiny world: small, readable by the product's own loaders, and as good
+as they claim."""
 
 import json
 from pathlib import Path
@@ -33,7 +34,10 @@ def scenes():
 @pytest.fixture(scope="module")
 def images(scenes) -> torch.Tensor:
     """(200, 3, 64, 64) float32 in [0, 1]"""
-    return torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).float() / 255
+    return (
+        torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).float()
+        / 255
+    )
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +56,9 @@ def similarity(images) -> torch.Tensor:
     from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
     model, tokenizer = read_clip("clip", CLIP.model, Path(CLIP.weights))
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
+    mean, std = (
+        torch.tensor(values).view(3, 1, 1) for values in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
+    )
     pictures = model.encode_image((images - mean) / std, normalize=True)
     return pictures @ model.encode_text(tokenizer(CAPTIONS), normalize=True).T
 
@@ -66,7 +72,9 @@ def test_the_autoencoder_keeps_what_captions_say(scenes, images, moments):
     error = ((decoded.clamp(-1, 1) + 1) / 2 - images).square().mean(dim=(1, 2, 3))
     assert float((-10 * torch.log10(error)).mean()) > 33
     pictures = ((decoded + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).numpy()
-    accepted = [judge(picture, scene.caption) for picture, scene in zip(pictures, scenes, strict=True)]
+    accepted = [
+        judge(picture, scene.caption) for picture, scene in zip(pictures, scenes, strict=True)
+    ]
     assert np.mean(accepted) >= 0.97
 
 
@@ -99,14 +107,19 @@ def test_words_without_a_row_mean_nothing_and_do_no_harm(encoder):
 def test_clip_finds_captions(scenes, similarity):
     own = torch.tensor([CAPTIONS.index(scene.caption) for scene in scenes])
     assert float((similarity.argmax(dim=1) == own).float().mean()) > 0.9
-    right, wrong = (similarity[torch.arange(len(own)), index].mean() for index in (own, own.roll(1)))
+    right, wrong = (
+        similarity[torch.arange(len(own)), index].mean() for index in (own, own.roll(1))
+    )
     assert right > wrong + 0.2
 
 
 def test_frechet_distance_grows_with_blur_and_noise():
     distances = json.loads((ASSETS / "report.json").read_text())["frechet_distance_n_512"]
     for kind in ("blur", "noise"):
-        row = [distances["unchanged"], *(value for name, value in distances.items() if name.startswith(kind))]
+        row = [
+            distances["unchanged"],
+            *(value for name, value in distances.items() if name.startswith(kind)),
+        ]
         assert len(row) == 4 and row == sorted(row)
 
 
@@ -116,10 +129,15 @@ def test_features_tell_scenes_apart_and_notice_blur_and_noise(images):
     assert features.shape == (200, 64) and features.dtype == torch.float32
     spread = features.std(dim=0).norm()
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
-    weak, strong = ((net((images + sigma * noise).clamp(0, 1)) - features).norm(dim=1).mean() for sigma in (0.05, 0.3))
+    weak, strong = (
+        (net((images + sigma * noise).clamp(0, 1)) - features).norm(dim=1).mean()
+        for sigma in (0.05, 0.3)
+    )
     assert 0 < weak < strong and spread > 0
 
 
 def test_the_report_has_the_sizes_of_the_networks() -> None:
     report = json.loads((ASSETS / "report.json").read_text())
-    assert report["bytes"] == {path.name: path.stat().st_size for path in ASSETS.glob("*.safetensors")}
+    assert report["bytes"] == {
+        path.name: path.stat().st_size for path in ASSETS.glob("*.safetensors")
+    }

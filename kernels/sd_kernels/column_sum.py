@@ -1,4 +1,5 @@
-"""Sums over rows, the gradient of what was broadcast over them: one pass over the rows, always in the same order.
+"""Sums over rows, the gradient of what was broadcast over them: one pass over the rows, always in
+the same order.
 
 Programs sum stripes of rows into a row of partial sums each; the same kernel then sums those.
 
@@ -22,14 +23,17 @@ PER_PROCESSOR = 8
 
 
 def processors(tensor: torch.Tensor) -> int:
-    """Multiprocessors of the tensor's GPU; few in the interpreter, so that stripes take several turns there."""
+    """Multiprocessors of the tensor's GPU; few in the interpreter, so that stripes take several
+    turns there."""
     if tensor.is_cuda:
         return torch.cuda.get_device_properties(tensor.device).multi_processor_count
     return 1 if interpreted() else 132
 
 
 @triton.jit
-def column_sum_kernel(x, sums, M, stride, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def column_sum_kernel(
+    x, sums, M, stride, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     stripe = tl.program_id(1)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -38,8 +42,12 @@ def column_sum_kernel(x, sums, M, stride, N: tl.constexpr, ROWS: tl.constexpr, C
         inside = rows < M
         if N % COLUMNS != 0:
             inside = inside & (columns < N)[None, :]
-        total += tl.load(x + rows * stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-    tl.store(sums + stripe * N + columns, tl.sum(total, 0), mask=columns < N)  # narrow: one row a program
+        total += tl.load(x + rows * stride + columns[None, :], mask=inside, other=0.0).to(
+            tl.float32
+        )
+    tl.store(
+        sums + stripe * N + columns, tl.sum(total, 0), mask=columns < N
+    )  # narrow: one row a program
 
 
 @torch.library.custom_op("sd_kernels::column_sum", mutates_args=())
@@ -48,9 +56,23 @@ def column_sum(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     M, N = x.shape
     columns = 128 // x.element_size()
     tiles = triton.cdiv(N, columns)
-    stripes = 1 if M <= SINGLE else min(triton.cdiv(M, ROWS), triton.cdiv(PER_PROCESSOR * processors(x), tiles))
+    stripes = (
+        1
+        if M <= SINGLE
+        else min(triton.cdiv(M, ROWS), triton.cdiv(PER_PROCESSOR * processors(x), tiles))
+    )
     sums = empty(x, (stripes, N), torch.float32 if stripes > 1 else dtype)
-    launch(column_sum_kernel, (tiles, stripes), x, sums, M, x.stride(0), N=N, ROWS=ROWS, COLUMNS=columns)
+    launch(
+        column_sum_kernel,
+        (tiles, stripes),
+        x,
+        sums,
+        M,
+        x.stride(0),
+        N=N,
+        ROWS=ROWS,
+        COLUMNS=columns,
+    )
     return rounded(sums, dtype).flatten() if stripes == 1 else column_sum(sums, dtype)
 
 

@@ -1,10 +1,12 @@
-"""Is a backend right? Its outputs and gradients against the reference in float64, within an error that follows a rule.
+"""Is a backend right? Its outputs and gradients against the reference in float64, within an error
+that follows a rule.
 
-The rule (flash-attention's tests): the error may be twice what plain torch makes at the same dtype. Errors are relative
-norms, of the root mean square and of the largest deviation; a floor of a few float32 ulp is added, since plain torch is
-sometimes exact by chance. Plain torch is the reference at that dtype; for other people's kernels, which answer for
-their own numerics, it is the worse of the reference and torch's operator. Outputs that a spec calls exact must equal
-the reference at the same dtype bit for bit.
+The rule (flash-attention's tests): the error may be twice what plain torch makes at the same dtype.
+Errors are relative norms, of the root mean square and of the largest deviation; a floor of a few
+float32 ulp is added, since plain torch is sometimes exact by chance. Plain torch is the reference
+at that dtype; for other people's kernels, which answer for their own numerics, it is the worse of
+the reference and torch's operator. Outputs that a spec calls exact must equal the reference at the
+same dtype bit for bit.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ class Verdict:
     dtype: str
     output: str
     measure: str
-    """rms or max: relative to the same norm of the float64 result; bits: share of elements that differ"""
+    """rms or max: relative to the same norm of the float64 result; bits: share of elements that
+    differ"""
     error: float
     torch_error: float
     budget: float
@@ -47,26 +50,42 @@ class Verdict:
     def __str__(self) -> str:
         verdict = "ok" if self.ok else "WRONG"
         what = f"{self.op}/{self.backend} {self.case} {self.dtype} {self.output}"
-        return f"{what}: {self.measure} error {self.error:.2e}, allowed {self.budget:.2e}: {verdict}"
+        return (
+            f"{what}: {self.measure} error {self.error:.2e}, allowed {self.budget:.2e}: {verdict}"
+        )
 
 
 def evaluate(spec: OpSpec, function: Function, inputs: Mapping[str, Any], seed: int = 1) -> Tensors:
-    """Outputs by name and, as `grad NAME`, gradients of their sum weighted with fixed normal numbers."""
-    names = [name for name, value in inputs.items() if isinstance(value, torch.Tensor) and value.requires_grad]
+    """Outputs by name and, as `grad NAME`, gradients of their sum weighted with fixed normal
+    numbers."""
+    names = [
+        name
+        for name, value in inputs.items()
+        if isinstance(value, torch.Tensor) and value.requires_grad
+    ]
     results = function(**(copied(inputs) if spec.in_place else inputs))
     outputs = (results,) if isinstance(results, torch.Tensor) else tuple(results)
     named = dict(zip(spec.outputs, outputs, strict=False))
     differentiable = [output for output in outputs if output.requires_grad]
     if spec.differentiable and names and differentiable:
         weights = [_weights(output, seed + i) for i, output in enumerate(differentiable)]
-        grads = torch.autograd.grad(differentiable, [inputs[name] for name in names], weights, allow_unused=True)
-        named |= {f"grad {name}": grad for name, grad in zip(names, grads, strict=True) if grad is not None}
+        grads = torch.autograd.grad(
+            differentiable, [inputs[name] for name in names], weights, allow_unused=True
+        )
+        named |= {
+            f"grad {name}": grad
+            for name, grad in zip(names, grads, strict=True)
+            if grad is not None
+        }
     return {name: value.detach() for name, value in named.items()}
 
 
 def copied(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The same inputs in memory of their own, for an op that writes into them."""
-    return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+    return {
+        name: value.clone() if isinstance(value, torch.Tensor) else value
+        for name, value in inputs.items()
+    }
 
 
 def _weights(output: torch.Tensor, seed: int) -> torch.Tensor:
@@ -88,16 +107,26 @@ def _widened(value: Any) -> Any:
 
 
 def check(
-    spec: OpSpec, backend: str, case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0,
+    spec: OpSpec,
+    backend: str,
+    case: Case,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    seed: int = 0,
     function: Function | None = None,
-) -> list[Verdict]:  # fmt: skip
-    """Verdicts of one case; `function` stands in for the backend's own (a planted fault, a compiled one)."""
+) -> list[Verdict]:
+    """Verdicts of one case; `function` stands in for the backend's own (a planted fault, a compiled
+    one)."""
     inputs = spec.inputs(case, Inputs(case, dtype, device, seed))
     exact = spec.exact if spec.backend(backend).exact else ()
-    yardsticks = [evaluate(spec, yardstick, inputs) for yardstick in _yardsticks(spec, backend, case, dtype)]
+    yardsticks = [
+        evaluate(spec, yardstick, inputs) for yardstick in _yardsticks(spec, backend, case, dtype)
+    ]
     plain = yardsticks[0]
     # What only exact outputs are made of may have no meaning in float64: bits of integers.
-    truth = {} if plain.keys() <= set(exact) else evaluate(spec, spec.reference(), in_float64(inputs))
+    truth = (
+        {} if plain.keys() <= set(exact) else evaluate(spec, spec.reference(), in_float64(inputs))
+    )
     with poisoned_outputs():
         ours = evaluate(spec, function or spec.backend(backend).function(spec.name), inputs)
     labels = spec.name, backend, case.name, str(dtype).removeprefix("torch.")
@@ -111,14 +140,20 @@ def check(
             verdicts.append(Verdict(*labels, name, "bits", different, 0.0, 0.0))
         else:
             torch_results = [results[name] for results in yardsticks]
-            verdicts += [Verdict(*labels, name, *row) for row in _compare(ours[name], torch_results, truth[name])]
+            verdicts += [
+                Verdict(*labels, name, *row)
+                for row in _compare(ours[name], torch_results, truth[name])
+            ]
     return sorted(verdicts, key=lambda verdict: (verdict.output, verdict.measure))
 
 
 def _yardsticks(spec: OpSpec, backend: str, case: Case, dtype: torch.dtype) -> list[Function]:
-    # In float32 torch's operator answers to the reference; in low precision it is a yardstick, of itself too.
+    # In float32 torch's operator answers to the reference; in low precision it is a yardstick, of
+    # itself too.
     to_reference = {"triton"} if dtype.itemsize < 4 else {"triton", "torch"}
-    native = [other for other in spec.backends if other.name == "torch" and backend not in to_reference]
+    native = [
+        other for other in spec.backends if other.name == "torch" and backend not in to_reference
+    ]
     taken = [other.function(spec.name) for other in native if not other.refuses(case, dtype)]
     return [spec.reference(), *taken]
 

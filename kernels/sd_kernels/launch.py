@@ -1,8 +1,9 @@
-"""The one door through which Triton kernels run: launches are counted, and can be recorded instead of run.
+"""The one door through which Triton kernels run: launches are counted, and can be recorded instead
+of run.
 
-Under Triton's interpreter (TRITON_INTERPRET=1 when triton is imported) kernels take CPU tensors. It truncates where a
-GPU rounds when bfloat16 or FP8 is stored, so there outputs of low precision are allocated in float32 and rounded by
-torch.
+Under Triton's interpreter (TRITON_INTERPRET=1 when triton is imported) kernels take CPU tensors. It
+truncates where a GPU rounds when bfloat16 or FP8 is stored, so there outputs of low precision are
+allocated in float32 and rounded by torch.
 """
 
 from __future__ import annotations
@@ -57,13 +58,15 @@ def recording() -> Iterator[list[Launch]]:
 
 
 def is_recording() -> bool:
-    """Whether launches are recorded; then a product of torch's own between them need not be computed either."""
+    """Whether launches are recorded; then a product of torch's own between them need not be
+    computed either."""
     return _state.recorded is not None
 
 
 @contextmanager
 def poisoned_outputs() -> Iterator[None]:
-    """Fill what `empty` gives with NaN (integers: their least), so that an element never written is seen."""
+    """Fill what `empty` gives with NaN (integers: their least), so that an element never written is
+    seen."""
     _state.poison = True
     try:
         yield
@@ -74,7 +77,8 @@ def poisoned_outputs() -> Iterator[None]:
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """Run `kernel[grid](*arguments, **options)`; constexprs, num_warps and num_stages are options.
 
-    Multiplies and adds are fused unless an option says otherwise: Triton's default changes between versions.
+    Multiplies and adds are fused unless an option says otherwise: Triton's default changes between
+    versions.
     """
     options.setdefault("enable_fp_fusion", True)
     if _state.recorded is not None:
@@ -84,15 +88,19 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     name = kernel.__name__ if hasattr(kernel, "__name__") else kernel.fn.__name__
     if tensor.device.type != "cuda" and not interpreted():
         raise KernelError(
-            f"{name}: got tensors on {tensor.device}; takes CUDA tensors (the reference backend takes any; "
+            f"{name}: got tensors on {tensor.device}; takes CUDA tensors (the reference backend "
+            "takes any; "
             "TRITON_INTERPRET=1 in the environment runs kernels on a CPU, slowly)"
         )
     executed[name] += 1
     kernel[grid](*arguments, **options)
 
 
-def empty(like: torch.Tensor, shape: tuple[int, ...] | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """An output: a dense tensor of `like`'s memory order, or of `shape`; `rounded` must follow the launch."""
+def empty(
+    like: torch.Tensor, shape: tuple[int, ...] | None = None, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """An output: a dense tensor of `like`'s memory order, or of `shape`; `rounded` must follow the
+    launch."""
     dtype = dtype or like.dtype
     if interpreted() and dtype.is_floating_point and dtype.itemsize < 4:
         dtype = torch.float32
@@ -111,5 +119,6 @@ def _dense_format(tensor: torch.Tensor) -> torch.memory_format:
 
 
 def rounded(output: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What `empty` gave, in the dtype that was asked for: torch rounds where the interpreter would truncate."""
+    """What `empty` gave, in the dtype that was asked for: torch rounds where the interpreter would
+    truncate."""
     return output if output.dtype == dtype else output.to(dtype)

@@ -1,9 +1,10 @@
 """Counter-based randomness: every draw is a pure function of (seed, sample index, stream, element).
 
-Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The key is the 64-bit seed; the
-counter is (element // 4, stream, sample index low, sample index high). Rank, batch size and world size never enter, so
-any split of the same samples sees the same draws, and a captured graph needs no generator. Triton's `tl.philox` called
-with the same key and counter gives the same words.
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The key is
+the 64-bit seed; the counter is (element // 4, stream, sample index low, sample index high). Rank,
+batch size and world size never enter, so any split of the same samples sees the same draws, and a
+captured graph needs no generator. Triton's `tl.philox` called with the same key and counter gives
+the same words.
 
 Shape letters: B samples, N numbers per sample.
 """
@@ -27,7 +28,8 @@ def _multiply(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def philox_4x32(key: tuple[int, int], counter: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Philox4x32-10 on four int64 tensors that hold uint32 words (broadcastable shapes); returns four words."""
+    """Philox4x32-10 on four int64 tensors that hold uint32 words (broadcastable shapes); returns
+    four words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -39,10 +41,16 @@ def philox_4x32(key: tuple[int, int], counter: list[torch.Tensor]) -> list[torch
 
 
 def philox(seed: int, stream: int, indices: torch.Tensor, num_words: int) -> torch.Tensor:
-    """Random words (B, num_words), int64 tensors holding uint32, for sample indices (B,) int64 on their device."""
+    """Random words (B, num_words), int64 tensors holding uint32, for sample indices (B,) int64 on
+    their device."""
     blocks = torch.arange(-(-num_words // 4), dtype=torch.int64, device=indices.device)
     index = indices[:, None]
-    counter = [blocks[None, :], torch.full_like(blocks[None, :], stream), index & _WORD, (index >> 32) & _WORD]
+    counter = [
+        blocks[None, :],
+        torch.full_like(blocks[None, :], stream),
+        index & _WORD,
+        (index >> 32) & _WORD,
+    ]
     words = philox_4x32((seed & _WORD, (seed >> 32) & _WORD), counter)
     return torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, :num_words]
 
@@ -50,8 +58,9 @@ def philox(seed: int, stream: int, indices: torch.Tensor, num_words: int) -> tor
 def normal(seed: int, stream: int, indices: torch.Tensor, num: int) -> torch.Tensor:
     """Standard normals (B, num) float32 by Box-Muller; words 2i and 2i+1 give numbers 2i and 2i+1.
 
-    The uniforms have 24 bits, so they are exact in float32 wherever they are computed; the transcendental functions
-    run in float64, so that the rounded result does not depend on how a device vectorises them.
+    The uniforms have 24 bits, so they are exact in float32 wherever they are computed; the
+    transcendental functions run in float64, so that the rounded result does not depend on how a
+    device vectorises them.
     """
     words = philox(seed, stream, indices, num + num % 2)
     first, second = (words >> 8).to(torch.float64).unflatten(1, (-1, 2)).unbind(-1)

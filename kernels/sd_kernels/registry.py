@@ -35,7 +35,11 @@ def sources(op: str) -> list[Path]:
         if path not in found:
             found.add(path)
             modules = _IMPORT.findall(path.read_text(encoding="utf-8"))
-            imported = (root / f"{module.replace('.', '/')}.py" for module in modules if module not in _DESCRIBING)
+            imported = (
+                root / f"{module.replace('.', '/')}.py"
+                for module in modules
+                if module not in _DESCRIBING
+            )
             waiting += [file for file in imported if file.is_file()]
     return sorted(found)
 
@@ -43,5 +47,7 @@ def sources(op: str) -> list[Path]:
 def source_digest(op: str) -> str:
     """Of an op's sources: it tells whether a measured result is of them."""
     root = Path(sd_kernels.__path__[0])
-    contents = b"".join(str(path.relative_to(root)).encode() + path.read_bytes() for path in sources(op))
+    contents = b"".join(
+        str(path.relative_to(root)).encode() + path.read_bytes() for path in sources(op)
+    )
     return hashlib.sha256(contents).hexdigest()[:12]

@@ -1,7 +1,8 @@
-"""The blocks of a UNet from which ops tell their calls; the benchmark's by default (Stable Diffusion v2).
+"""The blocks of a UNet from which ops tell their calls; the benchmark's by default (Stable
+Diffusion v2).
 
-Residual blocks on every level, one more on the way up than on the way down; transformers at some levels and in the
-middle. The way up reads each level's output beside a skip.
+Residual blocks on every level, one more on the way up than on the way down; transformers at some
+levels and in the middle. The way up reads each level's output beside a skip.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Which backend runs an op: named, or the first that can be had; decided once, when a model is built."""
+"""Which backend runs an op: named, or the first that can be had; decided once, when a model is
+built."""
 
 from __future__ import annotations
 
@@ -30,14 +31,23 @@ class Choice:
 
 
 def reasons_against(
-    backend: Backend, target: Target, cases: Iterable[Case] = (), dtype: torch.dtype = torch.bfloat16
+    backend: Backend,
+    target: Target,
+    cases: Iterable[Case] = (),
+    dtype: torch.dtype = torch.bfloat16,
 ) -> list[str]:
-    """Everything that keeps a backend from running these cases on the target; empty where nothing does.
+    """Everything that keeps a backend from running these cases on the target; empty where nothing
+    does.
 
     A reason that several cases share is said once, of the first.
     """
     missing = backend.missing(target)
-    if not missing and target.device == "cuda" and backend.gpu_dtypes and dtype not in backend.gpu_dtypes:
+    if (
+        not missing
+        and target.device == "cuda"
+        and backend.gpu_dtypes
+        and dtype not in backend.gpu_dtypes
+    ):
         missing = f"takes {' or '.join(map(str, backend.gpu_dtypes))} on a GPU, not {dtype}"
     refusals: dict[str, str] = {}
     for case in cases:
@@ -47,13 +57,18 @@ def reasons_against(
 
 
 def choose(
-    op: str, wanted: str = AUTO, target: Target | None = None, cases: Iterable[Case] = (),
-    dtype: torch.dtype = torch.bfloat16, strict: bool = False,
-) -> Choice:  # fmt: skip
+    op: str,
+    wanted: str = AUTO,
+    target: Target | None = None,
+    cases: Iterable[Case] = (),
+    dtype: torch.dtype = torch.bfloat16,
+    strict: bool = False,
+) -> Choice:
     """The backend for an op.
 
-    A backend that is asked for by name and cannot be had is an error that lists every reason. `auto` takes the first
-    that can; with `strict` it may pass over none but those that are for newer GPUs.
+    A backend that is asked for by name and cannot be had is an error that lists every reason.
+    `auto` takes the first that can; with `strict` it may pass over none but those that are for
+    newer GPUs.
     """
     spec = _spec(op)
     target = target or Target.here()
@@ -71,10 +86,15 @@ def choose(
             break
         passed_over[backend.name] = against[0]
     chosen = Choice(op, backend.name, wanted, passed_over)
-    slower = [f"{name}: {why}" for name, why in passed_over.items() if _may_be_had(spec.backend(name), target)]
+    slower = [
+        f"{name}: {why}"
+        for name, why in passed_over.items()
+        if _may_be_had(spec.backend(name), target)
+    ]
     if strict and slower:
         raise KernelError(
-            f"kernels.{op}: auto would take {chosen.backend!r} on {target.name}, which kernels.strict forbids "
+            f"kernels.{op}: auto would take {chosen.backend!r} on {target.name}, which "
+            "kernels.strict forbids "
             f"({' | '.join(slower)}); install what is missing, or name the backend"
         )
     return chosen
@@ -87,19 +107,28 @@ def _may_be_had(backend: Backend, target: Target) -> bool:
 
 def _spec(op: str) -> OpSpec:
     if op not in all_ops():
-        raise KernelError(f"{op!r} is not an op{_suggestion(op, list(all_ops()))}; ops are {', '.join(all_ops())}")
+        raise KernelError(
+            f"{op!r} is not an op{_suggestion(op, list(all_ops()))}; ops are {', '.join(all_ops())}"
+        )
     return all_ops()[op]
 
 
-def _named(spec: OpSpec, wanted: str, target: Target, cases: list[Case], dtype: torch.dtype) -> Choice:
+def _named(
+    spec: OpSpec, wanted: str, target: Target, cases: list[Case], dtype: torch.dtype
+) -> Choice:
     names = [backend.name for backend in spec.backends]
     if wanted not in names:
         hint = _suggestion(wanted, names)
-        raise KernelError(f"kernels.{spec.name}: {wanted!r} is not a backend{hint}; choose auto, {', '.join(names)}")
+        raise KernelError(
+            f"kernels.{spec.name}: {wanted!r} is not a backend{hint}; choose auto, "
+            f"{', '.join(names)}"
+        )
     against = reasons_against(spec.backend(wanted), target, cases, dtype)
     if against:
         why = "; ".join(against)
-        raise KernelError(f"kernels.{spec.name}: {wanted!r} cannot be had on {target.name}: {why}; or choose auto")
+        raise KernelError(
+            f"kernels.{spec.name}: {wanted!r} cannot be had on {target.name}: {why}; or choose auto"
+        )
     return Choice(spec.name, wanted, wanted)
 
 

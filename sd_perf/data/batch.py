@@ -1,6 +1,7 @@
 """What a loader hands to the training step.
 
-Shape letters: B samples of the micro-batch, H and W latent rows and columns, T text tokens, D context channels.
+Shape letters: B samples of the micro-batch, H and W latent rows and columns, T text tokens, D
+context channels.
 """
 
 from __future__ import annotations
@@ -32,9 +33,11 @@ class Batch:
     """One micro-batch of one rank."""
 
     sample_indices: torch.Tensor
-    """(B,) int64: position of each sample in the run, counted over all ranks from its start; keys every random draw"""
+    """(B,) int64: position of each sample in the run, counted over all ranks from its start; keys
+    every random draw"""
     moments: torch.Tensor
-    """(B, 8, H, W) float32: mean (4) and log-variance (4) of the autoencoder's posterior, unscaled"""
+    """(B, 8, H, W) float32: mean (4) and log-variance (4) of the autoencoder's posterior,
+    unscaled"""
     captions: list[str]
     """B captions"""
     context: torch.Tensor | None = None
@@ -48,11 +51,21 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device; copies from pinned memory do not block."""
-        return self if device.type == "cpu" else self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return (
+            self
+            if device.type == "cpu"
+            else self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        )
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         context = None if self.context is None else change(self.context)
-        return Batch(change(self.sample_indices), change(self.moments), self.captions, context, self.replacements)
+        return Batch(
+            change(self.sample_indices),
+            change(self.moments),
+            self.captions,
+            context,
+            self.replacements,
+        )
 
 
 @dataclass(frozen=True)
@@ -76,14 +89,16 @@ class LoaderOptions:
 
     def positions(self, start: int) -> Iterator[np.ndarray]:
         """Positions (micro_batch_size,) of each micro-batch of this rank, without end."""
-        return micro_batches(start, self.global_batch_size, self.micro_batch_size, self.rank, self.world_size)
+        return micro_batches(
+            start, self.global_batch_size, self.micro_batch_size, self.rank, self.world_size
+        )
 
 
 class Loader(Protocol):
     """A source of micro-batches in the run's order.
 
-    Step s of a run covers the positions [s * G, (s + 1) * G) for global batch G. Rank r of w takes the positions
-    congruent to r modulo w, in order, cut into micro-batches.
+    Step s of a run covers the positions [s * G, (s + 1) * G) for global batch G. Rank r of w takes
+    the positions congruent to r modulo w, in order, cut into micro-batches.
     """
 
     num_samples: int
@@ -92,5 +107,6 @@ class Loader(Protocol):
     """identifies the data set: equal for equal shards, whatever folder they lie in"""
 
     def batches(self, position: int) -> Iterator[Batch]:
-        """Micro-batches of this rank without end, from a position that is a multiple of the global batch."""
+        """Micro-batches of this rank without end, from a position that is a multiple of the global
+        batch."""
         ...

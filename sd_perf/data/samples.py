@@ -1,7 +1,7 @@
 """One sample's bytes: reading, decoding, checking.
 
-The `parse_*` functions raise BadSampleError whose message is the bare reason; whoever knows the key adds it.
-Shape letters: C latent channels, S latent side, T text tokens, D context channels.
+The `parse_*` functions raise BadSampleError whose message is the bare reason; whoever knows the key
+adds it. Shape letters: C latent channels, S latent side, T text tokens, D context channels.
 """
 
 from __future__ import annotations
@@ -31,10 +31,16 @@ class Sample:
     """(T, D) float16 or float32 text states, or None"""
 
 
-def _parse_npy(data: bytes, what: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> np.ndarray:
-    """A finite array of exactly this shape and one of these dtypes; the header is checked before any allocation."""
+def _parse_npy(
+    data: bytes, what: str, shape: tuple[int, ...], dtypes: tuple[str, ...]
+) -> np.ndarray:
+    """A finite array of exactly this shape and one of these dtypes; the header is checked before
+    any allocation."""
     stream = io.BytesIO(data)
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    readers = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
     try:
         found_shape, fortran_order, dtype = readers[np.lib.format.read_magic(stream)](stream)
     except (ValueError, KeyError) as error:
@@ -48,7 +54,9 @@ def _parse_npy(data: bytes, what: str, shape: tuple[int, ...], dtypes: tuple[str
         raise BadSampleError(f"{what} has shape {found_shape}{order}, not {shape}")
     payload = len(data) - stream.tell()
     if payload != np.prod(shape) * dtype.itemsize:
-        raise BadSampleError(f"{what} has {payload} bytes of values, not {np.prod(shape) * dtype.itemsize}")
+        raise BadSampleError(
+            f"{what} has {payload} bytes of values, not {np.prod(shape) * dtype.itemsize}"
+        )
     array = np.frombuffer(data, dtype=dtype, offset=stream.tell()).reshape(shape)
     if not np.isfinite(array).all():
         raise BadSampleError(f"{what} has values that are NaN or infinite")
@@ -56,35 +64,42 @@ def _parse_npy(data: bytes, what: str, shape: tuple[int, ...], dtypes: tuple[str
 
 
 def parse_moments(data: bytes, channels: int, size: int) -> np.ndarray:
-    """Moments (2 * channels, size, size) float32 of a .npy file's bytes, stored as (1, 2 * channels, size, size)."""
+    """Moments (2 * channels, size, size) float32 of a .npy file's bytes, stored as (1, 2 *
+    channels, size, size)."""
     return _parse_npy(data, "moments", (1, 2 * channels, size, size), ("float32",))[0]
 
 
 def parse_context(data: bytes, tokens: int, channels: int) -> np.ndarray:
-    """Text states (tokens, channels), float16 or float32 as stored, of a .context.npy file's bytes."""
+    """Text states (tokens, channels), float16 or float32 as stored, of a .context.npy file's
+    bytes."""
     return _parse_npy(data, "context", (tokens, channels), ("float16", "float32"))
 
 
 def parse_caption(data: bytes, max_bytes: int, allow_empty: bool) -> str:
-    """Caption of a .txt file's bytes: UTF-8, at most max_bytes long, and not blank unless allow_empty."""
+    """Caption of a .txt file's bytes: UTF-8, at most max_bytes long, and not blank unless
+    allow_empty."""
     if len(data) > max_bytes:
         raise BadSampleError(f"caption has {len(data)} bytes, more than {max_bytes}")
     try:
         caption = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise BadSampleError(f"caption is not UTF-8 ({error.reason} at byte {error.start})") from error
+        raise BadSampleError(
+            f"caption is not UTF-8 ({error.reason} at byte {error.start})"
+        ) from error
     if not caption.strip() and not allow_empty:
         raise BadSampleError("caption is empty")
     return caption
 
 
 def _open_all(index: ShardIndex) -> list[int]:
-    """One descriptor per shard; makes room for them below the hard limit, since 1024 is a usual soft limit."""
+    """One descriptor per shard; makes room for them below the hard limit, since 1024 is a usual
+    soft limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = len(index.shards) + 1024
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(
-            resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
+            resource.RLIMIT_NOFILE,
+            (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard),
         )
     descriptors: list[int] = []
     try:
@@ -102,9 +117,12 @@ def _close_all(descriptors: list[int]) -> None:
 
 
 class SampleReader:
-    """Reads samples of a shard set by number, from any thread. Descriptors close with the object."""
+    """Reads samples of a shard set by number, from any thread. Descriptors close with the
+    object."""
 
-    def __init__(self, index: ShardIndex, config: DataConfig, in_channels: int, context_dim: int) -> None:
+    def __init__(
+        self, index: ShardIndex, config: DataConfig, in_channels: int, context_dim: int
+    ) -> None:
         self._index = index
         self._config = config
         self._in_channels = in_channels
@@ -121,16 +139,22 @@ class SampleReader:
             raise DataError(f"{shard} cannot be read at byte {offset}: {error.strerror}") from error
         if len(data) != size:
             raise BadSampleError(
-                f"{part} ends after {len(data)} of {size} bytes; the shard shrank since it was indexed"
+                f"{part} ends after {len(data)} of {size} bytes; the shard shrank since it was "
+                "indexed"
             )
         return data
 
     def read(self, sample: int) -> Sample:
-        """Decode a sample. BadSampleError (message: the bare reason) where its bytes cannot be used."""
+        """Decode a sample. BadSampleError (message: the bare reason) where its bytes cannot be
+        used."""
         row, config = self._index.samples[sample], self._config
         moments = parse_moments(self._part(row, "moments"), self._in_channels, config.latent_size)
-        caption = parse_caption(self._part(row, "caption"), config.max_caption_bytes, config.allow_empty_captions)
+        caption = parse_caption(
+            self._part(row, "caption"), config.max_caption_bytes, config.allow_empty_captions
+        )
         context = None
         if config.context == "precomputed":
-            context = parse_context(self._part(row, "context"), config.context_tokens, self._context_dim)
+            context = parse_context(
+                self._part(row, "context"), config.context_tokens, self._context_dim
+            )
         return Sample(moments, caption, context)

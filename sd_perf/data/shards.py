@@ -1,7 +1,9 @@
-"""Moments shards: tar files of `<key>.npy`, `<key>.txt`, `<key>.json` and, optionally, `<key>.context.npy`.
+"""Moments shards: tar files of `<key>.npy`, `<key>.txt`, `<key>.json` and, optionally,
+`<key>.context.npy`.
 
-The benchmark's shards are read as they are: a leading directory entry, then members in sorted order. An index of byte
-offsets, built once per shard set, lets a loader read any sample without walking the tar.
+The benchmark's shards are read as they are: a leading directory entry, then members in sorted
+order. An index of byte offsets, built once per shard set, lets a loader read any sample without
+walking the tar.
 """
 
 from __future__ import annotations
@@ -50,13 +52,18 @@ def _list_files(path: Path) -> list[tarfile.TarInfo]:
         with tarfile.open(path, "r:") as tar:
             members, end = tar.getmembers(), tar.offset
         with path.open("rb") as stream:
-            # tarfile takes any header it cannot read for the end, so a cut or damaged tar shows only here.
+            # tarfile takes any header it cannot read for the end, so a cut or damaged tar shows
+            # only here.
             stream.seek(end)
             whole = stream.read(len(_END_OF_ARCHIVE)) == _END_OF_ARCHIVE
     except (tarfile.TarError, OSError) as error:
-        raise DataError(f"{path} cannot be read as a tar file ({error}); fetch or make this shard again") from error
+        raise DataError(
+            f"{path} cannot be read as a tar file ({error}); fetch or make this shard again"
+        ) from error
     if not whole:
-        raise DataError(f"{path} is truncated or damaged at byte {end}; fetch or make this shard again")
+        raise DataError(
+            f"{path} is truncated or damaged at byte {end}; fetch or make this shard again"
+        )
     return [member for member in members if member.isreg()]
 
 
@@ -68,22 +75,29 @@ def group_by_key(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
             key, extension = match[1], match[2].lower()
             files = samples.setdefault(key, {})
             if extension in files:
-                raise DataError(f"{path}: {key}.{extension} occurs twice; make the shard again with unique keys")
+                raise DataError(
+                    f"{path}: {key}.{extension} occurs twice; make the shard again with unique keys"
+                )
             files[extension] = (member.offset_data, member.size)
     return samples
 
 
 def scan_shard(path: Path, number: int) -> np.ndarray:
-    """One row per sample of a tar file (see `ShardIndex.samples`); DataError where the shard cannot be used."""
+    """One row per sample of a tar file (see `ShardIndex.samples`); DataError where the shard cannot
+    be used."""
     samples = group_by_key(path)
     rows: list[tuple[object, ...]] = []
     for key, files in samples.items():
         for extension in ("npy", "txt"):
             if extension not in files:
-                raise DataError(f"{path}: sample {key} has no .{extension}; every sample needs .npy and .txt")
+                raise DataError(
+                    f"{path}: sample {key} has no .{extension}; every sample needs .npy and .txt"
+                )
         places = (value for extension in _PARTS for value in files.get(extension, (0, 0)))
         rows.append((number, *places, os.fsencode(key)))
-    return np.array(rows, dtype=_row_type(max((len(os.fsencode(key)) for key in samples), default=0)))
+    return np.array(
+        rows, dtype=_row_type(max((len(os.fsencode(key)) for key in samples), default=0))
+    )
 
 
 def _scan_all(paths: list[Path], processes: int | None) -> np.ndarray:
@@ -91,11 +105,20 @@ def _scan_all(paths: list[Path], processes: int | None) -> np.ndarray:
         processes = min(os.cpu_count() or 1, len(paths) // _SHARDS_PER_PROCESS)
     parts: list[np.ndarray] = []
     # spawn, because forking a process that may hold CUDA or threads is not safe
-    with ProcessPoolExecutor(processes, get_context("spawn")) if processes > 1 else nullcontext() as pool:
+    with (
+        ProcessPoolExecutor(processes, get_context("spawn"))
+        if processes > 1
+        else nullcontext() as pool
+    ):
         for part in (pool.map if pool else map)(scan_shard, paths, range(len(paths))):
             parts.append(part)
             if len(parts) % 50 == 0:
-                _log.info("indexing shards: %d of %d, %d samples", len(parts), len(paths), sum(map(len, parts)))
+                _log.info(
+                    "indexing shards: %d of %d, %d samples",
+                    len(parts),
+                    len(paths),
+                    sum(map(len, parts)),
+                )
     return np.concatenate(parts)
 
 
@@ -103,8 +126,9 @@ def _scan_all(paths: list[Path], processes: int | None) -> np.ndarray:
 class ShardIndex:
     """Where every sample of a shard set lies.
 
-    `samples` is a structured array (N,): shard (number), moments_offset, moments_size, caption_offset, caption_size,
-    context_offset, context_size (bytes within the shard; size 0 where a sample has no context) and key (UTF-8 bytes).
+    `samples` is a structured array (N,): shard (number), moments_offset, moments_size,
+    caption_offset, caption_size, context_offset, context_size (bytes within the shard; size 0 where
+    a sample has no context) and key (UTF-8 bytes).
     """
 
     folder: Path
@@ -113,13 +137,19 @@ class ShardIndex:
 
     @classmethod
     def open(
-        cls, folder: str | Path, file: str | Path = "", *, need_context: bool = False, processes: int | None = None
+        cls,
+        folder: str | Path,
+        file: str | Path = "",
+        *,
+        need_context: bool = False,
+        processes: int | None = None,
     ) -> ShardIndex:
-        """The index of a folder's *.tar shards: the saved one where names, sizes and mtimes still match, else built.
+        """The index of a folder's *.tar shards: the saved one where names, sizes and mtimes still
+        match, else built.
 
-        `file` keeps it (default: sd_perf_index.npz in the folder). Several ranks may call this at once, each would
-        build; let one go first. Raises DataError for shards that cannot be used, an unwritable file, or, with
-        `need_context`, a sample without .context.npy.
+        `file` keeps it (default: sd_perf_index.npz in the folder). Several ranks may call this at
+        once, each would build; let one go first. Raises DataError for shards that cannot be used,
+        an unwritable file, or, with `need_context`, a sample without .context.npy.
         """
         folder = Path(folder)
         paths = _find_shards(folder)
@@ -145,11 +175,14 @@ class ShardIndex:
 
     def _check(self, need_context: bool) -> None:
         if len(self) == 0:
-            raise DataError(f"{self.folder}: the shards hold no samples; data.path must name moments shards")
+            raise DataError(
+                f"{self.folder}: the shards hold no samples; data.path must name moments shards"
+            )
         missing = np.flatnonzero(self.samples["context_size"] == 0)
         if need_context and len(missing):
             raise DataError(
-                f"{self.folder}: {len(missing)} samples have no .context.npy, the first is {self.name(missing[0])}; "
+                f"{self.folder}: {len(missing)} samples have no .context.npy, the first is "
+                f"{self.name(missing[0])}; "
                 "make shards with text states or set data.context to open_clip"
             )
 
@@ -163,7 +196,8 @@ class ShardIndex:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over shard names, keys and sizes: equal for equal shards wherever they lie."""
+        """SHA-256 (hex) over shard names, keys and sizes: equal for equal shards wherever they
+        lie."""
         digest = hashlib.sha256("\0".join(self.shards).encode())
         for column in ("shard", "key", *(f"{part}_size" for part in _PARTS.values())):
             digest.update(f"\0{self.samples.dtype[column].str}\0".encode())
@@ -173,11 +207,15 @@ class ShardIndex:
 
 def _find_shards(folder: Path) -> list[Path]:
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder; data.path must name the folder of the *.tar moments shards")
+        raise DataError(
+            f"{folder} is not a folder; data.path must name the folder of the *.tar moments shards"
+        )
     paths = sorted(folder.glob("*.tar"))
     if not paths:
         state = "holds no *.tar file" if any(folder.iterdir()) else "is empty"
-        raise DataError(f"{folder} {state}; data.path must name the folder of the *.tar moments shards")
+        raise DataError(
+            f"{folder} {state}; data.path must name the folder of the *.tar moments shards"
+        )
     return paths
 
 
@@ -191,7 +229,9 @@ def _load_saved(file: Path, state: dict[str, Any]) -> np.ndarray | None:
             return saved["samples"] if same else None
     except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
         # it may be a file of the user's, so it is not overwritten
-        raise DataError(f"{file} is not a shard index; delete it or set data.index to another file") from error
+        raise DataError(
+            f"{file} is not a shard index; delete it or set data.index to another file"
+        ) from error
 
 
 def _npy_bytes(array: np.ndarray) -> bytes:
@@ -203,13 +243,16 @@ def _npy_bytes(array: np.ndarray) -> bytes:
 class ShardWriter:
     """Writes samples as moments shards `00000.tar`, ...; a context manager.
 
-    Shards get their names only when the block ends well, so a folder holds a whole set or none. Equal samples give
-    equal bytes. Raises DataError where the folder already has shards or cannot be written.
+    Shards get their names only when the block ends well, so a folder holds a whole set or none.
+    Equal samples give equal bytes. Raises DataError where the folder already has shards or cannot
+    be written.
     """
 
     def __init__(self, folder: str | Path, samples_per_shard: int = 1000) -> None:
         if not 1 <= samples_per_shard <= 10_000:
-            raise ValueError(f"samples_per_shard {samples_per_shard}: keys have four digits, so 1 to 10000")
+            raise ValueError(
+                f"samples_per_shard {samples_per_shard}: keys have four digits, so 1 to 10000"
+            )
         self.folder = Path(folder)
         self.samples_per_shard = samples_per_shard
         self.num_samples = 0
@@ -220,7 +263,9 @@ class ShardWriter:
 
     def _refuse_to_overwrite(self) -> None:
         for shard in self.folder.glob("*.tar"):
-            raise DataError(f"{shard} exists already; write to another folder, or move the old shards away")
+            raise DataError(
+                f"{shard} exists already; write to another folder, or move the old shards away"
+            )
 
     def _guard(self) -> AbstractContextManager[None]:
         return disk_errors(self.folder, "make room or choose another folder", DataError)
@@ -232,7 +277,8 @@ class ShardWriter:
         metadata: dict[str, object] | None = None,
         context: np.ndarray | None = None,
     ) -> None:
-        """Add a sample: moments (2C, H, W), stored as float32 (1, 2C, H, W); context (T, D) float16 or float32."""
+        """Add a sample: moments (2C, H, W), stored as float32 (1, 2C, H, W); context (T, D) float16
+        or float32."""
         files = {
             "json": json.dumps(metadata or {}, ensure_ascii=False).encode(),
             "npy": _npy_bytes(np.asarray(moments, dtype="<f4")[None]),
@@ -265,7 +311,9 @@ class ShardWriter:
 
     def __enter__(self) -> ShardWriter:
         with self._guard():
-            self._aside = TemporaryDirectory(prefix=ASIDE, dir=self.folder, ignore_cleanup_errors=True)
+            self._aside = TemporaryDirectory(
+                prefix=ASIDE, dir=self.folder, ignore_cleanup_errors=True
+            )
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

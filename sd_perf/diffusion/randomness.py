@@ -1,4 +1,5 @@
-"""What the draws of a sample are for; the draws themselves are `sd_kernels.philox`, the oracle of fused kernels."""
+"""What the draws of a sample are for; the draws themselves are `sd_kernels.philox`, the oracle of
+fused kernels."""
 
 from __future__ import annotations
 

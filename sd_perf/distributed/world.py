@@ -20,7 +20,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers. `cpu_group` carries flags and small objects and never touches a GPU."""
+    """This process among its peers. `cpu_group` carries flags and small objects and never touches a
+    GPU."""
 
     rank: int
     size: int
@@ -57,10 +58,11 @@ class World:
         return values
 
     def together(self, function: Callable[[], Value]) -> Value:
-        """The function's value on each rank; where one raises a UserError, rank 0 raises it and every rank leaves.
+        """The function's value on each rank; where one raises a UserError, rank 0 raises it and
+        every rank leaves.
 
-        A rank that left alone would let the others wait for it in their next collective. The function must make no
-        agreements of its own.
+        A rank that left alone would let the others wait for it in their next collective. The
+        function must make no agreements of its own.
         """
         if self.size == 1:
             return function()
@@ -71,12 +73,15 @@ class World:
             _log.info("this rank failed", exc_info=error)
             failure = error
         if self.max(int(failure is not None)):
-            rank, told = next((rank, error) for rank, error in enumerate(self.gather(failure)) if error)
+            rank, told = next(
+                (rank, error) for rank, error in enumerate(self.gather(failure)) if error
+            )
             raise (failure or UserError(f"rank {rank}: {told}")) if self.is_main else SystemExit(2)
         return value
 
     def on_main(self, function: Callable[[], Value]) -> Value:
-        """The function's value, computed by rank 0 alone; where that raises a UserError, every rank leaves with 2."""
+        """The function's value, computed by rank 0 alone; where that raises a UserError, every rank
+        leaves with 2."""
         if self.size == 1:
             return function()
         box: list[Any] = [self.together(lambda: function() if self.is_main else None)]
@@ -85,7 +90,8 @@ class World:
 
 
 def start_world(device_choice: str) -> World:
-    """Join the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or be the only one."""
+    """Join the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or be the only
+    one."""
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = _device(device_choice, int(os.environ.get("LOCAL_RANK", "0")))
     if size == 1:
@@ -104,7 +110,9 @@ def stop_world() -> None:
 def _device(choice: str, local_rank: int) -> torch.device:
     has_cuda = torch.cuda.is_available()
     if choice == "cuda" and not has_cuda:
-        raise ConfigError("training.device: 'cuda' cannot be used; torch sees no GPU here (see sd-perf doctor)")
+        raise ConfigError(
+            "training.device: 'cuda' cannot be used; torch sees no GPU here (see sd-perf doctor)"
+        )
     if choice == "cpu" or not has_cuda:
         return torch.device("cpu")
     torch.cuda.set_device(local_rank)

@@ -1,6 +1,8 @@
-"""Scores of a run's checkpoints: FID, CLIP score and, in the tiny world, the judge; off the clock of training.
+"""Scores of a run's checkpoints: FID, CLIP score and, in the tiny world, the judge; off the clock
+of training.
 
-Each evaluation adds a line to `scores.jsonl`, a grid to `samples/`, and its events to the MLPerf log.
+Each evaluation adds a line to `scores.jsonl`, a grid to `samples/`, and its events to the MLPerf
+log.
 
 Shape letters: B pictures, H and W rows and columns.
 """
@@ -57,7 +59,8 @@ class Evaluator:
         theirs, ours = len(self.real.mean), self.features.num_features
         if theirs != ours:
             raise DataError(
-                f"{options.statistics}: holds statistics of {theirs} features, and {options.features} gives {ours}; "
+                f"{options.statistics}: holds statistics of {theirs} features, and "
+                f"{options.features} gives {ours}; "
                 f"make the statistics again with sd-perf data statistics"
             )
         self.clip = ClipScorer(options.clip_model, Path(options.clip_weights), device)
@@ -65,14 +68,20 @@ class Evaluator:
         self.unet = build_sampling_unet(config, device)
 
     def draw(self, weights: dict[str, torch.Tensor], seed: int) -> Iterator[torch.Tensor]:
-        """One picture per prompt with these UNet weights, in batches (B, 3, H, W) float32 in [0, 1]."""
+        """One picture per prompt with these UNet weights, in batches (B, 3, H, W) float32 in [0,
+        1]."""
         self.unet.load_state_dict(weights)
         batch_size = self.config.evaluation.batch_size
-        return generate(self.unet, self.text_encoder, self.decode, self.prompts, self.config, seed, batch_size)
+        return generate(
+            self.unet, self.text_encoder, self.decode, self.prompts, self.config, seed, batch_size
+        )
 
     @torch.no_grad()
-    def score(self, batches: Iterable[torch.Tensor], samples: int) -> tuple[dict[str, Any], torch.Tensor]:
-        """The line of scores.jsonl for batches (B, 3, H, W) drawn from one checkpoint, and the first GRID pictures.
+    def score(
+        self, batches: Iterable[torch.Tensor], samples: int
+    ) -> tuple[dict[str, Any], torch.Tensor]:
+        """The line of scores.jsonl for batches (B, 3, H, W) drawn from one checkpoint, and the
+        first GRID pictures.
 
         No other picture outlives its batch: the benchmark's 30,000 would take 94 GB.
         """
@@ -82,7 +91,9 @@ class Evaluator:
         first: list[torch.Tensor] = []
         for pictures in batches:
             start = statistics.count
-            cosines.append(self.clip.similarities(pictures, self.prompts[start : start + len(pictures)]))
+            cosines.append(
+                self.clip.similarities(pictures, self.prompts[start : start + len(pictures)])
+            )
             statistics.update(self.features(pictures.to(self.device)))
             if self.config.evaluation.judge:
                 described += [describe(image) for image in pictures.permute(0, 2, 3, 1).numpy()]
@@ -104,14 +115,16 @@ def _require_named(options: EvaluationConfig, *keys: str) -> None:
 
 
 def read_features(path: Path, device: torch.device) -> FeatureNet | FidInception:
-    """The network whose features are compared: a feature net's .safetensors, or the FID Inception's weights."""
+    """The network whose features are compared: a feature net's .safetensors, or the FID Inception's
+    weights."""
     network = read_feature_net(path) if path.suffix == ".safetensors" else read_inception(path)
     return network.to(device)
 
 
 @torch.no_grad()
 def write_statistics(images: Path, config: Config) -> int:
-    """Write evaluation.statistics from a folder of captioned images or raw shards; returns their number."""
+    """Write evaluation.statistics from a folder of captioned images or raw shards; returns their
+    number."""
     _require_named(config.evaluation, "features", "statistics")
     size, batch_size = 8 * config.data.latent_size, config.evaluation.batch_size
     samples = read_images(images, allow_empty=True)
@@ -128,7 +141,8 @@ def write_statistics(images: Path, config: Config) -> int:
 
 
 def write_grid(pictures: torch.Tensor, prompts: list[str], folder: Path, samples: int) -> Path:
-    """Whole rows of pictures (B, 3, H, W) as one PNG, its captions in a JSON of the same name; returns the PNG."""
+    """Whole rows of pictures (B, 3, H, W) as one PNG, its captions in a JSON of the same name;
+    returns the PNG."""
     columns = min(GRID_COLUMNS, len(pictures))
     shown = pictures[: len(pictures) // columns * columns]
     grid = shown.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
@@ -136,33 +150,47 @@ def write_grid(pictures: torch.Tensor, prompts: list[str], folder: Path, samples
     with disk_errors(path, _MAKE_ROOM):
         folder.mkdir(parents=True, exist_ok=True)
         write_png(grid, path)
-        write_json(path.with_suffix(".json"), {"prompts": prompts[: len(shown)], "columns": columns})
+        write_json(
+            path.with_suffix(".json"), {"prompts": prompts[: len(shown)], "columns": columns}
+        )
     return path
 
 
-def evaluate_run(run: Path, config: Config, device: torch.device, tell: Callable[[str], None]) -> None:
-    """Score every complete checkpoint of a run that has no scores yet, oldest first; `tell` is told of each."""
+def evaluate_run(
+    run: Path, config: Config, device: torch.device, tell: Callable[[str], None]
+) -> None:
+    """Score every complete checkpoint of a run that has no scores yet, oldest first; `tell` is told
+    of each."""
     done = {line["samples"] for line in read_scores(run, _KEYS)}
-    checkpoints = {read_state(path)["samples"]: path for path in CheckpointStore(run / "checkpoints").complete()}
+    checkpoints = {
+        read_state(path)["samples"]: path
+        for path in CheckpointStore(run / "checkpoints").complete()
+    }
     if not checkpoints:
         raise CheckpointError(f"{run}: holds no complete checkpoint to evaluate")
     if waiting := sorted(checkpoints.keys() - done):
         evaluator = Evaluator(config, device)
         for samples in waiting:
             scores = _evaluate(evaluator, run, checkpoints[samples], samples)
-            tell(f"{samples:,} samples: FID {scores['fid']:.2f}, CLIP {scores['clip']:.4f} (n = {scores['n']:,})")
+            tell(
+                f"{samples:,} samples: FID {scores['fid']:.2f}, CLIP {scores['clip']:.4f} (n = "
+                f"{scores['n']:,})"
+            )
     _conclude(run, config, complete=max(checkpoints) >= config.training.max_samples)
 
 
 def _evaluate(evaluator: Evaluator, run: Path, checkpoint: Path, samples: int) -> dict[str, Any]:
-    """Draw, score and write down one checkpoint; returns its line of scores.jsonl, which is written last."""
+    """Draw, score and write down one checkpoint; returns its line of scores.jsonl, which is written
+    last."""
     config, start = evaluator.config, time.time()
     pictures = evaluator.draw(load_component(checkpoint, "model"), config.training.seed or 0)
     scores, first = evaluator.score(pictures, samples)
     write_grid(first, evaluator.prompts, run / "samples", samples)
     if config.mlperf.division != "none":
         log = MLPerfLog(run / LOG_NAME, config)
-        log.add_evaluation(samples, scores["fid"], scores["clip"], int(1000 * start), int(1000 * time.time()))
+        log.add_evaluation(
+            samples, scores["fid"], scores["clip"], int(1000 * start), int(1000 * time.time())
+        )
     path = run / "scores.jsonl"
     with disk_errors(path, _MAKE_ROOM):
         lines, _ = read_lines(path, _KEYS)
@@ -174,13 +202,20 @@ def _conclude(run: Path, config: Config, complete: bool) -> None:
     """End the MLPerf log where a checkpoint has passed, or where no further one will come."""
     options = config.evaluation
     scores = read_scores(run, _KEYS)
-    passed = any(line["fid"] <= options.fid_target and line["clip"] >= options.clip_target for line in scores)
+    passed = any(
+        line["fid"] <= options.fid_target and line["clip"] >= options.clip_target for line in scores
+    )
     if config.mlperf.division == "none" or not (passed or complete):
         return
     log = MLPerfLog(run / LOG_NAME, config)
     log.conclude(options.fid_target, options.clip_target)
     verdict = check(run / LOG_NAME)
-    facts = {"division": verdict.division, "ruleset": verdict.ruleset, "passed": verdict.passed, "words": str(verdict)}
+    facts = {
+        "division": verdict.division,
+        "ruleset": verdict.ruleset,
+        "passed": verdict.passed,
+        "words": str(verdict),
+    }
     write_json(run / "mlperf_verdict.json", facts)
 
 
@@ -188,9 +223,21 @@ def scores_table(run: Path) -> Table:
     """All scores of a run for the terminal."""
     lines = read_scores(run, _KEYS)
     judged = any("judge" in line for line in lines)
-    columns = ["samples", "FID", "CLIP", *(["shows its caption", "shows another's"] if judged else []), "n"]
+    columns = [
+        "samples",
+        "FID",
+        "CLIP",
+        *(["shows its caption", "shows another's"] if judged else []),
+        "n",
+    ]
     table = Table(*columns, title=f"{run}", title_justify="left")
     for line in lines:
         shares = [f"{100 * line[key]:.0f} %" for key in ("judge", "judge_shuffled") if key in line]
-        table.add_row(f"{line['samples']:,}", f"{line['fid']:.2f}", f"{line['clip']:.4f}", *shares, f"{line['n']:,}")
+        table.add_row(
+            f"{line['samples']:,}",
+            f"{line['fid']:.2f}",
+            f"{line['clip']:.4f}",
+            *shares,
+            f"{line['n']:,}",
+        )
     return table

@@ -1,4 +1,5 @@
-"""A small feature net in Inception's place: what the Frechet distance of the tiny world is measured in.
+"""A small feature net in Inception's place: what the Frechet distance of the tiny world is measured
+in.
 
 Its distances are comparable among themselves, at equal numbers of pictures, and with nothing else.
 
@@ -51,7 +52,8 @@ class FeatureNet(nn.Module):
 
 
 def read_feature_net(path: str | Path) -> FeatureNet:
-    """The frozen net of a .safetensors file whose metadata says its config. CheckpointError for any other file."""
+    """The frozen net of a .safetensors file whose metadata says its config. CheckpointError for any
+    other file."""
     path = Path(path)
     net = FeatureNet(safetensors_config(path, FeatureNetConfig))
     load_into(net, read_ldm_checkpoint(path), "the feature net", path)

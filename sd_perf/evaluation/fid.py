@@ -1,11 +1,13 @@
-"""Fréchet distance between the Gaussians of two sets of features (Heusel et al. 2017, arXiv:1706.08500).
+"""Fréchet distance between the Gaussians of two sets of features (Heusel et al. 2017,
+arXiv:1706.08500).
 
     d² = |μa − μb|² + tr A + tr B − 2 tr √(AB),  with means μa, μb and covariances A, B.
 
-AB is not symmetric, but it has the eigenvalues of √A B √A, which is symmetric and positive semidefinite (Dowson &
-Landau 1982). So tr √(AB) is the sum of the roots of those eigenvalues, and two symmetric eigendecompositions take the
-place of a matrix square root: A = U diag(a) Uᵀ, then the eigenvalues of C = S B Sᵀ with S = diag(√a) Uᵀ. Rows of S
-whose eigenvalue is zero up to rounding are left out, so a covariance of fewer samples than features costs less.
+AB is not symmetric, but it has the eigenvalues of √A B √A, which is symmetric and positive
+semidefinite (Dowson & Landau 1982). So tr √(AB) is the sum of the roots of those eigenvalues, and
+two symmetric eigendecompositions take the place of a matrix square root: A = U diag(a) Uᵀ, then the
+eigenvalues of C = S B Sᵀ with S = diag(√a) Uᵀ. Rows of S whose eigenvalue is zero up to rounding
+are left out, so a covariance of fewer samples than features costs less.
 
 Shape letters: B samples of a batch, D features.
 """
@@ -23,12 +25,14 @@ from sd_perf.files import one_line, written_aside
 
 _ROUNDING = torch.finfo(torch.float64).eps
 _INDEFINITE = 1e-5
-"""A covariance stored in float32 has eigenvalues down to about -1e-6 of the largest; below this it is none."""
+"""A covariance stored in float32 has eigenvalues down to about -1e-6 of the largest; below this it
+is none."""
 
 
 @dataclass(frozen=True, eq=False)
 class Gaussian:
-    """Mean (D,) and covariance (D, D), float64, of features; DataError for what cannot be such a pair."""
+    """Mean (D,) and covariance (D, D), float64, of features; DataError for what cannot be such a
+    pair."""
 
     mean: torch.Tensor
     covariance: torch.Tensor
@@ -36,29 +40,49 @@ class Gaussian:
     def __post_init__(self) -> None:
         size = self.mean.numel()
         if self.mean.shape != (size,) or self.covariance.shape != (size, size):
-            raise DataError(f"feature statistics: a mean of shape {tuple(self.mean.shape)} and a covariance of shape "
-                            f"{tuple(self.covariance.shape)} do not belong together")  # fmt: skip
+            raise DataError(
+                f"feature statistics: a mean of shape {tuple(self.mean.shape)} and a covariance "
+                "of shape "
+                f"{tuple(self.covariance.shape)} do not belong together"
+            )
         if not (self.mean.isfinite().all() and self.covariance.isfinite().all()):
-            raise DataError("feature statistics: hold NaN or infinity; look for it in the images and the features")
+            raise DataError(
+                "feature statistics: hold NaN or infinity; look for it in the images and the "
+                "features"
+            )
         asymmetry = (self.covariance - self.covariance.T).abs().max()
         if asymmetry > _INDEFINITE * self.covariance.abs().max():
-            raise DataError("feature statistics: the covariance is not symmetric; the file is damaged")
+            raise DataError(
+                "feature statistics: the covariance is not symmetric; the file is damaged"
+            )
 
     def save_npz(self, path: Path) -> None:
-        """Arrays `mu` (D,) and `sigma` (D, D), float64: the format of pytorch-fid and of the benchmark's file."""
-        with written_aside(path) as draft, draft.open("wb") as file:  # numpy would append .npz to another name
+        """Arrays `mu` (D,) and `sigma` (D, D), float64: the format of pytorch-fid and of the
+        benchmark's file."""
+        with (
+            written_aside(path) as draft,
+            draft.open("wb") as file,
+        ):  # numpy would append .npz to another name
             np.savez(file, mu=self.mean.cpu().numpy(), sigma=self.covariance.cpu().numpy())
 
     @classmethod
     def load_npz(cls, path: Path) -> Gaussian:
-        """Read `mu` and `sigma`; DataError for a file that is missing, damaged, or of another kind."""
+        """Read `mu` and `sigma`; DataError for a file that is missing, damaged, or of another
+        kind."""
         if not path.is_file():
-            raise DataError(f"{path}: no such file; give an .npz file of feature statistics (arrays mu and sigma)")
+            raise DataError(
+                f"{path}: no such file; give an .npz file of feature statistics (arrays mu and "
+                "sigma)"
+            )
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                mean, covariance = (torch.from_numpy(arrays[name].astype(np.float64)) for name in ("mu", "sigma"))
+                mean, covariance = (
+                    torch.from_numpy(arrays[name].astype(np.float64)) for name in ("mu", "sigma")
+                )
         except Exception as error:  # zip, numpy and missing arrays raise many kinds
-            raise DataError(f"{path}: not a file of feature statistics ({one_line(error)})") from error
+            raise DataError(
+                f"{path}: not a file of feature statistics ({one_line(error)})"
+            ) from error
         try:
             return cls(mean, covariance)
         except DataError as error:
@@ -90,21 +114,28 @@ class FeatureStatistics:
         self.count = total
 
     def gaussian(self) -> Gaussian:
-        """Mean and unbiased covariance on the CPU; DataError for fewer than 2 samples or non-finite features."""
+        """Mean and unbiased covariance on the CPU; DataError for fewer than 2 samples or non-finite
+        features."""
         if self.count < 2:
-            raise DataError(f"feature statistics: {self.count} samples have no covariance; give at least 2")
+            raise DataError(
+                f"feature statistics: {self.count} samples have no covariance; give at least 2"
+            )
         return Gaussian(self.mean.cpu(), (self.scatter / (self.count - 1)).cpu())
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """Squared Fréchet distance, at least 0, of Gaussians with equally many features.
 
-    DataError where the numbers of features differ, or a covariance has an eigenvalue below -1e-5 of its largest.
-    Smaller negative eigenvalues are rounding and count as 0; nothing is added to the diagonals.
+    DataError where the numbers of features differ, or a covariance has an eigenvalue below -1e-5 of
+    its largest. Smaller negative eigenvalues are rounding and count as 0; nothing is added to the
+    diagonals.
     """
     if len(a.mean) != len(b.mean):
-        raise DataError(f"feature statistics of {len(a.mean)} and of {len(b.mean)} features cannot be compared; "
-                        f"make both with the same feature network")  # fmt: skip
+        raise DataError(
+            f"feature statistics of {len(a.mean)} and of {len(b.mean)} features cannot be "
+            "compared; "
+            f"make both with the same feature network"
+        )
     values, vectors = torch.linalg.eigh(a.covariance)
     _require_semidefinite(values)
     kept = values > 16 * _ROUNDING * values[-1]
@@ -123,5 +154,8 @@ def _require_semidefinite(eigenvalues: torch.Tensor) -> None:
     """`eigenvalues` ascend."""
     if eigenvalues[0] < -_INDEFINITE * eigenvalues.abs().max():
         lowest, highest = eigenvalues[0].item(), eigenvalues[-1].item()
-        raise DataError(f"feature statistics: a covariance has eigenvalues from {lowest:.3g} to {highest:.3g}, but "
-                        f"none may be below 0; the file is damaged")  # fmt: skip
+        raise DataError(
+            f"feature statistics: a covariance has eigenvalues from {lowest:.3g} to "
+            f"{highest:.3g}, but "
+            f"none may be below 0; the file is damaged"
+        )

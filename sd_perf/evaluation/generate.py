@@ -25,12 +25,19 @@ Decoder = Callable[[torch.Tensor], torch.Tensor]
 
 @torch.no_grad()
 def generate(
-    unet: torch.nn.Module, text_encoder: Callable[[list[str]], torch.Tensor], decode: Decoder, prompts: list[str],
-    config: Config, seed: int, batch_size: int = 8,
-) -> Iterator[torch.Tensor]:  # fmt: skip
-    """A picture per prompt, in batches (B, 3, H, W) float32 in [0, 1] on the CPU, each drawn when it is asked for.
+    unet: torch.nn.Module,
+    text_encoder: Callable[[list[str]], torch.Tensor],
+    decode: Decoder,
+    prompts: list[str],
+    config: Config,
+    seed: int,
+    batch_size: int = 8,
+) -> Iterator[torch.Tensor]:
+    """A picture per prompt, in batches (B, 3, H, W) float32 in [0, 1] on the CPU, each drawn when
+    it is asked for.
 
-    `decode` takes the unscaled latents and gives images in [-1, 1]. Picture i is a function of (seed, i, prompt).
+    `decode` takes the unscaled latents and gives images in [-1, 1]. Picture i is a function of
+    (seed, i, prompt).
     """
     device = next(unet.parameters()).device
     size, channels = config.data.latent_size, config.model.in_channels
@@ -39,14 +46,19 @@ def generate(
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         indices = torch.arange(start, start + len(batch), device=device)
-        noise = normal(seed, Stream.SAMPLER, indices, channels * size * size).view(-1, channels, size, size)
+        noise = normal(seed, Stream.SAMPLER, indices, channels * size * size).view(
+            -1, channels, size, size
+        )
         options = config.sampling.steps, config.sampling.guidance_scale
-        latents = ddim_sample(unet, noise, text_encoder(batch), uncond, config.diffusion, *options, **once)
+        latents = ddim_sample(
+            unet, noise, text_encoder(batch), uncond, config.diffusion, *options, **once
+        )
         yield ((decode(latents / config.diffusion.latent_scale) + 1) / 2).clamp(0, 1).float().cpu()
 
 
 def picture_paths(prompts: list[str], folder: Path) -> list[Path]:
-    """One `0000_<start of the prompt>.png` per prompt in a folder made for them; UserError where one is there."""
+    """One `0000_<start of the prompt>.png` per prompt in a folder made for them; UserError where
+    one is there."""
     paths = []
     for i, prompt in enumerate(prompts):
         words = "".join(c if c.isalnum() else "_" for c in prompt)[:40].strip("_")

@@ -1,8 +1,9 @@
 """The Inception v3 of FID: 2048 features per image, with the weights that the benchmark names.
 
-Szegedy et al. 2015 (arXiv:1512.00567) with the changes of the TensorFlow model of 2015-12-05 that FID is defined by:
-1008 classes, no auxiliary head, average pools that leave their padding out of the mean, and a max pool in the last
-block. Names and shapes are those of pytorch-fid's weights, which are torchvision's.
+Szegedy et al. 2015 (arXiv:1512.00567) with the changes of the TensorFlow model of 2015-12-05 that
+FID is defined by: 1008 classes, no auxiliary head, average pools that leave their padding out of
+the mean, and a max pool in the last block. Names and shapes are those of pytorch-fid's weights,
+which are torchvision's.
 
 Shape letters: B images, C channels, H rows, W columns.
 """
@@ -42,7 +43,8 @@ Layer = tuple[Conv, ...]
 
 
 def _conv(channels: int, rows: int = 1, columns: int = 0, stride: int = 1) -> Layer:
-    """A layer of one convolution, with a square kernel unless columns are given; padded where the stride is 1."""
+    """A layer of one convolution, with a square kernel unless columns are given; padded where the
+    stride is 1."""
     columns = columns or rows
     padding = (rows // 2, columns // 2) if stride == 1 else (0, 0)
     return (Conv(channels, (rows, columns), stride, padding),)
@@ -63,8 +65,9 @@ class ConvNorm(nn.Module):
 class Mixed(nn.Module):
     """Branches side by side over one input, concatenated; the last one is the pool.
 
-    A branch's layers are named `<branch>_1`, `<branch>_2`, ..., with a and b where a layer is two convolutions; a
-    branch of one layer gives it its own name. `branch_pool`, where there is one, follows the pool.
+    A branch's layers are named `<branch>_1`, `<branch>_2`, ..., with a and b where a layer is two
+    convolutions; a branch of one layer gives it its own name. `branch_pool`, where there is one,
+    follows the pool.
     """
 
     def __init__(self, in_channels: int, pool: Pool, branches: dict[str, list[Layer]]) -> None:
@@ -84,7 +87,9 @@ class Mixed(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         pooled = self._pooled(x)
-        outputs = [self._branch(name, pooled if name == "branch_pool" else x) for name in self.names]
+        outputs = [
+            self._branch(name, pooled if name == "branch_pool" else x) for name in self.names
+        ]
         return torch.cat(outputs if "branch_pool" in self.names else [*outputs, pooled], 1)
 
     def _branch(self, branch: str, x: torch.Tensor) -> torch.Tensor:
@@ -114,7 +119,13 @@ def _mixed_6(inner: int) -> Mixed:
     branches: dict[str, list[Layer]] = {
         "branch1x1": [_conv(192)],
         "branch7x7": [_conv(inner), _conv(inner, 1, 7), _conv(192, 7, 1)],
-        "branch7x7dbl": [_conv(inner), _conv(inner, 7, 1), _conv(inner, 1, 7), _conv(inner, 7, 1), _conv(192, 1, 7)],
+        "branch7x7dbl": [
+            _conv(inner),
+            _conv(inner, 7, 1),
+            _conv(inner, 1, 7),
+            _conv(inner, 7, 1),
+            _conv(192, 1, 7),
+        ],
         "branch_pool": [_conv(192)],
     }
     return Mixed(768, "average", branches)
@@ -133,16 +144,23 @@ def _mixed_7(in_channels: int, pool: Pool) -> Mixed:
 
 def _shrink_6() -> Mixed:
     double = [_conv(64), _conv(96, 3), _conv(96, 3, stride=2)]
-    return Mixed(288, "max_stride_2", {"branch3x3": [_conv(384, 3, stride=2)], "branch3x3dbl": double})
+    return Mixed(
+        288, "max_stride_2", {"branch3x3": [_conv(384, 3, stride=2)], "branch3x3dbl": double}
+    )
 
 
 def _shrink_7() -> Mixed:
     long = [_conv(192), _conv(192, 1, 7), _conv(192, 7, 1), _conv(192, 3, stride=2)]
-    return Mixed(768, "max_stride_2", {"branch3x3": [_conv(192), _conv(320, 3, stride=2)], "branch7x7x3": long})
+    return Mixed(
+        768,
+        "max_stride_2",
+        {"branch3x3": [_conv(192), _conv(320, 3, stride=2)], "branch7x7x3": long},
+    )
 
 
 class FidInception(nn.Module):
-    """`network(images) -> (B, 2048)`: images (B, 3, H, W) of any size, float in [0, 1]; ValueError outside of it."""
+    """`network(images) -> (B, 2048)`: images (B, 3, H, W) of any size, float in [0, 1]; ValueError
+    outside of it."""
 
     num_features = NUM_FEATURES
 
@@ -153,9 +171,15 @@ class FidInception(nn.Module):
         self.Conv2d_2b_3x3 = ConvNorm(32, Conv(64, (3, 3), 1, (1, 1)))
         self.Conv2d_3b_1x1 = ConvNorm(64, Conv(80, (1, 1), 1, (0, 0)))
         self.Conv2d_4a_3x3 = ConvNorm(80, Conv(192, (3, 3), 1, (0, 0)))
-        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = _mixed_5(192, 32), _mixed_5(256, 64), _mixed_5(288, 64)
+        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = (
+            _mixed_5(192, 32),
+            _mixed_5(256, 64),
+            _mixed_5(288, 64),
+        )
         self.Mixed_6a = _shrink_6()
-        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = (_mixed_6(c) for c in (128, 160, 160, 192))
+        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = (
+            _mixed_6(c) for c in (128, 160, 160, 192)
+        )
         self.Mixed_7a = _shrink_7()
         self.Mixed_7b, self.Mixed_7c = _mixed_7(1280, "average"), _mixed_7(2048, "max")
         self.fc = nn.Linear(NUM_FEATURES, 1008)  # in the file; FID has no use for it
@@ -173,17 +197,22 @@ class FidInception(nn.Module):
 
 
 def read_inception(path: Path, sha1: str | None = WEIGHTS_SHA1) -> FidInception:
-    """The network with pytorch-fid's weights from a local file, frozen; `sha1` None takes other weights.
+    """The network with pytorch-fid's weights from a local file, frozen; `sha1` None takes other
+    weights.
 
     CheckpointError for a file that is missing, has another checksum, or holds other tensors.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; it must be {WEIGHTS_FILE} of pytorch-fid's releases")
+        raise CheckpointError(
+            f"{path}: no such file; it must be {WEIGHTS_FILE} of pytorch-fid's releases"
+        )
     if sha1 is not None:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha1").hexdigest()
         if found != sha1:
-            raise CheckpointError(f"{path}: its SHA-1 is {found}, that of {WEIGHTS_FILE} is {sha1}; get it again")
+            raise CheckpointError(
+                f"{path}: its SHA-1 is {found}, that of {WEIGHTS_FILE} is {sha1}; get it again"
+            )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise many kinds

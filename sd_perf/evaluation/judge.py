@@ -1,8 +1,10 @@
-"""Says whether a picture of the tiny world shows what its caption says, from the pixels: no network, no learning.
+"""Says whether a picture of the tiny world shows what its caption says, from the pixels: no
+network, no learning.
 
-A CLIP score flatters: it rewards the right colours in the wrong places. The judge looks for each colour's pixels,
-measures whether they form a square or a circle, and compares where the two shapes lie. It forgives what an autoencoder
-does to a picture (blur, small shifts of colour) and nothing else: a missing, additional or shapeless object is a no.
+A CLIP score flatters: it rewards the right colours in the wrong places. The judge looks for each
+colour's pixels, measures whether they form a square or a circle, and compares where the two shapes
+lie. It forgives what an autoencoder does to a picture (blur, small shifts of colour) and nothing
+else: a missing, additional or shapeless object is a no.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ def judge(image: np.ndarray, caption: str) -> bool:
 
 
 def judge_shares(described: list[Attributes | None], captions: list[str]) -> dict[str, float]:
-    """Shares of pictures, as `describe` sees them, that show their own caption, and the next one's if it is another."""
+    """Shares of pictures, as `describe` sees them, that show their own caption, and the next one's
+    if it is another."""
     own = [_shows(seen, caption) for seen, caption in zip(described, captions, strict=True)]
     nexts = zip(described, captions, captions[1:] + captions[:1], strict=True)
     others = [_shows(seen, other) for seen, caption, other in nexts if other != caption]
@@ -56,7 +59,8 @@ def _shows(seen: Attributes | None, caption: str) -> bool:
 
 
 def describe(image: np.ndarray) -> Attributes | None:
-    """What a picture (64, 64, 3), uint8 or float in [0, 1], RGB, shows; None where it is no scene of the world."""
+    """What a picture (64, 64, 3), uint8 or float in [0, 1], RGB, shows; None where it is no scene
+    of the world."""
     objects = find_objects(image)
     if objects is None or len(objects) != 2:
         return None
@@ -64,14 +68,16 @@ def describe(image: np.ndarray) -> Attributes | None:
     across, down = abs(a.x - b.x), abs(a.y - b.y)
     relation = "left of" if across > down else "above"
     first, second = sorted(objects, key=lambda found: found.x if relation == "left of" else found.y)
-    # Shapes that overlap by much, or lie on a diagonal, are in no relation that a person would name.
+    # Shapes that overlap by much, or lie on a diagonal, are in no relation that a person would
+    # name.
     if max(across, down) < 2 * HALF_WIDTH[0] or min(across, down) > 0.7 * max(across, down):
         return None
     return Attributes(first.colour, first.shape, relation, second.colour, second.shape)
 
 
 def find_objects(image: np.ndarray) -> list[Object] | None:
-    """The shapes of a picture (64, 64, 3), one per colour; None where a colour's pixels form no shape."""
+    """The shapes of a picture (64, 64, 3), one per colour; None where a colour's pixels form no
+    shape."""
     names = list(COLOURS)
     labels = nearest_colour(image)
     objects = []
@@ -87,7 +93,8 @@ def find_objects(image: np.ndarray) -> list[Object] | None:
 
 
 def nearest_colour(image: np.ndarray) -> np.ndarray:
-    """(64, 64) int: index into COLOURS of the colour nearest to each pixel, or len(COLOURS) for greys."""
+    """(64, 64) int: index into COLOURS of the colour nearest to each pixel, or len(COLOURS) for
+    greys."""
     pixels = image.astype(np.float64) * (1 if image.dtype == np.uint8 else 255)
     palette = np.array([*COLOURS.values(), *([grey] * 3 for grey in GREYS)], dtype=np.float64)
     # |pixel - colour|^2 without |pixel|^2, which is the same for every colour
@@ -96,14 +103,17 @@ def nearest_colour(image: np.ndarray) -> np.ndarray:
 
 
 def _shape_of(mask: np.ndarray) -> tuple[str, float, float] | None:
-    """Shape and centre (x, y) of a mask (64, 64) bool, or None where no ideal shape covers it well."""
+    """Shape and centre (x, y) of a mask (64, 64) bool, or None where no ideal shape covers it
+    well."""
     area = float(mask.sum())
     if not MIN_AREA <= area <= MAX_AREA:
         return None
     rows, columns = np.nonzero(mask)
     x, y = float(columns.mean()), float(rows.mean())
     half_widths = {"square": area**0.5 / 2, "circle": (area / np.pi) ** 0.5}
-    overlaps = {shape: _overlap(mask, coverage(shape, x, y, half_widths[shape]) >= 0.5) for shape in SHAPES}
+    overlaps = {
+        shape: _overlap(mask, coverage(shape, x, y, half_widths[shape]) >= 0.5) for shape in SHAPES
+    }
     best = max(overlaps, key=lambda shape: overlaps[shape])
     return (best, x, y) if overlaps[best] >= MIN_OVERLAP else None
 

@@ -11,16 +11,22 @@ from sd_perf.files import one_line
 
 
 def read_prompts(path: Path, num: int) -> list[str]:
-    """The first `num` captions of a .tsv with a column `caption`, or of a captions.jsonl (the first of each line).
+    """The first `num` captions of a .tsv with a column `caption`, or of a captions.jsonl (the first
+    of each line).
 
     DataError for a file that is missing, of another kind, or too short.
     """
     if not path.is_file():
-        raise DataError(f"{path}: no such file; evaluation.prompts names a .tsv or a captions.jsonl")
+        raise DataError(
+            f"{path}: no such file; evaluation.prompts names a .tsv or a captions.jsonl"
+        )
     try:
         with path.open(encoding="utf-8", newline="") as file:
             if path.suffix == ".tsv":
-                prompts = [row["caption"] for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)]
+                prompts = [
+                    row["caption"]
+                    for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+                ]
             else:
                 prompts = [_first_caption(json.loads(line)) for line in file if line.strip()]
     except (UnicodeDecodeError, ValueError, KeyError, TypeError, IndexError) as error:
@@ -28,7 +34,9 @@ def read_prompts(path: Path, num: int) -> list[str]:
             f"{path}: not a .tsv with a column `caption`, nor a captions.jsonl ({one_line(error)})"
         ) from error
     if len(prompts) < num:
-        raise DataError(f"{path}: holds {len(prompts)} captions, and evaluation.num_prompts is {num}")
+        raise DataError(
+            f"{path}: holds {len(prompts)} captions, and evaluation.num_prompts is {num}"
+        )
     return prompts[:num]
 
 

@@ -19,10 +19,19 @@ def architecture(config: Config) -> Architecture:
         parameters = sum(parameter.numel() for parameter in UNet(model).parameters())
     levels = range(len(model.channel_mult))
     return Architecture(
-        stem=model.model_channels, widths=tuple(mult * model.model_channels for mult in model.channel_mult),
+        stem=model.model_channels,
+        widths=tuple(mult * model.model_channels for mult in model.channel_mult),
         side=config.data.latent_size,
-        transformer_levels=tuple(level for level in levels if 2**level in model.attention_resolutions),
-        blocks=model.num_res_blocks, head_dim=model.num_head_channels, context_length=config.data.context_tokens,
-        context_width=model.context_dim, in_channels=model.in_channels, out_channels=model.out_channels,
-        block_groups=model.resblock_groups, transformer_groups=model.transformer_groups, parameters=parameters,
-    )  # fmt: skip
+        transformer_levels=tuple(
+            level for level in levels if 2**level in model.attention_resolutions
+        ),
+        blocks=model.num_res_blocks,
+        head_dim=model.num_head_channels,
+        context_length=config.data.context_tokens,
+        context_width=model.context_dim,
+        in_channels=model.in_channels,
+        out_channels=model.out_channels,
+        block_groups=model.resblock_groups,
+        transformer_groups=model.transformer_groups,
+        parameters=parameters,
+    )

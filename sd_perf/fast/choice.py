@@ -1,4 +1,5 @@
-"""Which backend runs each operator: the config's section `kernels` resolved for a GPU, in the words of its keys."""
+"""Which backend runs each operator: the config's section `kernels` resolved for a GPU, in the words
+of its keys."""
 
 from __future__ import annotations
 
@@ -33,7 +34,9 @@ def choose_kernels(config: Config, target: Target) -> dict[str, Choice]:
     for name, spec in all_ops().items():
         wanted, cases = getattr(config.kernels, name), spec.cases_of(unet) if spec.cases_of else ()
         try:
-            choices[name] = choose(name, wanted, target, cases, dtype, config.kernels.strict and name in used)
+            choices[name] = choose(
+                name, wanted, target, cases, dtype, config.kernels.strict and name in used
+            )
         except KernelError as error:
             raise ConfigError(str(error)) from error
     _require_fp8(config, target, choices["fp8_linear"])
@@ -41,20 +44,28 @@ def choose_kernels(config: Config, target: Target) -> dict[str, Choice]:
 
 
 def _require_fp8(config: Config, target: Target, native: Choice) -> None:
-    """ConfigError where a layer is to be in FP8 and the target has none: that is no speed that is passed over."""
+    """ConfigError where a layer is to be in FP8 and the target has none: that is no speed that is
+    passed over."""
     for _, arithmetic, key in config.precision.in_fp8():
         if arithmetic == "fp8_te":
             against = reasons_against(all_ops()["fp8_linear"].backend("te"), target)
-            right = f"fp8_native or bf16, since fp8_te cannot be had on {target.name}: {'; '.join(against)}"
+            right = (
+                f"fp8_native or bf16, since fp8_te cannot be had on {target.name}: "
+                f"{'; '.join(against)}"
+            )
             config.precision.require(not against, key, right)
         elif target.device == "cuda" and native.wanted == AUTO:
             reasons = "; ".join(f"{name}: {why}" for name, why in native.passed_over.items())
-            right = f"bf16 on {target.name} ({reasons}), or set kernels.fp8_linear to {REFERENCE}, which is slow"
+            right = (
+                f"bf16 on {target.name} ({reasons}), or set kernels.fp8_linear to {REFERENCE}, "
+                "which is slow"
+            )
             config.precision.require(native.backend != REFERENCE, key, right)
 
 
 def used_ops(config: Config) -> tuple[str, ...]:
-    """The operators that the config's training runs: none with the plain network. AdamW is torch's own."""
+    """The operators that the config's training runs: none with the plain network. AdamW is torch's
+    own."""
     idle = {"adamw"} | (set() if config.precision.uses("fp8_native") else {"fp8_linear"})
     is_fast = config.model.implementation == "fast"
     return tuple(op for op in all_ops() if is_fast and op not in idle)

@@ -1,7 +1,9 @@
-"""How the linear layers of the fast UNet's transformers are multiplied: what the section `precision` chooses.
+"""How the linear layers of the fast UNet's transformers are multiplied: what the section
+`precision` chooses.
 
-A layer's weights stay in the UNet, under their names, and come with every call. A layer of Transformer Engine has none:
-it keeps scales, if its recipe is delayed, which are the precision state that checkpoints hold beside the weights.
+A layer's weights stay in the UNet, under their names, and come with every call. A layer of
+Transformer Engine has none: it keeps scales, if its recipe is delayed, which are the precision
+state that checkpoints hold beside the weights.
 
 Shape letters: K columns in, N columns out.
 """
@@ -30,7 +32,8 @@ class Product:
     linear: Callable[..., Tensor]
     """x (..., K), weight (N, K) and perhaps bias (N,) to (..., N)"""
     after_norm: Callable[..., tuple[Tensor, Tensor]]
-    """x (..., K), residual or None, the LayerNorm, weight, perhaps bias to (..., N), and to the sum that is normed"""
+    """x (..., K), residual or None, the LayerNorm, weight, perhaps bias to (..., N), and to the sum
+    that is normed"""
     after_geglu: Callable[..., Tensor]
     """x (..., 2K), weight, perhaps bias to (..., N)"""
     layer: Any = None
@@ -40,7 +43,9 @@ class Product:
 def in_turn(ops: Ops, linear: Callable[..., Tensor], layer: Any = None) -> Product:
     """Norm or GEGLU, then the product."""
 
-    def after_norm(x: Tensor, residual: Tensor | None, norm: nn.LayerNorm, *weights: Tensor) -> tuple[Tensor, Tensor]:
+    def after_norm(
+        x: Tensor, residual: Tensor | None, norm: nn.LayerNorm, *weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
         normal, total = ops.layer_norm(x, norm.weight, norm.bias, residual, eps=norm.eps)
         return linear(normal, *weights), total
 
@@ -54,9 +59,15 @@ def fused(fp8_linear: Callable[..., Any]) -> Product:
     """The op `fp8_linear`, which rounds what norm and GEGLU make before it is written."""
 
     def after_norm(
-        x: Tensor, residual: Tensor | None, norm: nn.LayerNorm, weight: Tensor, bias: Tensor | None = None
+        x: Tensor,
+        residual: Tensor | None,
+        norm: nn.LayerNorm,
+        weight: Tensor,
+        bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        return fp8_linear(x, weight, bias, residual, norm.weight, norm.bias, producer="layer_norm", eps=norm.eps)
+        return fp8_linear(
+            x, weight, bias, residual, norm.weight, norm.bias, producer="layer_norm", eps=norm.eps
+        )
 
     return Product(fp8_linear, after_norm, partial(fp8_linear, producer="geglu"))
 
@@ -67,7 +78,9 @@ class Products:
     def __init__(self, ops: Ops, config: PrecisionConfig) -> None:
         self.ops, self.config = ops, config
 
-    def __call__(self, layers: str, in_features: int, out_features: int, bias: bool = True) -> Product:
+    def __call__(
+        self, layers: str, in_features: int, out_features: int, bias: bool = True
+    ) -> Product:
         """The product of a layer of this class, K and N features."""
         arithmetic = self.config.of(layers)
         if arithmetic == "bf16":
@@ -76,7 +89,9 @@ class Products:
             return fused(self.ops.fp8_linear)
         from sd_kernels.fp8_linear.te import Linear
 
-        layer = Linear(in_features, out_features, bias, self.config.fp8_recipe, torch.bfloat16, "meta")
+        layer = Linear(
+            in_features, out_features, bias, self.config.fp8_recipe, torch.bfloat16, "meta"
+        )
         return in_turn(self.ops, layer.with_weights, layer)
 
     def step(self) -> AbstractContextManager[None]:
@@ -89,7 +104,8 @@ class Products:
 
 
 def precision_state(unet: nn.Module) -> dict[str, Tensor]:
-    """Scales and histories (bytes) by the layer's place in the UNet; empty where none outlives a step."""
+    """Scales and histories (bytes) by the layer's place in the UNet; empty where none outlives a
+    step."""
     layers = _layers_with_state(unet)
     if not layers:
         return {}
@@ -99,7 +115,8 @@ def precision_state(unet: nn.Module) -> dict[str, Tensor]:
 
 
 def load_precision_state(unet: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Put back what `precision_state` gave, in the memory it was in; KernelError where the layers differ."""
+    """Put back what `precision_state` gave, in the memory it was in; KernelError where the layers
+    differ."""
     layers = _layers_with_state(unet)
     if layers:
         from sd_kernels.fp8_linear import te

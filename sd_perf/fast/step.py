@@ -1,4 +1,5 @@
-"""The diffusion step of the fast path: draws, latents, noising and target in one operator, the loss in another."""
+"""The diffusion step of the fast path: draws, latents, noising and target in one operator, the loss
+in another."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from sd_perf.diffusion.schedule import Schedule
 
 
 class FusedDiffusionStep(torch.nn.Module):
-    """What `reference.step.DiffusionStep` computes: `step(unet, moments, context, sample_indices) -> loss`."""
+    """What `reference.step.DiffusionStep` computes: `step(unet, moments, context, sample_indices)
+    -> loss`."""
 
     def __init__(self, config: Config, seed: int, choices: Mapping[str, Choice]) -> None:
         super().__init__()
@@ -30,7 +32,11 @@ class FusedDiffusionStep(torch.nn.Module):
         }
 
     def forward(
-        self, unet: torch.nn.Module, moments: torch.Tensor, context: torch.Tensor, sample_indices: torch.Tensor
+        self,
+        unet: torch.nn.Module,
+        moments: torch.Tensor,
+        context: torch.Tensor,
+        sample_indices: torch.Tensor,
     ) -> torch.Tensor:
         """Mean over the batch of the squared error of the v-prediction, a float32 scalar.
 

@@ -15,15 +15,20 @@ from sd_perf.mlperf.log import import_mlperf, read_log
 from sd_perf.mlperf.rules import CLIP_TARGET, FID_TARGET, RULESET
 
 _SEPARATOR = "-" * 30
-_COUNTS = {"EXACTLY_ONE": "exactly once", "AT_LEAST_ONE": "at least once", "AT_LEAST(2)": "at least twice"}
+_COUNTS = {
+    "EXACTLY_ONE": "exactly once",
+    "AT_LEAST_ONE": "at least once",
+    "AT_LEAST(2)": "at least twice",
+}
 _RULES = {
     "s['init_started']": "init_start must come before it",
     "( s['init_stopped'] == True )": "init_stop must come before it",
     "s['run_started']": "run_start must come before it",
     "not s['init_stopped']": "it must come before init_stop",
     "not s['run_started']": "it must come before run_start",
-    "ll.timestamp - s['first_init_start'] < (s['compile_time_mins']*60*1e3)": "initialisation must take less than 30 "
-    "minutes in the closed division, 240 in the open one, and submission_division must come before init_stop",
+    "ll.timestamp - s['first_init_start'] < (s['compile_time_mins']*60*1e3)": "initialisation "
+    "must take less than 30 minutes in the closed division, 240 in the open one, and "
+    "submission_division must come before init_stop",
     "'status' in v['metadata']": "its metadata must hold a status",
 }
 """what the checker's tests mean"""
@@ -46,22 +51,32 @@ class Verdict:
     def __str__(self) -> str:
         verdict = "passes" if self.passed else "fails"
         division = f"{self.division} division" if self.division else "no division declared"
-        text = f"{self.path}: {verdict} the official compliance checker (ruleset {self.ruleset}, {division})"
+        text = (
+            f"{self.path}: {verdict} the official compliance checker (ruleset {self.ruleset}, "
+            f"{division})"
+        )
         if self.passed and self.status != "success":
-            text += f"; its run_stop says {self.status!r}, so it counts as a run that did not converge"
+            text += (
+                f"; its run_stop says {self.status!r}, so it counts as a run that did not converge"
+            )
         kind = "warning: " if self.passed else ""
         return "\n".join([text, *(f"  - {kind}{finding}" for finding in self.findings)])
 
 
-def check(path: Path, division: Literal["closed", "open"] | None = None, ruleset: str = RULESET) -> Verdict:
+def check(
+    path: Path, division: Literal["closed", "open"] | None = None, ruleset: str = RULESET
+) -> Verdict:
     """Run `python -m mlperf_logging.compliance_checker` on a log, as a submitter would.
 
-    A log of another division than asked for fails. ConfigError where mlperf-logging is missing, DataError where the
-    log is, or where the installed version does not know the ruleset.
+    A log of another division than asked for fails. ConfigError where mlperf-logging is missing,
+    DataError where the log is, or where the installed version does not know the ruleset.
     """
     checker = Path(str(import_mlperf("compliance_checker").__file__)).parent
     if not (checker / f"training_{ruleset}" / "closed_stable_diffusion.yaml").is_file():
-        raise DataError(f"ruleset {ruleset}: the installed mlperf-logging has no Stable Diffusion in it; use {RULESET}")
+        raise DataError(
+            f"ruleset {ruleset}: the installed mlperf-logging has no Stable Diffusion in it; use "
+            f"{RULESET}"
+        )
     if not path.is_file():
         raise DataError(f"{path}: no such MLPerf log")
     passed, findings = _run_checker(path.resolve(), ruleset)
@@ -69,8 +84,12 @@ def check(path: Path, division: Literal["closed", "open"] | None = None, ruleset
         events = read_log(path)
     except DataError as error:
         events, findings = [], [str(error), *findings]
-    declared = next((str(event.value) for event in events if event.key == "submission_division"), "")
-    status = next((str(event.metadata.get("status", "")) for event in events if event.key == "run_stop"), "")
+    declared = next(
+        (str(event.value) for event in events if event.key == "submission_division"), ""
+    )
+    status = next(
+        (str(event.metadata.get("status", "")) for event in events if event.key == "run_stop"), ""
+    )
     if division and declared != division:
         passed = False
         findings = [f"the log declares {declared or 'no'} division, not {division}", *findings]
@@ -87,7 +106,11 @@ def _run_checker(path: Path, ruleset: str) -> tuple[bool, list[str]]:
     findings = [_in_words(finding) for finding in _findings(text)]
     if done.returncode and "ERROR - FAILED" not in text:
         last = (done.stderr.strip() or "no message").splitlines()[-1]
-        cause = "an evaluation has FID without CLIP, or the reverse" if last.startswith("KeyError") else "see the log"
+        cause = (
+            "an evaluation has FID without CLIP, or the reverse"
+            if last.startswith("KeyError")
+            else "see the log"
+        )
         findings.append(f"the checker broke off with {last}: {cause}")
     return done.returncode == 0, findings
 
@@ -95,7 +118,9 @@ def _run_checker(path: Path, ruleset: str) -> tuple[bool, list[str]]:
 def _findings(text: str) -> list[str]:
     """The checker's messages: one warning record, cut by lines of dashes."""
     _, _, after = text.partition("WARNING -  ")
-    body = re.split(r"^(?:ERROR|INFO) - (?:FAILED|SUCCESS)$", after, maxsplit=1, flags=re.MULTILINE)[0]
+    body = re.split(
+        r"^(?:ERROR|INFO) - (?:FAILED|SUCCESS)$", after, maxsplit=1, flags=re.MULTILINE
+    )[0]
     return [part.strip() for part in body.split(_SEPARATOR) if part.strip()]
 
 
@@ -104,16 +129,28 @@ def _in_words(finding: str) -> str:
     count = re.match(r"Required (\S+) occurrence of (.+?)(?: but found (\d+)(.*))?$", finding)
     if count:
         wanted, key, found, more = count.groups()
-        key = key.replace("'", "").replace("aggregated_eval_accuracy", "evaluations with both FID and CLIP")
+        key = key.replace("'", "").replace(
+            "aggregated_eval_accuracy", "evaluations with both FID and CLIP"
+        )
         return f"{key}: must stand {_COUNTS.get(wanted, wanted)}, found {found or 0}{more or ''}"
     if finding.startswith("Failed checks for aggregated_eval_accuracy"):
-        return f"no evaluation passes: the target is FID <= {FID_TARGET:g} and CLIP >= {CLIP_TARGET:g}"
+        return (
+            f"no evaluation passes: the target is FID <= {FID_TARGET:g} and CLIP >= {CLIP_TARGET:g}"
+        )
     failed = re.match(r"CHECK for '(\S+)' failed", finding)
     if failed:
-        test = next((line.removeprefix("failed test: ") for line in lines if line.startswith("failed test: ")), "?")
+        test = next(
+            (
+                line.removeprefix("failed test: ")
+                for line in lines
+                if line.startswith("failed test: ")
+            ),
+            "?",
+        )
         value = re.search(r'"value": (.+?), "metadata"', finding)
         return (
-            f"{failed[1]} = {value[1] if value else '?'}: {_RULES.get(test.strip(), f'breaks the rule {test.strip()}')}"
+            f"{failed[1]} = {value[1] if value else '?'}: "
+            f"{_RULES.get(test.strip(), f'breaks the rule {test.strip()}')}"
         )
     if finding.startswith("Failed executing"):
         return f"the checker could not apply a rule: {' '.join(lines[:2])}"

@@ -1,8 +1,9 @@
-"""The MLPerf log of a run: everything that ruleset 5.0.0 asks for, through MLCommons' own `mlperf_logging.mllog`.
+"""The MLPerf log of a run: everything that ruleset 5.0.0 asks for, through MLCommons' own
+`mlperf_logging.mllog`.
 
-This is the only code that writes such lines. The order is one that every ruleset from 3.1.0 to 5.0.0 takes: cache_clear
-and submission_*, init_start, what the run is, init_stop, run_start, blocks; evaluations and run_stop follow later, with
-the times at which they happened.
+This is the only code that writes such lines. The order is one that every ruleset from 3.1.0 to
+5.0.0 takes: cache_clear and submission_*, init_start, what the run is, init_stop, run_start,
+blocks; evaluations and run_stop follow later, with the times at which they happened.
 """
 
 from __future__ import annotations
@@ -43,13 +44,17 @@ class Event(NamedTuple):
 
 def import_mlperf(module: str) -> ModuleType:
     """A module of mlperf-logging; ConfigError where the package is missing."""
-    return optional(f"mlperf_logging.{module}", "mlperf.division: MLPerf logs need mlperf-logging", "mlperf")
+    return optional(
+        f"mlperf_logging.{module}", "mlperf.division: MLPerf logs need mlperf-logging", "mlperf"
+    )
 
 
 def read_log(path: Path) -> list[Event]:
-    """The events of a log in file order; DataError for a file that is missing or has a damaged line.
+    """The events of a log in file order; DataError for a file that is missing or has a damaged
+    line.
 
-    As the official parser does, what stands before the last token of a line is ignored: launchers put ranks there.
+    As the official parser does, what stands before the last token of a line is ignored: launchers
+    put ranks there.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such MLPerf log")
@@ -60,14 +65,17 @@ def read_log(path: Path) -> list[Event]:
             continue
         try:
             entry = json.loads(text)
-            events.append(Event(entry["key"], entry["value"], entry["metadata"] or {}, int(entry["time_ms"])))
+            events.append(
+                Event(entry["key"], entry["value"], entry["metadata"] or {}, int(entry["time_ms"]))
+            )
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}: line {number} is damaged ({one_line(error)})") from error
     return events
 
 
 class MLPerfLog:
-    """Appends to the log of one run; keys that must stand once are left alone where a resumed run finds them.
+    """Appends to the log of one run; keys that must stand once are left alone where a resumed run
+    finds them.
 
     UserError where the disk takes no more.
     """
@@ -77,13 +85,16 @@ class MLPerfLog:
         self._config = config
         _drop_cut_line(path)
         self._keys = {event.key for event in read_log(path)} if path.is_file() else set()
-        logger = logging.Logger("sd_perf.mlperf")  # of its own, so that nobody else's handlers see the lines
+        logger = logging.Logger(
+            "sd_perf.mlperf"
+        )  # of its own, so that nobody else's handlers see the lines
         logger.addHandler(_LogFile(path, encoding="utf-8", delay=True))
         root = str(Path(__file__).parents[2])  # left out of the lines
         self._mllogger = import_mlperf("mllog.mllog").MLLogger(logger, root_dir=root)
 
     def start_init(self, time_ms: int | None = None) -> None:
-        """cache_clear, submission_*, init_start; the division comes first, since it sets the limit on init."""
+        """cache_clear, submission_*, init_start; the division comes first, since it sets the limit
+        on init."""
         mlperf = self._config.mlperf
         self._once("event", "cache_clear", mlperf.caches_cleared, time_ms)
         self._once("event", "submission_benchmark", BENCHMARK, time_ms)
@@ -109,22 +120,29 @@ class MLPerfLog:
             "opt_adamw_beta_2": optimizer.beta_2,
             "opt_adamw_epsilon": optimizer.epsilon,
             "opt_adamw_weight_decay": optimizer.weight_decay,
-            "opt_base_learning_rate": self._config.learning_rate,  # after warm-up, as submissions log it
+            # After warm-up, as submissions log it
+            "opt_base_learning_rate": self._config.learning_rate,
             "opt_learning_rate_warmup_steps": optimizer.warmup_steps,
         }
         for key, value in values.items():
             self._once("event", key, value)
 
     def start_run(self) -> None:
-        """init_stop and run_start: the clock runs. UserError where the run's time was stopped already."""
+        """init_stop and run_start: the clock runs. UserError where the run's time was stopped
+        already."""
         if "run_stop" in self._keys:
-            raise UserError(f"{self.path}: has its run_stop, so this run cannot go on; begin anew with --fresh")
+            raise UserError(
+                f"{self.path}: has its run_stop, so this run cannot go on; begin anew with --fresh"
+            )
         self._once("end", "init_stop")
         self._once("start", "run_start")
 
     def start_block(self, samples: int) -> None:
-        """block_start, unless a process before this one left open a block that reaches to `samples`."""
-        blocks = [event for event in read_log(self.path) if event.key in ("block_start", "block_stop")]
+        """block_start, unless a process before this one left open a block that reaches to
+        `samples`."""
+        blocks = [
+            event for event in read_log(self.path) if event.key in ("block_start", "block_stop")
+        ]
         is_open = bool(blocks) and blocks[-1].key == "block_start"
         if not is_open or blocks[-1].metadata["samples_count"] > samples:
             self._write("start", "block_start", None, samples_count=samples)
@@ -133,8 +151,11 @@ class MLPerfLog:
         """block_stop, at any time after the last update of the checkpoint of `samples`."""
         self._write("end", "block_stop", None, time_ms, samples_count=samples)
 
-    def add_evaluation(self, samples: int, fid: float, clip: float, start_ms: int, stop_ms: int) -> None:
-        """eval_start, eval_accuracy of FID and CLIP, eval_stop. ValueError for a score that is no number."""
+    def add_evaluation(
+        self, samples: int, fid: float, clip: float, start_ms: int, stop_ms: int
+    ) -> None:
+        """eval_start, eval_accuracy of FID and CLIP, eval_stop. ValueError for a score that is no
+        number."""
         if not (math.isfinite(fid) and math.isfinite(clip)):
             raise ValueError(f"FID {fid} and CLIP {clip} at {samples:,} samples cannot be logged")
         self._write("start", "eval_start", None, start_ms, samples_count=samples)
@@ -143,7 +164,8 @@ class MLPerfLog:
         self._write("end", "eval_stop", None, stop_ms, samples_count=samples)
 
     def conclude(self, fid_target: float = FID_TARGET, clip_target: float = CLIP_TARGET) -> Status:
-        """run_stop, once: "success" at the end of the block before the first checkpoint that passes both targets.
+        """run_stop, once: "success" at the end of the block before the first checkpoint that passes
+        both targets.
 
         Without one, "aborted" at the end of the last block. Returns the status that the log has.
         """
@@ -151,7 +173,11 @@ class MLPerfLog:
         for event in events:
             if event.key == "run_stop":
                 return event.metadata["status"]
-        ends = {event.metadata["samples_count"]: event.time_ms for event in events if event.key == "block_stop"}
+        ends = {
+            event.metadata["samples_count"]: event.time_ms
+            for event in events
+            if event.key == "block_stop"
+        }
         passing = [
             samples
             for samples, scores in scores_of(events).items()
@@ -160,23 +186,30 @@ class MLPerfLog:
             and scores.get("CLIP", -math.inf) >= clip_target
         ]
         if not ends:
-            raise UserError(f"{self.path}: no block has ended; train to the first checkpoint before evaluating")
+            raise UserError(
+                f"{self.path}: no block has ended; train to the first checkpoint before evaluating"
+            )
         at = min(passing, default=max(ends))
         status: Status = "success" if passing else "aborted"
         self._once("end", "run_stop", None, ends[at], status=status, samples_count=at)
         return status
 
-    def _once(self, kind: Kind, key: str, value: Any = None, time_ms: int | None = None, **metadata: Any) -> None:
+    def _once(
+        self, kind: Kind, key: str, value: Any = None, time_ms: int | None = None, **metadata: Any
+    ) -> None:
         if key not in self._keys:
             self._write(kind, key, value, time_ms, **metadata)
 
-    def _write(self, kind: Kind, key: str, value: Any = None, time_ms: int | None = None, **metadata: Any) -> None:
+    def _write(
+        self, kind: Kind, key: str, value: Any = None, time_ms: int | None = None, **metadata: Any
+    ) -> None:
         getattr(self._mllogger, kind)(key, value, metadata, time_ms=time_ms, stack_offset=2)
         self._keys.add(key)
 
 
 def scores_of(events: list[Event]) -> dict[int, dict[str, float]]:
-    """{samples: {"FID": ..., "CLIP": ...}} of the evaluations, by ascending samples; the last line of each counts."""
+    """{samples: {"FID": ..., "CLIP": ...}} of the evaluations, by ascending samples; the last line
+    of each counts."""
     scores: dict[int, dict[str, float]] = defaultdict(dict)
     for event in events:
         if event.key == "eval_accuracy" and {"metric", "samples_count"} <= set(event.metadata):
@@ -192,7 +225,8 @@ def _drop_cut_line(path: Path) -> None:
 
 
 class _LogFile(logging.FileHandler):
-    """A handler that raises where logging's own would print a traceback and go on without the line."""
+    """A handler that raises where logging's own would print a traceback and go on without the
+    line."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1] or OSError("unknown")

@@ -1,6 +1,8 @@
-"""The closed division's rules for Stable Diffusion v2, as data (MLCommons training rules, ruleset 5.0.0).
+"""The closed division's rules for Stable Diffusion v2, as data (MLCommons training rules, ruleset
+5.0.0).
 
-Free in the closed division: learning rate, warm-up steps, batch size, and everything that changes speed only.
+Free in the closed division: learning rate, warm-up steps, batch size, and everything that changes
+speed only.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ CLIP_TARGET = 0.15
 
 _OPTIMIZER = "AdamW's constants are fixed; free are learning rate, warm-up steps and batch size"
 _SAMPLER = "checkpoints are scored on pictures of 50 DDIM steps with guidance 8"
-_TARGET = "a run has converged at FID 90 or less and CLIP score 0.15 or more, both at one checkpoint"
+_TARGET = (
+    "a run has converged at FID 90 or less and CLIP score 0.15 or more, both at one checkpoint"
+)
 _DATA = "the training set is used as it is, every sample once per epoch"
 
 FIXED: dict[str, tuple[Any, str]] = {
@@ -38,15 +42,27 @@ FIXED: dict[str, tuple[Any, str]] = {
     "optimizer.beta_2": (0.999, _OPTIMIZER),
     "optimizer.epsilon": (1e-8, _OPTIMIZER),
     "optimizer.weight_decay": (0.01, _OPTIMIZER),
-    "optimizer.warmup_start": (1e-6, "the schedule is the reference's: linear from 1e-6 of the rate, then constant"),
-    "training.seed": (None, "seeds come from the clock or the system's entropy, anew for every run"),
+    "optimizer.warmup_start": (
+        1e-6,
+        "the schedule is the reference's: linear from 1e-6 of the rate, then constant",
+    ),
+    "training.seed": (
+        None,
+        "seeds come from the clock or the system's entropy, anew for every run",
+    ),
     "checkpoint.keep": (None, "every checkpoint up to the first that passes may have to be scored"),
     "sampling.steps": (50, _SAMPLER),
     "sampling.guidance_scale": (8.0, _SAMPLER),
-    "evaluation.num_prompts": (EVAL_SAMPLES, "a checkpoint is scored on the 30,000 prompts of COCO 2014"),
+    "evaluation.num_prompts": (
+        EVAL_SAMPLES,
+        "a checkpoint is scored on the 30,000 prompts of COCO 2014",
+    ),
     "evaluation.fid_target": (FID_TARGET, _TARGET),
     "evaluation.clip_target": (CLIP_TARGET, _TARGET),
-    "mlperf.caches_cleared": (True, "file caches are dropped before every run (then set it to true)"),
+    "mlperf.caches_cleared": (
+        True,
+        "file caches are dropped before every run (then set it to true)",
+    ),
 }
 """key: (the only value allowed, the rule)"""
 
@@ -69,23 +85,40 @@ def violations(config: Config) -> Iterator[tuple[str, Any, str, str]]:
         if value != allowed:
             yield key, value, "not set" if allowed is None else repr(allowed), rule
     if config.training.precision not in PRECISIONS:
-        yield "training.precision", config.training.precision, f"one of {PRECISIONS}", "approved number formats"
+        yield (
+            "training.precision",
+            config.training.precision,
+            f"one of {PRECISIONS}",
+            "approved number formats",
+        )
     if config.text_encoder.weights == "random":
         yield "text_encoder.weights", "random", "a file", FIXED["text_encoder.model"][1]
     batch, every = config.training.global_batch_size, config.checkpoint.every_samples
     cadence = config.steps_of(CHECKPOINT_SAMPLES) * batch
     if config.steps_of(every) * batch != cadence:
         rule = f"checkpoints are CEIL(512000 / {batch}) steps apart"
-        yield "checkpoint.every_samples", every, f"{CHECKPOINT_SAMPLES} (here {cadence:,} samples)", rule
+        yield (
+            "checkpoint.every_samples",
+            every,
+            f"{CHECKPOINT_SAMPLES} (here {cadence:,} samples)",
+            rule,
+        )
     if config.training.max_samples < 2 * CHECKPOINT_SAMPLES:
         rule = "at least two checkpoints are scored"
-        yield "training.max_samples", config.training.max_samples, f"at least {2 * CHECKPOINT_SAMPLES}", rule
+        yield (
+            "training.max_samples",
+            config.training.max_samples,
+            f"at least {2 * CHECKPOINT_SAMPLES}",
+            rule,
+        )
 
 
 def require_closed(config: Config) -> None:
-    """ConfigError naming the first key that cannot comply, its value, what is allowed, and the rule."""
+    """ConfigError naming the first key that cannot comply, its value, what is allowed, and the
+    rule."""
     for key, value, allowed, rule in violations(config):
         raise ConfigError(
-            f"{key}: {value!r} is not allowed in the closed division, only {allowed}: {rule}; change it, or set "
+            f"{key}: {value!r} is not allowed in the closed division, only {allowed}: {rule}; "
+            "change it, or set "
             f"mlperf.division to open"
         )

@@ -14,7 +14,8 @@ from sd_perf.reference.unet import UNet
 
 
 def build_unet(config: Config, seed: int, device: torch.device) -> torch.nn.Module:
-    """The UNet with its initial weights, float32: a function of the seed alone, whatever device and implementation."""
+    """The UNet with its initial weights, float32: a function of the seed alone, whatever device and
+    implementation."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if config.model.implementation == "plain":
@@ -31,8 +32,11 @@ def build_unet(config: Config, seed: int, device: torch.device) -> torch.nn.Modu
 
 
 def build_sampling_unet(config: Config, device: torch.device) -> torch.nn.Module:
-    """The UNet that draws pictures, wherever it was trained: without FP8, on the kernels that can be had here."""
-    return build_unet(replace(config, precision=PrecisionConfig(), kernels=KernelsConfig()), 0, device).eval()
+    """The UNet that draws pictures, wherever it was trained: without FP8, on the kernels that can
+    be had here."""
+    return build_unet(
+        replace(config, precision=PrecisionConfig(), kernels=KernelsConfig()), 0, device
+    ).eval()
 
 
 def build_text_encoder(config: Config, device: torch.device) -> torch.nn.Module:

@@ -1,11 +1,12 @@
 """Names of the same weights in LDM checkpoints and in diffusers.
 
-LDM (`ldm/modules/diffusionmodules/openaimodel.py` and `model.py`) numbers blocks in the order they run; diffusers
-(`models/unets/unet_2d_condition.py`, `models/autoencoders/autoencoder_kl.py`) numbers them by level. Everything here
-follows from the config, so any number of levels and of blocks per level has its names.
+LDM (`ldm/modules/diffusionmodules/openaimodel.py` and `model.py`) numbers blocks in the order they
+run; diffusers (`models/unets/unet_2d_condition.py`, `models/autoencoders/autoencoder_kl.py`)
+numbers them by level. Everything here follows from the config, so any number of levels and of
+blocks per level has its names.
 
-Both directions read one table from module paths to module paths: a weight is renamed by the longest path of the table
-that its name starts with, and keeps the rest of its name.
+Both directions read one table from module paths to module paths: a weight is renamed by the longest
+path of the table that its name starts with, and keeps the rest of its name.
 """
 
 from __future__ import annotations
@@ -34,14 +35,23 @@ _VAE_RES_BLOCK = {
     "conv2": "conv2",
     "nin_shortcut": "conv_shortcut",
 }
-_VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+_VAE_ATTENTION = {
+    "norm": "group_norm",
+    "q": "to_q",
+    "k": "to_k",
+    "v": "to_v",
+    "proj_out": "to_out.0",
+}
 
 
-def to_diffusers(state: Mapping[str, Tensor], config: UNetConfig | AutoencoderConfig) -> dict[str, Tensor]:
-    """A state dict of LDM names (no checkpoint prefix) under diffusers' names. Shares the tensors' memory.
+def to_diffusers(
+    state: Mapping[str, Tensor], config: UNetConfig | AutoencoderConfig
+) -> dict[str, Tensor]:
+    """A state dict of LDM names (no checkpoint prefix) under diffusers' names. Shares the tensors'
+    memory.
 
-    The VAE's attention projections lose the two spatial dimensions of their 1x1 kernels: (C, C, 1, 1) -> (C, C).
-    Raises CheckpointError for a name that a model of this config does not have.
+    The VAE's attention projections lose the two spatial dimensions of their 1x1 kernels: (C, C, 1,
+    1) -> (C, C). Raises CheckpointError for a name that a model of this config does not have.
     """
     table = module_map(config)
     return {
@@ -50,37 +60,49 @@ def to_diffusers(state: Mapping[str, Tensor], config: UNetConfig | AutoencoderCo
     }
 
 
-def from_diffusers(state: Mapping[str, Tensor], config: UNetConfig | AutoencoderConfig) -> dict[str, Tensor]:
+def from_diffusers(
+    state: Mapping[str, Tensor], config: UNetConfig | AutoencoderConfig
+) -> dict[str, Tensor]:
     """The inverse of `to_diffusers`, with the same errors."""
     table = {theirs: ours for ours, theirs in module_map(config).items()}
     renamed = {_renamed(key, table): value for key, value in state.items()}
     return {
-        key: value[:, :, None, None] if _is_squeezed(key, value, dims=2) else value for key, value in renamed.items()
+        key: value[:, :, None, None] if _is_squeezed(key, value, dims=2) else value
+        for key, value in renamed.items()
     }
 
 
 def diffusers_unet_config(config: UNetConfig, sample_size: int = 64) -> dict[str, Any]:
     """What `config.json` of a diffusers `UNet2DConditionModel` says about this network.
 
-    sample_size is the latent side that pipelines draw when they are told none. diffusers has one number for the groups
-    of all norms; it is given that of the ResBlocks, and a differing number for the transformers' entrance stands
-    under `transformer_norm_num_groups`, which stock diffusers reports as unexpected and ignores.
+    sample_size is the latent side that pipelines draw when they are told none. diffusers has one
+    number for the groups of all norms; it is given that of the ResBlocks, and a differing number
+    for the transformers' entrance stands under `transformer_norm_num_groups`, which stock diffusers
+    reports as unexpected and ignores.
 
     Raises ConfigError where the first level is not of model_channels: in diffusers it always is.
     """
     if config.channel_mult[0] != 1:
-        raise ConfigError(f"model.channel_mult: {config.channel_mult} has no form in diffusers; it must start with 1")
-    attends = [2**level in config.attention_resolutions for level in range(len(config.channel_mult))]
+        raise ConfigError(
+            f"model.channel_mult: {config.channel_mult} has no form in diffusers; it must start "
+            "with 1"
+        )
+    attends = [
+        2**level in config.attention_resolutions for level in range(len(config.channel_mult))
+    ]
     widths = [mult * config.model_channels for mult in config.channel_mult]
     entries = {
         "_class_name": "UNet2DConditionModel",
         "act_fn": "silu",
-        # Heads per level, in spite of the name: diffusers keeps its early misnomer (huggingface/diffusers#2011).
+        # Heads per level, in spite of the name: diffusers keeps its early misnomer
+        # (huggingface/diffusers#2011).
         "attention_head_dim": [width // config.num_head_channels for width in widths],
         "block_out_channels": widths,
         "center_input_sample": False,
         "cross_attention_dim": config.context_dim,
-        "down_block_types": ["CrossAttnDownBlock2D" if attend else "DownBlock2D" for attend in attends],
+        "down_block_types": [
+            "CrossAttnDownBlock2D" if attend else "DownBlock2D" for attend in attends
+        ],
         "flip_sin_to_cos": True,
         "freq_shift": 0,
         "in_channels": config.in_channels,
@@ -90,7 +112,9 @@ def diffusers_unet_config(config: UNetConfig, sample_size: int = 64) -> dict[str
         "norm_num_groups": config.resblock_groups,
         "out_channels": config.out_channels,
         "sample_size": sample_size,
-        "up_block_types": ["CrossAttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)],
+        "up_block_types": [
+            "CrossAttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)
+        ],
         "use_linear_projection": True,
     }
     if config.transformer_groups != config.resblock_groups:
@@ -99,12 +123,17 @@ def diffusers_unet_config(config: UNetConfig, sample_size: int = 64) -> dict[str
 
 
 def module_map(config: UNetConfig | AutoencoderConfig) -> dict[str, str]:
-    """Module paths of LDM -> module paths of diffusers, one to one. Paths below these are equal in both."""
+    """Module paths of LDM -> module paths of diffusers, one to one. Paths below these are equal in
+    both."""
     return _unet_map(config) if isinstance(config, UNetConfig) else _vae_map(config)
 
 
 def _unet_map(config: UNetConfig) -> dict[str, str]:
-    levels, down_blocks, up_blocks = len(config.channel_mult), config.num_res_blocks, config.num_res_blocks + 1
+    levels, down_blocks, up_blocks = (
+        len(config.channel_mult),
+        config.num_res_blocks,
+        config.num_res_blocks + 1,
+    )
     attends = [2**level in config.attention_resolutions for level in range(levels)]
     table = {
         "time_embed.0": "time_embedding.linear_1",
@@ -128,7 +157,9 @@ def _unet_map(config: UNetConfig) -> dict[str, str]:
         table |= _blocks("output_blocks", first, theirs, up_blocks, attends[level])
         if level > 0:
             place = 2 if attends[level] else 1
-            table[f"output_blocks.{first + up_blocks - 1}.{place}.conv"] = f"{theirs}.upsamplers.0.conv"
+            table[f"output_blocks.{first + up_blocks - 1}.{place}.conv"] = (
+                f"{theirs}.upsamplers.0.conv"
+            )
     return table
 
 
@@ -146,7 +177,9 @@ def _vae_map(config: AutoencoderConfig) -> dict[str, str]:
     levels = len(config.channel_mult)
     table = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
     for part in ("encoder", "decoder"):
-        table |= _below(part, part, {"conv_in": "conv_in", "norm_out": "conv_norm_out", "conv_out": "conv_out"})
+        table |= _below(
+            part, part, {"conv_in": "conv_in", "norm_out": "conv_norm_out", "conv_out": "conv_out"}
+        )
         table |= _below(f"{part}.mid.block_1", f"{part}.mid_block.resnets.0", _VAE_RES_BLOCK)
         table |= _below(f"{part}.mid.attn_1", f"{part}.mid_block.attentions.0", _VAE_ATTENTION)
         table |= _below(f"{part}.mid.block_2", f"{part}.mid_block.resnets.1", _VAE_RES_BLOCK)
@@ -155,7 +188,9 @@ def _vae_map(config: AutoencoderConfig) -> dict[str, str]:
         # LDM's decoder numbers levels by resolution, diffusers' by the order they run in.
         up, up_theirs = f"decoder.up.{level}", f"decoder.up_blocks.{levels - 1 - level}"
         for block in range(config.num_res_blocks):
-            table |= _below(f"{down}.block.{block}", f"{down_theirs}.resnets.{block}", _VAE_RES_BLOCK)
+            table |= _below(
+                f"{down}.block.{block}", f"{down_theirs}.resnets.{block}", _VAE_RES_BLOCK
+            )
         for block in range(config.num_res_blocks + 1):
             table |= _below(f"{up}.block.{block}", f"{up_theirs}.resnets.{block}", _VAE_RES_BLOCK)
         if level < levels - 1:
@@ -175,12 +210,14 @@ def _renamed(key: str, table: Mapping[str, str]) -> str:
         path, dot, last = path.rpartition(".")
         if not dot:
             raise CheckpointError(
-                f"{key}: not the name of a weight of this model; check that the config is the weights'"
+                f"{key}: not the name of a weight of this model; check that the config is the "
+                "weights'"
             )
         rest = f".{last}{rest}"
     return table[path] + rest
 
 
 def _is_squeezed(ldm_key: str, value: Tensor, dims: int) -> bool:
-    """Whether this is a projection of the VAE's attention, which has `dims` dimensions before it is converted."""
+    """Whether this is a projection of the VAE's attention, which has `dims` dimensions before it is
+    converted."""
     return ".mid.attn_1." in ldm_key and value.dim() == dims

@@ -1,4 +1,5 @@
-"""open_clip as an optional package: imported late, with sentences for what is missing; its models from local files."""
+"""open_clip as an optional package: imported late, with sentences for what is missing; its models
+from local files."""
 
 from __future__ import annotations
 
@@ -26,14 +27,19 @@ def import_open_clip(key: str) -> ModuleType:
 
 
 def register_model(open_clip: ModuleType, key: str, model: str) -> str:
-    """open_clip's name of a model given by name or by the path of a model JSON; ConfigError where there is none."""
+    """open_clip's name of a model given by name or by the path of a model JSON; ConfigError where
+    there is none."""
     if model.endswith(".json"):
         if not Path(model).is_file():
             raise ConfigError(f"{key}: {model!r}: no such file")
         try:
-            json.loads(Path(model).read_text(encoding="utf-8"))  # open_clip would stumble over it ever after
+            json.loads(
+                Path(model).read_text(encoding="utf-8")
+            )  # open_clip would stumble over it ever after
         except ValueError as error:
-            raise ConfigError(f"{key}: {model!r} cannot be read as JSON ({one_line(error)})") from error
+            raise ConfigError(
+                f"{key}: {model!r} cannot be read as JSON ({one_line(error)})"
+            ) from error
         open_clip.add_model_config(model)
         model = Path(model).stem
     if open_clip.get_model_config(model) is None:
@@ -42,9 +48,11 @@ def register_model(open_clip: ModuleType, key: str, model: str) -> str:
 
 
 def read_clip(key: str, model: str, weights: Path) -> tuple[Any, Any]:
-    """open_clip's whole frozen model (`encode_image`, `encode_text`), float32 on the CPU, and its tokenizer.
+    """open_clip's whole frozen model (`encode_image`, `encode_text`), float32 on the CPU, and its
+    tokenizer.
 
-    ConfigError naming the config key where the model is unknown, CheckpointError for weights that are not its own.
+    ConfigError naming the config key where the model is unknown, CheckpointError for weights that
+    are not its own.
     """
     open_clip = import_open_clip(key)
     name = register_model(open_clip, key, model)
@@ -69,14 +77,17 @@ def read_open_clip_weights(path: Path, key: str) -> dict[str, torch.Tensor]:
             return _with_whole_vocabulary(load_file(path))
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each format has its own errors for damaged files
-        raise CheckpointError(f"{path}: not a file of open_clip weights ({one_line(error)})") from error
+        raise CheckpointError(
+            f"{path}: not a file of open_clip weights ({one_line(error)})"
+        ) from error
 
 
 def _with_whole_vocabulary(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Weights whose token embedding is complete.
 
-    Of CLIP's 49,408 tokens a small world knows a dozen. Its file keeps only their rows (`token_embedding.rows`, with
-    their numbers in `token_embedding.ids`); every other token is 0: it takes a place in the caption, and means nothing.
+    Of CLIP's 49,408 tokens a small world knows a dozen. Its file keeps only their rows
+    (`token_embedding.rows`, with their numbers in `token_embedding.ids`); every other token is 0:
+    it takes a place in the caption, and means nothing.
     """
     if "token_embedding.rows" in state:
         rows, ids = state.pop("token_embedding.rows"), state.pop("token_embedding.ids")

@@ -1,4 +1,5 @@
-"""Networks read from whatever a user points at: a run, a checkpoint, a foreign file, an autoencoder."""
+"""Networks read from whatever a user points at: a run, a checkpoint, a foreign file, an
+autoencoder."""
 
 from __future__ import annotations
 
@@ -27,14 +28,16 @@ from sd_perf.runs.folder import read_run_config
 def read_unet(source: Path) -> tuple[dict[str, torch.Tensor], UNetConfig]:
     """UNet weights in LDM names and their config.
 
-    `source` is a run folder (its newest checkpoint), one of its checkpoints, a folder exported for diffusers, or a
-    .ckpt or .safetensors file in LDM names, which is taken to be the benchmark's UNet. CheckpointError where the
-    weights are not those of the config.
+    `source` is a run folder (its newest checkpoint), one of its checkpoints, a folder exported for
+    diffusers, or a .ckpt or .safetensors file in LDM names, which is taken to be the benchmark's
+    UNet. CheckpointError where the weights are not those of the config.
     """
     if source.suffix in (".ckpt", ".safetensors"):
         state, config = split_components(read_ldm_checkpoint(source))["unet"], UNetConfig()
         if not state:
-            raise CheckpointError(f"{source}: holds no UNet (no model.diffusion_model.* keys); give another file")
+            raise CheckpointError(
+                f"{source}: holds no UNet (no model.diffusion_model.* keys); give another file"
+            )
     elif (source / "unet" / "config.json").is_file() or (source / "config.json").is_file():
         state, config = read_diffusers_unet(source)
     else:
@@ -54,13 +57,16 @@ def newest_checkpoint(source: Path) -> tuple[Path, Path]:
         raise CheckpointError(f"{source}: no such run, checkpoint or weight file; check the path")
     newest = CheckpointStore(source / "checkpoints").newest()
     if newest is None:
-        raise CheckpointError(f"{source}: holds no complete checkpoint; give a run folder or one of its checkpoints")
+        raise CheckpointError(
+            f"{source}: holds no complete checkpoint; give a run folder or one of its checkpoints"
+        )
     return newest, source
 
 
 def read_autoencoder(path: Path) -> AutoencoderKL:
-    """An autoencoder, frozen: Stable Diffusion's from a .ckpt or .safetensors file in LDM names, or one of other sizes
-    from a .safetensors file that holds nothing else and whose metadata carries an AutoencoderConfig as JSON.
+    """An autoencoder, frozen: Stable Diffusion's from a .ckpt or .safetensors file in LDM names, or
+    one of other sizes from a .safetensors file that holds nothing else and whose metadata carries
+    an AutoencoderConfig as JSON.
     """
     state = read_ldm_checkpoint(path)
     config = safetensors_config(path, AutoencoderConfig) if path.suffix == ".safetensors" else None
@@ -75,9 +81,18 @@ def read_autoencoder(path: Path) -> AutoencoderKL:
 
 def read_encoder(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
     """Images (B, 3, H, W) to moments (B, 8, H/8, W/8), from an .onnx encoder or an LDM file."""
-    return OnnxEncoder(path) if path.suffix == ".onnx" else torch.no_grad()(read_autoencoder(path).encode)
+    return (
+        OnnxEncoder(path)
+        if path.suffix == ".onnx"
+        else torch.no_grad()(read_autoencoder(path).encode)
+    )
 
 
 def read_decoder(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Unscaled latents (B, 4, H/8, W/8) to images (B, 3, H, W) in [-1, 1], from an .onnx decoder or an LDM file."""
-    return OnnxDecoder(path) if path.suffix == ".onnx" else torch.no_grad()(read_autoencoder(path).decode)
+    """Unscaled latents (B, 4, H/8, W/8) to images (B, 3, H, W) in [-1, 1], from an .onnx decoder or
+    an LDM file."""
+    return (
+        OnnxDecoder(path)
+        if path.suffix == ".onnx"
+        else torch.no_grad()(read_autoencoder(path).decode)
+    )

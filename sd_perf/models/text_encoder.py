@@ -1,7 +1,9 @@
-"""The frozen OpenCLIP text tower: captions to text states, as Stable Diffusion v2 conditions on them.
+"""The frozen OpenCLIP text tower: captions to text states, as Stable Diffusion v2 conditions on
+them.
 
-The states are those before the last transformer block, through the final LayerNorm ("penultimate", Rombach et al.'s
-FrozenOpenCLIPEmbedder); tokens are padded with 0 and every position is attended. The tower is open_clip's own code.
+The states are those before the last transformer block, through the final LayerNorm ("penultimate",
+Rombach et al.'s FrozenOpenCLIPEmbedder); tokens are padded with 0 and every position is attended.
+The tower is open_clip's own code.
 
 Shape letters: B captions, T text tokens, D channels.
 """
@@ -13,7 +15,11 @@ from pathlib import Path
 import torch
 
 from sd_perf.config import TextEncoderConfig
-from sd_perf.models.open_clip_library import import_open_clip, read_open_clip_weights, register_model
+from sd_perf.models.open_clip_library import (
+    import_open_clip,
+    read_open_clip_weights,
+    register_model,
+)
 from sd_perf.models.weight_files import load_into, read_ldm_checkpoint, split_components
 
 
@@ -28,7 +34,9 @@ class OpenClipTextEncoder(torch.nn.Module):
         weights = _text_weights(config)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # what weights: random means
-            self.tower = open_clip.model._build_text_tower(model_config["embed_dim"], model_config["text_cfg"])
+            self.tower = open_clip.model._build_text_tower(
+                model_config["embed_dim"], model_config["text_cfg"]
+            )
         self.tokenizer = open_clip.SimpleTokenizer(context_length=self.tower.context_length)
         self.width = self.tower.ln_final.normalized_shape[0]
         if weights is not None:

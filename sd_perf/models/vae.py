@@ -1,11 +1,13 @@
-"""The autoencoder of Stable Diffusion: images to the moments of their latents, and latents back to images.
+"""The autoencoder of Stable Diffusion: images to the moments of their latents, and latents back to
+images.
 
-The KL-regularised autoencoder of Rombach et al. (arXiv 2112.10752, section 3.1 and appendix G). It is frozen in
-training. Parameters carry the names of the LDM code base (`ldm/modules/diffusionmodules/model.py`), without the
-prefix `first_stage_model.` that checkpoints add.
+The KL-regularised autoencoder of Rombach et al. (arXiv 2112.10752, section 3.1 and appendix G). It
+is frozen in training. Parameters carry the names of the LDM code base
+(`ldm/modules/diffusionmodules/model.py`), without the prefix `first_stage_model.` that checkpoints
+add.
 
-Shape letters: B batch, C channels, H and W image rows and columns, f down-sampling factor, Z latent channels,
-L tokens (pixels of the smallest level).
+Shape letters: B batch, C channels, H and W image rows and columns, f down-sampling factor, Z latent
+channels, L tokens (pixels of the smallest level).
 """
 
 from __future__ import annotations
@@ -20,12 +22,14 @@ IMAGE_CHANNELS = 3
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """Sizes of the autoencoder. Defaults are those of Stable Diffusion: 83,653,863 parameters, f = 8."""
+    """Sizes of the autoencoder. Defaults are those of Stable Diffusion: 83,653,863 parameters, f =
+    8."""
 
     channels: int = 128
     """channels of the first level"""
     channel_mult: tuple[int, ...] = (1, 2, 4, 4)
-    """channels of each level, in units of channels; every level but the last halves height and width"""
+    """channels of each level, in units of channels; every level but the last halves height and
+    width"""
     num_res_blocks: int = 2
     """ResBlocks per level of the encoder (the decoder has one more)"""
     latent_channels: int = 4
@@ -81,7 +85,8 @@ def res_blocks(channels: int, out_channels: int, count: int, groups: int) -> nn.
 
 
 class Attention(nn.Module):
-    """(B, C, H, W) -> (B, C, H, W): one head of C channels over the L = H*W pixels; its projections are 1x1 convs."""
+    """(B, C, H, W) -> (B, C, H, W): one head of C channels over the L = H*W pixels; its projections
+    are 1x1 convs."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
@@ -93,13 +98,16 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        q, k, v = (t.flatten(2).transpose(1, 2)[:, None] for t in (self.q(h), self.k(h), self.v(h)))  # (B, 1, L, C)
+        q, k, v = (
+            t.flatten(2).transpose(1, 2)[:, None] for t in (self.q(h), self.k(h), self.v(h))
+        )  # (B, 1, L, C)
         attended = F.scaled_dot_product_attention(q, k, v)[:, 0]
         return x + self.proj_out(attended.transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
 class Middle(nn.Module):
-    """(B, C, H, W) -> (B, C, H, W): the part at the smallest level, where every pixel sees every other."""
+    """(B, C, H, W) -> (B, C, H, W): the part at the smallest level, where every pixel sees every
+    other."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
@@ -136,7 +144,9 @@ class Upsample(nn.Module):
 class DownLevel(nn.Module):
     """(B, C, H, W) -> (B, C', H/2, W/2), or (B, C', H, W) at the last level"""
 
-    def __init__(self, channels: int, out_channels: int, config: AutoencoderConfig, last: bool) -> None:
+    def __init__(
+        self, channels: int, out_channels: int, config: AutoencoderConfig, last: bool
+    ) -> None:
         super().__init__()
         self.block = res_blocks(channels, out_channels, config.num_res_blocks, config.groups)
         self.downsample = nn.Identity() if last else Downsample(out_channels)
@@ -148,7 +158,9 @@ class DownLevel(nn.Module):
 class UpLevel(nn.Module):
     """(B, C, H, W) -> (B, C', 2H, 2W), or (B, C', H, W) at the last level"""
 
-    def __init__(self, channels: int, out_channels: int, config: AutoencoderConfig, last: bool) -> None:
+    def __init__(
+        self, channels: int, out_channels: int, config: AutoencoderConfig, last: bool
+    ) -> None:
         super().__init__()
         self.block = res_blocks(channels, out_channels, config.num_res_blocks + 1, config.groups)
         self.upsample = nn.Identity() if last else Upsample(out_channels)
@@ -190,7 +202,8 @@ class Decoder(nn.Module):
         inputs = [*widths[1:], widths[-1]]
         self.conv_in = conv3x3(config.latent_channels, widths[-1])
         self.mid = Middle(widths[-1], config.groups)
-        # up[i] works at the resolution of the encoder's down[i], so activations pass the list from its end.
+        # up[i] works at the resolution of the encoder's down[i], so activations pass the list from
+        # its end.
         self.up = nn.ModuleList(
             UpLevel(channels, width, config, last=level == 0)
             for level, (channels, width) in enumerate(zip(inputs, widths, strict=True))
@@ -218,16 +231,18 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = conv1x1(latents, latents)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> moments (B, 2Z, H/f, W/f): Z means, then Z log-variances, neither scaled nor clamped.
+        """Images (B, 3, H, W) -> moments (B, 2Z, H/f, W/f): Z means, then Z log-variances, neither
+        scaled nor clamped.
 
-        H and W are multiples of f. The weights were trained on images in [-1, 1]; the benchmark's moments were made
-        from images in [0, 1], and are used as they are.
+        H and W are multiples of f. The weights were trained on images in [-1, 1]; the benchmark's
+        moments were made from images in [0, 1], and are used as they are.
         """
         return self.quant_conv(self.encoder(images))
 
     def decode(self, z0: Tensor) -> Tensor:
         """z0 (B, Z, H/f, W/f) -> images (B, 3, H, W), roughly in [-1, 1] and not clamped.
 
-        z0 is a sample of the moments' Gaussian: the diffusion model's latents divided by their scale, 0.18215.
+        z0 is a sample of the moments' Gaussian: the diffusion model's latents divided by their
+        scale, 0.18215.
         """
         return self.decoder(self.post_quant_conv(z0))

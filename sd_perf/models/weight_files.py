@@ -1,7 +1,8 @@
 """Weights in files: LDM checkpoints in, LDM and diffusers files out.
 
-Reading runs no code from the file: pickles go through torch's weights-only unpickler with a short list of harmless
-stand-ins, safetensors hold nothing but tensors. Writing never replaces a file, and a file that is there is complete.
+Reading runs no code from the file: pickles go through torch's weights-only unpickler with a short
+list of harmless stand-ins, safetensors hold nothing but tensors. Writing never replaces a file, and
+a file that is there is complete.
 """
 
 from __future__ import annotations
@@ -39,12 +40,14 @@ INERT_GLOBALS = (
     "numpy._core.multiarray.scalar",
     "numpy.dtype",
 )
-"""What Lightning's checkpoints pickle beside tensors: callbacks as keys of their states, learning rates as numpy
-scalars. None of it is weights, so nothing of it is imported: a stand-in takes its place."""
+"""What Lightning's checkpoints pickle beside tensors: callbacks as keys of their states, learning
+rates as numpy scalars. None of it is weights, so nothing of it is imported: a stand-in takes its
+place."""
 
 
 class _Inert:
-    """Stands for a pickled object that nobody will look at. Takes any arguments and any state, and forgets them."""
+    """Stands for a pickled object that nobody will look at. Takes any arguments and any state, and
+    forgets them."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         pass
@@ -54,33 +57,47 @@ class _Inert:
 
 
 def read_ldm_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a Lightning `.ckpt` (its "state_dict") or of a `.safetensors` file, by their names of LDM.
+    """The tensors of a Lightning `.ckpt` (its "state_dict") or of a `.safetensors` file, by their
+    names of LDM.
 
-    Tensors are mapped into memory, not read. Raises CheckpointError for a file that is missing, truncated, of another
-    kind, or that would need more than tensors, plain containers and `INERT_GLOBALS` to be unpickled.
+    Tensors are mapped into memory, not read. Raises CheckpointError for a file that is missing,
+    truncated, of another kind, or that would need more than tensors, plain containers and
+    `INERT_GLOBALS` to be unpickled.
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file; give the path of an LDM .ckpt or .safetensors file")
+        raise CheckpointError(
+            f"{path}: there is no such file; give the path of an LDM .ckpt or .safetensors file"
+        )
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     content = _unpickled(path)
     state = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict):
-        raise CheckpointError(f'{path}: holds no "state_dict"; give a checkpoint as Lightning writes it')
+        raise CheckpointError(
+            f'{path}: holds no "state_dict"; give a checkpoint as Lightning writes it'
+        )
     for name, value in state.items():
         if not (isinstance(name, str) and isinstance(value, Tensor)):
-            raise CheckpointError(f'{path}: {name!r} in its "state_dict" is no tensor; the file is damaged or hostile')
+            raise CheckpointError(
+                f'{path}: {name!r} in its "state_dict" is no tensor; the file is damaged or hostile'
+            )
     return dict(state)
 
 
 def split_components(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """A checkpoint's tensors as {"unet", "vae", "text"}, each by its own names, without the checkpoint's prefixes.
+    """A checkpoint's tensors as {"unet", "vae", "text"}, each by its own names, without the
+    checkpoint's prefixes.
 
-    A component that the checkpoint lacks is empty; tensors of no component (the noise schedule) are left out.
+    A component that the checkpoint lacks is empty; tensors of no component (the noise schedule) are
+    left out.
     """
     return {
-        component: {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        component: {
+            name.removeprefix(prefix): value
+            for name, value in state.items()
+            if name.startswith(prefix)
+        }
         for component, prefix in PREFIXES.items()
     }
 
@@ -91,8 +108,11 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], what: str, path: s
     module.load_state_dict(state)
 
 
-def require_fit(module: nn.Module, state: Mapping[str, Tensor], what: str, path: str | Path) -> None:
-    """CheckpointError where names or shapes differ; it calls the module `what` ("the UNet") and the file `path`.
+def require_fit(
+    module: nn.Module, state: Mapping[str, Tensor], what: str, path: str | Path
+) -> None:
+    """CheckpointError where names or shapes differ; it calls the module `what` ("the UNet") and the
+    file `path`.
 
     The module may be on the meta device.
     """
@@ -100,19 +120,26 @@ def require_fit(module: nn.Module, state: Mapping[str, Tensor], what: str, path:
     trouble = {
         "missing": [name for name in own if name not in state],
         "unexpected": [name for name in state if name not in own],
-        "of another shape": [name for name in own if name in state and state[name].shape != own[name].shape],
+        "of another shape": [
+            name for name in own if name in state and state[name].shape != own[name].shape
+        ],
     }
-    found = [f"{len(names)} {kind} (the first is {names[0]})" for kind, names in trouble.items() if names]
+    found = [
+        f"{len(names)} {kind} (the first is {names[0]})" for kind, names in trouble.items() if names
+    ]
     if found:
         raise CheckpointError(
-            f"{path}: not the weights of {what} as configured: {', '.join(found)}; check file and config"
+            f"{path}: not the weights of {what} as configured: {', '.join(found)}; check file and "
+            "config"
         )
 
 
 def read_diffusers_unet(folder: str | Path) -> tuple[dict[str, Tensor], UNetConfig]:
-    """Weights (by LDM names) and config of a diffusers UNet: a folder with `config.json`, or with `unet/config.json`.
+    """Weights (by LDM names) and config of a diffusers UNet: a folder with `config.json`, or with
+    `unet/config.json`.
 
-    Raises CheckpointError for a folder without one, and for a network that is not the UNet of `sd_perf.config`.
+    Raises CheckpointError for a folder without one, and for a network that is not the UNet of
+    `sd_perf.config`.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
@@ -121,9 +148,13 @@ def read_diffusers_unet(folder: str | Path) -> tuple[dict[str, Tensor], UNetConf
     try:
         entries = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as a diffusers config ({_reason(error)})") from error
+        raise CheckpointError(
+            f"{path}: cannot be read as a diffusers config ({_reason(error)})"
+        ) from error
     config = _unet_config(entries, path)
-    return from_diffusers(_read_safetensors(folder / "diffusion_pytorch_model.safetensors"), config), config
+    return from_diffusers(
+        _read_safetensors(folder / "diffusion_pytorch_model.safetensors"), config
+    ), config
 
 
 def _unpickled(path: Path) -> Any:
@@ -132,18 +163,22 @@ def _unpickled(path: Path) -> Any:
             refused = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
         except Exception as error:  # damage shows as nearly any error
             raise CheckpointError(
-                f"{path}: no whole checkpoint of torch.save ({_reason(error)}); check its size and checksum "
+                f"{path}: no whole checkpoint of torch.save ({_reason(error)}); check its size "
+                "and checksum "
                 f"(a file of torch before 1.6 must be saved anew)"
             ) from error
         if refused:
             raise CheckpointError(
-                f"{path}: refused, because unpickling it would import {', '.join(refused)}, which no weights need; "
+                f"{path}: refused, because unpickling it would import {', '.join(refused)}, which "
+                "no weights need; "
                 f'save its "state_dict" alone, with a program that trusts the file'
             )
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:
-            raise CheckpointError(f"{path}: cannot be read ({_reason(error)}); it is damaged or hostile") from error
+            raise CheckpointError(
+                f"{path}: cannot be read ({_reason(error)}); it is damaged or hostile"
+            ) from error
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -157,7 +192,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def safetensors_config(path: Path, kind: type[T]) -> T | None:
-    """The config, a dataclass, that a .safetensors file carries as JSON in its metadata; None where it carries none.
+    """The config, a dataclass, that a .safetensors file carries as JSON in its metadata; None where
+    it carries none.
 
     Raises CheckpointError for a file that cannot be read, and for metadata that is no such config.
     """
@@ -166,14 +202,23 @@ def safetensors_config(path: Path, kind: type[T]) -> T | None:
         with safetensors.safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get("config")
     except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read as safetensors ({_reason(error)})") from error
+        raise CheckpointError(
+            f"{path}: cannot be read as safetensors ({_reason(error)})"
+        ) from error
     if text is None:
         return None
     try:
         entries = json.loads(text)
-        return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in entries.items()})
+        return kind(
+            **{
+                key: tuple(value) if isinstance(value, list) else value
+                for key, value in entries.items()
+            }
+        )
     except (ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: its metadata is no {kind.__name__} ({_reason(error)})") from error
+        raise CheckpointError(
+            f"{path}: its metadata is no {kind.__name__} ({_reason(error)})"
+        ) from error
 
 
 def _unet_config(entries: dict[str, Any], path: Path) -> UNetConfig:
@@ -182,30 +227,45 @@ def _unet_config(entries: dict[str, Any], path: Path) -> UNetConfig:
         widths, heads = entries["block_out_channels"], entries["attention_head_dim"]
         kinds = entries["down_block_types"]
         config = UNetConfig(
-            in_channels=entries["in_channels"], out_channels=entries["out_channels"], model_channels=widths[0],
-            channel_mult=tuple(width // widths[0] for width in widths), num_res_blocks=entries["layers_per_block"],
-            attention_resolutions=tuple(2**n for n in reversed(range(len(kinds))) if kinds[n] != "DownBlock2D"),
-            num_head_channels=widths[0] // heads[0], context_dim=entries["cross_attention_dim"],
+            in_channels=entries["in_channels"],
+            out_channels=entries["out_channels"],
+            model_channels=widths[0],
+            channel_mult=tuple(width // widths[0] for width in widths),
+            num_res_blocks=entries["layers_per_block"],
+            attention_resolutions=tuple(
+                2**n for n in reversed(range(len(kinds))) if kinds[n] != "DownBlock2D"
+            ),
+            num_head_channels=widths[0] // heads[0],
+            context_dim=entries["cross_attention_dim"],
             resblock_groups=entries["norm_num_groups"],
-            transformer_groups=entries.get("transformer_norm_num_groups", entries["norm_num_groups"]),
-        )  # fmt: skip
+            transformer_groups=entries.get(
+                "transformer_norm_num_groups", entries["norm_num_groups"]
+            ),
+        )
     except (LookupError, TypeError, ArithmeticError, ConfigError) as error:
         raise CheckpointError(
             f"{path}: describes no UNet of this trainer ({type(error).__name__}: {_reason(error)})"
         ) from error
     for key, value in diffusers_unet_config(config, entries.get("sample_size", 64)).items():
         if entries.get(key, value) != value:
-            raise CheckpointError(f"{path}: {key} is {entries[key]!r}, and this trainer's UNet has {value!r}")
+            raise CheckpointError(
+                f"{path}: {key} is {entries[key]!r}, and this trainer's UNet has {value!r}"
+            )
     return config
 
 
-def export_ldm(unet_state: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str]) -> None:
-    """Writes the UNet's weights as safetensors under the names of an LDM checkpoint, with text beside them.
+def export_ldm(
+    unet_state: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str]
+) -> None:
+    """Writes the UNet's weights as safetensors under the names of an LDM checkpoint, with text
+    beside them.
 
     Raises CheckpointError where `path` exists or cannot be written.
     """
     with _new(Path(path)) as draft:
-        _save_safetensors({UNET_PREFIX + name: value for name, value in unet_state.items()}, draft, metadata)
+        _save_safetensors(
+            {UNET_PREFIX + name: value for name, value in unet_state.items()}, draft, metadata
+        )
 
 
 def export_diffusers(
@@ -213,9 +273,10 @@ def export_diffusers(
 ) -> None:
     """Writes `unet/config.json` and `unet/diffusion_pytorch_model.safetensors` into a folder.
 
-    Where ResBlocks and transformers have equal group counts, `UNet2DConditionModel.from_pretrained` loads the result.
-    The benchmark's have not, and there `unet/load_unet.py` comes with it and must be used: it says why. sample_size is
-    the latent side that pipelines draw by default. Raises CheckpointError where `unet` exists or cannot be written.
+    Where ResBlocks and transformers have equal group counts, `UNet2DConditionModel.from_pretrained`
+    loads the result. The benchmark's have not, and there `unet/load_unet.py` comes with it and must
+    be used: it says why. sample_size is the latent side that pipelines draw by default. Raises
+    CheckpointError where `unet` exists or cannot be written.
     """
     with _new(Path(folder) / "unet") as draft:
         draft.mkdir()
@@ -228,13 +289,14 @@ def export_diffusers(
 
 
 LOADER = '''\
-"""Loads the UNet in this folder into diffusers: `from load_unet import load_unet; unet = load_unet()`.
+"""Loads the UNet in this folder into diffusers: `from load_unet import load_unet`, `load_unet()`.
 
-The network normalises its ResBlocks and its head in `norm_num_groups` groups of channels, and the entrance of its
-transformers in `transformer_norm_num_groups`. A stock UNet2DConditionModel has the first number alone. Group counts
-leave no trace in the shapes of weights, so `UNet2DConditionModel.from_pretrained` loads these weights without an error
-and computes something else (it does warn that it ignores `transformer_norm_num_groups`). This loader sets the norms
-that the stock model gets wrong. `save_pretrained` of the result drops the number: keep this folder.
+The network normalises its ResBlocks and its head in `norm_num_groups` groups of channels, and the
+entrance of its transformers in `transformer_norm_num_groups`. A stock UNet2DConditionModel has the
+first number alone. Group counts leave no trace in the shapes of weights, so
+`UNet2DConditionModel.from_pretrained` loads these weights without an error and computes something
+else (it does warn that it ignores `transformer_norm_num_groups`). This loader sets the norms that
+the stock model gets wrong. `save_pretrained` of the result drops the number: keep this folder.
 """
 
 import json
@@ -259,14 +321,19 @@ def load_unet(folder=Path(__file__).parent, **options):
 def _new(target: Path) -> Iterator[Path]:
     """`written_aside`, for a path at which nothing may stand yet."""
     if target.exists():
-        raise CheckpointError(f"{target}: exists already; nothing is overwritten, so give another path or move it away")
+        raise CheckpointError(
+            f"{target}: exists already; nothing is overwritten, so give another path or move it "
+            "away"
+        )
     with disk_errors(target, "make room, or choose another path", CheckpointError):
         target.parent.mkdir(parents=True, exist_ok=True)
         with written_aside(target) as draft:
             yield draft
 
 
-def _save_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+def _save_safetensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]
+) -> None:
     safetensors = _safetensors()
     packed = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     try:
@@ -277,11 +344,13 @@ def _save_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mappi
 
 
 def _safetensors() -> Any:
-    """The package, imported where it is needed: models must import where nothing but torch is installed."""
+    """The package, imported where it is needed: models must import where nothing but torch is
+    installed."""
     optional("safetensors.torch", "weights need safetensors", "cli")
     return sys.modules["safetensors"]
 
 
 def _reason(error: BaseException) -> str:
-    """The first sentence of what a library said; torch's go on with advice that does not fit here."""
+    """The first sentence of what a library said; torch's go on with advice that does not fit
+    here."""
     return one_line(error).split(". ", 1)[0]

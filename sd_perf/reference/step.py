@@ -1,6 +1,7 @@
 """The diffusion training step as the paper has it: draws, noising, prediction, loss.
 
-Shape letters: B samples, C latent channels, H and W latent rows and columns, T text tokens, D context channels.
+Shape letters: B samples, C latent channels, H and W latent rows and columns, T text tokens, D
+context channels.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from sd_perf.diffusion.schedule import Schedule
 def sample_latents(moments: torch.Tensor, noise: torch.Tensor, latent_scale: float) -> torch.Tensor:
     """Latents (B, C, H, W) from the autoencoder's posterior: latent_scale x (mean + std x noise).
 
-    `moments` is (B, 2C, H, W) float32, mean then log-variance; the log-variance is clamped to [-30, 20].
+    `moments` is (B, 2C, H, W) float32, mean then log-variance; the log-variance is clamped to [-30,
+    20].
     """
     mean, logvar = moments.chunk(2, dim=1)
     std = torch.exp(0.5 * logvar.clamp(-30.0, 20.0))
@@ -26,7 +28,8 @@ def sample_latents(moments: torch.Tensor, noise: torch.Tensor, latent_scale: flo
 class DiffusionStep(torch.nn.Module):
     """`step(unet, moments, context, sample_indices) -> loss`; holds the schedule, no weights.
 
-    Every draw is keyed by (seed, sample index, stream), so the loss of a sample is the same on any rank.
+    Every draw is keyed by (seed, sample index, stream), so the loss of a sample is the same on any
+    rank.
     """
 
     def __init__(self, config: DiffusionConfig, seed: int) -> None:
@@ -41,11 +44,17 @@ class DiffusionStep(torch.nn.Module):
         shape, num = (batch, channels, height, width), channels * height * width
         posterior_noise = normal(self.seed, Stream.MOMENTS, sample_indices, num).view(shape)
         noise = normal(self.seed, Stream.NOISE, sample_indices, num).view(shape)
-        timesteps = uniform_integers(self.seed, Stream.TIMESTEP, sample_indices, self.config.num_timesteps)
+        timesteps = uniform_integers(
+            self.seed, Stream.TIMESTEP, sample_indices, self.config.num_timesteps
+        )
         return sample_latents(moments, posterior_noise, self.config.latent_scale), noise, timesteps
 
     def forward(
-        self, unet: torch.nn.Module, moments: torch.Tensor, context: torch.Tensor, sample_indices: torch.Tensor
+        self,
+        unet: torch.nn.Module,
+        moments: torch.Tensor,
+        context: torch.Tensor,
+        sample_indices: torch.Tensor,
     ) -> torch.Tensor:
         """Mean over the batch of the squared error of the v-prediction, a float32 scalar."""
         latents, noise, timesteps = self.draw(moments, sample_indices)

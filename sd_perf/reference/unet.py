@@ -1,12 +1,13 @@
 """The UNet of Stable Diffusion v2, written to be read.
 
-The network of Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models" (arXiv 2112.10752,
-appendix E), in the sizes of SD v2. It is the oracle that the fast UNet is held to, so it uses plain torch alone.
-Parameters carry the names of the LDM code base (`ldm/modules/diffusionmodules/openaimodel.py`), without the prefix
-`model.diffusion_model.` that checkpoints add.
+The network of Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models" (arXiv
+2112.10752, appendix E), in the sizes of SD v2. It is the oracle that the fast UNet is held to, so
+it uses plain torch alone. Parameters carry the names of the LDM code base
+(`ldm/modules/diffusionmodules/openaimodel.py`), without the prefix `model.diffusion_model.` that
+checkpoints add.
 
-Shape letters: B batch, C channels, H and W latent rows and columns, L tokens, D channels per attention head,
-E channels of the time embedding (4 x model_channels).
+Shape letters: B batch, C channels, H and W latent rows and columns, L tokens, D channels per
+attention head, E channels of the time embedding (4 x model_channels).
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ MAX_PERIOD = 10_000
 
 
 def sinusoidal_embedding(timesteps: Tensor, dim: int) -> Tensor:
-    """Timesteps (B,) as float32 features (B, dim): dim/2 cosines, then the sines of the same angles.
+    """Timesteps (B,) as float32 features (B, dim): dim/2 cosines, then the sines of the same
+    angles.
 
-    "Attention Is All You Need" (arXiv 1706.03762), section 3.5, with the two halves side by side and not interleaved.
-    Angles reach 999 radians, so they are float32 whatever the precision of the network.
+    "Attention Is All You Need" (arXiv 1706.03762), section 3.5, with the two halves side by side
+    and not interleaved. Angles reach 999 radians, so they are float32 whatever the precision of the
+    network.
     """
     half = dim // 2
     steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
@@ -37,7 +40,8 @@ def sinusoidal_embedding(timesteps: Tensor, dim: int) -> Tensor:
 
 
 def zeroed(layer: nn.Module) -> nn.Module:
-    """The layer with weight and bias 0, so that the branch it ends adds nothing at the start of training."""
+    """The layer with weight and bias 0, so that the branch it ends adds nothing at the start of
+    training."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
@@ -48,7 +52,8 @@ def conv3x3(channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
 
 
 class ResBlock(nn.Module):
-    """x (B, C, H, W), emb (B, E) -> (B, C', H, W): two convolutions around which x is carried, shifted by the time."""
+    """x (B, C, H, W), emb (B, E) -> (B, C', H, W): two convolutions around which x is carried,
+    shifted by the time."""
 
     def __init__(self, channels: int, out_channels: int, emb_channels: int, groups: int) -> None:
         super().__init__()
@@ -59,11 +64,14 @@ class ResBlock(nn.Module):
         self.out_layers = nn.Sequential(
             nn.GroupNorm(groups, out_channels, eps=1e-5),
             nn.SiLU(),
-            nn.Identity(),  # LDM has its dropout here, which SD v2 sets to 0; the place keeps the conv's name
+            # LDM has its dropout here, which SD v2 sets to 0; the place keeps the conv's name
+            nn.Identity(),
             zeroed(conv3x3(out_channels, out_channels)),
         )
         same = channels == out_channels
-        self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, kernel_size=1)
+        self.skip_connection = (
+            nn.Identity() if same else nn.Conv2d(channels, out_channels, kernel_size=1)
+        )
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
@@ -71,7 +79,8 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """x (B, L, C) attends to context (B, L', C') -> (B, L, C). Nothing is masked: padded text counts as text."""
+    """x (B, L, C) attends to context (B, L', C') -> (B, L, C). Nothing is masked: padded text
+    counts as text."""
 
     def __init__(self, channels: int, context_channels: int, head_channels: int) -> None:
         super().__init__()
@@ -109,14 +118,17 @@ class FeedForward(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         # The middle place is LDM's dropout, as in ResBlock.
-        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
+        self.net = nn.Sequential(
+            GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
 
 
 class TransformerBlock(nn.Module):
-    """x (B, L, C), context (B, L', C') -> (B, L, C): attention to itself, to the text, feed-forward; norms first."""
+    """x (B, L, C), context (B, L', C') -> (B, L, C): attention to itself, to the text,
+    feed-forward; norms first."""
 
     def __init__(self, channels: int, context_dim: int, head_channels: int) -> None:
         super().__init__()
@@ -135,13 +147,16 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """x (B, C, H, W), context (B, L', C') -> (B, C, H, W): a transformer over the H*W pixels as tokens."""
+    """x (B, C, H, W), context (B, L', C') -> (B, C, H, W): a transformer over the H*W pixels as
+    tokens."""
 
     def __init__(self, channels: int, context_dim: int, head_channels: int, groups: int) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_dim, head_channels)])
+        self.transformer_blocks = nn.ModuleList(
+            [TransformerBlock(channels, context_dim, head_channels)]
+        )
         self.proj_out = zeroed(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
@@ -190,8 +205,9 @@ class Stage(nn.ModuleList):
 class UNet(nn.Module):
     """The denoiser: 865,910,724 parameters in the benchmark's configuration.
 
-    Weights start at torch's defaults, but the last layer of every ResBlock, of every transformer and of the network
-    starts at 0, hence so does the output. Parameters are registered in LDM's order.
+    Weights start at torch's defaults, but the last layer of every ResBlock, of every transformer
+    and of the network starts at 0, hence so does the output. Parameters are registered in LDM's
+    order.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -209,10 +225,15 @@ class UNet(nn.Module):
 
         def layers(channels: int, level: int) -> list[nn.Module]:
             attends = 2**level in config.attention_resolutions
-            return [res_block(channels, widths[level]), *([transformer(widths[level])] if attends else [])]
+            return [
+                res_block(channels, widths[level]),
+                *([transformer(widths[level])] if attends else []),
+            ]
 
         self.time_embed = nn.Sequential(
-            nn.Linear(config.model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+            nn.Linear(config.model_channels, emb_channels),
+            nn.SiLU(),
+            nn.Linear(emb_channels, emb_channels),
         )
 
         channels = config.model_channels
@@ -227,14 +248,18 @@ class UNet(nn.Module):
                 self.input_blocks.append(Stage([Downsample(channels)]))
                 skips.append(channels)
 
-        self.middle_block = Stage([res_block(channels, channels), transformer(channels), res_block(channels, channels)])
+        self.middle_block = Stage(
+            [res_block(channels, channels), transformer(channels), res_block(channels, channels)]
+        )
 
         self.output_blocks = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
             for block in range(config.num_res_blocks + 1):
                 last = block == config.num_res_blocks
                 upsample = [Upsample(width)] if last and level > 0 else []
-                self.output_blocks.append(Stage([*layers(channels + skips.pop(), level), *upsample]))
+                self.output_blocks.append(
+                    Stage([*layers(channels + skips.pop(), level), *upsample])
+                )
                 channels = width
 
         self.out = nn.Sequential(
@@ -246,9 +271,9 @@ class UNet(nn.Module):
     def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
         """Predicts v (arXiv 2202.00512) from noisy latents.
 
-        latents (B, 4, H, W), with H and W multiples of `config.downsampling`; timesteps (B,) int64; context
-        (B, L, context_dim) text states. Returns (B, 4, H, W) in the precision of the network: that of the weights,
-        or autocast's.
+        latents (B, 4, H, W), with H and W multiples of `config.downsampling`; timesteps (B,) int64;
+        context (B, L, context_dim) text states. Returns (B, 4, H, W) in the precision of the
+        network: that of the weights, or autocast's.
         """
         features = sinusoidal_embedding(timesteps, self.config.model_channels)
         emb = self.time_embed(features.to(latents.dtype))

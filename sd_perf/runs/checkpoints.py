@@ -1,7 +1,9 @@
-"""Checkpoints of a run: written aside by a thread, renamed when complete, stored by torch's distributed checkpoint.
+"""Checkpoints of a run: written aside by a thread, renamed when complete, stored by torch's
+distributed checkpoint.
 
-A checkpoint is a folder `checkpoints/samples_<position>` with the tensors (`model.<LDM key>`, `exp_avg.<LDM key>`,
-`exp_avg_sq.<LDM key>`) and `state.json`. Whatever moment the process dies at, every folder of that name is complete.
+A checkpoint is a folder `checkpoints/samples_<position>` with the tensors (`model.<LDM key>`,
+`exp_avg.<LDM key>`, `exp_avg_sq.<LDM key>`) and `state.json`. Whatever moment the process dies at,
+every folder of that name is complete.
 """
 
 from __future__ import annotations
@@ -26,10 +28,15 @@ MAKE_ROOM = "make room, then continue the run with --resume"
 """what to do where a file of a run cannot be written"""
 GO_BACK = "move this checkpoint away to go back to an older one"
 _NAME = re.compile(r"samples_(\d{10})")
-_ERRORS = (Exception, CheckpointException)  # the library's own error is no Exception but a BaseException
+_ERRORS = (
+    Exception,
+    CheckpointException,
+)  # the library's own error is no Exception but a BaseException
 
 # Saving and loading in one process is what is asked for here, not an oversight.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+warnings.filterwarnings(
+    "ignore", message="torch.distributed is disabled, unavailable or uninitialized"
+)
 
 
 class CheckpointStore:
@@ -54,17 +61,24 @@ class CheckpointStore:
     def newest_in_words(self) -> str:
         """What there is to go back to, for messages."""
         newest = self.newest()
-        return f"the newest complete checkpoint is {newest}" if newest else "there is no complete checkpoint yet"
+        return (
+            f"the newest complete checkpoint is {newest}"
+            if newest
+            else "there is no complete checkpoint yet"
+        )
 
     def save(self, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> Path:
-        """Copy the tensors to the host, then write them in a thread; returns the folder they will have.
+        """Copy the tensors to the host, then write them in a thread; returns the folder they will
+        have.
 
         Waits for a write still under way; raises CheckpointError where that one failed.
         """
         self.wait()
         path = self.folder / f"samples_{state['samples']:010d}"
         host = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-        self._thread = threading.Thread(target=self._write, args=(path, host, state), name="checkpoint writer")
+        self._thread = threading.Thread(
+            target=self._write, args=(path, host, state), name="checkpoint writer"
+        )
         self._thread.start()
         return path
 
@@ -87,12 +101,20 @@ class CheckpointStore:
     def _write(self, path: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob(f"{ASIDE}*"):  # of a process that was killed while it wrote
+            for leftover in self.folder.glob(
+                f"{ASIDE}*"
+            ):  # of a process that was killed while it wrote
                 shutil.rmtree(leftover)
-            if path.exists():  # this position is saved already, and a resumed run would write the same again
+            if (
+                path.exists()
+            ):  # this position is saved already, and a resumed run would write the same again
                 return
             with written_aside(path) as draft:
-                dcp.save(tensors, storage_writer=dcp.FileSystemWriter(draft, single_file_per_rank=True), no_dist=True)
+                dcp.save(
+                    tensors,
+                    storage_writer=dcp.FileSystemWriter(draft, single_file_per_rank=True),
+                    no_dist=True,
+                )
                 write_json(draft / "state.json", state)
             self._drop_old()
         except _ERRORS as error:  # handed to the training thread by raise_failure
@@ -100,7 +122,9 @@ class CheckpointStore:
 
     def _drop_old(self) -> None:
         for path in self.complete()[: -self.keep] if self.keep else []:
-            shutil.rmtree(path.rename(path.with_name(ASIDE + path.name)))  # a kill leaves no half of a checkpoint
+            shutil.rmtree(
+                path.rename(path.with_name(ASIDE + path.name))
+            )  # a kill leaves no half of a checkpoint
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -114,12 +138,15 @@ def read_state(path: Path) -> dict[str, Any]:
             f"{path}: not a checkpoint of sd-perf (state.json: {one_line(error)}); {GO_BACK}"
         ) from error
     if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: not a checkpoint of sd-perf (state.json holds no entries); {GO_BACK}")
+        raise CheckpointError(
+            f"{path}: not a checkpoint of sd-perf (state.json holds no entries); {GO_BACK}"
+        )
     return state
 
 
 def load_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Fill the tensors in place from a checkpoint folder. Names and shapes must be the checkpoint's."""
+    """Fill the tensors in place from a checkpoint folder. Names and shapes must be the
+    checkpoint's."""
     metadata = _read_metadata(path)
     for name, tensor in tensors.items():
         stored = metadata.state_dict_metadata.get(name)
@@ -127,7 +154,8 @@ def load_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
             raise CheckpointError(f"{path}: does not hold {name}; it was made by another model")
         if stored.size != tensor.shape:
             raise CheckpointError(
-                f"{path}: {name} has shape {tuple(stored.size)} there and {tuple(tensor.shape)} in this model; "
+                f"{path}: {name} has shape {tuple(stored.size)} there and {tuple(tensor.shape)} "
+                "in this model; "
                 f"use the config the run was made with"
             )
     try:
@@ -137,7 +165,8 @@ def load_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def load_component(path: Path, component: str) -> dict[str, torch.Tensor]:
-    """All tensors of one component ("model", "exp_avg", ...) with the prefix taken off, on the CPU."""
+    """All tensors of one component ("model", "exp_avg", ...) with the prefix taken off, on the
+    CPU."""
     stored = _read_metadata(path).state_dict_metadata
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -156,12 +185,16 @@ def _read_metadata(path: Path) -> Metadata:
     try:
         metadata = dcp.FileSystemReader(path).read_metadata()
     except _ERRORS as error:  # a truncated pickle raises many kinds
-        raise CheckpointError(f"{path}: damaged (.metadata: {_root_cause(error)}); {GO_BACK}") from error
+        raise CheckpointError(
+            f"{path}: damaged (.metadata: {_root_cause(error)}); {GO_BACK}"
+        ) from error
     for entry in metadata.storage_data.values():
         file, needed = path / entry.relative_path, entry.offset + entry.length
         size = file.stat().st_size if file.is_file() else 0
         if size < needed:
-            raise CheckpointError(f"{file}: truncated ({size} of at least {needed} bytes); {GO_BACK}")
+            raise CheckpointError(
+                f"{file}: truncated ({size} of at least {needed} bytes); {GO_BACK}"
+            )
     return metadata
 
 

@@ -1,4 +1,5 @@
-"""The run folder: its manifest, who may write into it, and what a resumed run must not have changed."""
+"""The run folder: its manifest, who may write into it, and what a resumed run must not have
+changed."""
 
 from __future__ import annotations
 
@@ -26,22 +27,42 @@ from sd_perf.files import disk_errors, one_line, read_json, write_json
 from sd_perf.presets import config_differences, config_from_dict
 from sd_perf.runs.checkpoints import CheckpointStore, read_state
 
-# A resumed run may differ from its beginning in these: they change where and how, not what is computed.
-_FREE_KEYS = ("run.", "logging.", "checkpoint.", "sampling.", "evaluation.", "data.path", "data.index", "data.workers",
-              "data.prefetch_batches", "data.max_bad_samples", "training.max_samples", "training.device",
-              "training.accumulate_steps", "training.cpu_threads", "text_encoder.weights", "kernels.",
-              *(f"model.{name}" for name in SPEED_ONLY))  # fmt: skip
+# A resumed run may differ from its beginning in these: they change where and how, not what is
+# computed.
+_FREE_KEYS = (
+    "run.",
+    "logging.",
+    "checkpoint.",
+    "sampling.",
+    "evaluation.",
+    "data.path",
+    "data.index",
+    "data.workers",
+    "data.prefetch_batches",
+    "data.max_bad_samples",
+    "training.max_samples",
+    "training.device",
+    "training.accumulate_steps",
+    "training.cpu_threads",
+    "text_encoder.weights",
+    "kernels.",
+    *(f"model.{name}" for name in SPEED_ONLY),
+)
 
 _PACKAGES = ("torch", "triton", "numpy", "open-clip-torch", "safetensors")
 
 
 def settle_run(config: Config, resume: bool, fresh: bool = False) -> Config:
-    """The config with its seed settled, where the folder `config.run.dir` lets this run begin. Writes nothing.
+    """The config with its seed settled, where the folder `config.run.dir` lets this run begin.
+    Writes nothing.
 
-    Raises UserError for a folder that holds a run (without `resume` or `fresh`) or a run of another config.
+    Raises UserError for a folder that holds a run (without `resume` or `fresh`) or a run of another
+    config.
     """
     if resume and fresh:
-        raise UserError("--resume continues the run in the folder and --fresh moves it aside; give one of them")
+        raise UserError(
+            "--resume continues the run in the folder and --fresh moves it aside; give one of them"
+        )
     folder = Path(config.run.dir)
     if fresh:
         _require_finished(folder)
@@ -50,15 +71,20 @@ def settle_run(config: Config, resume: bool, fresh: bool = False) -> Config:
     if resume:
         return _same_run(config, folder)
     raise UserError(
-        f"{folder}: holds a run already; continue it with --resume, move it aside with --fresh, or choose another "
+        f"{folder}: holds a run already; continue it with --resume, move it aside with --fresh, "
+        "or choose another "
         f"--run.dir"
     )
 
 
-def open_run(config: Config, resume: bool, fresh: bool = False, records: Mapping[str, Any] | None = None) -> Config:
-    """Claim the folder for this run, with an earlier one moved aside if `fresh`; returns what `settle_run` does.
+def open_run(
+    config: Config, resume: bool, fresh: bool = False, records: Mapping[str, Any] | None = None
+) -> Config:
+    """Claim the folder for this run, with an earlier one moved aside if `fresh`; returns what
+    `settle_run` does.
 
-    `records` are JSON files, by name, that tell how this start came about; those that are None are left out.
+    `records` are JSON files, by name, that tell how this start came about; those that are None are
+    left out.
 
     Raises UserError where that does, and for a folder that cannot be written or moved.
     """
@@ -82,9 +108,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """`run_manifest.json` of a run folder."""
     path = folder / "run_manifest.json"
     if not path.is_file():
-        raise UserError(f"{folder}: is no run folder (no run_manifest.json); give one that sd-perf train has made")
+        raise UserError(
+            f"{folder}: is no run folder (no run_manifest.json); give one that sd-perf train has "
+            "made"
+        )
     manifest = read_json(path)
-    parts = (manifest.get("config"), manifest.get("starts")) if isinstance(manifest, dict) else (None, None)
+    parts = (
+        (manifest.get("config"), manifest.get("starts"))
+        if isinstance(manifest, dict)
+        else (None, None)
+    )
     if not (isinstance(parts[0], dict) and are_objects(parts[1])):
         raise UserError(f"{path}: holds no config and starts of a run; restore it from a copy")
     return manifest
@@ -104,20 +137,24 @@ def read_run_config(folder: Path) -> Config:
 
 
 def read_scores(folder: Path, keys: tuple[str, ...] = ("samples", "n")) -> list[dict[str, Any]]:
-    """One line of `scores.jsonl` per evaluated position, oldest first; the latest evaluation of each counts."""
+    """One line of `scores.jsonl` per evaluated position, oldest first; the latest evaluation of
+    each counts."""
     lines, _ = read_lines(folder / "scores.jsonl", keys)
     by_position = {line["samples"]: line for line in lines}
     return [by_position[samples] for samples in sorted(by_position)]
 
 
 def read_lines(path: Path, keys: tuple[str, ...]) -> tuple[list[dict[str, Any]], bool]:
-    """Objects that hold numbers under `keys`, one per line; and whether a torn last line was left out."""
+    """Objects that hold numbers under `keys`, one per line; and whether a torn last line was left
+    out."""
     if not path.is_file():
         return [], False
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({one_line(error)}); restore it from a copy") from error
+        raise UserError(
+            f"{path}: cannot be read ({one_line(error)}); restore it from a copy"
+        ) from error
     objects: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         try:
@@ -125,9 +162,16 @@ def read_lines(path: Path, keys: tuple[str, ...]) -> tuple[list[dict[str, Any]],
         except ValueError as error:
             if number == len(lines):
                 return objects, True
-            raise UserError(f"{path}: line {number} cannot be read ({one_line(error)}); mend or remove it") from error
-        if not (isinstance(value, dict) and all(isinstance(value.get(key), int | float) for key in keys)):
-            raise UserError(f"{path}: line {number} lacks a number for one of {', '.join(keys)}; mend or remove it")
+            raise UserError(
+                f"{path}: line {number} cannot be read ({one_line(error)}); mend or remove it"
+            ) from error
+        if not (
+            isinstance(value, dict) and all(isinstance(value.get(key), int | float) for key in keys)
+        ):
+            raise UserError(
+                f"{path}: line {number} lacks a number for one of {', '.join(keys)}; mend or "
+                "remove it"
+            )
         objects.append(value)
     return objects, False
 
@@ -149,7 +193,9 @@ def provenance() -> dict[str, Any]:
 
 
 def _holds_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("run_manifest.json", "metrics.jsonl", "checkpoints"))
+    return any(
+        (folder / name).exists() for name in ("run_manifest.json", "metrics.jsonl", "checkpoints")
+    )
 
 
 def _require_finished(folder: Path) -> None:
@@ -157,10 +203,14 @@ def _require_finished(folder: Path) -> None:
     newest = CheckpointStore(folder / "checkpoints").newest()
     if newest is None:
         return
-    samples, total = read_state(newest).get("samples", 0), read_run_config(folder).training.max_samples
+    samples, total = (
+        read_state(newest).get("samples", 0),
+        read_run_config(folder).training.max_samples,
+    )
     if samples < total:
         raise UserError(
-            f"{folder}: holds an unfinished run ({samples:,} of {total:,} samples); continue it with --resume instead "
+            f"{folder}: holds an unfinished run ({samples:,} of {total:,} samples); continue it "
+            "with --resume instead "
             f"of --fresh (`make resume` for the smoke run), or move the folder away yourself"
         )
 
@@ -180,8 +230,10 @@ def _same_run(config: Config, folder: Path) -> Config:
     config = _with_seed(config, old.training.seed)
     for key, (was, now) in config_differences(old, config).items():
         if not key.startswith(_FREE_KEYS):
-            raise ConfigError(f"{key}: the run in {folder} has {was!r}, this config {now!r}; resume it "
-                              f"with the config it was made with, or choose another --run.dir")  # fmt: skip
+            raise ConfigError(
+                f"{key}: the run in {folder} has {was!r}, this config {now!r}; resume it "
+                f"with the config it was made with, or choose another --run.dir"
+            )
     return config
 
 
@@ -194,11 +246,16 @@ def _with_seed(config: Config, seed: int | None = None) -> Config:
 
 
 def _git_sha() -> str | None:
-    """HEAD of the checkout the package runs from ("+changes" where it is not clean); None outside a checkout."""
+    """HEAD of the checkout the package runs from ("+changes" where it is not clean); None outside a
+    checkout."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        sha = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
+        sha = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        )
+        changes = subprocess.run(
+            [*git, "status", "--porcelain"], capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return sha.stdout.strip() + ("+changes" if changes.stdout.strip() else "")

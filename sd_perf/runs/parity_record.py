@@ -29,7 +29,8 @@ _SECTIONS = ("model", "diffusion", "optimizer", "kernels", "precision")
 
 
 def record_folder(config: Config) -> Path:
-    """Where the record of a run's parity lies: beside the run folder, unless mlperf.parity_record names a file."""
+    """Where the record of a run's parity lies: beside the run folder, unless mlperf.parity_record
+    names a file."""
     run = Path(config.run.dir)
     named = config.mlperf.parity_record
     return Path(named).parent if named else run.with_name(f"{run.name}.parity")
@@ -37,7 +38,11 @@ def record_folder(config: Config) -> Path:
 
 def config_digest(config: Config) -> str:
     """Of what decides how a step is computed."""
-    computed = {name: dataclasses.asdict(getattr(config, name)) for name in _SECTIONS if hasattr(config, name)}
+    computed = {
+        name: dataclasses.asdict(getattr(config, name))
+        for name in _SECTIONS
+        if hasattr(config, name)
+    }
     computed["model"]["implementation"] = "fast"
     text = json.dumps({**computed, "training.precision": config.training.precision}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -64,13 +69,16 @@ def identity(config: Config) -> dict[str, str]:
 
 
 def require_green(config: Config) -> dict[str, Any]:
-    """The record that proves the config's fast path here and now; ConfigError with the reason where there is none."""
+    """The record that proves the config's fast path here and now; ConfigError with the reason where
+    there is none."""
     path = record_folder(config) / NAME
     record = read_json(path)
     if reason := _reason_against(record, config):
         raise ConfigError(
-            f"mlperf.division: {config.mlperf.division!r} with model.implementation 'fast' needs a green parity "
-            f"record, and {path} {reason}; run `sd-perf parity` with the same --config and options first, or waive it "
+            f"mlperf.division: {config.mlperf.division!r} with model.implementation 'fast' needs "
+            "a green parity "
+            f"record, and {path} {reason}; run `sd-perf parity` with the same --config and "
+            "options first, or waive it "
             f"by name with --mlperf.waive parity, which the log will say"
         )
     return record

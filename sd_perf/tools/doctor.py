@@ -1,4 +1,5 @@
-"""What is installed here, what is not and what that costs, what torch can compute on, and which kernels can be had."""
+"""What is installed here, what is not and what that costs, what torch can compute on, and which
+kernels can be had."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ _PACKAGES = (
 
 
 def examine(target: str = "here", results: Path = RESULTS) -> dict[str, Any]:
-    """Versions, devices, packages, and the kernels that can be had on the target, as JSON takes them."""
+    """Versions, devices, packages, and the kernels that can be had on the target, as JSON takes
+    them."""
     device = target_named(target)
     runs = _runs(results)
     return {
@@ -70,13 +72,23 @@ def _version(package: str) -> str | None:
 
 
 def _devices() -> list[dict[str, Any]]:
-    cpu = {"device": "cpu", "name": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    cpu = {
+        "device": "cpu",
+        "name": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
     gpus = []
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
         capability = f"sm_{properties.major}{properties.minor}"
-        gpu = {"device": f"cuda:{i}", "name": properties.name, "memory_bytes": properties.total_memory}
-        gpus.append({**gpu, "capability": capability, "multiprocessors": properties.multi_processor_count})
+        gpu = {
+            "device": f"cuda:{i}",
+            "name": properties.name,
+            "memory_bytes": properties.total_memory,
+        }
+        gpus.append(
+            {**gpu, "capability": capability, "multiprocessors": properties.multi_processor_count}
+        )
     return [cpu, *gpus]
 
 
@@ -89,7 +101,9 @@ def _kernel(spec: OpSpec, target: Target, runs: list[dict[str, Any]]) -> dict[st
     }
 
 
-def _backend(spec: OpSpec, backend: Backend, target: Target, runs: list[dict[str, Any]]) -> dict[str, Any]:
+def _backend(
+    spec: OpSpec, backend: Backend, target: Target, runs: list[dict[str, Any]]
+) -> dict[str, Any]:
     mine = [run for run in runs if (run["op"], run["backend"]) == (spec.name, backend.name)]
     return {
         "backend": backend.name,
@@ -99,7 +113,8 @@ def _backend(spec: OpSpec, backend: Backend, target: Target, runs: list[dict[str
         "against": reasons_against(backend, target, spec.cases),
         "automatic": backend.automatic,
         "ran_on": sorted({run["gpu"] for run in mine}),
-        "changed_since": bool(mine) and all(run["source"] != source_digest(spec.name) for run in mine),
+        "changed_since": bool(mine)
+        and all(run["source"] != source_digest(spec.name) for run in mine),
     }
 
 
@@ -108,9 +123,15 @@ def _runs(folder: Path) -> list[dict[str, Any]]:
     rows = []
     for path in sorted(folder.glob("kernels_*.json")):
         try:
-            rows += [row for row in json.loads(path.read_text(encoding="utf-8"))["rows"] if row["parity"]["ok"]]
+            rows += [
+                row
+                for row in json.loads(path.read_text(encoding="utf-8"))["rows"]
+                if row["parity"]["ok"]
+            ]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: is no result of kernel_speed.py ({one_line(error)}); restore it") from error
+            raise UserError(
+                f"{path}: is no result of kernel_speed.py ({one_line(error)}); restore it"
+            ) from error
     return rows
 
 
@@ -131,11 +152,18 @@ def _facts(report: dict[str, Any]) -> Table:
     for what, names in groupby(described, key=lambda pair: pair[1]):
         alike = [name for name, _ in names]
         table.add_row(alike[0] + (f" ... {alike[-1]}" if len(alike) > 1 else ""), what)
-    there = [f"{row['package']} [cyan]{row['version']}[/]" for row in report["packages"] if row["version"]]
+    there = [
+        f"{row['package']} [cyan]{row['version']}[/]"
+        for row in report["packages"]
+        if row["version"]
+    ]
     table.add_row("packages", "  ".join(there))
     for row in report["packages"]:
         if not row["version"]:
-            table.add_row("[red]missing[/]", escape(f"{row['package']} ({row['needed_for']}): {row['install']}"))
+            table.add_row(
+                "[red]missing[/]",
+                escape(f"{row['package']} ({row['needed_for']}): {row['install']}"),
+            )
     return table
 
 
@@ -158,7 +186,13 @@ def _kernels_table(kernels: list[dict[str, Any]]) -> Table:
             said = _availability(row, row["backend"] == kernel["auto"]), _ran(row)
             alike.setdefault(said, []).append(row["backend"])
         for (availability, ran), names in alike.items():
-            style = "dim" if availability.startswith("no") else "green" if availability == "yes, taken" else ""
+            style = (
+                "dim"
+                if availability.startswith("no")
+                else "green"
+                if availability == "yes, taken"
+                else ""
+            )
             table.add_row(*first, ", ".join(names), Text(availability, style), ran)
             first = ("", "")
     return table
@@ -177,7 +211,9 @@ def _availability(row: dict[str, Any], taken: bool) -> str:
 def _ran(row: dict[str, Any]) -> str:
     if not row["ran_on"]:
         return "[yellow]never[/]"
-    return ", ".join(row["ran_on"]) + (" [yellow](changed since)[/]" if row["changed_since"] else "")
+    return ", ".join(row["ran_on"]) + (
+        " [yellow](changed since)[/]" if row["changed_since"] else ""
+    )
 
 
 def _adapted(kernels: list[dict[str, Any]]) -> Iterable[Any]:
@@ -185,7 +221,9 @@ def _adapted(kernels: list[dict[str, Any]]) -> Iterable[Any]:
     packages: dict[tuple[str, str | None], list[str]] = {}
     for kernel in kernels:
         for row in (row for row in kernel["backends"] if row["package"]):
-            packages.setdefault((row["package"], row["installed"]), []).append(f"{kernel['op']}/{row['backend']}")
+            packages.setdefault((row["package"], row["installed"]), []).append(
+                f"{kernel['op']}/{row['backend']}"
+            )
     table = Table.grid(padding=(0, 2))
     for (package, installed), users in packages.items():
         state = f"{installed} is installed" if installed else "not installed"

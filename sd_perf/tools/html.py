@@ -13,14 +13,17 @@ def document(title: str, body: str) -> str:
     style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>\n{style}</style></head>\n'
+        '<meta name="viewport" content="width=device-width, '
+        f'initial-scale=1">\n<style>\n{style}</style></head>\n'
         f"<body>\n{body}</body></html>\n"
     )
 
 
 def table(rows: Iterable[Iterable[Any]], head: tuple[str, ...] = ()) -> str:
     """Cells are text and are escaped."""
-    body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows
+    )
     titles = "<tr>" + "".join(f"<th>{title}</th>" for title in head) + "</tr>" if head else ""
     return f"<table>{titles}{body}</table>"
 

@@ -1,8 +1,9 @@
 """A network's parameters as views into one buffer, and AdamW over the whole buffer at once.
 
-One buffer is one optimizer launch and one collective instead of hundreds. Each parameter keeps its name, shape and
-memory order (channels-last stays so), hence the network's state dict is what it was. In bfloat16 the buffer holds the
-upper halves of float32 masters and a second one the lower: see `sd_kernels.adamw.reference.split_master`.
+One buffer is one optimizer launch and one collective instead of hundreds. Each parameter keeps its
+name, shape and memory order (channels-last stays so), hence the network's state dict is what it
+was. In bfloat16 the buffer holds the upper halves of float32 masters and a second one the lower:
+see `sd_kernels.adamw.reference.split_master`.
 
 Shape letter: N elements of a buffer, the parameters' and what lies between them.
 """
@@ -19,18 +20,21 @@ from sd_kernels.adamw.reference import join_master, split_master
 from sd_perf.config import OptimizerConfig
 
 ALIGNMENT = 64
-"""elements: every parameter begins at a multiple of 128 bytes or more, as kernels with wide loads want"""
+"""elements: every parameter begins at a multiple of 128 bytes or more, as kernels with wide loads
+want"""
 
 
 class FlatParameters:
-    """The parameters of `module`, moved into `weights` (N,); takes over their values as the masters.
+    """The parameters of `module`, moved into `weights` (N,); takes over their values as the
+    masters.
 
-    What lies between two parameters is zero in every buffer and AdamW leaves it so. A later `module.to(...)` would
-    move the parameters out again; `collect_gradients` refuses to go on then.
+    What lies between two parameters is zero in every buffer and AdamW leaves it so. A later
+    `module.to(...)` would move the parameters out again; `collect_gradients` refuses to go on then.
     """
 
     def __init__(self, module: torch.nn.Module, dtype: torch.dtype) -> None:
-        """`dtype` is bfloat16, with 16-bit `remainders`, or float32, without; parameters are float32 until now."""
+        """`dtype` is bfloat16, with 16-bit `remainders`, or float32, without; parameters are
+        float32 until now."""
         self._parameters = dict(module.named_parameters())
         self._offsets, size = {}, 0
         for name, parameter in self._parameters.items():
@@ -48,7 +52,8 @@ class FlatParameters:
         self.set_masters(masters)
 
     def views(self, buffer: Tensor) -> dict[str, Tensor]:
-        """Each parameter's part of a buffer (N,), in the parameter's shape and memory order, by name."""
+        """Each parameter's part of a buffer (N,), in the parameter's shape and memory order, by
+        name."""
         return {
             name: buffer.as_strided(parameter.shape, parameter.stride(), self._offsets[name])
             for name, parameter in self._parameters.items()
@@ -59,13 +64,20 @@ class FlatParameters:
         weights = self.views(self.weights)
         if self.remainders is None:
             return {name: weight.clone() for name, weight in weights.items()}
-        return {name: join_master(weights[name], rest) for name, rest in self.views(self.remainders).items()}
+        return {
+            name: join_master(weights[name], rest)
+            for name, rest in self.views(self.remainders).items()
+        }
 
     def set_masters(self, masters: Mapping[str, Tensor]) -> None:
-        """Set weights, and remainders if any, from float32 tensors of every parameter's name and shape."""
+        """Set weights, and remainders if any, from float32 tensors of every parameter's name and
+        shape."""
         if masters.keys() != self._parameters.keys():
             unlike = sorted(masters.keys() ^ self._parameters.keys())
-            raise ValueError(f"masters must be of the network's own parameters; {unlike[0]!r} is on one side only")
+            raise ValueError(
+                f"masters must be of the network's own parameters; {unlike[0]!r} is on one side "
+                "only"
+            )
         weights = self.views(self.weights)
         if self.remainders is None:
             for name, master in masters.items():
@@ -78,23 +90,31 @@ class FlatParameters:
             remainders[name].copy_(lower)
 
     def collect_gradients(self) -> Tensor:
-        """Copy every parameter's gradient into `grads` (N,) and give it back; the parameters have none afterwards.
+        """Copy every parameter's gradient into `grads` (N,) and give it back; the parameters have
+        none afterwards.
 
-        Views into `grads` as the parameters' gradients would cost more: zeroing writes them, and autograd reads them,
-        reads what it adds and writes the sum, 8 bytes a parameter in hundreds of launches. Gradients that start from
-        None are handed over as they are made, and this reads and writes them once: 4 bytes, in few launches.
+        Views into `grads` as the parameters' gradients would cost more: zeroing writes them, and
+        autograd reads them, reads what it adds and writes the sum, 8 bytes a parameter in hundreds
+        of launches. Gradients that start from None are handed over as they are made, and this reads
+        and writes them once: 4 bytes, in few launches.
         """
         alike: list[tuple[Tensor, Tensor]] = []
         begin, width = self.weights.data_ptr(), self.weights.element_size()
         for name, parameter in self._parameters.items():
             offset, gradient = self._offsets[name], parameter.grad
-            if parameter.data_ptr() != begin + offset * width or parameter.dtype != self.weights.dtype:
+            if (
+                parameter.data_ptr() != begin + offset * width
+                or parameter.dtype != self.weights.dtype
+            ):
                 raise RuntimeError(f"{name} has left the flat buffer, so AdamW would not update it")
             if gradient is None:
-                raise RuntimeError(f"{name} has no gradient; every parameter must take part in the loss")
+                raise RuntimeError(
+                    f"{name} has no gradient; every parameter must take part in the loss"
+                )
             target = self.grads.as_strided(parameter.shape, parameter.stride(), offset)
             if _order(gradient) == _order(target):
-                # As rows of memory: torch copies all in few launches only if every pair has the very same strides.
+                # As rows of memory: torch copies all in few launches only if every pair has the
+                # very same strides.
                 alike.append((_in_memory_order(target), _in_memory_order(gradient)))
             else:
                 target.copy_(gradient)
@@ -104,16 +124,24 @@ class FlatParameters:
 
 
 class FlatAdamW:
-    """AdamW on the buffers of `FlatParameters`, moments in float32, by one of the implementations of `adamw`.
+    """AdamW on the buffers of `FlatParameters`, moments in float32, by one of the implementations
+    of `adamw`.
 
-    Step count and learning rate are tensors, so that a CUDA graph which holds a step reads them at every replay.
+    Step count and learning rate are tensors, so that a CUDA graph which holds a step reads them at
+    every replay.
     """
 
     def __init__(
-        self, parameters: FlatParameters, config: OptimizerConfig, learning_rate: float, adamw: Callable[..., Any]
+        self,
+        parameters: FlatParameters,
+        config: OptimizerConfig,
+        learning_rate: float,
+        adamw: Callable[..., Any],
     ) -> None:
         self.parameters = parameters
-        self.exp_avg, self.exp_avg_sq = (torch.zeros_like(parameters.weights, dtype=torch.float32) for _ in range(2))
+        self.exp_avg, self.exp_avg_sq = (
+            torch.zeros_like(parameters.weights, dtype=torch.float32) for _ in range(2)
+        )
         device = parameters.weights.device
         self.step_count = torch.zeros((), dtype=torch.int64, device=device)
         """steps taken"""
@@ -127,7 +155,8 @@ class FlatAdamW:
         }
 
     def step(self, grads: Tensor) -> None:
-        """Update weights, remainders and moments from gradients (N,), as `collect_gradients` gives them."""
+        """Update weights, remainders and moments from gradients (N,), as `collect_gradients` gives
+        them."""
         flat = self.parameters
         self.step_count += 1
         buffers = (flat.weights, flat.remainders, grads, self.exp_avg, self.exp_avg_sq)
@@ -140,16 +169,26 @@ class FlatAdamW:
 
 
 def _require_dense(name: str, parameter: Tensor) -> None:
-    """ValueError where elements do not lie side by side; they would overlap in the buffer, or leave holes."""
-    reach = 1 + sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
+    """ValueError where elements do not lie side by side; they would overlap in the buffer, or leave
+    holes."""
+    reach = 1 + sum(
+        (size - 1) * stride
+        for size, stride in zip(parameter.shape, parameter.stride(), strict=True)
+    )
     if parameter.dtype != torch.float32 or reach != parameter.numel():
         got = f"{parameter.dtype}, shape {tuple(parameter.shape)}, strides {parameter.stride()}"
-        raise ValueError(f"{name}: {got} cannot be made flat; it must be float32 and fill its memory")
+        raise ValueError(
+            f"{name}: {got} cannot be made flat; it must be float32 and fill its memory"
+        )
 
 
 def _order(tensor: Tensor) -> list[tuple[int, int]]:
     """Sizes and strides; those of an axis with one element say nothing."""
-    return [(size, stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+    return [
+        (size, stride)
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        if size > 1
+    ]
 
 
 def _in_memory_order(tensor: Tensor) -> Tensor:

@@ -50,19 +50,23 @@ def launch(config: Config, world: World, resume: bool, fresh: bool, console: Con
         console.print(f"{trainer.folder}: no checkpoint to resume from", soft_wrap=True)
     if trainer.samples >= trainer.total_samples:
         told = f"{trainer.folder}: the run is complete ({trainer.samples:,} samples)"
-        console.print(f"{told}; to train on, resume it with a larger --training.max-samples", soft_wrap=True)
+        console.print(
+            f"{told}; to train on, resume it with a larger --training.max-samples", soft_wrap=True
+        )
         return None
     if kernels:
         console.print(*kernels_table({"target": Target.here().name, "kernels": kernels}), sep="\n")
     records = {"kernels.json": list(kernels.values()), "parity.json": parity}
     world.on_main(lambda: open_run(settled, resume, fresh, records))
-    # Convolutions keep their shapes for the whole run; a deterministic one takes what cuDNN's heuristics say.
+    # Convolutions keep their shapes for the whole run; a deterministic one takes what cuDNN's
+    # heuristics say.
     with contextlib.nullcontext() if settled.training.deterministic else tuned(algorithms=10):
         return trainer.fit()
 
 
 def require_allowed(config: Config) -> None:
-    """ConfigError where the closed division's rules, or kernels that nothing would run, forbid the config."""
+    """ConfigError where the closed division's rules, or kernels that nothing would run, forbid the
+    config."""
     if config.mlperf.division == "closed":
         require_closed(config)
     require_used(config)
@@ -73,15 +77,21 @@ def build_trainer(config: Config, world: World, callbacks: list[Callback]) -> Tr
     if config.training.seed is None:
         raise ValueError("the config's seed must be settled (sd_perf.runs.folder.open_run)")
     loader = build_loader(config, config.training.seed, world)
-    text_encoder = world.together(lambda: build_text_encoder(config, world.device)) if _captions_only(config) else None
+    text_encoder = (
+        world.together(lambda: build_text_encoder(config, world.device))
+        if _captions_only(config)
+        else None
+    )
     unet = build_unet(config, config.training.seed, world.device)
     return Trainer(config, world, unet, loader, text_encoder, callbacks)
 
 
 def default_callbacks(config: Config, console: Console) -> list[Callback]:
-    """Signals before checkpoints, so that the step that sees a signal saves; checkpoints before the last table.
+    """Signals before checkpoints, so that the step that sees a signal saves; checkpoints before the
+    last table.
 
-    The MLPerf log comes before checkpoints, since a block ends with its last update, not when its state is copied.
+    The MLPerf log comes before checkpoints, since a block ends with its last update, not when its
+    state is copied.
     """
     log: list[Callback] = [] if config.mlperf.division == "none" else [MLPerfLogger(config)]
     return [StopOnSignal(), MetricsFile(), *log, Checkpointer(), ProgressDisplay(console)]
@@ -94,11 +104,15 @@ def _kernels(config: Config) -> dict[str, Any]:
 
 
 def _proof(config: Config, console: Console) -> dict[str, Any] | None:
-    """The parity record that an MLPerf recipe with the fast network needs; None where nothing needs to be proven."""
+    """The parity record that an MLPerf recipe with the fast network needs; None where nothing needs
+    to be proven."""
     if config.mlperf.division == "none" or config.model.implementation == "plain":
         return None
     if "parity" in config.mlperf.waive:
-        console.print("waived by name: parity; nothing proves that the fast network computes what the plain one does")
+        console.print(
+            "waived by name: parity; nothing proves that the fast network computes what the plain "
+            "one does"
+        )
         return None
     return require_green(config)
 

@@ -28,10 +28,16 @@ def build_diffusion(config: Config, seed: int) -> torch.nn.Module:
 
 
 class TrainStep:
-    """`step(batches, step_index) -> loss` on this rank; owns the optimizer and the rank's view of the UNet."""
+    """`step(batches, step_index) -> loss` on this rank; owns the optimizer and the rank's view of
+    the UNet."""
 
     def __init__(
-        self, unet: torch.nn.Module, config: Config, seed: int, world: World, text_encoder: TextEncoder | None
+        self,
+        unet: torch.nn.Module,
+        config: Config,
+        seed: int,
+        world: World,
+        text_encoder: TextEncoder | None,
     ) -> None:
         self.unet = unet
         self.config = config
@@ -42,10 +48,15 @@ class TrainStep:
         self.parallel: torch.nn.Module = unet
         if world.size > 1:
             devices = [world.device] if world.device.type == "cuda" else None
-            self.parallel = DistributedDataParallel(unet, device_ids=devices, gradient_as_bucket_view=True)
+            self.parallel = DistributedDataParallel(
+                unet, device_ids=devices, gradient_as_bucket_view=True
+            )
 
-    def __call__(self, batches: Iterator[Batch], step_index: int) -> tuple[torch.Tensor, list[Replacement]]:
-        """Mean loss of the rank's samples (a detached scalar on the device) and the bad samples replaced."""
+    def __call__(
+        self, batches: Iterator[Batch], step_index: int
+    ) -> tuple[torch.Tensor, list[Replacement]]:
+        """Mean loss of the rank's samples (a detached scalar on the device) and the bad samples
+        replaced."""
         accumulate = self.config.training.accumulate_steps
         total = torch.zeros((), device=self.world.device)
         replacements: list[Replacement] = []
@@ -69,9 +80,13 @@ class TrainStep:
             context = batch.context
             if context is None:
                 if self.text_encoder is None:
-                    raise ValueError("the batch has captions only, and the step was built without a text encoder")
+                    raise ValueError(
+                        "the batch has captions only, and the step was built without a text encoder"
+                    )
                 context = self.text_encoder(batch.captions)
-            return self.diffusion(self.parallel, batch.moments, context.float(), batch.sample_indices)
+            return self.diffusion(
+                self.parallel, batch.moments, context.float(), batch.sample_indices
+            )
 
     def _gradient_sync(self, last: bool) -> contextlib.AbstractContextManager[None]:
         if isinstance(self.parallel, DistributedDataParallel) and not last:

@@ -31,12 +31,18 @@ from sd_perf.training.step import TextEncoder, TrainStep
 
 
 class Trainer:
-    """One run: `fit` takes steps from `samples` to `total_samples`. Position is counted in samples."""
+    """One run: `fit` takes steps from `samples` to `total_samples`. Position is counted in
+    samples."""
 
     def __init__(
-        self, config: Config, world: World, unet: torch.nn.Module, loader: Loader, text_encoder: TextEncoder | None,
+        self,
+        config: Config,
+        world: World,
+        unet: torch.nn.Module,
+        loader: Loader,
+        text_encoder: TextEncoder | None,
         callbacks: list[Callback],
-    ) -> None:  # fmt: skip
+    ) -> None:
         if config.training.seed is None:
             raise ValueError("the config's seed must be settled (sd_perf.runs.folder.open_run)")
         self.config = config
@@ -48,7 +54,9 @@ class Trainer:
         self.callbacks = callbacks
         self.unet = unet
         self.step = TrainStep(unet, config, self.seed, world, text_encoder)
-        self.total_samples = config.steps_of(config.training.max_samples) * config.training.global_batch_size
+        self.total_samples = (
+            config.steps_of(config.training.max_samples) * config.training.global_batch_size
+        )
         self.samples = 0
         self.bad_samples = 0
         self._new_bad_samples: list[Replacement] = []
@@ -80,7 +88,10 @@ class Trainer:
                 self.loss, replacements = self.step(iter(ready), self.steps)
                 self.samples += self.config.training.global_batch_size
                 self._new_bad_samples += replacements
-                if self.steps % self.config.logging.every_steps == 0 or self.samples >= self.total_samples:
+                if (
+                    self.steps % self.config.logging.every_steps == 0
+                    or self.samples >= self.total_samples
+                ):
                     self._log(window_start, window_samples)
                     window_start, window_samples = time.monotonic(), self.samples
                 for callback in self.callbacks:
@@ -91,7 +102,8 @@ class Trainer:
     def check(self) -> float:
         """Mean loss of the last step over all ranks, called by all of them.
 
-        UserError where it is not a number, DataError where bad samples are more than the config allows.
+        UserError where it is not a number, DataError where bad samples are more than the config
+        allows.
         """
         replaced = [bad for rank in self.world.gather(self._new_bad_samples) for bad in rank]
         self._new_bad_samples = []
@@ -101,17 +113,23 @@ class Trainer:
         return loss
 
     def save(self) -> Path:
-        """Begin to write a checkpoint (main rank). UserError where the state has blown up: then nothing is written."""
+        """Begin to write a checkpoint (main rank). UserError where the state has blown up: then
+        nothing is written."""
         tensors = self.tensors()
-        # The loss was taken before the update. A norm's squares leave float32 long before the numbers themselves do.
+        # The loss was taken before the update. A norm's squares leave float32 long before the
+        # numbers themselves do.
         if not torch.nn.utils.get_total_norm(list(tensors.values())).isfinite():
             raise self._diverged("weights or optimizer moments are")
-        scales = {f"precision_state.{name}": state for name, state in precision_state(self.unet).items()}
+        scales = {
+            f"precision_state.{name}": state for name, state in precision_state(self.unet).items()
+        }
         return self.store.save(tensors | scales, self.state())
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor of the training state by its checkpoint name; the tensors themselves."""
-        model = {f"model.{name}": parameter.data for name, parameter in self.unet.named_parameters()}
+        model = {
+            f"model.{name}": parameter.data for name, parameter in self.unet.named_parameters()
+        }
         return model | optimizer_tensors(self.unet, self.step.optimizer)
 
     def state(self) -> dict[str, Any]:
@@ -132,7 +150,8 @@ class Trainer:
         dataset = self.state()["dataset"]
         if state["dataset"] != dataset:
             raise CheckpointError(
-                f"{path}: was trained on other data ({state['dataset']}, here {dataset}); resume with the data the run "
+                f"{path}: was trained on other data ({state['dataset']}, here {dataset}); resume "
+                "with the data the run "
                 f"was begun with, or choose another --run.dir"
             )
         load_tensors(path, self.tensors())
@@ -164,7 +183,8 @@ class Trainer:
         self.world.together(call)
 
     def _next_batches(self, batches: Iterator[Batch]) -> list[Batch]:
-        """The micro-batches of a step: all of them before it begins, so that a rank without data can say so."""
+        """The micro-batches of a step: all of them before it begins, so that a rank without data
+        can say so."""
         self.store.raise_failure()  # of a checkpoint written meanwhile
         start = time.monotonic()
         ready = [next(batches) for _ in range(self.config.training.accumulate_steps)]
@@ -172,7 +192,8 @@ class Trainer:
         return ready
 
     def _judge(self, loss: float, replaced: list[Replacement]) -> None:
-        """Write down what was replaced since the last look, and stop a run that is past its limits."""
+        """Write down what was replaced since the last look, and stop a run that is past its
+        limits."""
         path = self.folder / "bad_samples.jsonl"
         if replaced:
             with disk_errors(path, MAKE_ROOM), path.open("a", encoding="utf-8") as file:
@@ -180,8 +201,10 @@ class Trainer:
         if self.bad_samples > self.config.data.max_bad_samples:
             last = f", the last {replaced[-1].key}: {replaced[-1].reason}" if replaced else ""
             raise DataError(
-                f"{self.config.data.path}: {self.bad_samples} bad samples, more than data.max_bad_samples "
-                f"({self.config.data.max_bad_samples}){last}; mend those listed in {path}, or raise the limit"
+                f"{self.config.data.path}: {self.bad_samples} bad samples, more than "
+                "data.max_bad_samples "
+                f"({self.config.data.max_bad_samples}){last}; mend those listed in {path}, or "
+                "raise the limit"
             )
         if not math.isfinite(loss):
             raise self._diverged("loss is")
@@ -190,6 +213,7 @@ class Trainer:
         self.store.wait()
         return UserError(
             f"{what} not finite after {self.samples:,} samples; this state was not saved, "
-            f"{self.store.newest_in_words()}; begin anew with a lower optimizer.base_learning_rate, or with "
+            f"{self.store.newest_in_words()}; begin anew with a lower "
+            "optimizer.base_learning_rate, or with "
             f"training.precision fp32"
         )

@@ -27,4 +27,6 @@ def test_small_run_compares_both_routes(tmp_path):
     results = json.loads(output.read_text())["results"]
     assert set(results) == {"full rank", "rank-deficient"}
     for row in results.values():
-        assert row["difference"] < 1e-6 and row["ratio"] == pytest.approx(row["sqrtm_s"] / row["eigenvalues_s"])
+        assert row["difference"] < 1e-6 and row["ratio"] == pytest.approx(
+            row["sqrtm_s"] / row["eigenvalues_s"]
+        )

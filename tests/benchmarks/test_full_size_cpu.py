@@ -23,7 +23,9 @@ SMALL = full_size_cpu.Sizes(
         context_dim=32,
         transformer_groups=8,
     ),
-    autoencoder=AutoencoderConfig(channels=8, channel_mult=(1, 1, 2, 2), num_res_blocks=1, groups=4),
+    autoencoder=AutoencoderConfig(
+        channels=8, channel_mult=(1, 1, 2, 2), num_res_blocks=1, groups=4
+    ),
     image=64,
     context_tokens=5,
 )
@@ -46,7 +48,16 @@ def test_every_stage_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[s
     report = full_size_cpu.environment() | full_size_cpu.measure(tmp_path, output, SMALL)
     json.dumps(report, allow_nan=False)
     names = [row["stage"] for row in report["stages"]]
-    for part in ("encode", "shard: write", "shard: index and load", "forward", "backward", "AdamW", "DDIM", "decode"):
+    for part in (
+        "encode",
+        "shard: write",
+        "shard: index and load",
+        "forward",
+        "backward",
+        "AdamW",
+        "DDIM",
+        "decode",
+    ):
         assert any(part in name for name in names), part
     assert all(row["seconds"] > 0 and row["peak_memory_bytes"] > 2**20 for row in report["stages"])
     assert all(0 < loss < 100 for loss in report["losses"].values())

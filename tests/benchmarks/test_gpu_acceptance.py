@@ -29,7 +29,16 @@ from benchmarks.gpu_acceptance import (
     summary,
 )
 from benchmarks.gpu_fast import FAST_BF16, FAST_FP8
-from benchmarks.gpu_workload import AUTOCAST, COMPILED, FP32, MASTERS, PlainWorkload, Recipe, make_inputs, randomize
+from benchmarks.gpu_workload import (
+    AUTOCAST,
+    COMPILED,
+    FP32,
+    MASTERS,
+    PlainWorkload,
+    Recipe,
+    make_inputs,
+    randomize,
+)
 from sd_perf.config import Config, DiffusionConfig, UNetConfig
 from sd_perf.reference.step import DiffusionStep
 from sd_perf.reference.unet import UNet
@@ -44,7 +53,9 @@ TINY = UNetConfig(
     context_dim=32,
     transformer_groups=8,
 )
-RECIPES = [dataclasses.replace(recipe, attention=SDPBackend.MATH) for recipe in (FP32, AUTOCAST, MASTERS)]
+RECIPES = [
+    dataclasses.replace(recipe, attention=SDPBackend.MATH) for recipe in (FP32, AUTOCAST, MASTERS)
+]
 H100 = "NVIDIA H100 80GB HBM3"
 MEASURED = {
     "samples_per_second": 100.0,
@@ -74,13 +85,26 @@ def tiny_workload(recipe: Recipe) -> PlainWorkload:
 
 
 def make_report(rows: list[dict[str, Any]], checks: list[gpu_checks.Check]) -> dict[str, Any]:
-    report = {"environment": {"gpu": H100, "torch": torch.__version__}, "correctness": checks, "rows": rows}
-    return report | {"kernels": [], "profile": {}, "notes": [], "command": "", "git_sha": None, "date": "2026-01-01"}
+    report = {
+        "environment": {"gpu": H100, "torch": torch.__version__},
+        "correctness": checks,
+        "rows": rows,
+    }
+    return report | {
+        "kernels": [],
+        "profile": {},
+        "notes": [],
+        "command": "",
+        "git_sha": None,
+        "date": "2026-01-01",
+    }
 
 
 def test_rates_are_those_of_the_settled_half() -> None:
     calls: list[int] = []
-    intervals = timing.timed(lambda: calls.append(0), 10, FakeClock([50.0] * 5 + [100.0, 100.0, 100.0, 900.0, 100.0]))
+    intervals = timing.timed(
+        lambda: calls.append(0), 10, FakeClock([50.0] * 5 + [100.0, 100.0, 100.0, 900.0, 100.0])
+    )
     rates = timing.rates(intervals, batch=20)
     assert len(calls) == 10
     assert rates["ms_per_iteration"] == 100.0
@@ -146,7 +170,9 @@ def test_nvidia_smi_is_only_asked(monkeypatch: pytest.MonkeyPatch) -> None:
         return "1980, 695.2"
 
     monkeypatch.setattr(gpu_environment, "_output_of", answer)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="12-34"))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="12-34")
+    )
     assert gpu_environment.nvidia_smi(("clocks.sm", "power.draw")) == ["1980", "695.2"]
     query = "--query-gpu=clocks.sm,power.draw"
     assert commands == [["nvidia-smi", query, "--format=csv,noheader,nounits", "--id=GPU-12-34"]]
@@ -181,7 +207,9 @@ def _run_while_capturing(workload: PlainWorkload) -> Callable[[], object]:
 
 @pytest.mark.parametrize("broken", [_skip_draws, _skip_optimizer, _run_while_capturing])
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.implementation)
-def test_replays_that_differ_are_red(recipe: Recipe, broken: Callable[[PlainWorkload], Callable[[], object]]) -> None:
+def test_replays_that_differ_are_red(
+    recipe: Recipe, broken: Callable[[PlainWorkload], Callable[[], object]]
+) -> None:
     workload = tiny_workload(recipe)
     checks = gpu_checks.check_replay(workload, lambda: broken(workload), recipe)
     assert not gpu_checks.passed(checks)
@@ -226,7 +254,9 @@ def test_draws_and_precisions_are_held_to_a_reference() -> None:
     errors = {check["check"]: check["error"] for check in checks}
     assert errors["plain_fp32: output"] < 1e-5 < 1e-3 < errors["plain_autocast: output"]
     mislabelled = [dataclasses.replace(RECIPES[1], implementation="plain_fp32")]
-    assert not gpu_checks.passed(gpu_checks.check_precisions(TINY, 8, mislabelled, "cpu", "cpu", gradients=False))
+    assert not gpu_checks.passed(
+        gpu_checks.check_precisions(TINY, 8, mislabelled, "cpu", "cpu", gradients=False)
+    )
 
 
 def test_nan_never_passes_and_nothing_is_not_green() -> None:
@@ -268,7 +298,9 @@ def test_a_run_that_does_not_train_is_not_timed() -> None:
 
 
 @pytest.mark.parametrize("graph", [True, False])
-def test_a_rung_is_timed_in_the_seconds_it_has(graph: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rung_is_timed_in_the_seconds_it_has(
+    graph: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     workload = tiny_workload(RECIPES[1])
     telemetry = gpu_environment.Telemetry(lambda: None)
     monkeypatch.setattr(workload, "capture", lambda: SimpleNamespace(replay=workload.iteration))
@@ -291,21 +323,36 @@ def test_a_rung_is_timed_in_the_seconds_it_has(graph: bool, monkeypatch: pytest.
 
 
 def test_rows_of_a_run_that_meets_everything() -> None:
-    outcomes = iter([MEASURED, {"status": "out of memory", "reason": "2 GiB"}, {"status": "failed", "reason": "odd"}])
+    outcomes = iter(
+        [
+            MEASURED,
+            {"status": "out of memory", "reason": "2 GiB"},
+            {"status": "failed", "reason": "odd"},
+        ]
+    )
     clock = itertools.count(0.0, 6.0)
     saved: list[int] = []
     green = [gpu_checks.make_check("draws", 0.0, 0.0)]
     recipes = (FAST_BF16, FAST_BF16, AUTOCAST, MASTERS, COMPILED)
     rows = measure_rows(
         H100,
-        [Rung(recipe, batch, True) for recipe, batch in zip(recipes, (64, 8, 32, 32, 32), strict=True)],
+        [
+            Rung(recipe, batch, True)
+            for recipe, batch in zip(recipes, (64, 8, 32, 32, 32), strict=True)
+        ],
         timing.Budget(40.0, lambda: next(clock)),
         green,
         lambda rung, seconds: next(outcomes),
         lambda rows: saved.append(len(rows)),
     )
     assert saved == [1, 2, 3, 4, 5]
-    assert [row["status"] for row in rows] == ["measured", "out of memory", "failed", "left out", "left out"]
+    assert [row["status"] for row in rows] == [
+        "measured",
+        "out of memory",
+        "failed",
+        "left out",
+        "left out",
+    ]
     assert len({tuple(row) for row in rows}) == 1
     assert all(row["samples_per_second"] is None for row in rows[1:])
     predicted = [row["predicted_memory_bytes"] for row in rows]
@@ -321,7 +368,12 @@ def test_rows_of_a_run_that_meets_everything() -> None:
     assert exit_code(report, ["correctness", "throughput"]) == 1
     assert exit_code(make_report(rows[:2], green), ["correctness", "throughput"]) == 0
     assert exit_code(make_report([], []), ["environment"]) == 0
-    assert exit_code(make_report([], []) | {"profile": {"status": "failed", "reason": "odd"}}, ["profile"]) == 1
+    assert (
+        exit_code(
+            make_report([], []) | {"profile": {"status": "failed", "reason": "odd"}}, ["profile"]
+        )
+        == 1
+    )
 
 
 def test_the_fast_ones_come_first_and_compiling_last() -> None:
@@ -343,10 +395,16 @@ def test_compiling_is_not_begun_late() -> None:
 
     rungs = [Rung(recipe, 8, True) for recipe in (AUTOCAST, COMPILED, AUTOCAST)]
     for seconds in (10.0, 600.0):
-        measure_rows(H100, rungs, timing.Budget(seconds, lambda: 0.0), [], measure, lambda rows: None)
+        measure_rows(
+            H100, rungs, timing.Budget(seconds, lambda: 0.0), [], measure, lambda rows: None
+        )
     late, early = asked[:2], asked[2:]
     assert [name for name, _ in late] == ["plain_autocast"] * 2
-    assert [name for name, _ in early] == ["plain_autocast", COMPILED.implementation, "plain_autocast"]
+    assert [name for name, _ in early] == [
+        "plain_autocast",
+        COMPILED.implementation,
+        "plain_autocast",
+    ]
     most = gpu_acceptance.MOST_SECONDS
     assert [seconds for _, seconds in early] == [most, most + gpu_acceptance.COMPILE_SECONDS, most]
 
@@ -361,7 +419,9 @@ def test_what_is_not_installed_is_absent() -> None:
 
 def test_green_code_is_profiled_and_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def profile(recipe: Recipe, batch: int, predicted: dict[str, float]) -> dict[str, Any]:
-        measured = {op: {"ms": 2 * floor, "kernels": 1, "longest": {}} for op, floor in predicted.items()}
+        measured = {
+            op: {"ms": 2 * floor, "kernels": 1, "longest": {}} for op, floor in predicted.items()
+        }
         rows = gpu_profile.compare(measured, predicted)
         return {"status": "measured", "recipe": recipe.implementation, "batch": batch, "ops": rows}
 
@@ -372,13 +432,26 @@ def test_green_code_is_profiled_and_timed(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(gpu_profile, "measure_profile", profile)
     monkeypatch.setattr(gpu_acceptance, "set_arithmetic", lambda timing: None)
     parts = "correctness,profile,throughput"
-    arguments = ["--output", str(tmp_path), "--parts", parts, "--git-sha", "abc", "--batches", "8,64"]
+    arguments = [
+        "--output",
+        str(tmp_path),
+        "--parts",
+        parts,
+        "--git-sha",
+        "abc",
+        "--batches",
+        "8,64",
+    ]
     report = make_report([], [])
-    gpu_acceptance.run_parts(report, gpu_acceptance.parse(arguments), timing.Budget(600), lambda: None)
+    gpu_acceptance.run_parts(
+        report, gpu_acceptance.parse(arguments), timing.Budget(600), lambda: None
+    )
     assert {row["status"] for row in report["rows"]} == {"measured"}
     ops = report["profile"]["ops"]
     assert report["profile"]["batch"] == 64
-    assert ops[0]["op"] == "conv"  # what takes longest has the largest gap where all take twice the floor
+    assert (
+        ops[0]["op"] == "conv"
+    )  # what takes longest has the largest gap where all take twice the floor
     assert ops[0]["predicted_ms"] == pytest.approx(64 * 1.362, rel=1e-2)
     assert {row["ratio"] for row in ops} == {2.0}
     json.dumps(report, allow_nan=False)
@@ -404,14 +477,19 @@ def test_red_code_gets_no_speed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     def break_down() -> list[gpu_checks.Check]:
         raise RuntimeError("No available kernel")
 
-    groups = [("draws", lambda: [gpu_checks.make_check("draws", 0.0, 0.0)]), ("attention", break_down)]
+    groups = [
+        ("draws", lambda: [gpu_checks.make_check("draws", 0.0, 0.0)]),
+        ("attention", break_down),
+    ]
     monkeypatch.setattr(gpu_acceptance, "describe", lambda: {"gpu": H100, "torch": "2"})
     monkeypatch.setattr(gpu_acceptance, "gpu_checks", lambda: groups)
     monkeypatch.setattr(gpu_acceptance, "measure_rung", refuse)
     monkeypatch.setattr(gpu_profile, "measure_profile", refuse)
     monkeypatch.setattr(gpu_acceptance, "set_arithmetic", lambda timing: None)
     parts = "correctness,profile,throughput"
-    options = gpu_acceptance.parse(["--output", str(tmp_path), "--parts", parts, "--git-sha", "abc"])
+    options = gpu_acceptance.parse(
+        ["--output", str(tmp_path), "--parts", parts, "--git-sha", "abc"]
+    )
     report = make_report([], [])
     gpu_acceptance.run_parts(report, options, timing.Budget(60), lambda: None)
     assert {row["status"] for row in [report["profile"], *report["rows"]]} == {"red"}
@@ -454,7 +532,8 @@ import importlib.abc, importlib.machinery, sys
 
 ALLOWED = {
     "torch", "triton", "numpy", "torchgen", "functorch",
-    "filelock", "typing_extensions", "sympy", "mpmath", "networkx", "jinja2", "markupsafe", "fsspec",
+    "filelock", "typing_extensions", "sympy", "mpmath", "networkx", "jinja2", "markupsafe",
+    "fsspec",
     "setuptools", "_distutils_hack", "pkg_resources",
     "sd_perf", "sd_kernels",
     "benchmarks",
@@ -463,8 +542,10 @@ ALLOWED = {
 class Blocker(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(self, name, path=None, target=None):
         top = name.partition(".")[0]
-        if top not in ALLOWED and top not in sys.stdlib_module_names and not top.startswith("_sysconfigdata"):
-            # torch also asks whether there are packages that it then does not import: a spec, as without a blocker.
+        known = top in ALLOWED or top in sys.stdlib_module_names
+        if not (known or top.startswith("_sysconfigdata")):
+            # torch also asks whether there are packages that it then does not import: a spec, as
+            # without a blocker.
             if importlib.machinery.PathFinder.find_spec(name, path) is not None:
                 return importlib.machinery.ModuleSpec(name, self)
 
@@ -485,7 +566,8 @@ from benchmarks import gpu_acceptance, kernel_speed
 import sd_perf.config, sd_perf.fast.choice, sd_perf.reference.step, sd_perf.reference.unet
 import os, sd_kernels
 for package in (sd_kernels, sd_perf):  # of this checkout, installed or not
-    assert os.path.realpath(package.__path__[0]).startswith(os.path.realpath(os.getcwd()) + os.sep), package.__path__
+    place, checkout = os.path.realpath(package.__path__[0]), os.path.realpath(os.getcwd())
+    assert place.startswith(checkout + os.sep), place
 gpu_acceptance.parse(["--output", "unused"])
 assert gpu_acceptance.predictions("NVIDIA H100 80GB HBM3", 64)["fused"]["by_op"]
 assert kernel_speed.plan(kernel_speed.parse([]), kernel_speed.DECLARED_TARGETS["h100"])

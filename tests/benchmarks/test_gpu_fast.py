@@ -1,4 +1,5 @@
-"""The fast iteration, its checks and its profile, on a CPU through reference operators: no number is a result."""
+"""The fast iteration, its checks and its profile, on a CPU through reference operators: no number
+is a result."""
 
 from __future__ import annotations
 
@@ -13,8 +14,25 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from benchmarks import gpu_checks, gpu_profile
-from benchmarks.gpu_fast import FAST_BF16, FAST_CHECKED, FAST_FP8, FAST_FP32, FastRecipe, FastWorkload, Op, unwrapped
-from benchmarks.gpu_workload import AUTOCAST, DIFFUSERS, FP32, MASTERS, PlainWorkload, Recipe, randomize
+from benchmarks.gpu_fast import (
+    FAST_BF16,
+    FAST_CHECKED,
+    FAST_FP8,
+    FAST_FP32,
+    FastRecipe,
+    FastWorkload,
+    Op,
+    unwrapped,
+)
+from benchmarks.gpu_workload import (
+    AUTOCAST,
+    DIFFUSERS,
+    FP32,
+    MASTERS,
+    PlainWorkload,
+    Recipe,
+    randomize,
+)
 from sd_kernels.registry import all_ops
 from sd_perf.config import KernelsConfig, UNetConfig
 from sd_perf.models.key_maps import to_diffusers
@@ -34,7 +52,9 @@ YARDSTICKS = (FP32, PLAIN_BF16, FAST_FP8.yardstick)
 ITERATIONS = 3
 
 
-def fast_workload(recipe: FastRecipe = FAST_BF16, wrap: Callable[[str, Op], Op] = unwrapped) -> FastWorkload:
+def fast_workload(
+    recipe: FastRecipe = FAST_BF16, wrap: Callable[[str, Op], Op] = unwrapped
+) -> FastWorkload:
     return FastWorkload(recipe, TINY, 2, "cpu", wrap=wrap, **SIZES)
 
 
@@ -44,17 +64,26 @@ def trained(workload: Any) -> gpu_checks.Trained:
 
 @pytest.fixture(scope="module")
 def plain() -> dict[str, gpu_checks.Trained]:
-    return {recipe.implementation: trained(recipe.workload(TINY, 2, "cpu", **SIZES)) for recipe in YARDSTICKS}
+    return {
+        recipe.implementation: trained(recipe.workload(TINY, 2, "cpu", **SIZES))
+        for recipe in YARDSTICKS
+    }
 
 
-def verdict(recipe: FastRecipe, mine: gpu_checks.Trained, plain: dict[str, gpu_checks.Trained]) -> dict[str, bool]:
+def verdict(
+    recipe: FastRecipe, mine: gpu_checks.Trained, plain: dict[str, gpu_checks.Trained]
+) -> dict[str, bool]:
     assert recipe.yardstick
-    checks = gpu_checks.compare_training(recipe, mine, plain[recipe.yardstick.implementation], plain["plain_fp32"])
+    checks = gpu_checks.compare_training(
+        recipe, mine, plain[recipe.yardstick.implementation], plain["plain_fp32"]
+    )
     return {check["check"].partition(": ")[2]: check["passed"] for check in checks}
 
 
 @pytest.mark.parametrize("recipe", FAST_CHECKED, ids=lambda recipe: recipe.implementation)
-def test_it_trains_as_the_plain_one(recipe: FastRecipe, plain: dict[str, gpu_checks.Trained]) -> None:
+def test_it_trains_as_the_plain_one(
+    recipe: FastRecipe, plain: dict[str, gpu_checks.Trained]
+) -> None:
     workload = fast_workload(recipe)
     mine = trained(workload)
     assert all(verdict(recipe, mine, plain).values())
@@ -76,7 +105,9 @@ def test_reset_and_replays_are_exact(recipe: FastRecipe) -> None:
 
 def test_a_forgotten_remainder_is_red(plain: dict[str, gpu_checks.Trained]) -> None:
     def forget(name: str, op: Op) -> Op:
-        def adamw(weights: torch.Tensor, remainders: torch.Tensor, *others: Any, **options: Any) -> None:
+        def adamw(
+            weights: torch.Tensor, remainders: torch.Tensor, *others: Any, **options: Any
+        ) -> None:
             op(weights, remainders, *others, **options)
             remainders.zero_()
 
@@ -120,10 +151,14 @@ def test_the_rule_follows_the_yardstick() -> None:
     errors = {check["check"]: check["error"] for check in checks}
     budgets = {check["check"]: check["budget"] for check in checks}
     assert len(checks) == 2 + 2 + 3 * len(FAST_CHECKED)
-    assert budgets["fast_bf16: output"] == pytest.approx(2 * errors["plain_bf16_masters: output"], rel=1e-3)
+    assert budgets["fast_bf16: output"] == pytest.approx(
+        2 * errors["plain_bf16_masters: output"], rel=1e-3
+    )
     assert errors["fast_fp32: gradients"] < 1e-5 < errors["fast_bf16: gradients"]
 
-    unsafe = replace(FAST_BF16, implementation="fast_fp32", yardstick=FP32)  # bf16 that claims to be fp32
+    unsafe = replace(
+        FAST_BF16, implementation="fast_fp32", yardstick=FP32
+    )  # bf16 that claims to be fp32
     checks = gpu_checks.check_precisions(TINY, 8, (FP32, unsafe), "cpu", "cpu", gradients=True)
     assert [check["passed"] for check in checks] == [True, True, False, False, False]
     assert not gpu_checks.check_precisions(
@@ -144,7 +179,9 @@ def test_steps_are_checked_in_one_go() -> None:
     checks = gpu_checks.check_steps(replace(FAST_BF16, yardstick=PLAIN_BF16), TINY, 8, "cpu", 1)
     red = [check["check"] for check in checks if not check["passed"]]
     assert len(checks) == 7
-    assert red == ["fast_bf16: operators on Triton without a launch (no such operator counts as one)"]
+    assert red == [
+        "fast_bf16: operators on Triton without a launch (no such operator counts as one)"
+    ]
 
 
 def test_zero_launches_are_red() -> None:
@@ -236,28 +273,59 @@ def kernel(name: str, microseconds: float) -> Any:
 
 
 def test_kernels_are_grouped_by_where_they_were_launched() -> None:
-    conv = FakeEvent("sd_perf op conv", start=1, kernels=[kernel("sd_perf op conv", 999.0)])  # the range's own copy
+    conv = FakeEvent(
+        "sd_perf op conv", start=1, kernels=[kernel("sd_perf op conv", 999.0)]
+    )  # the range's own copy
     made = FakeEvent("aten::convolution", conv, sequence_nr=7, start=2)
-    forward = FakeEvent("aten::cudnn_convolution", made, start=3, kernels=[kernel("implicit_gemm", 2000.0)])
+    forward = FakeEvent(
+        "aten::cudnn_convolution", made, start=3, kernels=[kernel("implicit_gemm", 2000.0)]
+    )
     cat = FakeEvent("aten::cat", None, sequence_nr=8, start=4, kernels=[kernel("cat", 100.0)])
     norm = FakeEvent("sd_perf op group_norm", start=5)
     # It takes no gradient, so that node 9 is of what follows.
     empty = FakeEvent("aten::empty", norm, sequence_nr=9, start=6)
     linear = FakeEvent("sd_perf op linear", start=7)
-    product = FakeEvent("aten::addmm", linear, sequence_nr=9, start=8, kernels=[kernel("gemm", 300.0)])
+    product = FakeEvent(
+        "aten::addmm", linear, sequence_nr=9, start=8, kernels=[kernel("gemm", 300.0)]
+    )
 
-    engine = FakeEvent("autograd::engine::evaluate_function: ConvolutionBackward0", None, sequence_nr=7, start=10)
+    engine = FakeEvent(
+        "autograd::engine::evaluate_function: ConvolutionBackward0", None, sequence_nr=7, start=10
+    )
     node = FakeEvent("ConvolutionBackward0", engine, sequence_nr=7, scope=1, start=11)
     inner = [kernel("wgrad", 1500.0), kernel("wgrad", 500.0)]
     backward = FakeEvent("aten::convolution_backward", node, start=12, kernels=inner)
-    summed = FakeEvent("aten::add_", engine, start=13, kernels=[kernel("add", 50.0)])  # of two gradients of one tensor
-    engine = FakeEvent("autograd::engine::evaluate_function: AddmmBackward0", None, sequence_nr=9, start=13.5)
+    summed = FakeEvent(
+        "aten::add_", engine, start=13, kernels=[kernel("add", 50.0)]
+    )  # of two gradients of one tensor
+    engine = FakeEvent(
+        "autograd::engine::evaluate_function: AddmmBackward0", None, sequence_nr=9, start=13.5
+    )
     other = FakeEvent("AddmmBackward0", engine, sequence_nr=9, scope=1, start=14)
-    custom = FakeEvent("sd_kernels::layer_norm_backward", other, start=15, kernels=[kernel("ln", 70.0)])
+    custom = FakeEvent(
+        "sd_kernels::layer_norm_backward", other, start=15, kernels=[kernel("ln", 70.0)]
+    )
     product_back = FakeEvent("aten::mm", other, start=16, kernels=[kernel("gemm", 600.0)])
-    column = FakeEvent("sd_kernels::column_sum", custom, start=17, kernels=[kernel("column_sum", 30.0)])
+    column = FakeEvent(
+        "sd_kernels::column_sum", custom, start=17, kernels=[kernel("column_sum", 30.0)]
+    )
 
-    events = [conv, made, forward, cat, norm, empty, linear, product, engine, node, backward, summed, other, custom]
+    events = [
+        conv,
+        made,
+        forward,
+        cat,
+        norm,
+        empty,
+        linear,
+        product,
+        engine,
+        node,
+        backward,
+        summed,
+        other,
+        custom,
+    ]
     found = gpu_profile.by_op([*reversed(events), product_back, column])
     assert {op: (round(row["ms"], 3), row["kernels"]) for op, row in found.items()} == {
         "conv": (4.0, 3),
@@ -291,7 +359,9 @@ def test_every_operator_is_found_in_a_real_profile() -> None:
     assert set(all_ops()) - ops == {"fp8_linear"}
 
     def kernels(part: str) -> set[str]:
-        only = gpu_profile.by_op(events, lambda event: own_time(event) if part in event.name else [])
+        only = gpu_profile.by_op(
+            events, lambda event: own_time(event) if part in event.name else []
+        )
         return set(only)
 
     assert kernels("aten::convolution_backward") == {"conv", "upsample_conv"}

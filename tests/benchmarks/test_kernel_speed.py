@@ -37,7 +37,13 @@ from tests.kernels.faults import planted
 H100 = DECLARED_TARGETS["h100"]
 MACHINE = {"gpu": "a CPU", "torch": "2", "triton": "3", "copy_gb_per_second": 1.0}
 SMALL = dataclasses.replace(geglu.SPEC.small_cases[2], calls=3)
-MEASURED = {"status": "measured", "us": 10.0, "gb_per_second": 5.0, "percent_of_copy": 90.0, "tflop_per_second": 0.0}
+MEASURED = {
+    "status": "measured",
+    "us": 10.0,
+    "gb_per_second": 5.0,
+    "percent_of_copy": 90.0,
+    "tflop_per_second": 0.0,
+}
 
 
 def entry(backend: str, against: str = "", case: Case = SMALL) -> Entry:
@@ -66,7 +72,9 @@ def test_the_plan_has_every_backend_and_the_compiled_reference() -> None:
     assert [entry.backend for entry in entries[:3]] == ["triton", "reference", COMPILED]
     assert len(entries) == 3 * len(geglu.SPEC.cases)
     assert all(entry.case.shape["B"] == 64 and not entry.against for entry in entries)
-    on_cpu = plan(parse(["--ops", "geglu", "--batch", "2", "--cases", "64 tokens"]), Target("cpu", "cpu"))
+    on_cpu = plan(
+        parse(["--ops", "geglu", "--batch", "2", "--cases", "64 tokens"]), Target("cpu", "cpu")
+    )
     assert [bool(entry.against) for entry in on_cpu] == [True, False, False]
     assert on_cpu[0].case.shape["B"] == 2
     assert plan(parse(["--cases", "no such case"]), H100) == []
@@ -75,7 +83,11 @@ def test_the_plan_has_every_backend_and_the_compiled_reference() -> None:
 @pytest.mark.parametrize("spec", all_ops().values(), ids=lambda spec: spec.name)
 def test_a_batch_scales_what_is_counted_in_samples(spec: Any) -> None:
     whole, half = (
-        [item.case for item in plan(parse(["--ops", spec.name, "--batch", batch]), H100) if item.backend == COMPILED]
+        [
+            item.case
+            for item in plan(parse(["--ops", spec.name, "--batch", batch]), H100)
+            if item.backend == COMPILED
+        ]
         for batch in ("64", "32")
     )
     assert [case.shape for case in whole] == [case.shape for case in spec.cases]
@@ -121,7 +133,12 @@ def test_forward_and_backward_are_those_of_the_op() -> None:
 @pytest.mark.parametrize("op", kernel_speed.PRODUCTS)
 def test_the_products_of_a_backward_are_apart(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = all_ops()[op]
-    item = Entry(spec, next(case for case in spec.small_cases if case.name != "one row"), "reference", torch.float32)
+    item = Entry(
+        spec,
+        next(case for case in spec.small_cases if case.name != "one row"),
+        "reference",
+        torch.float32,
+    )
     assert item.directions() == ["forward", "dgrad", "wgrad"]
     work = spec.work(item.case, torch.float32)
     assert [item.flops(way) for way in item.directions()] == [work.flops] * 3
@@ -129,7 +146,9 @@ def test_the_products_of_a_backward_are_apart(op: str, monkeypatch: pytest.Monke
     [inputs] = kernel_speed.input_sets(item, 1, "cpu")
     for way, names in (("dgrad", {"x", "other"}), ("wgrad", {"weight", "bias"})):
         [call] = kernel_speed.backwards(spec.reference(), [inputs], way)
-        expected = [inputs[name].shape for name in inputs if name in names and inputs[name] is not None]
+        expected = [
+            inputs[name].shape for name in inputs if name in names and inputs[name] is not None
+        ]
         assert [grad.shape for grad in call()] == expected
 
 
@@ -145,11 +164,17 @@ def test_green_is_timed(on_cpu: None) -> None:
     measured = kernel_speed.measure(entry("triton"), parity, copy=1e9, l2_bytes=2**17, seconds=0.01)
     assert measured.keys() == {"forward", "backward"}
     forward = measured["forward"]
-    assert forward["status"] == "measured" and forward["parity"]["ok"] and forward["parity"]["checked"] > 20
+    assert (
+        forward["status"] == "measured"
+        and forward["parity"]["ok"]
+        and forward["parity"]["checked"] > 20
+    )
     # 2 ms for as many calls as take GRAPH_SECONDS at the speed of a copy
     assert forward["us"] == pytest.approx(2000 / forward["graph_calls"])
     assert forward["graph_calls"] % forward["input_sets"] == 0
-    assert forward["gb_per_second"] == pytest.approx(entry("triton").work("forward") / forward["us"] / 1000)
+    assert forward["gb_per_second"] == pytest.approx(
+        entry("triton").work("forward") / forward["us"] / 1000
+    )
     assert forward["tflop_per_second"] == 0
     assert forward["percent_of_copy"] == pytest.approx(100 * forward["gb_per_second"])
     row = make_row(MACHINE, entry("triton"), "forward", forward)
@@ -158,7 +183,9 @@ def test_green_is_timed(on_cpu: None) -> None:
     assert row["source"] == source_digest("geglu") and row["gpu"] == "a CPU"
 
 
-def test_the_compiled_reference_is_held_to_the_same_rule(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_compiled_reference_is_held_to_the_same_rule(
+    on_cpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: lambda x: function(x) * 1.01)
     measured = kernel_speed.measure(entry(COMPILED), Parity("cpu"), 1e9, 2**17, 0.01)
     assert measured["forward"]["status"] == "red" and "WRONG" in measured["forward"]["reason"]
@@ -182,7 +209,9 @@ def test_red_is_not_timed(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_nan_is_the_worst() -> None:
-    verdict = kernel_speed.harness.Verdict("geglu", "triton", "tiny", "float32", "y", "rms", 1.0, 1.0, 2.0)
+    verdict = kernel_speed.harness.Verdict(
+        "geglu", "triton", "tiny", "float32", "y", "rms", 1.0, 1.0, 2.0
+    )
     nan = dataclasses.replace(verdict, error=float("nan"))
     far = dataclasses.replace(verdict, error=1e9)
     assert max([verdict, nan, far], key=kernel_speed._badness) is nan
@@ -196,11 +225,20 @@ def test_rows_of_a_run_that_meets_everything() -> None:
         raise RuntimeError("no kernel")
 
     green = {"ok": True, "checked": 1, "worst": ""}
-    outcomes = iter([lambda _: {way: {"parity": green, **MEASURED} for way in ("forward", "backward")},
-                     run_out_of_memory, fail])  # fmt: skip
+    outcomes = iter(
+        [
+            lambda _: {way: {"parity": green, **MEASURED} for way in ("forward", "backward")},
+            run_out_of_memory,
+            fail,
+        ]
+    )
     now = iter([0.0, 1.0, 2.0, 3.0, 99.0])
     saved: list[int] = []
-    entries = [entry("triton"), entry("apex", "No module named 'apex'"), *map(entry, ["torch", "cudnn", "reference"])]
+    entries = [
+        entry("triton"),
+        entry("apex", "No module named 'apex'"),
+        *map(entry, ["torch", "cudnn", "reference"]),
+    ]
     rows = measure_all(
         entries,
         MACHINE,
@@ -221,9 +259,12 @@ def test_rows_of_a_run_that_meets_everything() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [(["--batch", "0"], "at least 1"), (["--ops", "geglo"], "geglo"), (["--dtype", "x"], "x")]
+    ("arguments", "message"),
+    [(["--batch", "0"], "at least 1"), (["--ops", "geglo"], "geglo"), (["--dtype", "x"], "x")],
 )
-def test_options_that_make_no_sense(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_that_make_no_sense(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as leaving:
         parse(arguments)
     assert leaving.value.code == 2
@@ -249,18 +290,34 @@ def test_a_bare_checkout_is_enough() -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_gpu_acceptance_runs_them_within_its_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_acceptance_runs_them_within_its_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: dict[str, Any] = {}
 
-    def run(entries: list[Entry], budget: Budget, seconds: float, save: Callable[[list[dict]], None]) -> list[dict]:
+    def run(
+        entries: list[Entry], budget: Budget, seconds: float, save: Callable[[list[dict]], None]
+    ) -> list[dict]:
         seen.update(entries=entries, budget=budget.seconds)
         save([make_row(MACHINE, entries[0], "forward", {"status": "red", "reason": "WRONG"})])
         return []
 
     monkeypatch.setattr(kernel_speed, "run", run)
-    monkeypatch.setattr(gpu_acceptance, "describe", lambda: {"gpu": "NVIDIA H100 80GB HBM3", "torch": "2"})
-    options = gpu_acceptance.parse(["--output", str(tmp_path), "--parts", "kernels", "--git-sha", "abc"])
-    report = {"rows": [], "correctness": [], "kernels": [], "profile": {}, "command": "", "date": "", "notes": []}
+    monkeypatch.setattr(
+        gpu_acceptance, "describe", lambda: {"gpu": "NVIDIA H100 80GB HBM3", "torch": "2"}
+    )
+    options = gpu_acceptance.parse(
+        ["--output", str(tmp_path), "--parts", "kernels", "--git-sha", "abc"]
+    )
+    report = {
+        "rows": [],
+        "correctness": [],
+        "kernels": [],
+        "profile": {},
+        "command": "",
+        "date": "",
+        "notes": [],
+    }
     gpu_acceptance.run_parts(report, options, Budget(400), lambda: None)
     assert seen["budget"] <= 126
     assert {item.spec.name for item in seen["entries"]} == set(all_ops())

@@ -1,4 +1,5 @@
-"""Small shards for the data tests: sample i has moments full of i, caption "caption i", context full of -i."""
+"""Small shards for the data tests: sample i has moments full of i, caption "caption i", context
+full of -i."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -24,7 +25,11 @@ def make_shards(tmp_path: Path) -> Callable[..., DataConfig]:
                 states = np.full((TOKENS, CONTEXT_DIM), -i, np.float16) if context else None
                 writer.write(moments, f"caption {i}", {"number": i}, states)
         return DataConfig(
-            path=str(tmp_path / name), latent_size=SIDE, context="precomputed", context_tokens=TOKENS, **fields
+            path=str(tmp_path / name),
+            latent_size=SIDE,
+            context="precomputed",
+            context_tokens=TOKENS,
+            **fields,
         )
 
     return make

@@ -15,7 +15,10 @@ def test_every_epoch_is_a_permutation(seed, epoch, num):
 def test_order_depends_on_seed_and_epoch_and_nothing_else(monkeypatch):
     first = epoch_order(1, 2, 1000)
     assert first.dtype == np.int64
-    assert not (first == epoch_order(2, 2, 1000)).all() and not (first == epoch_order(1, 3, 1000)).all()
+    assert (
+        not (first == epoch_order(2, 2, 1000)).all()
+        and not (first == epoch_order(1, 3, 1000)).all()
+    )
     monkeypatch.setattr(order, "_CHUNK", 7)
     assert (first == epoch_order(1, 2, 1000)).all()
 
@@ -31,7 +34,8 @@ GOLDEN_1 = [4, 1, 0, 8, 3, 9, 7, 2, 5, 6]
 
 
 def test_order_looks_random():
-    """Where each sample lands over many epochs is uniform: chi-squared of 16 bins within 4 sigma of its mean."""
+    """Where each sample lands over many epochs is uniform: chi-squared of 16 bins within 4 sigma of
+    its mean."""
     places = np.concatenate([np.argsort(epoch_order(5, epoch, 64))[None] for epoch in range(800)])
     counts = np.stack([np.bincount(places[:, sample] // 4, minlength=16) for sample in range(64)])
     chi_squared = ((counts - 50.0) ** 2 / 50.0).sum()
@@ -56,10 +60,14 @@ def test_ranks_share_a_step(world, micro, accumulate, step):
     streams = [micro_batches(start, batch, micro, rank, world) for rank in range(world)]
     made = [np.concatenate([next(stream) for _ in range(accumulate)]) for stream in streams]
     assert all((one == other).all() for one, other in zip(made, parts, strict=True))
-    assert [next(stream)[0] for stream in streams] == list(range(start + batch, start + batch + world))
+    assert [next(stream)[0] for stream in streams] == list(
+        range(start + batch, start + batch + world)
+    )
 
 
-@pytest.mark.parametrize("wrong", [(5, 12, 2, 0, 3), (-12, 12, 2, 0, 3), (0, 12, 5, 0, 1), (0, 12, 2, 3, 3)])
+@pytest.mark.parametrize(
+    "wrong", [(5, 12, 2, 0, 3), (-12, 12, 2, 0, 3), (0, 12, 5, 0, 1), (0, 12, 2, 3, 3)]
+)
 def test_splits_that_do_not_divide(wrong):
     with pytest.raises(ValueError, match="global batch"):
         micro_batches(*wrong)

@@ -28,7 +28,9 @@ def text_encoder(captions: list[str]) -> torch.Tensor:
 
 
 def batch_of(folder: Path, size: int, count: int, **fields):
-    config = DataConfig(path=str(folder), latent_size=size // 8, **{"context": "open_clip", **fields})
+    config = DataConfig(
+        path=str(folder), latent_size=size // 8, **{"context": "open_clip", **fields}
+    )
     split = {"global_batch_size": count, "micro_batch_size": count}
     return next(PortableLoader(config, LoaderOptions(seed=0, context_dim=4, **split)).batches(0))
 
@@ -39,11 +41,21 @@ def photographs(tmp_path: Path) -> Path:
     folder = tmp_path / "images"
     folder.mkdir()
     lines = []
-    for number, (name, extent) in enumerate([("a.png", (40, 30)), ("b.jpg", (30, 50)), ("c.png", (32, 32))]):
+    for number, (name, extent) in enumerate(
+        [("a.png", (40, 30)), ("b.jpg", (30, 50)), ("c.png", (32, 32))]
+    ):
         Image.new("RGB", extent, (50 * number, 100, 200)).save(folder / name)
         captions = [f"picture {number}", f"other words for {number}"]
         lines.append(
-            json.dumps({"file": name, "captions": captions, "width": extent[0], "flickr_url": "u", "sha256": "x"})
+            json.dumps(
+                {
+                    "file": name,
+                    "captions": captions,
+                    "width": extent[0],
+                    "flickr_url": "u",
+                    "sha256": "x",
+                }
+            )
         )
     (tmp_path / "captions.jsonl").write_text("\n".join(lines) + "\n")
     return folder
@@ -69,11 +81,20 @@ def test_reading_captions(photographs):
         (b'{"file": "a.png"}', r"line 2 \(a.png\) has no captions"),
         (b'{"file": "a.png", "captions": []}', r"line 2 \(a.png\) has no captions"),
         (b'{"file": "a.png", "captions": "x"}', r"line 2 \(a.png\) has no captions"),
-        (b'{"file": "a.png", "captions": ["x", 3]}', r"line 2 \(a.png\): caption 3 is not a string"),
+        (
+            b'{"file": "a.png", "captions": ["x", 3]}',
+            r"line 2 \(a.png\): caption 3 is not a string",
+        ),
         (b'{"file": "a.png", "caption": "  "}', r"line 2 \(a.png\): caption is empty"),
         (b'{"file": "a.png", "caption": "caf\xe9"}', "line 2 is not UTF-8"),
-        (b'{"file": "a.png", "caption": "\\ud800"}', r"line 2 \(a.png\): caption cannot be written as UTF-8"),
-        (b'{"file": "a.png", "caption": "' + b"\xc3\xa9" * 2049 + b'"}', "line 2 .* 4098 bytes, more than 4096"),
+        (
+            b'{"file": "a.png", "caption": "\\ud800"}',
+            r"line 2 \(a.png\): caption cannot be written as UTF-8",
+        ),
+        (
+            b'{"file": "a.png", "caption": "' + b"\xc3\xa9" * 2049 + b'"}',
+            "line 2 .* 4098 bytes, more than 4096",
+        ),
         (b'{"file": "gone.png", "caption": "x"}', "line 2 names gone.png, which is not in"),
     ],
 )
@@ -139,9 +160,16 @@ def test_moments_of_photographs(photographs, tmp_path):
 def test_the_benchmarks_pixel_range_and_more_captions(photographs, tmp_path):
     samples = read_captioned_images(photographs)
     options = {"pixel_range": "zero_one", "captions_per_image": 2, "samples_per_shard": 4}
-    assert prepare_moments(samples, encoder, tmp_path / "out", 16, text_encoder=text_encoder, **options) == 6
+    assert (
+        prepare_moments(
+            samples, encoder, tmp_path / "out", 16, text_encoder=text_encoder, **options
+        )
+        == 6
+    )
     batch = batch_of(tmp_path / "out", 16, 6, context="precomputed", context_tokens=3)
-    assert sorted(batch.captions) == sorted(caption for sample in samples for caption in sample.captions)
+    assert sorted(batch.captions) == sorted(
+        caption for sample in samples for caption in sample.captions
+    )
     for moments, caption, context in zip(batch.moments, batch.captions, batch.context, strict=True):
         assert abs(float(moments[0].mean()) - 50 * int(caption[-1]) / 255) < 0.02
         assert (context == len(caption)).all()
@@ -160,13 +188,19 @@ def test_undecodable_image(photographs, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"encoder": lambda images: images}, r"line 1 to .*line 3: the encoder .* gives shape \(3, 3, 16, 16\)"),
+        (
+            {"encoder": lambda images: images},
+            r"line 1 to .*line 3: the encoder .* gives shape \(3, 3, 16, 16\)",
+        ),
         ({"encoder": lambda images: encoder(images) / 0}, "encoder .* gives NaN or infinite"),
         (
             {"text_encoder": lambda captions: torch.zeros(len(captions), 4)},
             r"line 1: the text encoder .* shape \(1, 4\)",
         ),
-        ({"text_encoder": lambda captions: torch.full((len(captions), 3, 4), 1e6)}, "text encoder .* NaN or infinite"),
+        (
+            {"text_encoder": lambda captions: torch.full((len(captions), 3, 4), 1e6)},
+            "text encoder .* NaN or infinite",
+        ),
         ({"size": 20}, "image size 20 .* multiple of 8"),
         ({"captions_per_image": 0}, "at least 1"),
     ],

@@ -97,7 +97,11 @@ def test_reader(make_shards):
     config = make_shards()
     reader = SampleReader(ShardIndex.open(config.path), config, 4, 5)
     sample = reader.read(7)
-    assert sample.caption == "caption 7" and (sample.moments == 7).all() and (sample.context == -7).all()
+    assert (
+        sample.caption == "caption 7"
+        and (sample.moments == 7).all()
+        and (sample.context == -7).all()
+    )
     assert sample.moments.shape == (8, 2, 2) and sample.context.shape == (3, 5)
 
 

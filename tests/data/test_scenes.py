@@ -27,7 +27,8 @@ def test_a_scene_is_a_function_of_seed_and_index():
 
 
 def test_scenes_are_the_same_on_every_machine():
-    """Numbers of the first scene of seed 0, so that a change of numpy or of the renderer cannot pass unseen."""
+    """Numbers of the first scene of seed 0, so that a change of numpy or of the renderer cannot
+    pass unseen."""
     scene = render(0, 0)
     assert scene.caption == "a red square above a green square"
     assert scene.image[0, 0].tolist() == [178] * 3
@@ -47,7 +48,9 @@ def test_shapes_neither_touch_nor_leave_the_picture():
     for index in range(200):
         image = render(2, index).image.astype(int)
         border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
-        assert (border == border[0]).all() and BACKGROUND[0] - 1 <= border[0, 0] <= BACKGROUND[1] + 1
+        assert (border == border[0]).all() and BACKGROUND[0] - 1 <= border[0, 0] <= BACKGROUND[
+            1
+        ] + 1
 
 
 def test_pictures_show_the_colours_of_their_captions():
@@ -62,10 +65,14 @@ def test_written_scenes_are_read_as_photographs_are(tmp_path):
     pytest.importorskip("PIL", reason="needs Pillow")
     write_scenes(tmp_path / "scenes", 5, seed=7)
     images = read_captioned_images(tmp_path / "scenes")
-    assert [image.captions for image in images] == [(render(7, index).caption,) for index in range(5)]
+    assert [image.captions for image in images] == [
+        (render(7, index).caption,) for index in range(5)
+    ]
     pixels = (load_image(images[4].path, 64) * 255).round().permute(1, 2, 0).numpy()
     assert np.array_equal(pixels, render(7, 4).image)
-    assert set(json.loads((tmp_path / "scenes" / "captions.jsonl").read_text().splitlines()[0])) == {"file", "caption"}
+    assert set(
+        json.loads((tmp_path / "scenes" / "captions.jsonl").read_text().splitlines()[0])
+    ) == {"file", "caption"}
     with pytest.raises(DataError, match="not empty"):
         write_scenes(tmp_path / "scenes", 5, seed=7)
 
@@ -73,7 +80,9 @@ def test_written_scenes_are_read_as_photographs_are(tmp_path):
 def test_captions_are_short():
     define_missing_torchvision_ops()
     open_clip = pytest.importorskip("open_clip", reason="needs open_clip")
-    tokens = open_clip.SimpleTokenizer(context_length=24)([attributes.caption for attributes in all_attributes()])
+    tokens = open_clip.SimpleTokenizer(context_length=24)(
+        [attributes.caption for attributes in all_attributes()]
+    )
     assert int((tokens != 0).sum(dim=1).max()) <= 12
 
 
@@ -81,6 +90,11 @@ def test_scenes_without_captions(tmp_path):
     pytest.importorskip("PIL", reason="needs Pillow")
     write_scenes(tmp_path, 4, seed=7, uncaptioned_every=2)
     images = read_captioned_images(tmp_path, allow_empty=True)
-    assert [image.captions[0] for image in images] == ["", render(7, 1).caption, "", render(7, 3).caption]
+    assert [image.captions[0] for image in images] == [
+        "",
+        render(7, 1).caption,
+        "",
+        render(7, 3).caption,
+    ]
     with pytest.raises(DataError, match=r"line 1 .*caption is empty"):
         read_captioned_images(tmp_path)

@@ -43,7 +43,12 @@ def test_written_layout(make_shards):
     assert members[0].isdir() and members[0].name == ""
     files = [member.name for member in members[1:]]
     assert files == sorted(files) and len(files) == 8
-    assert files[:4] == ["000010000.context.npy", "000010000.json", "000010000.npy", "000010000.txt"]
+    assert files[:4] == [
+        "000010000.context.npy",
+        "000010000.json",
+        "000010000.npy",
+        "000010000.txt",
+    ]
     assert arrays.shape == (1, 8, 2, 2) and arrays.dtype == np.float32 and (arrays == 5).all()
     assert metadata == {"number": 5}
 
@@ -74,7 +79,14 @@ def test_shards_made_by_taring_a_folder(tmp_path):
 
 
 def test_keys_end_at_the_first_dot_of_the_base_name(tmp_path):
-    files = ["v1.0/a.npy", "v1.0/a.TXT", "v1.0/b.context.npy", "v1.0/b.npy", "v1.0/b.txt", "v1.0/.hidden.npy"]
+    files = [
+        "v1.0/a.npy",
+        "v1.0/a.TXT",
+        "v1.0/b.context.npy",
+        "v1.0/b.npy",
+        "v1.0/b.txt",
+        "v1.0/.hidden.npy",
+    ]
     write_tar(tmp_path / "0.tar", [(name, name.encode()) for name in files])
     index = ShardIndex.open(tmp_path)
     assert index.samples["key"].tolist() == [b"v1.0/a", b"v1.0/b"]
@@ -112,9 +124,13 @@ def test_fingerprint_is_of_the_data_alone(make_shards):
     assert ShardIndex.open(make_shards(name="c", num=9).path).fingerprint != fingerprint
     (Path(second.path) / "00000.tar").rename(Path(second.path) / "00000b.tar")
     assert ShardIndex.open(second.path).fingerprint != fingerprint
-    longer, renamed = ([("a.npy", b"1"), (f"{key}.txt", text)] for key, text in [("a", b"22"), ("b", b"2")])
+    longer, renamed = (
+        [("a.npy", b"1"), (f"{key}.txt", text)] for key, text in [("a", b"22"), ("b", b"2")]
+    )
     renamed[0] = ("b.npy", b"1")
-    base = write_tar(Path(first.path).parent / "d" / "0.tar", [("a.npy", b"1"), ("a.txt", b"2")]).parent
+    base = write_tar(
+        Path(first.path).parent / "d" / "0.tar", [("a.npy", b"1"), ("a.txt", b"2")]
+    ).parent
     prints = {ShardIndex.open(base).fingerprint}
     for number, members in enumerate((longer, renamed)):
         folder = write_tar(base.with_name(f"e{number}") / "0.tar", members).parent
@@ -122,7 +138,9 @@ def test_fingerprint_is_of_the_data_alone(make_shards):
     assert len(prints) == 3
 
 
-@pytest.mark.parametrize("cut", ["inside the last file", "before the end blocks", "between members", "inside a header"])
+@pytest.mark.parametrize(
+    "cut", ["inside the last file", "before the end blocks", "between members", "inside a header"]
+)
 def test_truncated_tar(make_shards, cut):
     shard = Path(make_shards(num=4).path) / "00000.tar"
     with tarfile.open(shard) as tar:
@@ -175,7 +193,9 @@ def test_unusable_members(tmp_path, files, message):
 def test_missing_context(make_shards):
     folder = make_shards(context=False).path
     assert len(ShardIndex.open(folder)) == 10
-    with pytest.raises(DataError, match=r"10 samples have no \.context\.npy, the first is 000000000 in 00000\.tar"):
+    with pytest.raises(
+        DataError, match=r"10 samples have no \.context\.npy, the first is 000000000 in 00000\.tar"
+    ):
         ShardIndex.open(folder, need_context=True)
 
 

@@ -12,7 +12,9 @@ from sd_perf.diffusion.schedule import Schedule, make_alphas_cumprod
 
 def model(x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
     """A smooth stand-in for the UNet that depends on everything it is given."""
-    return torch.tanh(x + context.mean((1, 2)).view(-1, 1, 1, 1) + timesteps.view(-1, 1, 1, 1) / 1000)
+    return torch.tanh(
+        x + context.mean((1, 2)).view(-1, 1, 1, 1) + timesteps.view(-1, 1, 1, 1) / 1000
+    )
 
 
 def test_timesteps():
@@ -23,9 +25,15 @@ def test_timesteps():
 
 def test_equals_diffusers_scheduler():
     scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
-        clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="leading",
-    )  # fmt: skip
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        timestep_spacing="leading",
+    )
     scheduler.set_timesteps(50)
     assert scheduler.timesteps.tolist() == ddim_timesteps(1000, 50)
     noise, context, uncond = torch.randn(3, 4, 8, 8), torch.randn(3, 5, 6), torch.randn(1, 5, 6)
@@ -34,7 +42,9 @@ def test_equals_diffusers_scheduler():
         times = t.expand(3)
         v_uncond, v_cond = model(x, times, uncond), model(x, times, context)
         x = scheduler.step(v_uncond + 8.0 * (v_cond - v_uncond), t, x).prev_sample
-    ours = ddim_sample(model, noise, context, uncond, DiffusionConfig(), steps=50, guidance_scale=8.0)
+    ours = ddim_sample(
+        model, noise, context, uncond, DiffusionConfig(), steps=50, guidance_scale=8.0
+    )
     # set_alpha_to_one=False is the benchmark's last step: it ends at alphas_cumprod[0].
     torch.testing.assert_close(ours.double(), x, rtol=1e-4, atol=1e-4)
 
@@ -49,9 +59,13 @@ def test_last_step_ends_at_the_first_alphas_cumprod():
 
     first = torch.full((2,), 981)
     context = torch.zeros(2, 1, 1)
-    end = ddim_sample(exact, schedule.add_noise(latents, noise, first), context, context[:1], config, 50, 1.0)
+    end = ddim_sample(
+        exact, schedule.add_noise(latents, noise, first), context, context[:1], config, 50, 1.0
+    )
     start = make_alphas_cumprod(config)[0]
-    torch.testing.assert_close(end, (start.sqrt() * latents + (1 - start).sqrt() * noise).float(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        end, (start.sqrt() * latents + (1 - start).sqrt() * noise).float(), atol=1e-5, rtol=0
+    )
 
 
 def test_guidance_scale_one_is_the_conditional_prediction():

@@ -1,4 +1,5 @@
-"""Philox: published vectors, independence of how samples are split, the shape of the distribution."""
+"""Philox: published vectors, independence of how samples are split, the shape of the
+distribution."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ import torch
 
 from sd_perf.diffusion.randomness import Stream, normal, philox, philox_4x32, uniform_integers
 
-# Known answers of the Random123 library (kat_vectors, philox4x32 with 10 rounds): counter, key, output.
+# Known answers of the Random123 library (kat_vectors, philox4x32 with 10 rounds): counter, key,
+# output.
 KNOWN = [
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
     ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
@@ -48,7 +50,9 @@ def test_draws_do_not_depend_on_the_split(world_size, stream):
     indices = torch.arange(100, 112)
     whole = normal(7, stream, indices, 35)
     for rank in range(world_size):
-        assert torch.equal(normal(7, stream, indices[rank::world_size], 35), whole[rank::world_size])
+        assert torch.equal(
+            normal(7, stream, indices[rank::world_size], 35), whole[rank::world_size]
+        )
         assert torch.equal(
             uniform_integers(7, stream, indices[rank::world_size], 1000),
             uniform_integers(7, stream, indices, 1000)[rank::world_size],
@@ -66,7 +70,8 @@ def test_normals_are_normal():
     assert abs(numbers.mean()) < 4 / n**0.5
     assert abs(numbers.var() - 1) < 4 * (2 / n) ** 0.5
     assert abs((numbers**4).mean() - 3) < 4 * (96 / n) ** 0.5
-    # Neighbours come from one Box-Muller pair, samples from different counters: neither may be correlated.
+    # Neighbours come from one Box-Muller pair, samples from different counters: neither may be
+    # correlated.
     for left, right in ((numbers[:, 0::2], numbers[:, 1::2]), (numbers[:-1], numbers[1:])):
         assert abs((left * right).mean()) < 4 / left.numel() ** 0.5
 

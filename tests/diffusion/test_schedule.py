@@ -9,8 +9,8 @@ import torch
 from sd_perf.config import DiffusionConfig
 from sd_perf.diffusion.schedule import Schedule, make_alphas_cumprod
 
-# sqrt(alphas_cumprod) and sqrt(1 - alphas_cumprod) at 0 and 999, published with an independent implementation that
-# accumulates the product in float32.
+# sqrt(alphas_cumprod) and sqrt(1 - alphas_cumprod) at 0 and 999, published with an independent
+# implementation that accumulates the product in float32.
 GOLDEN = (0.9995748997, 0.0682648495, 0.0291551333, 0.9976672530)
 
 
@@ -25,9 +25,16 @@ def test_golden_values():
 
 
 def test_golden_values_are_float32_arithmetic_of_the_same_betas():
-    betas = (torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).float().numpy()
+    betas = (
+        (torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).float().numpy()
+    )
     product = np.cumprod(1 - betas)
-    float32 = [np.sqrt(product[0]), np.sqrt(product[-1]), np.sqrt(1 - product[0]), np.sqrt(1 - product[-1])]
+    float32 = [
+        np.sqrt(product[0]),
+        np.sqrt(product[-1]),
+        np.sqrt(1 - product[0]),
+        np.sqrt(1 - product[-1]),
+    ]
     assert [float(value) for value in float32] == pytest.approx(GOLDEN, abs=1e-10)
 
 
@@ -42,7 +49,10 @@ def test_noising_and_v_are_a_rotation():
     schedule = Schedule(DiffusionConfig())
     latents, noise = torch.randn(4, 4, 3, 5), torch.randn(4, 4, 3, 5)
     timesteps = torch.tensor([0, 1, 500, 999])
-    x, v = schedule.add_noise(latents, noise, timesteps), schedule.v_target(latents, noise, timesteps)
+    x, v = (
+        schedule.add_noise(latents, noise, timesteps),
+        schedule.v_target(latents, noise, timesteps),
+    )
     signal = schedule.sqrt_alphas_cumprod[timesteps].view(-1, 1, 1, 1)
     sigma = schedule.sqrt_one_minus_alphas_cumprod[timesteps].view(-1, 1, 1, 1)
     torch.testing.assert_close(signal * x - sigma * v, latents, atol=1e-5, rtol=0)

@@ -13,7 +13,11 @@ from sd_perf.models.torchvision_schemas import define_missing_torchvision_ops
 define_missing_torchvision_ops()
 open_clip = pytest.importorskip("open_clip")
 
-CAPTIONS = ["a red block left of a blue block", "", "Two GREEN circles &amp; a dog " + "far away " * 40]
+CAPTIONS = [
+    "a red block left of a blue block",
+    "",
+    "Two GREEN circles &amp; a dog " + "far away " * 40,
+]
 MODEL = {
     "embed_dim": 24,
     "vision_cfg": {"image_size": 64, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16},
@@ -44,14 +48,17 @@ def pictures() -> torch.Tensor:
 
 
 def by_hand(weights: Path, images: torch.Tensor) -> torch.Tensor:
-    """Spec by Pillow, numpy and the towers: truncate, shorter side to 64, centre crop, normalise, dot product."""
+    """Spec by Pillow, numpy and the towers: truncate, shorter side to 64, centre crop, normalise,
+    dot product."""
     model = open_clip.model.CLIP(**MODEL).eval()
     model.load_state_dict(torch.load(weights))
     mean = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
     std = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
     cosines = []
     for image, caption in zip(images, CAPTIONS, strict=True):
-        picture = Image.fromarray(np.floor(image.permute(1, 2, 0).numpy() * np.float32(255)).astype(np.uint8))
+        picture = Image.fromarray(
+            np.floor(image.permute(1, 2, 0).numpy() * np.float32(255)).astype(np.uint8)
+        )
         picture = picture.resize((88, 64), Image.Resampling.BICUBIC).crop((12, 0, 76, 64))
         pixels = (np.asarray(picture, dtype=np.float32) / 255 - mean) / std
         with torch.no_grad():
@@ -71,11 +78,19 @@ def test_cosines_are_open_clips(scorer, files):
     """open_clip's own preparation and towers, on the truncated pictures."""
     model, _, prepare = open_clip.create_model_and_transforms("clip_score_test", str(files[1]))
     model.eval()
-    truncated = [Image.fromarray((image * 255).byte().permute(1, 2, 0).numpy()) for image in pictures()]
+    truncated = [
+        Image.fromarray((image * 255).byte().permute(1, 2, 0).numpy()) for image in pictures()
+    ]
     with torch.no_grad():
-        seen = model.encode_image(torch.stack([prepare(picture) for picture in truncated]), normalize=True)
-        read = model.encode_text(open_clip.get_tokenizer("clip_score_test")(CAPTIONS), normalize=True)
-    torch.testing.assert_close(scorer.similarities(pictures(), CAPTIONS), (seen * read).sum(1), rtol=0, atol=1e-6)
+        seen = model.encode_image(
+            torch.stack([prepare(picture) for picture in truncated]), normalize=True
+        )
+        read = model.encode_text(
+            open_clip.get_tokenizer("clip_score_test")(CAPTIONS), normalize=True
+        )
+    torch.testing.assert_close(
+        scorer.similarities(pictures(), CAPTIONS), (seen * read).sum(1), rtol=0, atol=1e-6
+    )
 
 
 def test_batches_do_not_matter(scorer):

@@ -1,4 +1,5 @@
-"""Evaluation of a run of the tiny world from end to end: scores, grid, MLPerf log, report; and bad input."""
+"""Evaluation of a run of the tiny world from end to end: scores, grid, MLPerf log, report; and bad
+input."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ PROMPTS = 12
 
 
 def small_run(folder: Path) -> Config:
-    """The smoke preset with a smaller UNet, random latents, 64 samples and few prompts, inside `folder`."""
+    """The smoke preset with a smaller UNet, random latents, 64 samples and few prompts, inside
+    `folder`."""
     config = load_preset(ROOT / "configs" / "smoke.yaml")
     asset = {
         key: str(ROOT / getattr(config.evaluation, key))
@@ -48,8 +50,12 @@ def small_run(folder: Path) -> Config:
         model=replace(config.model, model_channels=32),
         mlperf=replace(config.mlperf, waive=("parity",)),
         data=replace(config.data, format="synthetic"),
-        text_encoder=replace(config.text_encoder, model=asset["clip_model"], weights=asset["clip_weights"]),
-        training=replace(config.training, global_batch_size=16, max_samples=64, device="cpu", cpu_threads=1),
+        text_encoder=replace(
+            config.text_encoder, model=asset["clip_model"], weights=asset["clip_weights"]
+        ),
+        training=replace(
+            config.training, global_batch_size=16, max_samples=64, device="cpu", cpu_threads=1
+        ),
         checkpoint=replace(config.checkpoint, every_samples=32),
         logging=replace(config.logging, every_steps=1),
         sampling=replace(config.sampling, steps=2),
@@ -69,7 +75,10 @@ def config(tmp_path_factory) -> Config:
     config = small_run(tmp_path_factory.mktemp("evaluated"))
     write_scenes(Path(config.evaluation.prompts).parent, 16, seed=3)
     assert write_statistics(Path(config.evaluation.prompts).parent, config) == 16
-    assert launch(config, start_world("cpu"), resume=False, fresh=False, console=Console(quiet=True)) is None
+    assert (
+        launch(config, start_world("cpu"), resume=False, fresh=False, console=Console(quiet=True))
+        is None
+    )
     evaluate_run(Path(config.run.dir), config, torch.device("cpu"), lambda line: None)
     return config
 
@@ -77,18 +86,26 @@ def config(tmp_path_factory) -> Config:
 def test_statistics_of_raw_shards_are_those_of_the_folder(config, tmp_path):
     write_scene_shards(tmp_path / "shards", 16, seed=3)
     paths = [tmp_path / "folder.npz", tmp_path / "shards.npz"]
-    for images, path in zip((Path(config.evaluation.prompts).parent, tmp_path / "shards"), paths, strict=True):
+    for images, path in zip(
+        (Path(config.evaluation.prompts).parent, tmp_path / "shards"), paths, strict=True
+    ):
         options = dataclasses.replace(config.evaluation, statistics=str(path), batch_size=5)
         assert write_statistics(images, dataclasses.replace(config, evaluation=options)) == 16
     folder, shards = map(Gaussian.load_npz, paths)
-    assert torch.equal(folder.mean, shards.mean) and torch.equal(folder.covariance, shards.covariance)
+    assert torch.equal(folder.mean, shards.mean) and torch.equal(
+        folder.covariance, shards.covariance
+    )
 
 
 def test_every_checkpoint_has_a_line_with_n(config):
     lines = read_scores(Path(config.run.dir))
     assert [line["samples"] for line in lines] == [32, 64]
-    assert all(line.keys() == {"samples", "fid", "clip", "judge", "judge_shuffled", "n"} for line in lines)
-    assert all(line["n"] == PROMPTS and line["fid"] > 0 and -1 <= line["clip"] <= 1 for line in lines)
+    assert all(
+        line.keys() == {"samples", "fid", "clip", "judge", "judge_shuffled", "n"} for line in lines
+    )
+    assert all(
+        line["n"] == PROMPTS and line["fid"] > 0 and -1 <= line["clip"] <= 1 for line in lines
+    )
 
 
 def test_grid_and_its_captions(config):
@@ -132,7 +149,10 @@ def test_damaged_scores(config, tmp_path, command, capsys):
     with pytest.raises(SystemExit) as left:
         main([command, str(run)])
     assert left.value.code == 2
-    assert f"{run / 'scores.jsonl'}: line 1 lacks a number for one of samples," in capsys.readouterr().err
+    assert (
+        f"{run / 'scores.jsonl'}: line 1 lacks a number for one of samples,"
+        in capsys.readouterr().err
+    )
 
 
 def test_commands(config, capsys):
@@ -159,7 +179,9 @@ def evaluator(config) -> Evaluator:
     prompts = Path(config.evaluation.prompts).parent.parent / "more"
     write_scenes(prompts, 100, seed=5)
     options = {"prompts": str(prompts / "captions.jsonl"), "num_prompts": 100, "batch_size": 13}
-    changed = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, **options))
+    changed = dataclasses.replace(
+        config, evaluation=dataclasses.replace(config.evaluation, **options)
+    )
     made = Evaluator(changed, torch.device("cpu"))
     made.prompts = [made.prompts[i if i % 3 == 2 else i - 1] for i in range(100)]
     return made
@@ -181,8 +203,11 @@ def test_streamed_scores_are_those_of_all_pictures_at_once(evaluator):
             statistics.update(evaluator.features(batch))
         cosines.append(evaluator.clip.similarities(batch, prompts[start : start + batch_size]))
     images = pictures.permute(0, 2, 3, 1).numpy()
-    others = [(image, other) for image, caption, other in zip(images, prompts, prompts[1:] + prompts[:1], strict=True)
-              if other != caption]  # fmt: skip
+    others = [
+        (image, other)
+        for image, caption, other in zip(images, prompts, prompts[1:] + prompts[:1], strict=True)
+        if other != caption
+    ]
     assert len(others) < 100
     line, first = evaluator.score(iter(pictures.split(batch_size)), 7)
     assert line == {
@@ -230,7 +255,9 @@ def test_pictures_are_saved_as_they_come(tmp_path):
 def test_statistics_of_another_network_are_told_before_anything_is_drawn(config, tmp_path):
     Gaussian(torch.zeros(3), torch.eye(3)).save_npz(tmp_path / "other.npz")
     options = dataclasses.replace(config.evaluation, statistics=str(tmp_path / "other.npz"))
-    with pytest.raises(DataError, match=r"other\.npz: holds statistics of 3 features, and .* gives 64"):
+    with pytest.raises(
+        DataError, match=r"other\.npz: holds statistics of 3 features, and .* gives 64"
+    ):
         Evaluator(dataclasses.replace(config, evaluation=options), torch.device("cpu"))
 
 
@@ -238,7 +265,11 @@ def test_statistics_of_another_network_are_told_before_anything_is_drawn(config,
     ("name", "text", "expected"),
     [
         ("p.tsv", 'image_id\tid\tcaption\n1\t2\ta "dog"\n3\t4\ta cat\n', ['a "dog"', "a cat"]),
-        ("p.jsonl", '{"file": "a", "captions": ["x", "y"]}\n{"file": "b", "caption": "z"}\n', ["x", "z"]),
+        (
+            "p.jsonl",
+            '{"file": "a", "captions": ["x", "y"]}\n{"file": "b", "caption": "z"}\n',
+            ["x", "z"],
+        ),
     ],
 )
 def test_prompts(name, text, expected, tmp_path):
@@ -248,7 +279,9 @@ def test_prompts(name, text, expected, tmp_path):
         read_prompts(tmp_path / name, 3)
 
 
-@pytest.mark.parametrize(("name", "text"), [("p.tsv", "a\tb\n1\t2\n"), ("p.jsonl", "{"), ("p.jsonl", '{"a": 1}')])
+@pytest.mark.parametrize(
+    ("name", "text"), [("p.tsv", "a\tb\n1\t2\n"), ("p.jsonl", "{"), ("p.jsonl", '{"a": 1}')]
+)
 def test_bad_prompts(name, text, tmp_path):
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=r"not a \.tsv with a column"):
@@ -258,7 +291,9 @@ def test_bad_prompts(name, text, tmp_path):
 
 
 def test_what_scores_need_must_be_named(config):
-    bare = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, statistics=""))
+    bare = dataclasses.replace(
+        config, evaluation=dataclasses.replace(config.evaluation, statistics="")
+    )
     with pytest.raises(ConfigError, match=r"evaluation\.statistics: '' cannot be used"):
         Evaluator(bare, torch.device("cpu"))
     with pytest.raises(ConfigError, match=r"evaluation\.statistics: '' cannot be used"):

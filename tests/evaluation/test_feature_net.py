@@ -19,7 +19,11 @@ def test_a_net_comes_back_from_its_file(tmp_path):
     net = FeatureNet(config)
     path = write(tmp_path / "f.safetensors", net.half().state_dict(), dataclasses.asdict(config))
     read = read_feature_net(path)
-    assert read.config == config and not read.training and not any(p.requires_grad for p in read.parameters())
+    assert (
+        read.config == config
+        and not read.training
+        and not any(p.requires_grad for p in read.parameters())
+    )
     images = torch.rand(3, 3, 16, 16)
     features = read(images)
     assert features.shape == (3, 5) and features.dtype == torch.float32

@@ -26,9 +26,13 @@ def statistics(*batches: torch.Tensor) -> FeatureStatistics:
 def by_sqrtm(a: torch.Tensor, b: torch.Tensor) -> float:
     """The benchmark's definition, from the samples, with numpy and scipy alone."""
     linalg = pytest.importorskip("scipy.linalg")
-    mu, sigma = zip(*((x.numpy().mean(0), np.cov(x.numpy(), rowvar=False)) for x in (a, b)), strict=True)
+    mu, sigma = zip(
+        *((x.numpy().mean(0), np.cov(x.numpy(), rowvar=False)) for x in (a, b)), strict=True
+    )
     root = linalg.sqrtm(sigma[0] @ sigma[1]).real
-    return float(np.sum((mu[0] - mu[1]) ** 2) + np.trace(sigma[0]) + np.trace(sigma[1]) - 2 * np.trace(root))
+    return float(
+        np.sum((mu[0] - mu[1]) ** 2) + np.trace(sigma[0]) + np.trace(sigma[1]) - 2 * np.trace(root)
+    )
 
 
 def test_statistics_stream():
@@ -47,7 +51,9 @@ def test_statistics_survive_a_large_mean():
 
 def test_statistics_take_float16():
     samples = features(64, 8, 0).half()
-    assert torch.equal(statistics(samples).gaussian().mean, statistics(samples.double()).gaussian().mean)
+    assert torch.equal(
+        statistics(samples).gaussian().mean, statistics(samples.double()).gaussian().mean
+    )
 
 
 @pytest.mark.parametrize("count", [400, 20], ids=["full rank", "rank-deficient"])
@@ -69,9 +75,14 @@ def test_distance_is_torchmetrics():
 
 
 def test_distance_in_closed_form():
-    """Diagonal covariances: sum of (difference of standard deviations)²; equal ones: 0; singular ones, too."""
-    a = Gaussian(torch.tensor([1.0, 0.0, 2.0]).double(), torch.diag(torch.tensor([4.0, 0.0, 1.0]).double()))
-    b = Gaussian(torch.tensor([0.0, 0.0, 0.0]).double(), torch.diag(torch.tensor([1.0, 9.0, 0.0]).double()))
+    """Diagonal covariances: sum of (difference of standard deviations)²; equal ones: 0; singular
+    ones, too."""
+    a = Gaussian(
+        torch.tensor([1.0, 0.0, 2.0]).double(), torch.diag(torch.tensor([4.0, 0.0, 1.0]).double())
+    )
+    b = Gaussian(
+        torch.tensor([0.0, 0.0, 0.0]).double(), torch.diag(torch.tensor([1.0, 9.0, 0.0]).double())
+    )
     assert frechet_distance(a, b) == pytest.approx(5 + 1 + 9 + 1, abs=1e-12)
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-12)
     constant = Gaussian(torch.zeros(3).double(), torch.zeros(3, 3).double())
@@ -83,7 +94,9 @@ def test_rounded_covariance_is_taken_and_an_indefinite_one_is_not():
     rounded = Gaussian(a.mean, a.covariance.float().double())
     assert torch.linalg.eigvalsh(rounded.covariance)[0] < 0
     assert frechet_distance(rounded, a) < 1e-2 * a.covariance.trace()
-    indefinite = Gaussian(a.mean, a.covariance - 0.01 * a.covariance.trace() * torch.eye(48).double())
+    indefinite = Gaussian(
+        a.mean, a.covariance - 0.01 * a.covariance.trace() * torch.eye(48).double()
+    )
     for pair in ((indefinite, a), (a, indefinite)):
         with pytest.raises(DataError, match="eigenvalue"):
             frechet_distance(*pair)

@@ -14,7 +14,8 @@ F = torch.nn.functional
 
 
 def patched(block: torch.nn.Module, pool) -> None:
-    """torchvision's block with the pool of FID's network: its forward, written out for another pool."""
+    """torchvision's block with the pool of FID's network: its forward, written out for another
+    pool."""
     original = block._forward
 
     def forward(x):
@@ -30,7 +31,8 @@ def average(x):
 
 @pytest.fixture(scope="module")
 def theirs() -> torch.nn.Module:
-    """torchvision's Inception3 with FID's patches and random weights that keep the signal's size."""
+    """torchvision's Inception3 with FID's patches and random weights that keep the signal's
+    size."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = inception.Inception3(num_classes=1008, aux_logits=False, init_weights=False).eval()
@@ -51,7 +53,11 @@ def theirs() -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def weights(theirs, tmp_path_factory) -> Path:
-    state = {**theirs.state_dict(), "fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
+    state = {
+        **theirs.state_dict(),
+        "fc.weight": torch.zeros(1008, 2048),
+        "fc.bias": torch.zeros(1008),
+    }
     path = tmp_path_factory.mktemp("inception") / "weights.pth"
     torch.save(state, path)
     return path
@@ -69,7 +75,9 @@ def test_names_and_shapes_are_torchvisions():
 def test_features_are_torchvisions_with_the_patches(theirs, weights):
     network = read_inception(weights, sha1=None)
     images = torch.rand(2, 3, 70, 90, generator=torch.Generator().manual_seed(1))
-    expected = theirs(2 * F.interpolate(images, (299, 299), mode="bilinear", align_corners=False) - 1)
+    expected = theirs(
+        2 * F.interpolate(images, (299, 299), mode="bilinear", align_corners=False) - 1
+    )
     features = network(images)
     assert features.shape == (2, 2048)
     assert expected.std() > 1e-2  # random weights that let something through

@@ -25,10 +25,15 @@ def test_yes_to_true_captions(scenes):
 
 
 def test_no_to_shuffled_captions(scenes):
-    """Each picture with the caption of another; where that is the same by chance, it is true and not counted."""
+    """Each picture with the caption of another; where that is the same by chance, it is true and
+    not counted."""
     order = np.random.default_rng(0).permutation(len(scenes))
     pairs = [(scene, scenes[other]) for scene, other in zip(scenes, order, strict=True)]
-    answers = [judge(scene.image, other.caption) for scene, other in pairs if scene.caption != other.caption]
+    answers = [
+        judge(scene.image, other.caption)
+        for scene, other in pairs
+        if scene.caption != other.caption
+    ]
     assert len(answers) > 900
     assert np.mean(answers) <= 0.05
 
@@ -36,13 +41,19 @@ def test_no_to_shuffled_captions(scenes):
 def test_no_to_every_other_caption(scenes):
     """One word changed, the two things exchanged, and all the rest."""
     for scene in scenes[:10]:
-        yes = [attributes.caption for attributes in all_attributes() if judge(scene.image, attributes.caption)]
+        yes = [
+            attributes.caption
+            for attributes in all_attributes()
+            if judge(scene.image, attributes.caption)
+        ]
         assert yes == [scene.caption]
 
 
 def test_bytes_and_floats_are_judged_alike(scenes):
     assert all(judge(scene.image / 255, scene.caption) for scene in scenes[:50])
-    assert all(judge((scene.image / 255).astype(np.float32), scene.caption) for scene in scenes[:50])
+    assert all(
+        judge((scene.image / 255).astype(np.float32), scene.caption) for scene in scenes[:50]
+    )
 
 
 def test_blur_is_forgiven(scenes):
@@ -50,9 +61,13 @@ def test_blur_is_forgiven(scenes):
     image_module = pytest.importorskip("PIL.Image")
     for radius, share in ((1, 0.99), (2, 0.97)):
         blurred = [
-            np.array(image_module.fromarray(s.image).filter(image_filter.GaussianBlur(radius))) for s in scenes[:100]
+            np.array(image_module.fromarray(s.image).filter(image_filter.GaussianBlur(radius)))
+            for s in scenes[:100]
         ]
-        assert np.mean([judge(image, s.caption) for image, s in zip(blurred, scenes, strict=False)]) >= share
+        assert (
+            np.mean([judge(image, s.caption) for image, s in zip(blurred, scenes, strict=False)])
+            >= share
+        )
 
 
 @pytest.mark.parametrize("level", [0.0, 0.3, 0.5, 0.8, 1.0])
@@ -89,7 +104,14 @@ def test_what_a_picture_shows():
         paint(("red", "square", 18, 18), ("blue", "circle", 46, 46)),
         paint(RED, ("blue", "square", 48, 20), ("blue", "square", 48, 44)),
     ],
-    ids=["one shape", "one colour", "three shapes", "overlapping", "diagonal", "two blobs of a colour"],
+    ids=[
+        "one shape",
+        "one colour",
+        "three shapes",
+        "overlapping",
+        "diagonal",
+        "two blobs of a colour",
+    ],
 )
 def test_no_to_other_worlds(image):
     assert describe(image) is None

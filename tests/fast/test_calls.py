@@ -1,4 +1,5 @@
-"""What the specs say that a UNet calls is what the fast UNet calls: operator by operator, with how often."""
+"""What the specs say that a UNet calls is what the fast UNet calls: operator by operator, with how
+often."""
 
 from __future__ import annotations
 
@@ -17,27 +18,37 @@ from sd_perf.fast.architecture import architecture
 from sd_perf.fast.choice import choose_kernels
 from sd_perf.fast.unet import FastUNet, Ops
 
-NAMES = [field.name for field in fields(Ops) if field.name != "fp8_linear"]  # which takes the place of others
+NAMES = [
+    field.name for field in fields(Ops) if field.name != "fp8_linear"
+]  # which takes the place of others
 BATCH = 2
 TINY = UNetConfig(model_channels=32, num_head_channels=16, context_dim=24)
 DATA = DataConfig(format="synthetic", latent_size=16, context_tokens=7)
 CONFIGS = {
     "benchmark": Config(),
     "tiny": Config(model=TINY, data=DATA),
-    "levels": Config(model=replace(TINY, channel_mult=(2, 1), num_res_blocks=3, attention_resolutions=()), data=DATA),
-    "deep attention": Config(model=replace(TINY, channel_mult=(1, 2), attention_resolutions=(2,)), data=DATA),
+    "levels": Config(
+        model=replace(TINY, channel_mult=(2, 1), num_res_blocks=3, attention_resolutions=()),
+        data=DATA,
+    ),
+    "deep attention": Config(
+        model=replace(TINY, channel_mult=(1, 2), attention_resolutions=(2,)), data=DATA
+    ),
 }
 
 
 def described(spec: OpSpec, *inputs: Any, **options: Any) -> tuple[Any, ...]:
-    """A call's arguments by name: the shapes of tensors (of a linear layer, rows and columns), and the options."""
+    """A call's arguments by name: the shapes of tensors (of a linear layer, rows and columns), and
+    the options."""
     bound = inspect.signature(spec.reference()).bind(*inputs, **options)
     bound.apply_defaults()
 
     def shown(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
-        return tuple((value.flatten(0, -2) if spec.name == "linear" and value.dim() > 1 else value).shape)
+        return tuple(
+            (value.flatten(0, -2) if spec.name == "linear" and value.dim() > 1 else value).shape
+        )
 
     return tuple((name, shown(value)) for name, value in sorted(bound.arguments.items()))
 

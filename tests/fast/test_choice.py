@@ -1,4 +1,5 @@
-"""The config's section `kernels`: it has a field for every op, and what it asks for is resolved or refused."""
+"""The config's section `kernels`: it has a field for every op, and what it asks for is resolved or
+refused."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ H100 = DECLARED_TARGETS["h100"]
 
 def test_every_op_has_a_field() -> None:
     missing = all_ops().keys() - {field.name for field in fields(KernelsConfig)}
-    assert not missing, f"KernelsConfig of sd_perf/config.py lacks the registered ops {sorted(missing)}"
+    assert not missing, (
+        f"KernelsConfig of sd_perf/config.py lacks the registered ops {sorted(missing)}"
+    )
 
 
 def test_the_command_line_takes_every_declared_target() -> None:
@@ -43,15 +46,21 @@ def test_a_head_dim_that_cudnn_does_not_take() -> None:
     why = "4096 tokens, 8 heads, self: takes head dims that are multiples of 8 up to 128, not 36"
     assert choose_kernels(odd, H100)["attention"].passed_over["cudnn"] == why
     asked = replace(odd, kernels=KernelsConfig(attention="cudnn"))
-    with pytest.raises(ConfigError, match=r"kernels\.attention: 'cudnn' cannot be had on H100: .*not 36"):
+    with pytest.raises(
+        ConfigError, match=r"kernels\.attention: 'cudnn' cannot be had on H100: .*not 36"
+    ):
         choose_kernels(asked, H100)
 
 
 def test_a_tiny_model_runs_on_any_target() -> None:
     tiny = UNetConfig(
-        model_channels=6, channel_mult=(1,), num_head_channels=3, resblock_groups=1, transformer_groups=1,
+        model_channels=6,
+        channel_mult=(1,),
+        num_head_channels=3,
+        resblock_groups=1,
+        transformer_groups=1,
         attention_resolutions=(),
-    )  # fmt: skip
+    )
     for target in (Target("cpu", "cpu"), *DECLARED_TARGETS.values()):
         assert choose_kernels(Config(model=tiny), target).keys() == all_ops().keys()
 
@@ -65,9 +74,21 @@ def test_a_name_is_taken_for_any_model(model: UNetConfig) -> None:
 @pytest.mark.parametrize(
     ("kernels", "target", "words"),
     [
-        ({"geglu": "tritn"}, H100, r"kernels.geglu: 'tritn' is not a backend \(did you mean 'triton'\?\)"),
-        ({"geglu": "triton"}, Target("cpu", "cpu"), "kernels.geglu: 'triton' cannot be had on cpu: needs a CUDA GPU"),
-        ({"strict": True}, Target("cpu", "cpu"), "auto would take '.*' on cpu, which kernels.strict forbids"),
+        (
+            {"geglu": "tritn"},
+            H100,
+            r"kernels.geglu: 'tritn' is not a backend \(did you mean 'triton'\?\)",
+        ),
+        (
+            {"geglu": "triton"},
+            Target("cpu", "cpu"),
+            "kernels.geglu: 'triton' cannot be had on cpu: needs a CUDA GPU",
+        ),
+        (
+            {"strict": True},
+            Target("cpu", "cpu"),
+            "auto would take '.*' on cpu, which kernels.strict forbids",
+        ),
     ],
 )
 def test_what_cannot_be_had_names_its_key(kernels: dict, target: Target, words: str) -> None:
@@ -76,7 +97,9 @@ def test_what_cannot_be_had_names_its_key(kernels: dict, target: Target, words: 
 
 
 def test_an_op_that_is_none_is_an_unknown_key() -> None:
-    with pytest.raises(ConfigError, match=r"kernels.geglo: unknown key; did you mean kernels.geglu\?"):
+    with pytest.raises(
+        ConfigError, match=r"kernels.geglo: unknown key; did you mean kernels.geglu\?"
+    ):
         config_from_dict({"kernels": {"geglo": "triton"}})
 
 
@@ -99,16 +122,26 @@ NATIVE = PrecisionConfig(feed_forward="fp8_native")
 
 
 @pytest.mark.parametrize(
-    ("target", "backend"), [(H100, "triton"), (Target("cpu", "cpu"), "reference")], ids=["h100", "cpu"]
+    ("target", "backend"),
+    [(H100, "triton"), (Target("cpu", "cpu"), "reference")],
+    ids=["h100", "cpu"],
 )
 def test_native_fp8_is_had_on_fp8_units_and_on_a_cpu(target: Target, backend: str) -> None:
-    assert choose_kernels(Config(model=FAST, precision=NATIVE), target)["fp8_linear"].backend == backend
+    assert (
+        choose_kernels(Config(model=FAST, precision=NATIVE), target)["fp8_linear"].backend
+        == backend
+    )
 
 
 def test_native_fp8_without_fp8_units_is_asked_for_by_name_or_refused() -> None:
     a100 = DECLARED_TARGETS["a100"]
-    choose_kernels(Config(model=FAST, precision=NATIVE, kernels=KernelsConfig(fp8_linear="reference")), a100)
-    words = "^precision.feed_forward: 'fp8_native' .* bf16 on A100 .*8.9, A100 has 8.0.*kernels.fp8_linear to reference"
+    choose_kernels(
+        Config(model=FAST, precision=NATIVE, kernels=KernelsConfig(fp8_linear="reference")), a100
+    )
+    words = (
+        "^precision.feed_forward: 'fp8_native' .* bf16 on A100 .*8.9, A100 has "
+        "8.0.*kernels.fp8_linear to reference"
+    )
     with pytest.raises(ConfigError, match=words):
         choose_kernels(Config(model=FAST, precision=NATIVE), a100)
 
@@ -116,7 +149,9 @@ def test_native_fp8_without_fp8_units_is_asked_for_by_name_or_refused() -> None:
 def test_a_kernel_of_fp8_needs_a_layer_in_fp8() -> None:
     kernels = KernelsConfig(fp8_linear="triton")
     require_used(Config(model=FAST, precision=NATIVE, kernels=kernels))
-    with pytest.raises(ConfigError, match=r"^kernels.fp8_linear: 'triton' .*no layer of the section precision"):
+    with pytest.raises(
+        ConfigError, match=r"^kernels.fp8_linear: 'triton' .*no layer of the section precision"
+    ):
         require_used(Config(model=FAST, precision=PrecisionConfig(linear="bf16"), kernels=kernels))
 
 
@@ -124,5 +159,7 @@ def test_the_benchmarks_calls_are_judged_whatever_its_speed() -> None:
     def chosen(model: UNetConfig) -> dict:
         return choose_kernels(Config(model=model), H100)
 
-    assert chosen(replace(FAST, activation_checkpointing=True, compile=True)) == chosen(UNetConfig())
+    assert chosen(replace(FAST, activation_checkpointing=True, compile=True)) == chosen(
+        UNetConfig()
+    )
     assert chosen(replace(FAST, model_channels=288, num_head_channels=36)) != chosen(UNetConfig())

@@ -1,4 +1,5 @@
-"""The fast UNet with linear layers in FP8, with blocks computed again in the backward pass, and compiled."""
+"""The fast UNet with linear layers in FP8, with blocks computed again in the backward pass, and
+compiled."""
 
 from __future__ import annotations
 
@@ -25,9 +26,15 @@ from tests.fast.test_unet import REFERENCE, built, largest_difference, randomise
 from tests.kernels import fake_te
 
 CONFIG = UNetConfig(
-    model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2,), num_head_channels=16,
-    context_dim=48, resblock_groups=16, transformer_groups=16,
-)  # fmt: skip
+    model_channels=32,
+    channel_mult=(1, 2),
+    num_res_blocks=1,
+    attention_resolutions=(2,),
+    num_head_channels=16,
+    context_dim=48,
+    resblock_groups=16,
+    transformer_groups=16,
+)
 CONTEXT = (77, 48)
 C, TRANSFORMERS = 64, 4
 CLASSES = {
@@ -39,10 +46,13 @@ CLASSES = {
 
 
 class Straight(torch.autograd.Function):
-    """Numbers rounded on the way there, gradients on the way back, each to an FP8 format with one scale, or to none."""
+    """Numbers rounded on the way there, gradients on the way back, each to an FP8 format with one
+    scale, or to none."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, there: torch.dtype | None, back: torch.dtype | None) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, there: torch.dtype | None, back: torch.dtype | None
+    ) -> torch.Tensor:
         ctx.back = back
         return nearest(x, there)
 
@@ -59,7 +69,8 @@ def nearest(x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
 
 
 def with_roundings(unet: UNet, classes: tuple[str, ...] = LINEAR_LAYERS) -> UNet:
-    """The plain UNet whose linear layers of these classes round their operands, and those of their gradients."""
+    """The plain UNet whose linear layers of these classes round their operands, and those of their
+    gradients."""
     pattern = "|".join(CLASSES[name] for name in classes)
     for name, layer in unet.named_modules():
         if isinstance(layer, torch.nn.Linear) and re.search(f"({pattern})$", name):
@@ -74,7 +85,8 @@ def rounding_linear(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
 
 
 def plain_unet() -> UNet:
-    """No layer at its initial zero; every branch about as large as what it is added to, so that its errors show."""
+    """No layer at its initial zero; every branch about as large as what it is added to, so that its
+    errors show."""
     unet, generator = UNet(CONFIG), torch.Generator().manual_seed(1)
     for parameter in unet.parameters():
         size = parameter[0].numel() if parameter.dim() > 1 else 25
@@ -97,7 +109,9 @@ def assert_alike(ours: tuple[float, float], theirs: tuple[float, float]) -> None
         assert their_error / 2 < our_error < 2 * their_error
 
 
-def fast_unet(precision: PrecisionConfig, kernels: KernelsConfig = REFERENCE, **changes: Any) -> FastUNet:
+def fast_unet(
+    precision: PrecisionConfig, kernels: KernelsConfig = REFERENCE, **changes: Any
+) -> FastUNet:
     """With the weights of `plain_unet`."""
     unet = built(replace(CONFIG, implementation="fast", **changes), kernels, precision)
     unet.load_state_dict(plain_unet().state_dict())
@@ -106,29 +120,37 @@ def fast_unet(precision: PrecisionConfig, kernels: KernelsConfig = REFERENCE, **
 
 @pytest.fixture
 def on_h100(te: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Transformer Engine's stand-in, chosen as on a GPU that has FP8; kernels must be named `reference`."""
+    """Transformer Engine's stand-in, chosen as on a GPU that has FP8; kernels must be named
+    `reference`."""
     monkeypatch.setattr(Target, "here", lambda: DECLARED_TARGETS["h100"])
 
 
 def test_is_the_plain_one_where_nothing_is_rounded() -> None:
-    """In float64 the op does not round, so that only what surrounds it can be wrong: sums, halves, order, widths."""
+    """In float64 the op does not round, so that only what surrounds it can be wrong: sums, halves,
+    order, widths."""
     fast = fast_unet(PrecisionConfig(linear="fp8_native")).double()
     exact = results(plain_unet().double(), torch.float64, 8, CONTEXT)
     assert largest_difference(results(fast, torch.float64, 8, CONTEXT), exact) < 1e-10
 
 
-@pytest.mark.parametrize("classes", [LINEAR_LAYERS, *((name,) for name in LINEAR_LAYERS)], ids="-".join)
+@pytest.mark.parametrize(
+    "classes", [LINEAR_LAYERS, *((name,) for name in LINEAR_LAYERS)], ids="-".join
+)
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 def test_rounds_what_fp8_rounds(classes: tuple[str, ...], bf16: bool) -> None:
     precision = PrecisionConfig(**dict.fromkeys(classes, "fp8_native"))
-    assert_alike(errors(fast_unet(precision), bf16=bf16), errors(with_roundings(plain_unet(), classes), bf16=bf16))
+    assert_alike(
+        errors(fast_unet(precision), bf16=bf16),
+        errors(with_roundings(plain_unet(), classes), bf16=bf16),
+    )
 
 
 def test_runs_on_the_fp8_kernels() -> None:
     fast = fast_unet(PrecisionConfig(linear="fp8_native"), replace(REFERENCE, fp8_linear="triton"))
     before = launch.executed.copy()
     ours = errors(fast, side=4)
-    # Eight layers a transformer and the text's: each rounds its input, its weights and its gradient.
+    # Eight layers a transformer and the text's: each rounds its input, its weights and its
+    # gradient.
     layers = 8 * TRANSFORMERS + 1
     assert launch.executed["quantise_kernel"] - before["quantise_kernel"] == 3 * layers
     assert_alike(ours, errors(with_roundings(plain_unet()), side=4))
@@ -136,12 +158,16 @@ def test_runs_on_the_fp8_kernels() -> None:
 
 NORMED, TEXT = (3 * C, C), (2 * C * TRANSFORMERS, CONTEXT[1])
 CALLS = {
-    "attention": {(NORMED, "layer_norm"), ("attn2.to_q", "layer_norm"), ("attn1.to_out.0", "none"),
-                  ("attn2.to_out.0", "none")},
+    "attention": {
+        (NORMED, "layer_norm"),
+        ("attn2.to_q", "layer_norm"),
+        ("attn1.to_out.0", "none"),
+        ("attn2.to_out.0", "none"),
+    },
     "feed_forward": {("ff.net.0.proj", "layer_norm"), ("ff.net.2", "geglu")},
     "transformer_ends": {("proj_in", "none"), ("proj_out", "none")},
     "text": {(TEXT, "none")},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
@@ -149,19 +175,32 @@ CALLS = {
     [
         (PrecisionConfig(), ()),
         (PrecisionConfig(linear="fp8_native"), LINEAR_LAYERS),
-        (PrecisionConfig(linear="fp8_native", attention="bf16"), ("feed_forward", "transformer_ends", "text")),
+        (
+            PrecisionConfig(linear="fp8_native", attention="bf16"),
+            ("feed_forward", "transformer_ends", "text"),
+        ),
         *((PrecisionConfig(**{name: "fp8_native"}), (name,)) for name in LINEAR_LAYERS),
     ],
 )
-def test_a_key_is_for_the_layers_it_names(precision: PrecisionConfig, in_fp8: tuple[str, ...]) -> None:
+def test_a_key_is_for_the_layers_it_names(
+    precision: PrecisionConfig, in_fp8: tuple[str, ...]
+) -> None:
     unet = built(CONFIG)
     names = {id(parameter): name for name, parameter in unet.named_parameters()}
     calls: dict[str, Counter] = {"linear": Counter(), "fp8_linear": Counter()}
 
     def recording(op: str) -> Callable:
-        def call(x: torch.Tensor, weight: torch.Tensor, *others: Any, producer: str = "none", **options: Any) -> Any:
+        def call(
+            x: torch.Tensor,
+            weight: torch.Tensor,
+            *others: Any,
+            producer: str = "none",
+            **options: Any,
+        ) -> Any:
             name = names.get(id(weight), "")
-            place = re.sub(r".*transformer_blocks\.0\.|.*_block.*\d\.|\.weight$", "", name) or tuple(weight.shape)
+            place = re.sub(
+                r".*transformer_blocks\.0\.|.*_block.*\d\.|\.weight$", "", name
+            ) or tuple(weight.shape)
             calls[op][place, producer] += 1
             options |= {"producer": producer} if op == "fp8_linear" else {}
             return getattr(unet.ops, op)(x, weight, *others, **options)
@@ -175,7 +214,10 @@ def test_a_key_is_for_the_layers_it_names(precision: PrecisionConfig, in_fp8: tu
     results(recorded, torch.float32, 4, CONTEXT)
     expected = set().union(*(CALLS[name] for name in in_fp8))
     assert set(calls["fp8_linear"]) == expected
-    assert all(count == (1 if call == (TEXT, "none") else TRANSFORMERS) for call, count in calls["fp8_linear"].items())
+    assert all(
+        count == (1 if call == (TEXT, "none") else TRANSFORMERS)
+        for call, count in calls["fp8_linear"].items()
+    )
     elsewhere = {place for name in set(LINEAR_LAYERS) - set(in_fp8) for place, _ in CALLS[name]}
     times = {place for place, _ in calls["linear"]} - elsewhere
     assert elsewhere <= {place for place, _ in calls["linear"]} and len(times) == 3
@@ -199,7 +241,9 @@ def bf16_results(unet: torch.nn.Module, side: int = 4) -> list[torch.Tensor]:
 def test_parameters_stay_the_plain_ones(on_h100: None) -> None:
     plain, fast = UNet(CONFIG), delayed()
     assert list(plain.state_dict()) == list(fast.state_dict())
-    assert [name for name, _ in plain.named_parameters()] == [name for name, _ in fast.named_parameters()]
+    assert [name for name, _ in plain.named_parameters()] == [
+        name for name, _ in fast.named_parameters()
+    ]
     names = {re.sub(r".*transformer_blocks", "", name) for name in precision_state(fast)}
     assert names == {".0.widen", ".0.narrow"} and len(precision_state(fast)) == 2 * TRANSFORMERS
 
@@ -233,7 +277,8 @@ def test_steps_of_a_warm_up_leave_no_trace(on_h100: None, steps: int) -> None:
 
 
 def test_pictures_are_drawn_without_fp8() -> None:
-    """Weights that Transformer Engine trained are sampled where it is not, in the latents' own format."""
+    """Weights that Transformer Engine trained are sampled where it is not, in the latents' own
+    format."""
     model = replace(CONFIG, implementation="fast")
     config = Config(model=model, precision=PrecisionConfig(linear="fp8_te", fp8_recipe="delayed"))
     unet = build_sampling_unet(config, torch.device("cpu"))
@@ -265,9 +310,13 @@ def test_computing_again_changes_no_bit_and_keeps_less(linear: Any) -> None:
     assert 0 < few < many / 5
 
 
-@pytest.mark.parametrize(("linear", "again"), [("bf16", False), ("fp8_native", True)], ids=["bf16", "fp8-again"])
+@pytest.mark.parametrize(
+    ("linear", "again"), [("bf16", False), ("fp8_native", True)], ids=["bf16", "fp8-again"]
+)
 def test_compiles_as_one_graph(linear: Any, again: bool) -> None:
-    config = replace(CONFIG, attention_resolutions=(), implementation="fast", activation_checkpointing=again)
+    config = replace(
+        CONFIG, attention_resolutions=(), implementation="fast", activation_checkpointing=again
+    )
     unet = randomised(built(config, precision=PrecisionConfig(linear=linear)))
     names, eager = list(unet.state_dict()), bf16_results(unet)
     torch._dynamo.reset()

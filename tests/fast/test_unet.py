@@ -1,4 +1,5 @@
-"""The fast UNet against the plain one: the same parameters, the same function, from whatever operators."""
+"""The fast UNet against the plain one: the same parameters, the same function, from whatever
+operators."""
 
 from __future__ import annotations
 
@@ -19,9 +20,13 @@ from sd_perf.fast.unet import FastUNet, Op, Ops
 from sd_perf.reference.unet import UNet
 
 TINY = UNetConfig(model_channels=32, num_head_channels=16, context_dim=24)
-SHALLOW = replace(TINY, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2,), resblock_groups=32)
+SHALLOW = replace(
+    TINY, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2,), resblock_groups=32
+)
 LEVELS = replace(TINY, channel_mult=(2, 1), num_res_blocks=3, attention_resolutions=())
-REFERENCE = KernelsConfig(**{field.name: "reference" for field in fields(KernelsConfig) if field.name != "strict"})
+REFERENCE = KernelsConfig(
+    **{field.name: "reference" for field in fields(KernelsConfig) if field.name != "strict"}
+)
 
 
 def reasons_against(op: str, backend: str) -> list[str]:
@@ -30,9 +35,13 @@ def reasons_against(op: str, backend: str) -> list[str]:
     return selection.reasons_against(all_ops()[op].backend(backend), target, (), torch.float32)
 
 
-def built(config: UNetConfig, kernels: KernelsConfig = REFERENCE, precision: PrecisionConfig | None = None) -> FastUNet:
+def built(
+    config: UNetConfig, kernels: KernelsConfig = REFERENCE, precision: PrecisionConfig | None = None
+) -> FastUNet:
     config, precision = replace(config, implementation="fast"), precision or PrecisionConfig()
-    choices = choose_kernels(Config(model=config, kernels=kernels, precision=precision), Target.here())
+    choices = choose_kernels(
+        Config(model=config, kernels=kernels, precision=precision), Target.here()
+    )
     return FastUNet(config, Ops.chosen(choices), precision)
 
 
@@ -55,11 +64,15 @@ def results(
     weights = torch.randn(v.shape, generator=generator, dtype=torch.float64).to(v.dtype)
     parameters = list(unet.parameters())
     grads = torch.autograd.grad((v * weights).sum(), parameters, allow_unused=True)
-    return [v.detach(), *(torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True))]
+    return [
+        v.detach(),
+        *(torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)),
+    ]
 
 
 def largest_difference(ours: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
-    """Relative to each tensor's norm; a gradient that is zero but for rounding counts by a thousandth."""
+    """Relative to each tensor's norm; a gradient that is zero but for rounding counts by a
+    thousandth."""
     pairs = zip(ours, exact, strict=True)
     return max(float((a.double() - b).norm() / b.norm().clamp_min(1e-3)) for a, b in pairs)
 
@@ -73,7 +86,9 @@ def test_is_the_plain_one_in_float64(config: UNetConfig) -> None:
     assert largest_difference(results(fast, torch.float64), exact) < 1e-10
 
 
-@pytest.mark.parametrize("config", [TINY, SHALLOW, LEVELS, UNetConfig()], ids=["tiny", "shallow", "levels", "full"])
+@pytest.mark.parametrize(
+    "config", [TINY, SHALLOW, LEVELS, UNetConfig()], ids=["tiny", "shallow", "levels", "full"]
+)
 def test_parameters_are_the_plain_ones(config: UNetConfig) -> None:
     with torch.device("meta"):
         plain, fast = UNet(config), built(config)
@@ -90,7 +105,10 @@ def test_text_is_projected_once_for_all_steps_of_a_sampler(monkeypatch: pytest.M
     options = context, context[:1], Config().diffusion, 4, 2.0
     calls, project = [], fast.project_text
     monkeypatch.setattr(fast, "project_text", lambda text: calls.append(len(text)) or project(text))
-    each_time, once = ddim_sample(fast, noise, *options), ddim_sample(fast, noise, *options, fast.project_text)
+    each_time, once = (
+        ddim_sample(fast, noise, *options),
+        ddim_sample(fast, noise, *options, fast.project_text),
+    )
     assert calls == [4] * 4 + [4]
     assert torch.equal(each_time, once)
 
@@ -108,12 +126,16 @@ def test_is_no_further_off_in_bfloat16() -> None:
     fast.load_state_dict(plain.state_dict())
     exact = results(randomised(UNet(TINY)).double(), torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
-        ours, torchs = (largest_difference(results(unet, torch.float32)[:1], exact[:1]) for unet in (fast, plain))
+        ours, torchs = (
+            largest_difference(results(unet, torch.float32)[:1], exact[:1])
+            for unet in (fast, plain)
+        )
     assert 1e-4 < ours < 2 * torchs
 
 
 def as_on_a_gpu(ops: Ops) -> Ops:
-    """The same operators, with convolutions as strict as cuDNN's adapter, and images checked that come out."""
+    """The same operators, with convolutions as strict as cuDNN's adapter, and images checked that
+    come out."""
 
     def conv(x: torch.Tensor, weight: torch.Tensor, **options: int) -> torch.Tensor:
         require_convolution("conv", x, weight)
@@ -128,10 +150,19 @@ def as_on_a_gpu(ops: Ops) -> Ops:
 
         return call
 
-    return Ops(**{field.name: checked(getattr(replace(ops, conv=conv), field.name)) for field in fields(Ops)})
+    return Ops(
+        **{
+            field.name: checked(getattr(replace(ops, conv=conv), field.name))
+            for field in fields(Ops)
+        }
+    )
 
 
-OTHERS = [(field.name, backend.name) for field in fields(Ops) for backend in all_ops()[field.name].backends]
+OTHERS = [
+    (field.name, backend.name)
+    for field in fields(Ops)
+    for backend in all_ops()[field.name].backends
+]
 
 
 @pytest.mark.parametrize(("op", "backend"), [pair for pair in OTHERS if not reasons_against(*pair)])
@@ -142,21 +173,34 @@ def test_one_operator_on_any_backend_beside_the_others(op: str, backend: str) ->
     fast.load_state_dict(plain.state_dict())
     fast.ops = as_on_a_gpu(fast.ops)
     # layer_norm/torch has statistics in float32 on a CPU.
-    assert largest_difference(*(results(unet, torch.float64, side=4) for unet in (fast, plain))) < 1e-3
+    assert (
+        largest_difference(*(results(unet, torch.float64, side=4) for unet in (fast, plain))) < 1e-3
+    )
 
 
 def test_runs_on_triton_kernels() -> None:
     """At sizes that the interpreter takes, every operator that has a kernel."""
     config = UNetConfig(
-        model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2,), num_head_channels=32,
-        context_dim=24, resblock_groups=16, transformer_groups=16,
-    )  # fmt: skip
+        model_channels=32,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(2,),
+        num_head_channels=32,
+        context_dim=24,
+        resblock_groups=16,
+        transformer_groups=16,
+    )
     named = ("group_norm", "layer_norm", "geglu", "residual_add", "upsample_conv")
-    plain, fast = randomised(UNet(config)), built(config, replace(REFERENCE, **dict.fromkeys(named, "triton")))
+    plain, fast = (
+        randomised(UNet(config)),
+        built(config, replace(REFERENCE, **dict.fromkeys(named, "triton"))),
+    )
     fast.load_state_dict(plain.state_dict())
     exact = results(randomised(UNet(config)).double(), torch.float64, side=4)
     before = launch.executed.copy()
-    ours, torchs = (largest_difference(results(unet, torch.float32, side=4), exact) for unet in (fast, plain))
+    ours, torchs = (
+        largest_difference(results(unet, torch.float32, side=4), exact) for unet in (fast, plain)
+    )
     assert ours < 2 * torchs
     kernels = {kernel for kernel, count in launch.executed.items() if count > before[kernel]}
     assert len(kernels) >= 2 * len(named)

@@ -1,6 +1,8 @@
-"""Kernels that the ahead-of-time check must see through; run as a script: prints what it says of each, as JSON.
+"""Kernels that the ahead-of-time check must see through; run as a script: prints what it says of
+each, as JSON.
 
-Not imported by tests: it must run without Triton's interpreter, which the tests' own process has chosen.
+Not imported by tests: it must run without Triton's interpreter, which the tests' own process has
+chosen.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ def narrow_store(x, y, N: tl.constexpr):
 def narrow_masked_loads(x, y, N: tl.constexpr):
     i = tl.arange(0, N)
     one = tl.load(x + 3 * i, mask=i < N - 1, other=1.0)
-    other = tl.load(x + 5 * i + N, mask=i < N - 2, other=2.0)  # narrow: the line above is not excused by this
+    other = tl.load(
+        x + 5 * i + N, mask=i < N - 2, other=2.0
+    )  # narrow: the line above is not excused by this
     tl.store(y + i, one + other)
 
 
@@ -67,7 +71,9 @@ def explained_in_a_helper(x, y, N: tl.constexpr):
 
 @triton.jit
 def explained_by_the_caller_of_a_helper(x, y, N: tl.constexpr):
-    _store_thirds(y, tl.load(x + tl.arange(0, N)), N)  # narrow: of no avail, the access is elsewhere
+    _store_thirds(
+        y, tl.load(x + tl.arange(0, N)), N
+    )  # narrow: of no avail, the access is elsewhere
 
 
 @triton.jit

@@ -1,8 +1,9 @@
-"""Stand-ins for the attention packages with their real signatures: plain torch, no sooner right than the package.
+"""Stand-ins for the attention packages with their real signatures: plain torch, no sooner right
+than the package.
 
-Each keeps what a caller can get wrong: default masks and scales, argument order, layouts taken for granted, packed
-gradients. Signatures: flash-attn 2.8.3.post2, hopper/flash_attn_interface.py at 01afd16d, flash-attn-4 4.0.0b36,
-transformer_engine 2.20.2.
+Each keeps what a caller can get wrong: default masks and scales, argument order, layouts taken for
+granted, packed gradients. Signatures: flash-attn 2.8.3.post2, hopper/flash_attn_interface.py at
+01afd16d, flash-attn-4 4.0.0b36, transformer_engine 2.20.2.
 """
 
 from __future__ import annotations
@@ -21,14 +22,22 @@ Calls = list[dict[str, Any]]
 
 def probabilities(q: torch.Tensor, k: torch.Tensor, scale: float, causal: bool) -> torch.Tensor:
     scores = torch.einsum("blhd,bthd->bhlt", q, k) * scale
-    return (scores.masked_fill(torch.ones(scores.shape[-2:]).tril() == 0, -torch.inf) if causal else scores).softmax(-1)
+    return (
+        scores.masked_fill(torch.ones(scores.shape[-2:]).tril() == 0, -torch.inf)
+        if causal
+        else scores
+    ).softmax(-1)
 
 
-def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool) -> torch.Tensor:
+def plain(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool
+) -> torch.Tensor:
     return torch.einsum("bhlt,bthd->blhd", probabilities(q, k, scale, causal), v).contiguous()
 
 
-def gradients(q: Any, k: Any, v: Any, dout: Any, scale: float, causal: bool) -> tuple[torch.Tensor, ...]:
+def gradients(
+    q: Any, k: Any, v: Any, dout: Any, scale: float, causal: bool
+) -> tuple[torch.Tensor, ...]:
     # Written out: within a registered op there is no autograd.
     weights = probabilities(q, k, scale, causal)
     product = torch.einsum("blhd,bthd->bhlt", dout, v)
@@ -61,20 +70,48 @@ class Packed(torch.autograd.Function):
 
 def flash_attention_2(calls: Calls) -> dict[str, types.ModuleType]:
     def flash_attn_qkvpacked_func(
-        qkv, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
-        deterministic=False, return_attn_probs=False,
-    ):  # fmt: skip
-        calls.append({"qkv": qkv, "dropout_p": dropout_p, "softmax_scale": softmax_scale, "causal": causal})
+        qkv,
+        dropout_p=0.0,
+        softmax_scale=None,
+        causal=False,
+        window_size=(-1, -1),
+        softcap=0.0,
+        alibi_slopes=None,
+        deterministic=False,
+        return_attn_probs=False,
+    ):
+        calls.append(
+            {"qkv": qkv, "dropout_p": dropout_p, "softmax_scale": softmax_scale, "causal": causal}
+        )
         return Packed.apply(softmax_scale, causal, qkv)
 
     def flash_attn_kvpacked_func(
-        q, kv, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
-        deterministic=False, return_attn_probs=False,
-    ):  # fmt: skip
-        calls.append({"q": q, "kv": kv, "dropout_p": dropout_p, "softmax_scale": softmax_scale, "causal": causal})
+        q,
+        kv,
+        dropout_p=0.0,
+        softmax_scale=None,
+        causal=False,
+        window_size=(-1, -1),
+        softcap=0.0,
+        alibi_slopes=None,
+        deterministic=False,
+        return_attn_probs=False,
+    ):
+        calls.append(
+            {
+                "q": q,
+                "kv": kv,
+                "dropout_p": dropout_p,
+                "softmax_scale": softmax_scale,
+                "causal": causal,
+            }
+        )
         return Packed.apply(softmax_scale, causal, q, kv)
 
-    package, interface = types.ModuleType("flash_attn"), types.ModuleType("flash_attn.flash_attn_interface")
+    package, interface = (
+        types.ModuleType("flash_attn"),
+        types.ModuleType("flash_attn.flash_attn_interface"),
+    )
     package.flash_attn_qkvpacked_func, package.flash_attn_kvpacked_func = (
         flash_attn_qkvpacked_func,
         flash_attn_kvpacked_func,
@@ -84,42 +121,110 @@ def flash_attention_2(calls: Calls) -> dict[str, types.ModuleType]:
 
 def flash_attention_3(calls: Calls) -> dict[str, types.ModuleType]:
     def flash_attn_qkvpacked_func(
-        qkv, softmax_scale=None, causal=False, q_descale=None, k_descale=None, v_descale=None, window_size=(-1, -1),
-        attention_chunk=0, softcap=0.0, deterministic=False, num_heads_q=None, sm_margin=0, return_attn_probs=False,
-    ):  # fmt: skip
+        qkv,
+        softmax_scale=None,
+        causal=False,
+        q_descale=None,
+        k_descale=None,
+        v_descale=None,
+        window_size=(-1, -1),
+        attention_chunk=0,
+        softcap=0.0,
+        deterministic=False,
+        num_heads_q=None,
+        sm_margin=0,
+        return_attn_probs=False,
+    ):
         calls.append({"qkv": qkv, "softmax_scale": softmax_scale, "causal": causal})
         return Packed.apply(softmax_scale, causal, qkv)
 
     def flash_attn_func(
-        q, k, v, softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None,
-        window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False,
-        sm_margin=0, return_attn_probs=False,
-    ):  # fmt: skip
-        calls.append({"q": q, "k": k, "v": v, "softmax_scale": softmax_scale, "causal": causal, "qv": qv})
+        q,
+        k,
+        v,
+        softmax_scale=None,
+        causal=False,
+        qv=None,
+        q_descale=None,
+        k_descale=None,
+        v_descale=None,
+        window_size=(-1, -1),
+        attention_chunk=0,
+        softcap=0.0,
+        num_splits=1,
+        pack_gqa=None,
+        deterministic=False,
+        sm_margin=0,
+        return_attn_probs=False,
+    ):
+        calls.append(
+            {"q": q, "k": k, "v": v, "softmax_scale": softmax_scale, "causal": causal, "qv": qv}
+        )
         return Packed.apply(softmax_scale, causal, q, k, v)
 
     module = types.ModuleType("flash_attn_interface")
-    module.flash_attn_qkvpacked_func, module.flash_attn_func = flash_attn_qkvpacked_func, flash_attn_func
+    module.flash_attn_qkvpacked_func, module.flash_attn_func = (
+        flash_attn_qkvpacked_func,
+        flash_attn_func,
+    )
     return {"flash_attn_interface": module}
 
 
 def flash_attention_4(calls: Calls) -> dict[str, types.ModuleType]:
     def flash_attn_func(
-        q, k, v, qv=None, gather_kv_indices=None, softmax_scale=None, causal=False, window_size=(None, None),
-        learnable_sink=None, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, score_mod=None,
-        score_mod_bwd=None, mask_mod=None, aux_tensors=None, aux_scalars=None, block_sparse_tensors=None,
-        block_sparse_tensors_bwd=None, return_lse=False, gather_bwd_recompute_p=False, gather_bwd_token_chunk=None,
-    ):  # fmt: skip
-        calls.append({"q": q, "k": k, "v": v, "qv": qv, "softmax_scale": softmax_scale, "causal": causal})
+        q,
+        k,
+        v,
+        qv=None,
+        gather_kv_indices=None,
+        softmax_scale=None,
+        causal=False,
+        window_size=(None, None),
+        learnable_sink=None,
+        softcap=0.0,
+        num_splits=1,
+        pack_gqa=None,
+        deterministic=False,
+        score_mod=None,
+        score_mod_bwd=None,
+        mask_mod=None,
+        aux_tensors=None,
+        aux_scalars=None,
+        block_sparse_tensors=None,
+        block_sparse_tensors_bwd=None,
+        return_lse=False,
+        gather_bwd_recompute_p=False,
+        gather_bwd_token_chunk=None,
+    ):
+        calls.append(
+            {"q": q, "k": k, "v": v, "qv": qv, "softmax_scale": softmax_scale, "causal": causal}
+        )
         lse = torch.zeros(q.shape[0], q.shape[2], q.shape[1]) if return_lse else None
         return plain(q, k, v, softmax_scale, causal), lse
 
     def _flash_attn_bwd(
-        q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, window_size_left=None,
-        window_size_right=None, *, deterministic=False, dq=None, dk=None, dv=None, dlse=None,
-    ):  # fmt: skip
+        q,
+        k,
+        v,
+        out,
+        dout,
+        lse,
+        softmax_scale=None,
+        causal=False,
+        softcap=0.0,
+        window_size_left=None,
+        window_size_right=None,
+        *,
+        deterministic=False,
+        dq=None,
+        dk=None,
+        dv=None,
+        dlse=None,
+    ):
         calls.append({"dout": dout, "lse": lse, "dq": dq, "dk": dk, "dv": dv})
-        for slot, result in zip((dq, dk, dv), gradients(q, k, v, dout, softmax_scale, causal), strict=True):
+        for slot, result in zip(
+            (dq, dk, dv), gradients(q, k, v, dout, softmax_scale, causal), strict=True
+        ):
             slot.copy_(result)
         return dq, dk, dv
 
@@ -140,7 +245,10 @@ class _TransformerEngineFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Any, k: Any, v: Any, scale: float, causal: bool) -> torch.Tensor:
         ctx.self_attention = q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
-        read = _dense(q, 3 if ctx.self_attention else 1), *(_dense(x, 3 if ctx.self_attention else 2) for x in (k, v))
+        read = (
+            _dense(q, 3 if ctx.self_attention else 1),
+            *(_dense(x, 3 if ctx.self_attention else 2) for x in (k, v)),
+        )
         ctx.options = scale, causal
         ctx.save_for_backward(*read)
         return plain(*read, scale, causal).flatten(2)
@@ -153,7 +261,9 @@ class _TransformerEngineFunction(torch.autograd.Function):
             slots = torch.empty(B, L, 3, H, D, dtype=q.dtype).unbind(2)
         else:
             slots = torch.empty_like(q), *torch.empty(B, T, 2, H, D, dtype=q.dtype).unbind(2)
-        for slot, result in zip(slots, gradients(q, k, v, dout.view(q.shape), *ctx.options), strict=True):
+        for slot, result in zip(
+            slots, gradients(q, k, v, dout.view(q.shape), *ctx.options), strict=True
+        ):
             slot.copy_(result)
         return *slots, None, None
 
@@ -162,32 +272,57 @@ def transformer_engine(calls: Calls) -> dict[str, types.ModuleType]:
     state = {"fp8": True}
 
     @contextmanager
-    def autocast(enabled=True, calibrating=False, recipe=None, amax_reduction_group=None) -> Iterator[None]:
+    def autocast(
+        enabled=True, calibrating=False, recipe=None, amax_reduction_group=None
+    ) -> Iterator[None]:
         before, state["fp8"] = state["fp8"], enabled
         yield
         state["fp8"] = before
 
     class DotProductAttention:
         def __init__(
-            self, num_attention_heads, kv_channels, num_gqa_groups=None, attention_dropout=0.0, qkv_format="sbhd",
-            attn_mask_type="causal", window_size=None, *, attention_type="self", softmax_scale=None,
-        ) -> None:  # fmt: skip
-            self.options = {"qkv_format": qkv_format, "mask": attn_mask_type, "attention_type": attention_type}
+            self,
+            num_attention_heads,
+            kv_channels,
+            num_gqa_groups=None,
+            attention_dropout=0.0,
+            qkv_format="sbhd",
+            attn_mask_type="causal",
+            window_size=None,
+            *,
+            attention_type="self",
+            softmax_scale=None,
+        ) -> None:
+            self.options = {
+                "qkv_format": qkv_format,
+                "mask": attn_mask_type,
+                "attention_type": attention_type,
+            }
             self.heads, self.scale = (num_attention_heads, kv_channels), softmax_scale
 
         def __call__(self, query_layer, key_layer, value_layer):
             assert query_layer.shape[-2:] == self.heads
             calls.append({**self.options, "fp8": state["fp8"]})
             causal = self.options["mask"] == "causal"
-            return _TransformerEngineFunction.apply(query_layer, key_layer, value_layer, self.scale, causal)
+            return _TransformerEngineFunction.apply(
+                query_layer, key_layer, value_layer, self.scale, causal
+            )
 
-    modules = {name: types.ModuleType(name) for name in ("transformer_engine", "transformer_engine.pytorch")}
+    modules = {
+        name: types.ModuleType(name)
+        for name in ("transformer_engine", "transformer_engine.pytorch")
+    }
     module = modules["transformer_engine"].pytorch = modules["transformer_engine.pytorch"]
     module.DotProductAttention, module.autocast = DotProductAttention, autocast
     return modules
 
 
-FAKES = {"fa2": flash_attention_2, "fa3": flash_attention_3, "fa4": flash_attention_4, "te": transformer_engine}
+FAKES = {
+    "fa2": flash_attention_2,
+    "fa3": flash_attention_3,
+    "fa4": flash_attention_4,
+    "te": transformer_engine,
+}
 
 
 def install(backend: str, monkeypatch: pytest.MonkeyPatch) -> Calls:

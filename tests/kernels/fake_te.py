@@ -1,4 +1,5 @@
-"""A stand-in of Transformer Engine: its signatures, its rules of scaling, and the reference's arithmetic on a CPU."""
+"""A stand-in of Transformer Engine: its signatures, its rules of scaling, and the reference's
+arithmetic on a CPU."""
 
 from __future__ import annotations
 
@@ -36,7 +37,12 @@ class Linear(torch.nn.Module):
     """te.Linear: E4M3 by the scale of earlier steps where scaling is delayed."""
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, params_dtype: Any = None, device: str = "cuda"
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        params_dtype: Any = None,
+        device: str = "cuda",
     ) -> None:
         super().__init__()
         place = {"dtype": params_dtype, "device": "meta" if device == "meta" else "cpu"}
@@ -58,7 +64,9 @@ class Linear(torch.nn.Module):
             state.seen.append(self)
         self.scales[1] = torch.maximum(self.scales[1], x.abs().max().float())
         largest, scale = FORMATS[FORWARD], self.scales[0].clone()
-        return ((x.float() * scale).clamp(-largest, largest).to(FORWARD).float() / scale).to(x.dtype)
+        return ((x.float() * scale).clamp(-largest, largest).to(FORWARD).float() / scale).to(
+            x.dtype
+        )
 
     def move_on(self) -> None:
         """The scale from the history, which forgets its oldest step."""
@@ -80,7 +88,10 @@ class Linear(torch.nn.Module):
 
 @contextmanager
 def autocast(
-    enabled: bool = True, calibrating: bool = False, recipe: Any = None, amax_reduction_group: Any = None
+    enabled: bool = True,
+    calibrating: bool = False,
+    recipe: Any = None,
+    amax_reduction_group: Any = None,
 ) -> Iterator[None]:
     """te.autocast: leaving the outermost one moves every layer's history on."""
     outer, state.recipe = state.recipe, recipe
@@ -100,7 +111,11 @@ def modules() -> dict[str, types.ModuleType]:
     names = "transformer_engine", "transformer_engine.pytorch", "transformer_engine.common"
     made = {name: types.ModuleType(name) for name in (*names, "transformer_engine.common.recipe")}
     vars(made["transformer_engine.pytorch"]).update(Linear=Linear, autocast=autocast)
-    recipe = {"DelayedScaling": dict, "Float8CurrentScaling": dict, "Format": types.SimpleNamespace(HYBRID="hybrid")}
+    recipe = {
+        "DelayedScaling": dict,
+        "Float8CurrentScaling": dict,
+        "Format": types.SimpleNamespace(HYBRID="hybrid"),
+    }
     vars(made["transformer_engine.common.recipe"]).update(recipe)
     vars(made["transformer_engine"]).update(pytorch=made["transformer_engine.pytorch"])
     return made

@@ -54,7 +54,11 @@ def replaced(module: str, *replacements: tuple[str, str]) -> Iterator[Any]:
 
 
 def assert_caught(
-    op: str, case: Case, *replacements: tuple[str, str], dtype: torch.dtype = torch.float32, backend: str = "triton"
+    op: str,
+    case: Case,
+    *replacements: tuple[str, str],
+    dtype: torch.dtype = torch.float32,
+    backend: str = "triton",
 ) -> None:
     """The unplanted op is green on the case, and the planted one is red."""
     spec = all_ops()[op]

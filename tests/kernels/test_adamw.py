@@ -32,12 +32,17 @@ def inputs_of(name: str, dtype: torch.dtype = torch.bfloat16, **changes: Any) ->
 
 
 def bits(low: int, high: int, number: int) -> torch.Tensor:
-    return torch.randint(low, high, (number,), generator=torch.Generator().manual_seed(0), dtype=torch.int64).int()
+    return torch.randint(
+        low, high, (number,), generator=torch.Generator().manual_seed(0), dtype=torch.int64
+    ).int()
 
 
 def every_kind_of_master() -> torch.Tensor:
-    """Random bit patterns, and those around every border of the upper half, each with every lower half near a tie."""
-    upper = torch.tensor([0x0000, 0x0001, 0x007F, 0x0080, 0x3F80, 0x7F7F, 0x7F80, 0x7FC0, 0x7FFF]).repeat(2)
+    """Random bit patterns, and those around every border of the upper half, each with every lower
+    half near a tie."""
+    upper = torch.tensor(
+        [0x0000, 0x0001, 0x007F, 0x0080, 0x3F80, 0x7F7F, 0x7F80, 0x7FC0, 0x7FFF]
+    ).repeat(2)
     upper[9:] += 0x8000
     lower = torch.tensor([0x0000, 0x0001, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
     special = ((upper[:, None] << 16) + lower).flatten().int()
@@ -49,19 +54,27 @@ def test_masters_are_restored_bit_for_bit() -> None:
     weights, remainders = split_master(master)
     assert (weights.dtype, remainders.dtype) == (torch.bfloat16, torch.int16)
     nan = master.isnan()
-    assert torch.equal(join_master(weights, remainders).view(torch.int32)[~nan], master.view(torch.int32)[~nan])
+    assert torch.equal(
+        join_master(weights, remainders).view(torch.int32)[~nan], master.view(torch.int32)[~nan]
+    )
     assert weights[nan].isnan().all() and join_master(weights, remainders)[nan].isnan().all()
     different = (weights.view(torch.int16) != master.to(torch.bfloat16).view(torch.int16)) & ~nan
-    assert (remainders[different] == -(2**15)).all(), "only ties are rounded otherwise than to nearest even"
+    assert (remainders[different] == -(2**15)).all(), (
+        "only ties are rounded otherwise than to nearest even"
+    )
 
 
 def test_any_pair_is_a_master() -> None:
-    pair = (bits(-(2**15), 2**15, 1 << 16).short().view(torch.bfloat16), bits(-(2**15), 2**15, 1 << 16).short().flip(0))
+    pair = (
+        bits(-(2**15), 2**15, 1 << 16).short().view(torch.bfloat16),
+        bits(-(2**15), 2**15, 1 << 16).short().flip(0),
+    )
     master = join_master(*pair)
     again = split_master(master)
     usual = ~master.isnan()
     assert all(
-        torch.equal(a.view(torch.int16)[usual], b.view(torch.int16)[usual]) for a, b in zip(pair, again, strict=True)
+        torch.equal(a.view(torch.int16)[usual], b.view(torch.int16)[usual])
+        for a, b in zip(pair, again, strict=True)
     )
 
 
@@ -70,8 +83,18 @@ def test_any_pair_is_a_master() -> None:
     [
         ([("w * decay + update * step_size", "update * step_size")], "tiny"),
         ([("coefficients(step,", "coefficients(step + 1,")], "tiny"),
-        ([("tl.sqrt_rn(v) * root_scale + eps", "tl.sqrt_rn(v * root_scale * root_scale + eps)")], "tiny"),
-        ([("_narrowed(m,", "_narrowed(swapped,"), ("_narrowed(v,", "_narrowed(m,"), ("swapped", "v")], "tiny"),
+        (
+            [("tl.sqrt_rn(v) * root_scale + eps", "tl.sqrt_rn(v * root_scale * root_scale + eps)")],
+            "tiny",
+        ),
+        (
+            [
+                ("_narrowed(m,", "_narrowed(swapped,"),
+                ("_narrowed(v,", "_narrowed(m,"),
+                ("swapped", "v"),
+            ],
+            "tiny",
+        ),
         ([("(w.to(tl.int32) << 16) + low.to(tl.int32)", "w.to(tl.int32) << 16")], "tiny"),
         ([("bits + 0x8000", "bits")], "ragged"),
         ([("bits + 0x7FFF + ((bits >> 16) & 1)", "bits")], "bfloat16 moments"),
@@ -100,7 +123,9 @@ def test_updates_in_place_and_gives_back(function: Callable[..., Any]) -> None:
     before = {name: inputs[name].clone() for name in STATE}
     results = function(**inputs)
     assert all(result is inputs[name] for name, result in zip(SPEC.outputs, results, strict=True))
-    assert not any(torch.equal(inputs[name], before[name]) for name in ("remainders", "exp_avg", "exp_avg_sq"))
+    assert not any(
+        torch.equal(inputs[name], before[name]) for name in ("remainders", "exp_avg", "exp_avg_sq")
+    )
 
 
 @pytest.mark.parametrize("function", [adamw, reference])
@@ -133,14 +158,20 @@ def test_without_a_rate_nothing_moves() -> None:
 def test_error_is_within_twice_that_of_torch_adamw(
     dtype: torch.dtype, capturable: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch.optim.AdamW(foreach=False, fused=False), capturable and not, in float32; twelve steps on from zero."""
+    """torch.optim.AdamW(foreach=False, fused=False), capturable and not, in float32; twelve steps
+    on from zero."""
     module = sys.modules[torch.optim.Adam.__module__]
     monkeypatch.setattr(module, "_get_capturable_supported_devices", lambda: ["cpu", "cuda"])
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(2000, generator=generator) * 0.05
     options: dict[str, Any] = {"lr": 1e-4, "weight_decay": 0.01, "foreach": False, "fused": False}
-    truth, plain = (torch.nn.Parameter(start.clone().to(kind)) for kind in (torch.float64, torch.float32))
-    peers = [torch.optim.AdamW([truth], **options), torch.optim.AdamW([plain], **options, capturable=capturable)]
+    truth, plain = (
+        torch.nn.Parameter(start.clone().to(kind)) for kind in (torch.float64, torch.float32)
+    )
+    peers = [
+        torch.optim.AdamW([truth], **options),
+        torch.optim.AdamW([plain], **options, capturable=capturable),
+    ]
     weights, remainders = split_master(start) if dtype == torch.bfloat16 else (start.clone(), None)
     exp_avg, exp_avg_sq = torch.zeros(2000), torch.zeros(2000)
     for step in range(1, 13):
@@ -148,14 +179,18 @@ def test_error_is_within_twice_that_of_torch_adamw(
         for parameter, peer in zip((truth, plain), peers, strict=True):
             parameter.grad = grads.to(parameter.dtype)
             peer.step()
-        adamw(weights, remainders, grads, exp_avg, exp_avg_sq, torch.tensor(step), torch.tensor(1e-4))
+        adamw(
+            weights, remainders, grads, exp_avg, exp_avg_sq, torch.tensor(step), torch.tensor(1e-4)
+        )
     ours = weights if remainders is None else join_master(weights, remainders)
     states = [(truth, plain, ours)]
     for name, moment in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
         states.append((peers[0].state[truth][name], peers[1].state[plain][name], moment))
     for right, theirs, our in states:
         for norm in (2, float("inf")):
-            error, torch_error = (torch.linalg.vector_norm(x.double() - right, norm).item() for x in (our, theirs))
+            error, torch_error = (
+                torch.linalg.vector_norm(x.double() - right, norm).item() for x in (our, theirs)
+            )
             assert error <= 2 * torch_error, f"{error:.2e} against {torch_error:.2e}"
 
 
@@ -188,7 +223,10 @@ def test_kinds_of_step_gradient_and_remainder_make_no_difference() -> None:
         ({"step": torch.zeros(2)}, "step of shape"),
         ({"learning_rate": torch.tensor(1)}, "learning_rate of torch.int64"),
         ({"grads": torch.zeros(5, device="meta")}, "cpu and meta"),
-        ({name: torch.zeros(0, dtype=torch.bfloat16) for name in ("weights", "grads")}, "not empty"),
+        (
+            {name: torch.zeros(0, dtype=torch.bfloat16) for name in ("weights", "grads")},
+            "not empty",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence(changes: dict[str, Any], words: str) -> None:
@@ -218,9 +256,15 @@ print(json.dumps(sorted(set(re.findall(r"\\b[a-z]\\w+(?:\\.[a-z]+)*\\.f32\\b", p
 def test_compiled_arithmetic_rounds_every_operation_and_keeps_subnormals() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", ARITHMETIC]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+    result = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False
+    )
     assert result.returncode == 0, result.stderr
-    used = {name for name in json.loads(result.stdout) if not name.startswith(("mov", "ld", "st", "setp", "selp"))}
+    used = {
+        name
+        for name in json.loads(result.stdout)
+        if not name.startswith(("mov", "ld", "st", "setp", "selp"))
+    }
     assert used == {f"{name}.rn.f32" for name in ("add", "sub", "mul", "div", "sqrt")}
 
 
@@ -239,24 +283,36 @@ def multi_tensor_adam_capturable(
     inv_scale: torch.Tensor,
 ) -> None:
     """What apex's function of that name takes and does, at commit 004da4ed."""
-    assert (noop_flag.dtype, step.dtype, lr.dtype, inv_scale.dtype) == (torch.int32, torch.int32, *[torch.float32] * 2)
+    assert (noop_flag.dtype, step.dtype, lr.dtype, inv_scale.dtype) == (
+        torch.int32,
+        torch.int32,
+        *[torch.float32] * 2,
+    )
     (g,), (p,), (m,), (v,) = tensor_lists
-    assert {tensor.dtype for tensor in (g, p, m, v)} == {torch.float32} and mode == bias_correction == 1
+    assert {tensor.dtype for tensor in (g, p, m, v)} == {
+        torch.float32
+    } and mode == bias_correction == 1
     g.mul_(inv_scale)
     m.mul_(beta1).add_(g * (1 - beta1))
     v.mul_(beta2).add_(g * g * (1 - beta2))
     corrected = v / (1 - beta2 ** step.double()).float()
-    update = (m / (1 - beta1 ** step.double()).float()) / (corrected.sqrt() + epsilon) + weight_decay * p
+    update = (m / (1 - beta1 ** step.double()).float()) / (
+        corrected.sqrt() + epsilon
+    ) + weight_decay * p
     p.sub_(lr * update)
 
 
 @pytest.fixture
 def apex(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     applier = SimpleNamespace(
-        multi_tensor_applier=lambda op, noop_flag, lists, *arguments: op(65536, noop_flag, lists, *arguments)
+        multi_tensor_applier=lambda op, noop_flag, lists, *arguments: op(
+            65536, noop_flag, lists, *arguments
+        )
     )
     monkeypatch.setitem(
-        sys.modules, "amp_C", SimpleNamespace(multi_tensor_adam_capturable=multi_tensor_adam_capturable)
+        sys.modules,
+        "amp_C",
+        SimpleNamespace(multi_tensor_adam_capturable=multi_tensor_adam_capturable),
     )
     monkeypatch.setitem(sys.modules, "apex", SimpleNamespace(multi_tensor_apply=applier))
     monkeypatch.setitem(sys.modules, "apex.multi_tensor_apply", applier)
@@ -271,7 +327,9 @@ def test_apex_is_called_as_it_takes(name: str, apex: ModuleType) -> None:
 
 
 @pytest.mark.parametrize(("backend", "module"), [("apex", "apex"), ("torch", "aten")])
-def test_adapters_refuse_what_their_package_would_do_otherwise(backend: str, module: str, apex: ModuleType) -> None:
+def test_adapters_refuse_what_their_package_would_do_otherwise(
+    backend: str, module: str, apex: ModuleType
+) -> None:
     adapter = importlib.import_module(f"sd_kernels.adamw.{module}")
     for name, dtype in (
         ("tiny", torch.bfloat16),
@@ -287,6 +345,10 @@ def test_work_counts_the_bytes_of_every_tensor() -> None:
     for case in SPEC.small_cases:
         for dtype in SPEC.dtypes:
             inputs = SPEC.inputs(case, Inputs(case, dtype))
-            tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-            moved = sum(value.nbytes * (2 if name in STATE else 1) for name, value in tensors.items())
+            tensors = {
+                name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)
+            }
+            moved = sum(
+                value.nbytes * (2 if name in STATE else 1) for name, value in tensors.items()
+            )
             assert SPEC.work(case, dtype).forward_bytes == moved

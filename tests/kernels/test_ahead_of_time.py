@@ -1,4 +1,5 @@
-"""Kernels compiled for GPUs that are not here; in child processes, since the interpreter is chosen at import."""
+"""Kernels compiled for GPUs that are not here; in child processes, since the interpreter is chosen
+at import."""
 
 from __future__ import annotations
 
@@ -15,17 +16,25 @@ ROOT = Path(__file__).parents[2]
 OLDEST = ROOT / ".venv/triton-3.6"
 """the oldest Triton that is supported, unpacked there by `make test-all`"""
 
-needs_oldest = pytest.mark.skipif(not (OLDEST / "triton").is_dir(), reason=f"no {OLDEST}; make test-all unpacks it")
+needs_oldest = pytest.mark.skipif(
+    not (OLDEST / "triton").is_dir(), reason=f"no {OLDEST}; make test-all unpacks it"
+)
 VERSIONS = ["installed", pytest.param("oldest", marks=[pytest.mark.slow, needs_oldest])]
 
 
-def run(module: str, *arguments: str, triton: str = "installed") -> subprocess.CompletedProcess[str]:
+def run(
+    module: str, *arguments: str, triton: str = "installed"
+) -> subprocess.CompletedProcess[str]:
     """A module of the checkout without Triton's interpreter; whatever it warns of is an error."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     if triton == "oldest":
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(OLDEST), environment.get("PYTHONPATH")]))
+        environment["PYTHONPATH"] = os.pathsep.join(
+            filter(None, [str(OLDEST), environment.get("PYTHONPATH")])
+        )
     command = [sys.executable, "-m", module, *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+    result = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False
+    )
     assert "warn" not in result.stderr.lower(), result.stderr
     return result
 
@@ -51,7 +60,9 @@ def test_green(judged: dict[str, Any], kernel: str) -> None:
         ("explained_by_the_caller_of_a_helper", "    tl.store(y + 3 * tl.arange(0, N), value)"),
     ],
 )
-def test_a_narrow_access_is_red_at_its_own_line(judged: dict[str, Any], kernel: str, line: str) -> None:
+def test_a_narrow_access_is_red_at_its_own_line(
+    judged: dict[str, Any], kernel: str, line: str
+) -> None:
     assert not judged[kernel]["ok"]
     [place] = judged[kernel]["narrow_lines"]
     number = int(place.partition(":")[2].split()[0])
@@ -78,7 +89,9 @@ def test_two_ops_for_hopper() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("triton", VERSIONS)
 def test_all_ops_for_all_targets(triton: str, tmp_path: Path) -> None:
-    result = run("benchmarks.ahead_of_time", "--markdown", str(tmp_path / "table.md"), triton=triton)
+    result = run(
+        "benchmarks.ahead_of_time", "--markdown", str(tmp_path / "table.md"), triton=triton
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     assert ("triton 3.6" in result.stdout) == (triton == "oldest")
     assert (tmp_path / "table.md").read_text().startswith("| kernel | registers sm_80 |")
@@ -87,6 +100,10 @@ def test_all_ops_for_all_targets(triton: str, tmp_path: Path) -> None:
 def test_the_interpreter_is_refused() -> None:
     command = [sys.executable, "-m", "benchmarks.ahead_of_time", "--ops", "geglu"]
     result = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}
+        command,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
     )
     assert result.returncode == 2 and "TRITON_INTERPRET is set" in result.stderr

@@ -15,7 +15,11 @@ from sd_kernels.spec import DECLARED_TARGETS, Case, Inputs, Target
 from tests.kernels.attention_fakes import FAKES, install
 from tests.kernels.faults import assert_caught
 
-SMALL = [*SPEC.small_cases, _make("one key", 1, 5, 1, 2), _make("far mean", 2, 24, 77, 2, mean=-2.3, std=0.5)]
+SMALL = [
+    *SPEC.small_cases,
+    _make("one key", 1, 5, 1, 2),
+    _make("far mean", 2, 24, 77, 2, mean=-2.3, std=0.5),
+]
 CASES = {case.name: case for case in SMALL}
 ON_CPU = ["flash_sdpa", "math"]
 PACKAGES = list(FAKES)
@@ -66,10 +70,15 @@ def test_wiring_in_float64(backend: str, case: Case, monkeypatch: pytest.MonkeyP
         ("fa2", "self, 5 heads", ("first.shape[-1] ** -0.5", "first.shape[-1] ** -1.0")),
     ],
     ids=[
-        "causal by default", "self's rows taken for dense", "queries' rows taken for dense",
-        "context's rows taken for dense", "k and v swapped", "dk and dv swapped", "wrong scale",
+        "causal by default",
+        "self's rows taken for dense",
+        "queries' rows taken for dense",
+        "context's rows taken for dense",
+        "k and v swapped",
+        "dk and dv swapped",
+        "wrong scale",
     ],
-)  # fmt: skip
+)
 def test_planted_faults_of_adapters_are_red(
     backend: str, case: str, fault: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,16 +89,28 @@ def test_planted_faults_of_adapters_are_red(
 def test_transformer_engine_is_pinned_to_cudnn_without_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = install("te", monkeypatch)
     harness.check(SPEC, "te", CASES["cross, 77 keys"], torch.float64)
-    assert calls[0] == {"qkv_format": "bshd", "mask": "no_mask", "attention_type": "cross", "fp8": False}
+    assert calls[0] == {
+        "qkv_format": "bshd",
+        "mask": "no_mask",
+        "attention_type": "cross",
+        "fp8": False,
+    }
     chosen = [os.environ[f"NVTE_{name}_ATTN"] for name in ("FLASH", "FUSED", "UNFUSED")]
     assert chosen == ["0", "1", "0"]
 
 
 @pytest.mark.parametrize(
-    "apart", [lambda dy: dy.unbind(2), lambda dy: dy.clone().unbind(2)[::-1], lambda dy: dy.clone().unbind(2)]
+    "apart",
+    [
+        lambda dy: dy.unbind(2),
+        lambda dy: dy.clone().unbind(2)[::-1],
+        lambda dy: dy.clone().unbind(2),
+    ],
 )
 @pytest.mark.parametrize("shape", [(2, 5, 3, 2, 4), (1, 1, 3, 1, 8), (1, 4, 2, 3, 4)])
-def test_gradients_are_taken_as_they_lie_only_where_they_lie_packed(shape, apart, monkeypatch) -> None:
+def test_gradients_are_taken_as_they_lie_only_where_they_lie_packed(
+    shape, apart, monkeypatch
+) -> None:
     install("te", monkeypatch)
     from sd_kernels.attention.te import _Unbind
 
@@ -115,7 +136,8 @@ def test_flash_attention_4_as_registered_ops(name: str, monkeypatch: pytest.Monk
 
 
 class Passes(TorchDispatchMode):
-    """Keeps the operators that make as many numbers as the packed tensor has, other than views and empty memory."""
+    """Keeps the operators that make as many numbers as the packed tensor has, other than views and
+    empty memory."""
 
     def __init__(self, numbers: int) -> None:
         super().__init__()
@@ -141,11 +163,17 @@ class Passes(TorchDispatchMode):
     ],
 )
 def test_passes_over_the_packed_gradient(
-    backend: str, self_attention: list[str], cross_attention: list[str], monkeypatch: pytest.MonkeyPatch
+    backend: str,
+    self_attention: list[str],
+    cross_attention: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if backend in PACKAGES:
         install(backend, monkeypatch)
-    for case, expected in ((CASES["self, 5 heads"], self_attention), (CASES["cross, 77 keys"], cross_attention)):
+    for case, expected in (
+        (CASES["self, 5 heads"], self_attention),
+        (CASES["cross, 77 keys"], cross_attention),
+    ):
         inputs = SPEC.inputs(case, Inputs(case, torch.float64))
         leaf = inputs["qkv"] if inputs["kv"] is None else inputs["kv"]
         y = SPEC.backend(backend).function("attention")(**inputs)
@@ -158,21 +186,32 @@ def test_passes_over_the_packed_gradient(
 @pytest.mark.parametrize("backend", [*ON_CPU, *PACKAGES])
 @pytest.mark.parametrize("name", ["self, rows apart", "cross, rows apart"])
 def test_layouts_change_nothing(backend: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inputs dense, with rows apart, or transposed; gradients dense, transposed, or one number seen everywhere."""
+    """Inputs dense, with rows apart, or transposed; gradients dense, transposed, or one number seen
+    everywhere."""
     if backend in PACKAGES:
         install(backend, monkeypatch)
     function = SPEC.backend(backend).function("attention")
     inputs = SPEC.inputs(CASES[name], Inputs(CASES[name], torch.float64))
 
     def results(order: Any, grad: torch.Tensor) -> list[torch.Tensor]:
-        tensors = {key: None if inputs[key] is None else order(inputs[key].detach()) for key in ("qkv", "kv")}
+        tensors = {
+            key: None if inputs[key] is None else order(inputs[key].detach())
+            for key in ("qkv", "kv")
+        }
         leaves = [value.requires_grad_() for value in tensors.values() if value is not None]
         y = function(**tensors, num_heads=inputs["num_heads"])
         return [y, *torch.autograd.grad(y, leaves, grad)]
 
     shape = function(**inputs).shape
-    grads = [torch.randn(shape, dtype=torch.float64), torch.ones((), dtype=torch.float64).expand(shape)]
-    orders = [lambda x: x, lambda x: x.mT.contiguous().mT, lambda x: x.transpose(0, 1).contiguous().transpose(0, 1)]
+    grads = [
+        torch.randn(shape, dtype=torch.float64),
+        torch.ones((), dtype=torch.float64).expand(shape),
+    ]
+    orders = [
+        lambda x: x,
+        lambda x: x.mT.contiguous().mT,
+        lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    ]
     for grad in (*grads, grads[0].mT.contiguous().mT):
         expected = results(torch.Tensor.contiguous, grad.contiguous())
         for order in orders:
@@ -213,7 +252,8 @@ def test_bad_input_is_one_sentence(
 @pytest.mark.parametrize("backend", ["cudnn", "efficient"])
 def test_a_pinned_kernel_that_cannot_run_raises(backend: str) -> None:
     words = (
-        rf"attention \({backend}\): got torch.float32 queries \(2, 2, 3, 8\), keys \(2, 2, 3, 8\) on cpu; takes what"
+        rf"attention \({backend}\): got torch.float32 queries \(2, 2, 3, 8\), keys \(2, 2, 3, 8\) "
+        rf"on cpu; takes what"
     )
     with pytest.raises(KernelError, match=words):
         SPEC.backend(backend).function("attention")(QKV, num_heads=2)
@@ -237,17 +277,25 @@ def test_other_errors_of_torch_pass(monkeypatch: pytest.MonkeyPatch) -> None:
         (Target("cpu", "cpu"), torch.float32, "flash_sdpa"),
     ],
 )
-def test_what_auto_takes_where_no_package_is(target: Target, dtype: torch.dtype, backend: str) -> None:
+def test_what_auto_takes_where_no_package_is(
+    target: Target, dtype: torch.dtype, backend: str
+) -> None:
     assert choose("attention", target=target, cases=SPEC.cases, dtype=dtype).backend == backend
 
 
 def test_what_auto_takes_where_packages_are(monkeypatch: pytest.MonkeyPatch) -> None:
     for backend in ("fa3", "fa4"):
         install(backend, monkeypatch)
-    taken = {name: choose("attention", target=target, cases=SPEC.cases) for name, target in DECLARED_TARGETS.items()}
+    taken = {
+        name: choose("attention", target=target, cases=SPEC.cases)
+        for name, target in DECLARED_TARGETS.items()
+    }
     assert {name: choice.backend for name, choice in taken.items()} == {
-        "a100": "cudnn", "h100": "fa3", "h200": "fa3", "b200": "fa4",
-    }  # fmt: skip
+        "a100": "cudnn",
+        "h100": "fa3",
+        "h200": "fa3",
+        "b200": "fa4",
+    }
     assert taken["b200"].passed_over["fa3"] == "needs compute capability 9.x, B200 has 10.0"
 
 
@@ -259,13 +307,16 @@ def test_refusals() -> None:
     assert not against("flash_sdpa", "one key")
     odd = Case("odd", {**CASES["one head"].shape, "D": 36})
     assert (
-        SPEC.backend("fa2").refuses(odd, torch.bfloat16) == "takes head dims that are multiples of 8 up to 256, not 36"
+        SPEC.backend("fa2").refuses(odd, torch.bfloat16)
+        == "takes head dims that are multiples of 8 up to 256, not 36"
     )
     assert SPEC.backend("fa4").refuses(Case("wide", {**odd.shape, "D": 256}), torch.bfloat16)
-    assert SPEC.backend("efficient").refuses(odd, torch.bfloat16) and not SPEC.backend("efficient").refuses(
-        odd, torch.float32
-    )
-    with pytest.raises(KernelError, match=r"takes torch.bfloat16 or torch.float16 on a GPU, not torch.float32"):
+    assert SPEC.backend("efficient").refuses(odd, torch.bfloat16) and not SPEC.backend(
+        "efficient"
+    ).refuses(odd, torch.float32)
+    with pytest.raises(
+        KernelError, match=r"takes torch.bfloat16 or torch.float16 on a GPU, not torch.float32"
+    ):
         choose("attention", "cudnn", DECLARED_TARGETS["h100"], dtype=torch.float32)
 
 

@@ -46,16 +46,19 @@ def test_the_adapter_calls_torch_rightly(case: Case, as_if_cudnn: None) -> None:
         ("F.conv2d(x, weight", "F.conv2d(F.pad(x, (1, 0, 1, 0))[..., :-1, :-1], weight"),
     ],
     ids=["kernel transposed", "shifted by a pixel"],
-)  # fmt: skip
+)
 def test_planted_faults_are_red(fault: tuple[str, str], as_if_cudnn: None) -> None:
     assert_caught("conv", CASES["ragged"], fault, backend="cudnn", dtype=torch.float64)
 
 
 def test_what_is_not_cudnn_s_is_refused() -> None:
-    """As on this CPU, or on a GPU where cuDNN is switched off: torch would take another convolution without a word."""
+    """As on this CPU, or on a GPU where cuDNN is switched off: torch would take another convolution
+    without a word."""
     if torch.cuda.is_available():
         pytest.skip("needs a CPU")
-    with pytest.raises(KernelError, match=r"on cpu that torch would give to \w+; takes CUDA tensors"):
+    with pytest.raises(
+        KernelError, match=r"on cpu that torch would give to \w+; takes CUDA tensors"
+    ):
         conv(image(1, 8, 4, 4), image(8, 8, 3, 3))
 
 
@@ -91,15 +94,26 @@ def test_tuning_is_on_within_and_as_before_after(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_cases_are_the_unet_s_convolutions() -> None:
-    """Operations counted by torch in one forward of the plain UNet; it has the upsampling ones in their plain form."""
+    """Operations counted by torch in one forward of the plain UNet; it has the upsampling ones in
+    their plain form."""
     with FlopCounterMode(display=False) as counter, torch.device("meta"):
-        UNet(UNetConfig())(torch.empty(1, 4, 64, 64), torch.empty(1, dtype=torch.int64), torch.empty(1, 77, 1024))
+        UNet(UNetConfig())(
+            torch.empty(1, 4, 64, 64), torch.empty(1, dtype=torch.int64), torch.empty(1, 77, 1024)
+        )
     counted = counter.get_flop_counts()["Global"][torch.ops.aten.convolution]
 
     def flops(op: str, case: Case) -> float:
         H, W = case.shape["H"], case.shape["W"]
         merged_to_plain = 9 / 4 * H * W / ((H + 1) * (W + 1)) if op == "upsample_conv" else 1
-        return case.calls * all_ops()[op].work(case.at_batch(1), torch.bfloat16).flops * merged_to_plain
+        return (
+            case.calls
+            * all_ops()[op].work(case.at_batch(1), torch.bfloat16).flops
+            * merged_to_plain
+        )
 
-    ours = sum(flops(op, case) for op in ("conv", "skip_conv", "upsample_conv") for case in all_ops()[op].cases)
+    ours = sum(
+        flops(op, case)
+        for op in ("conv", "skip_conv", "upsample_conv")
+        for case in all_ops()[op].cases
+    )
     assert ours == pytest.approx(counted, rel=1e-12)

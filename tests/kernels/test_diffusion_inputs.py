@@ -23,7 +23,8 @@ INDICES = [5, 0, 2**31, 2**32, 2**32 + 5, 2**40 + 7, 2**62]
 
 
 def bare(indices: list[int], device: str, logvar: float = 0.0, **options: Any) -> dict[str, Any]:
-    """A call whose noisy latents are z, and whose target is the noise: signal 1, sigma 0, mean 0, scale 1."""
+    """A call whose noisy latents are z, and whose target is the noise: signal 1, sigma 0, mean 0,
+    scale 1."""
     moments = torch.zeros(len(indices), 8, 16, 20, device=device)
     moments[:, 4:] = logvar
     tables = torch.ones(1000, device=device), torch.zeros(1000, device=device)
@@ -39,7 +40,8 @@ def test_draws_equal_the_oracle(seed: int, device: str) -> None:
     assert torch.equal(timesteps.cpu(), philox.uniform_integers(seed, 0, indices, 1000))
     for ours, stream in ((posterior_noise, 2), (noise, 1)):
         oracle = philox.normal(seed, stream, indices, ours[0].numel()).view(ours.shape)
-        # float64 libraries differ by their last bit, which is seen where float32 rounds the other way: 1 in 10^8.
+        # float64 libraries differ by their last bit, which is seen where float32 rounds the other
+        # way: 1 in 10^8.
         assert (ours.cpu() != oracle).sum() <= 1
         torch.testing.assert_close(ours.cpu(), oracle, rtol=2.0**-22, atol=1e-12)
 
@@ -64,8 +66,14 @@ def test_the_trainer_s_plain_step_is_the_reference(device: str) -> None:
     inputs |= {"seed": seed, "latent_scale": config.latent_scale}
     inputs |= {f"{name.lower()}_stream": Stream[name] for name in ("TIMESTEP", "NOISE", "MOMENTS")}
     latents, noise, timesteps = step.draw(inputs["moments"], inputs["sample_indices"])
-    expected = schedule.add_noise(latents, noise, timesteps), schedule.v_target(latents, noise, timesteps), timesteps
-    for plain, ours, value in zip(plain_inputs(**inputs), diffusion_inputs(**inputs), expected, strict=True):
+    expected = (
+        schedule.add_noise(latents, noise, timesteps),
+        schedule.v_target(latents, noise, timesteps),
+        timesteps,
+    )
+    for plain, ours, value in zip(
+        plain_inputs(**inputs), diffusion_inputs(**inputs), expected, strict=True
+    ):
         assert torch.equal(plain, value)
         torch.testing.assert_close(ours, value, rtol=1e-5, atol=1e-6)
 
@@ -78,11 +86,16 @@ def test_outputs_are_channels_last(dtype: torch.dtype, device: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("logvar", "clamped", "fault"), [(-60.0, -30.0, ("-30.0", "-100.0")), (40.0, 20.0, ("20.0", "100.0"))]
+    ("logvar", "clamped", "fault"),
+    [(-60.0, -30.0, ("-30.0", "-100.0")), (40.0, 20.0, ("20.0", "100.0"))],
 )
-def test_log_variances_are_clamped(logvar: float, clamped: float, fault: tuple[str, str], device: str) -> None:
+def test_log_variances_are_clamped(
+    logvar: float, clamped: float, fault: tuple[str, str], device: str
+) -> None:
     inputs = bare([1], device, logvar)
-    expected = math.exp(0.5 * clamped) * philox.normal(1, 2, torch.tensor([1]), 1280).view(1, 4, 16, 20)
+    expected = math.exp(0.5 * clamped) * philox.normal(1, 2, torch.tensor([1]), 1280).view(
+        1, 4, 16, 20
+    )
     latents = diffusion_inputs(**inputs)[0].cpu()
     torch.testing.assert_close(latents, expected, rtol=2e-6, atol=0)
     with planted("diffusion_inputs", fault) as unclamped:
@@ -98,8 +111,16 @@ def test_moments_that_are_no_numbers_are_seen(device: str) -> None:
         assert noisy[0, 0, 2, 3].isnan()
 
 
-SWAPPED_STREAMS = ("blocks, MOMENTS", "blocks, x"), ("blocks, NOISE", "blocks, MOMENTS"), ("blocks, x", "blocks, NOISE")
-SWAPPED_TABLES = ("load(signals", "load(x"), ("load(sigmas", "load(signals"), ("load(x", "load(sigmas")
+SWAPPED_STREAMS = (
+    ("blocks, MOMENTS", "blocks, x"),
+    ("blocks, NOISE", "blocks, MOMENTS"),
+    ("blocks, x", "blocks, NOISE"),
+)
+SWAPPED_TABLES = (
+    ("load(signals", "load(x"),
+    ("load(sigmas", "load(signals"),
+    ("load(x", "load(sigmas"),
+)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +132,12 @@ SWAPPED_TABLES = ("load(signals", "load(x"), ("load(sigmas", "load(signals"), ("
         [("(seed + 2**63) % 2**64 - 2**63", "seed % 2**32")],
         [("first // 4", "0")],
         [("normal_2, normal_3 =", "normal_3, normal_2 =")],
-        [("x, y = tl.where(is_odd, across, along), tl.where(is_odd, along, across)", "x, y = across, along")],
+        [
+            (
+                "x, y = tl.where(is_odd, across, along), tl.where(is_odd, along, across)",
+                "x, y = across, along",
+            )
+        ],
         [("(quarter + 1) & 2", "quarter & 2")],
         SWAPPED_TABLES,
         [("tl.exp(0.5 * tl", "tl.exp(1.0 * tl")],
@@ -136,7 +162,7 @@ SWAPPED_TABLES = ("load(signals", "load(x"), ("load(sigmas", "load(signals"), ("
         "timestep by remainder",
         "last tile not written",
     ],
-)  # fmt: skip
+)
 def test_planted_faults_are_red(fault: list[tuple[str, str]]) -> None:
     assert_caught("diffusion_inputs", RAGGED, *fault)
 
@@ -152,7 +178,10 @@ def test_planted_faults_are_red(fault: list[tuple[str, str]]) -> None:
         ({"moments": torch.zeros(0, 8, 4, 4)}, "empty shape"),
         ({"moments": torch.zeros(1, 4, 4, 8).permute(0, 3, 1, 2)}, "not contiguous"),
         ({"sample_indices": torch.zeros(1, dtype=torch.int32)}, "indices torch.int32"),
-        ({"sample_indices": torch.zeros(2, dtype=torch.int64)}, r"\(2,\) on cpu; takes int64 \(1,\)"),
+        (
+            {"sample_indices": torch.zeros(2, dtype=torch.int64)},
+            r"\(2,\) on cpu; takes int64 \(1,\)",
+        ),
         ({"sqrt_alphas_cumprod": torch.ones(10)}, "tables .* takes two"),
         ({"sqrt_alphas_cumprod": torch.ones(1000).half()}, "float16"),
         ({"dtype": torch.float64}, "dtype torch.float64"),

@@ -51,9 +51,11 @@ def test_the_documented_op_is_right(documented: OpSpec, device: str) -> None:
 def test_the_documented_op_compiles_for_hopper(tmp_path: Path) -> None:
     write_op(tmp_path)
     script = (
-        f"import sd_kernels; sd_kernels.__path__.append({str(tmp_path)!r}); from benchmarks import ahead_of_time as a; "
+        f"import sd_kernels; sd_kernels.__path__.append({str(tmp_path)!r}); from benchmarks "
+        "import ahead_of_time as a; "
     )
-    script += "import sys; sys.argv = ['', '--ops', 'squared_relu', '--targets', '90']; sys.exit(a.main())"
+    script += "import sys; sys.argv = ['', '--ops', 'squared_relu', '--targets', '90']; "
+    script += "sys.exit(a.main())"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "kernels"), str(ROOT)])
     command = [sys.executable, "-c", script]

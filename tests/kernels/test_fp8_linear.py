@@ -25,25 +25,42 @@ CASES = {case.name: case for case in SPEC.small_cases}
     ("case", "fault"),
     [
         ("77 tokens", ("(grad_scale, scale)", "(grad_scale, weight_scale)")),
-        ("after LayerNorm", ("mean, rstd, amax, norm_weight", "mean, rstd, amax - (1 << 22), norm_weight")),
-        ("after GEGLU", ("dx = geglu_backward(*kept, dx)", "dx = geglu_backward(kept[0].roll(64, -1), dx)")),
-        ("after LayerNorm", ("layer_norm_backward(*kept, dx, grads[1])", "layer_norm_backward(*kept, dx, None)")),
+        (
+            "after LayerNorm",
+            ("mean, rstd, amax, norm_weight", "mean, rstd, amax - (1 << 22), norm_weight"),
+        ),
+        (
+            "after GEGLU",
+            ("dx = geglu_backward(*kept, dx)", "dx = geglu_backward(kept[0].roll(64, -1), dx)"),
+        ),
+        (
+            "after LayerNorm",
+            ("layer_norm_backward(*kept, dx, grads[1])", "layer_norm_backward(*kept, dx, None)"),
+        ),
         ("after LayerNorm", ("norm_bias, residual, eps)", "norm_bias, residual, 1.0)")),
         ("77 tokens", ("column_sum(grad, grad.dtype)", "column_sum(grad[:-1], grad.dtype)")),
         ("77 tokens", ("x.dtype, bias, fast", "x.dtype, None, fast")),
     ],
     ids=[
-        "weights' scale for the values'", "stale scale", "halves swapped in backward", "handed gradient lost",
-        "wrong eps", "last row left out of the bias", "bias forgotten",
+        "weights' scale for the values'",
+        "stale scale",
+        "halves swapped in backward",
+        "handed gradient lost",
+        "wrong eps",
+        "last row left out of the bias",
+        "bias forgotten",
     ],
-)  # fmt: skip
+)
 def test_planted_faults_are_red(case: str, fault: tuple[str, str]) -> None:
     assert_caught("fp8_linear", CASES[case], fault, dtype=torch.bfloat16)
 
 
 def rows_lost(function: Any) -> int:
     """Of gradients whose rows are 2^0 to 2^-27, how many rows of dx are more than a quarter off."""
-    x, weight = torch.randn(28, 64, dtype=torch.bfloat16, requires_grad=True), torch.randn(32, 64).bfloat16()
+    x, weight = (
+        torch.randn(28, 64, dtype=torch.bfloat16, requires_grad=True),
+        torch.randn(32, 64).bfloat16(),
+    )
     grad = (torch.randn(28, 32) * 2.0 ** -torch.arange(28.0)[:, None]).bfloat16()
     (dx,) = torch.autograd.grad(function(x, weight), x, grad)
     exact = grad.float() @ weight.float()
@@ -53,7 +70,9 @@ def rows_lost(function: Any) -> int:
 def test_gradients_have_the_range_of_e5m2() -> None:
     torch.manual_seed(0)
     assert rows_lost(fp8_linear) == 0
-    with planted("fp8_linear", ("fp8_quantise(grad, GRADIENT)", "fp8_quantise(grad, FORWARD)")) as e4m3:
+    with planted(
+        "fp8_linear", ("fp8_quantise(grad, GRADIENT)", "fp8_quantise(grad, FORWARD)")
+    ) as e4m3:
         assert rows_lost(e4m3) > 5
 
 
@@ -66,7 +85,9 @@ def test_numbers_and_their_transpose_equal_plain_torch(dtype: torch.dtype, scale
     assert torch.equal(inverse, expected_inverse)
     assert torch.equal(numbers.view(torch.uint8), expected.view(torch.uint8))
     assert transposed.shape == (80, 160)
-    assert torch.equal(transposed[:, :150].view(torch.uint8), expected.t().contiguous().view(torch.uint8))
+    assert torch.equal(
+        transposed[:, :150].view(torch.uint8), expected.t().contiguous().view(torch.uint8)
+    )
     assert not transposed[:, 150:].float().any()
 
 
@@ -81,7 +102,10 @@ def test_zeros_stay_zeros_and_nan_stays_nan() -> None:
 
 
 BAD = {"x": torch.zeros(4, 32).bfloat16(), "weight": torch.zeros(16, 32).bfloat16()}
-NORM = {"producer": "layer_norm", **dict.fromkeys(("norm_weight", "norm_bias"), torch.zeros(32).bfloat16())}
+NORM = {
+    "producer": "layer_norm",
+    **dict.fromkeys(("norm_weight", "norm_bias"), torch.zeros(32).bfloat16()),
+}
 
 
 @pytest.mark.parametrize(
@@ -90,9 +114,18 @@ NORM = {"producer": "layer_norm", **dict.fromkeys(("norm_weight", "norm_bias"), 
         ({"x": torch.zeros(4, 32)}, "one dtype"),
         ({"x": torch.zeros(4, 32), "weight": torch.zeros(16, 32)}, "bfloat16 or float16"),
         ({"bias": torch.zeros(15).bfloat16()}, r"bias of shape \(15,\); takes \(16,\)"),
-        ({**NORM, "norm_weight": torch.zeros(31).bfloat16()}, r"norm_weight of shape \(31,\); takes \(32,\)"),
-        ({**NORM, "norm_bias": torch.zeros(2, 32).bfloat16()}, r"norm_bias of shape \(2, 32\); takes \(32,\)"),
-        ({**NORM, "residual": torch.zeros(3, 32).bfloat16()}, r"residual of shape \(3, 32\); takes \(4, 32\)"),
+        (
+            {**NORM, "norm_weight": torch.zeros(31).bfloat16()},
+            r"norm_weight of shape \(31,\); takes \(32,\)",
+        ),
+        (
+            {**NORM, "norm_bias": torch.zeros(2, 32).bfloat16()},
+            r"norm_bias of shape \(2, 32\); takes \(32,\)",
+        ),
+        (
+            {**NORM, "residual": torch.zeros(3, 32).bfloat16()},
+            r"residual of shape \(3, 32\); takes \(4, 32\)",
+        ),
         ({"weight": torch.zeros(16, 40).bfloat16()}, "multiples of 16"),
         ({"x": torch.zeros(4, 48).bfloat16()}, "a last axis of 32"),
         ({"producer": "gelu"}, "none, geglu, layer_norm"),
@@ -128,7 +161,9 @@ def test_backward_of_the_sum_alone(with_residual: bool) -> None:
     )
     leaves = [x.requires_grad_(), residual.requires_grad_()][: 1 + with_residual]
     parts = {"residual": residual} if with_residual else {}
-    _, total = fp8_linear(x, weight, None, **parts, norm_weight=norm[0], norm_bias=norm[1], producer="layer_norm")
+    _, total = fp8_linear(
+        x, weight, None, **parts, norm_weight=norm[0], norm_bias=norm[1], producer="layer_norm"
+    )
     grad = torch.randn(4, 32).bfloat16()
     assert all(torch.equal(given, grad) for given in torch.autograd.grad(total, leaves, grad))
 
@@ -148,7 +183,11 @@ def test_transformer_engine_draws_no_random_number(te: Any) -> None:
 
 def test_recipes_are_hybrid_and_named(te: Any) -> None:
     assert te.make_recipe("current") == {"fp8_format": "hybrid"}
-    assert te.make_recipe("delayed") == {"fp8_format": "hybrid", "amax_history_len": 16, "amax_compute_algo": "max"}
+    assert te.make_recipe("delayed") == {
+        "fp8_format": "hybrid",
+        "amax_history_len": 16,
+        "amax_compute_algo": "max",
+    }
     with pytest.raises(KernelError, match="delayed or current"):
         te.make_recipe("block")
     with pytest.raises(KernelError, match="multiples of 16"):
@@ -156,8 +195,12 @@ def test_recipes_are_hybrid_and_named(te: Any) -> None:
 
 
 def test_precision_state_travels_beside_the_weights(te: Any) -> None:
-    layers = {recipe: te.Linear(16, 16, True, recipe, torch.bfloat16) for recipe in ("delayed", "current")}
-    assert {name: state.numel() for name, state in te.precision_state(layers).items()} == {"delayed": 0}
+    layers = {
+        recipe: te.Linear(16, 16, True, recipe, torch.bfloat16) for recipe in ("delayed", "current")
+    }
+    assert {name: state.numel() for name, state in te.precision_state(layers).items()} == {
+        "delayed": 0
+    }
     layers["delayed"](torch.full((8, 16), 3.0).bfloat16())
     state = te.precision_state(layers)
     other = {"delayed": te.Linear(16, 16, True, "delayed", torch.bfloat16)}
@@ -188,7 +231,11 @@ def test_one_pass_is_one_step_of_every_history(te: Any) -> None:
 
 def test_weights_of_a_call_are_the_ones_taken(te: Any) -> None:
     layer = te.Linear(32, 16, True, "current", torch.bfloat16, "meta")
-    x, weight, bias = torch.randn(2, 3, 32).bfloat16(), torch.randn(16, 32, requires_grad=True), torch.randn(16)
+    x, weight, bias = (
+        torch.randn(2, 3, 32).bfloat16(),
+        torch.randn(16, 32, requires_grad=True),
+        torch.randn(16),
+    )
     y = layer.with_weights(x, weight, bias)
     assert torch.equal(y, reference(x, weight.bfloat16(), bias.bfloat16()))
     assert torch.autograd.grad(y.sum(), weight)[0].count_nonzero()

@@ -14,7 +14,10 @@ CASE = SPEC.small_cases[2]
 @pytest.mark.parametrize(
     "fault",
     [
-        ("0.5 * (1.0 + tl.erf(x * 0.7071067811865476))", "tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))"),
+        (
+            "0.5 * (1.0 + tl.erf(x * 0.7071067811865476))",
+            "tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))",
+        ),
         ("value * (gate * _normal_cdf(gate))", "gate * (value * _normal_cdf(value))"),
         ("slope = cdf + gate", "slope = cdf - gate"),
         ("rows * 2 * N + N + columns, grad", "rows * 2 * N + columns, grad"),

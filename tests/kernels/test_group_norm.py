@@ -29,8 +29,14 @@ CASES = {case.name: case for case in SPEC.small_cases}
         ("several tiles", ("tile_deviation + count * offset * offset", "tile_deviation")),
         ("several tiles", ("value += _read(residual", "value = value + 0.0 * _read(residual")),
         ("pixels apart", ("value += tl.where(first, added[None, :], 0.0)", "value += 0.0")),
-        ("two sources, groups astride", ("rows, channels - C1, second, ", "rows, channels - C1 + 1, second, ")),
-        ("ragged channels", ("value = value * tl.sigmoid(value)", "value = value * tl.sigmoid(1.702 * value)")),
+        (
+            "two sources, groups astride",
+            ("rows, channels - C1, second, ", "rows, channels - C1 + 1, second, "),
+        ),
+        (
+            "ragged channels",
+            ("value = value * tl.sigmoid(value)", "value = value * tl.sigmoid(1.702 * value)"),
+        ),
         ("several tiles", ("grad += _read(dtotal", "grad = grad + 0.0 * _read(dtotal")),
         ("nothing added", ("- plain_mean - value * product_mean", "- plain_mean")),
         ("tiny", ("- N * plain - sums", "- plain - sums")),
@@ -38,27 +44,46 @@ CASES = {case.name: case for case in SPEC.small_cases}
         ("several tiles", ("sums = channel_sums.sum(1)", "sums = channel_sums[:, :1].sum(1)")),
     ],
     ids=[
-        "wrong eps", "unbiased variance", "tiles' means forgotten", "missing residual", "missing shift",
-        "other source astray", "wrong SiLU", "handed gradient lost", "variance's gradient lost",
-        "shift's gradient wrong", "shift without handed", "one tile's weight gradient",
+        "wrong eps",
+        "unbiased variance",
+        "tiles' means forgotten",
+        "missing residual",
+        "missing shift",
+        "other source astray",
+        "wrong SiLU",
+        "handed gradient lost",
+        "variance's gradient lost",
+        "shift's gradient wrong",
+        "shift without handed",
+        "one tile's weight gradient",
     ],
-)  # fmt: skip
+)
 def test_planted_faults_are_red(case: str, fault: tuple[str, str]) -> None:
     assert_caught("group_norm", CASES[case], fault)
 
 
 def test_one_pass_variance_is_red() -> None:
-    case = replace(CASES["pixels apart"], name="far mean", data={"added": "", "mean": 30.0, "std": 0.5})
+    case = replace(
+        CASES["pixels apart"], name="far mean", data={"added": "", "mean": 30.0, "std": 0.5}
+    )
     one_pass = "_to_groups(tl.sum(value * value, axis=0), member) - elements * own_mean * own_mean"
-    assert_caught("group_norm", case, ("_to_groups(tl.sum(difference * difference, axis=0), member)", one_pass))
+    assert_caught(
+        "group_norm",
+        case,
+        ("_to_groups(tl.sum(difference * difference, axis=0), member)", one_pass),
+    )
 
 
 def results(case: Case) -> dict[str, torch.Tensor]:
-    return harness.evaluate(SPEC, kernels.group_norm, SPEC.inputs(case, Inputs(case, torch.float32)))
+    return harness.evaluate(
+        SPEC, kernels.group_norm, SPEC.inputs(case, Inputs(case, torch.float32))
+    )
 
 
 @pytest.mark.parametrize("window", [1, 64])
-def test_the_lag_between_statistics_and_results_changes_nothing(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lag_between_statistics_and_results_changes_nothing(
+    window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = results(CASES["several tiles"])
     monkeypatch.setattr(kernels, "interpreted", lambda: False)
     monkeypatch.setattr(kernels, "WINDOW", window)
@@ -87,11 +112,15 @@ def test_a_gradient_may_come_in_another_memory_order() -> None:
 @pytest.mark.parametrize("function", [torchs, SPEC.reference()], ids=["torch", "reference"])
 def test_the_order_of_memory_is_kept(function: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     on_gpu = F.group_norm
-    monkeypatch.setattr(F, "group_norm", lambda x, *others: on_gpu(x.contiguous(), *others))  # which gives NCHW
+    monkeypatch.setattr(
+        F, "group_norm", lambda x, *others: on_gpu(x.contiguous(), *others)
+    )  # which gives NCHW
     for order in (torch.channels_last, torch.contiguous_format):
         x = torch.randn(2, 32, 4, 5).contiguous(memory_format=order)
         shift, norm = torch.randn(2, 32), torch.randn(2, 64)
-        for y in function(x, *norm, shift, None, x, num_groups=4, eps=1e-5, silu=True, hand_on=True):
+        for y in function(
+            x, *norm, shift, None, x, num_groups=4, eps=1e-5, silu=True, hand_on=True
+        ):
             assert y.is_contiguous(memory_format=order)
 
 
@@ -118,7 +147,13 @@ def image(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     ],
 )
 def test_bad_input_is_one_sentence(changes: dict[str, Any], words: str) -> None:
-    good = {"x": image(2, 32, 4, 4), "weight": torch.ones(32), "bias": torch.zeros(32), "num_groups": 16, "eps": 1e-5}
+    good = {
+        "x": image(2, 32, 4, 4),
+        "weight": torch.ones(32),
+        "bias": torch.zeros(32),
+        "num_groups": 16,
+        "eps": 1e-5,
+    }
     functions = [kernels.group_norm] if words == "channels-last" else [kernels.group_norm, torchs]
     for function in functions:
         with pytest.raises(KernelError, match=words):
@@ -147,7 +182,10 @@ def fake_apex(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]
     for name in ("apex", "apex.contrib", "apex.contrib.group_norm"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setattr(
-        torch.ops, "apex", types.SimpleNamespace(group_norm_nhwc_fprop=group_norm_nhwc_fprop), raising=False
+        torch.ops,
+        "apex",
+        types.SimpleNamespace(group_norm_nhwc_fprop=group_norm_nhwc_fprop),
+        raising=False,
     )
     monkeypatch.delitem(sys.modules, "sd_kernels.group_norm.apex", raising=False)
     yield calls
@@ -171,6 +209,8 @@ def test_apex_refuses_what_it_would_hand_to_torch(fake_apex: list[tuple[Any, ...
     with pytest.raises(KernelError, match="256 channels in 0 groups"):
         group_norm(image(1, 256, 2, 2), torch.ones(256), torch.zeros(256), num_groups=0, eps=1e-5)
     with pytest.raises(KernelError, match="dense channels-last memory"):  # pixels apart
-        group_norm(image(1, 264, 2, 2)[:, :256], torch.ones(256), torch.zeros(256), num_groups=16, eps=1e-5)
+        group_norm(
+            image(1, 264, 2, 2)[:, :256], torch.ones(256), torch.zeros(256), num_groups=16, eps=1e-5
+        )
     assert SPEC.backend("apex").refuses(CASES["nothing added"], torch.bfloat16)
     assert not fake_apex

@@ -1,4 +1,5 @@
-"""What the kernel package imports: torch and Triton; another package only in the file named after it."""
+"""What the kernel package imports: torch and Triton; another package only in the file named after
+it."""
 
 from __future__ import annotations
 
@@ -14,7 +15,11 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "kernels/sd_kernels"
 KERNELS = sorted(PACKAGE.rglob("*.py"))
-SOURCES = [*KERNELS, *sorted(ROOT.glob("sd_perf/**/*.py")), *sorted(ROOT.glob("benchmarks/**/*.py"))]
+SOURCES = [
+    *KERNELS,
+    *sorted(ROOT.glob("sd_perf/**/*.py")),
+    *sorted(ROOT.glob("benchmarks/**/*.py")),
+]
 ADAPTED = {
     "apex.py": {"apex", "amp_C"},
     "te.py": {"transformer_engine", "transformer_engine_torch"},
@@ -24,14 +29,19 @@ ADAPTED = {
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Top-level names of all that a file imports, wherever in it, by statement or by import_module("...")."""
+    """Top-level names of all that a file imports, wherever in it, by statement or by
+    import_module("...")."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name.partition(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}:{node.lineno} imports relatively; torch.py beside it would be torch"
+            assert node.level == 0, (
+                f"{path}:{node.lineno} imports relatively; torch.py beside it would be torch"
+            )
             yield (node.module or "").partition(".")[0]
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(
+            ("import_module", "__import__")
+        ):
             named = (argument.value for argument in node.args if isinstance(argument, ast.Constant))
             yield from (str(value).partition(".")[0] for value in named)
 
@@ -42,7 +52,13 @@ def name(path: Path) -> str:
 
 @pytest.mark.parametrize("path", KERNELS, ids=name)
 def test_kernels_import_torch_and_triton(path: Path) -> None:
-    allowed = {"torch", "triton", "sd_kernels", *sys.stdlib_module_names, *ADAPTED.get(path.name, set())}
+    allowed = {
+        "torch",
+        "triton",
+        "sd_kernels",
+        *sys.stdlib_module_names,
+        *ADAPTED.get(path.name, set()),
+    }
     assert set(imported(path)) <= allowed
 
 
@@ -50,7 +66,9 @@ def test_kernels_import_torch_and_triton(path: Path) -> None:
 def test_this_package_is_imported_in_the_one_form_that_digests_know(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import | ast.ImportFrom) and "sd_kernels" in ast.unparse(node):
-            is_known = isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sd_kernels.")
+            is_known = isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+                "sd_kernels."
+            )
             assert is_known or path.name == "registry.py", f"{path}:{node.lineno}"
 
 
@@ -62,7 +80,12 @@ def test_an_adapted_package_is_imported_by_its_adapter_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["import apex", "from apex.contrib import x", "def f():\n    importlib.import_module('apex.contrib')"]
+    "text",
+    [
+        "import apex",
+        "from apex.contrib import x",
+        "def f():\n    importlib.import_module('apex.contrib')",
+    ],
 )
 def test_an_import_is_seen(text: str, tmp_path: Path) -> None:
     (tmp_path / "triton.py").write_text(text)
@@ -78,8 +101,10 @@ class Blocker(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"{name} is blocked", name=name)
 
 import torch, triton
-BLOCKED = {"sd_perf", "numpy", "yaml", "rich", "tyro", "apex", "transformer_engine", "flash_attn", "cudnn"}
-BLOCKED -= {name.partition(".")[0] for name in sys.modules}  # what torch and Triton import themselves
+BLOCKED = {"sd_perf", "numpy", "yaml", "rich", "tyro"}
+BLOCKED |= {"apex", "transformer_engine", "flash_attn", "cudnn"}
+# What torch and Triton import themselves
+BLOCKED -= {name.partition(".")[0] for name in sys.modules}
 assert "sd_perf" in BLOCKED and "rich" in BLOCKED
 sys.meta_path.insert(0, Blocker())
 before = {name.partition(".")[0] for name in sys.modules}

@@ -12,7 +12,11 @@ from sd_kernels.spec import Case, Inputs
 from tests.kernels.faults import assert_caught
 
 # There E[x^2] - E[x]^2 has no right digit; torch's own kernel for CPUs is beyond the rule too.
-FAR = Case("far from zero", {"B": 1, "L": 33, "C": 320}, data={"residual": False, "mean": 300.0, "std": 0.5})
+FAR = Case(
+    "far from zero",
+    {"B": 1, "L": 33, "C": 320},
+    data={"residual": False, "mean": 300.0, "std": 0.5},
+)
 CASES = {case.name: case for case in (*SPEC.small_cases, FAR)}
 
 
@@ -20,7 +24,10 @@ CASES = {case.name: case for case in (*SPEC.small_cases, FAR)}
     ("case", "fault"),
     [
         ("ragged", ("/ C + eps)", "/ C + 2.0 * eps)")),
-        ("far from zero", ("tl.sum(squares, 1) / C", "_sum_of_squares(tiles, K, ROWS) / C - centre * centre")),
+        (
+            "far from zero",
+            ("tl.sum(squares, 1) / C", "_sum_of_squares(tiles, K, ROWS) / C - centre * centre"),
+        ),
         ("ragged", ("tl.where(_columns_of(i, is_row, C, K)[1], centred, 0.0)", "centred")),
         ("ragged", ("tile += _load(residual", "tile += 0.0 * _load(residual")),
         ("ragged", ("result += handed_on[i]", "result += 0.0 * handed_on[i]")),
@@ -43,10 +50,15 @@ CASES = {case.name: case for case in (*SPEC.small_cases, FAR)}
 )
 def test_planted_faults_are_red(case: str, fault: tuple[str, str]) -> None:
     one_pass = "@triton.jit\ndef _sum_of_squares(tiles, K: tl.constexpr, ROWS: tl.constexpr):\n"
-    one_pass += "    squares = tl.zeros((ROWS, K), tl.float32)\n    for i in tl.static_range(TILES):\n"
+    one_pass += (
+        "    squares = tl.zeros((ROWS, K), tl.float32)\n    for i in tl.static_range(TILES):\n"
+    )
     one_pass += "        squares += tiles[i] * tiles[i]\n    return tl.sum(squares, 1)\n\n\n"
     assert_caught(
-        "layer_norm", CASES[case], fault, ("@triton.jit\ndef _rows_of", one_pass + "@triton.jit\ndef _rows_of")
+        "layer_norm",
+        CASES[case],
+        fault,
+        ("@triton.jit\ndef _rows_of", one_pass + "@triton.jit\ndef _rows_of"),
     )
 
 
@@ -80,7 +92,10 @@ def test_no_gradient_of_the_residual_stream_is_added_outside() -> None:
 def test_a_chain_of_norms_traces_whole() -> None:
     given = leaves()
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    eager, traced = (torch.autograd.grad(function(*given).square().sum(), given) for function in (block, compiled))
+    eager, traced = (
+        torch.autograd.grad(function(*given).square().sum(), given)
+        for function in (block, compiled)
+    )
     for one, other in zip(eager, traced, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
@@ -89,7 +104,9 @@ def test_a_chain_of_norms_traces_whole() -> None:
 @pytest.mark.parametrize("output", [0, 1])
 def test_either_output_may_go_unused(case: str, output: int) -> None:
     inputs = drawn(case)
-    ours, plain = (function(**inputs)[output].square().sum() for function in (layer_norm, SPEC.reference()))
+    ours, plain = (
+        function(**inputs)[output].square().sum() for function in (layer_norm, SPEC.reference())
+    )
     given = list(inputs.values())
     for grad, expected in zip(
         *(torch.autograd.grad(out, given, allow_unused=True) for out in (ours, plain)), strict=True
@@ -99,18 +116,28 @@ def test_either_output_may_go_unused(case: str, output: int) -> None:
 
 def test_gradients_and_inputs_in_another_layout() -> None:
     inputs = drawn("ragged")
-    across = inputs | {name: inputs[name].detach().mT.contiguous().mT.requires_grad_() for name in ("x", "residual")}
+    across = inputs | {
+        name: inputs[name].detach().mT.contiguous().mT.requires_grad_()
+        for name in ("x", "residual")
+    }
     results = []
     for given in (inputs, across):
         y, total = layer_norm(**given)
         weights = torch.linspace(-1, 1, y.numel()).view(y.mT.shape).mT
-        results.append((y, total, *torch.autograd.grad((y, total), list(given.values()), (weights, weights))))
+        results.append(
+            (y, total, *torch.autograd.grad((y, total), list(given.values()), (weights, weights)))
+        )
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 def wrong(**changes: torch.Tensor) -> dict[str, torch.Tensor]:
-    good = {"x": torch.zeros(2, 4), "weight": torch.zeros(4), "bias": torch.zeros(4), "residual": torch.zeros(2, 4)}
+    good = {
+        "x": torch.zeros(2, 4),
+        "weight": torch.zeros(4),
+        "bias": torch.zeros(4),
+        "residual": torch.zeros(2, 4),
+    }
     return good | changes
 
 

@@ -31,10 +31,20 @@ def test_a_step_has_the_published_work() -> None:
         ({"bias": torch.zeros(3)}, r"bias \(N,\)"),
         ({"x": torch.zeros(0, 3)}, "empty shape"),
         ({"x": torch.zeros(2, 3, dtype=torch.int8)}, "int8"),
-        ({"weight": torch.zeros(4, 3).bfloat16(), "bias": None}, "torch.float32 and torch.bfloat16; takes one dtype"),
+        (
+            {"weight": torch.zeros(4, 3).bfloat16(), "bias": None},
+            "torch.float32 and torch.bfloat16; takes one dtype",
+        ),
         ({"x": torch.zeros(())}, r"x \(..., K\)"),
     ],
 )
 def test_bad_input_is_one_sentence(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(KernelError, match=words):
-        linear(**{"x": torch.zeros(2, 3), "weight": torch.zeros(4, 3), "bias": torch.zeros(4), **changes})
+        linear(
+            **{
+                "x": torch.zeros(2, 3),
+                "weight": torch.zeros(4, 3),
+                "bias": torch.zeros(4),
+                **changes,
+            }
+        )

@@ -1,4 +1,5 @@
-"""Every op, backend and case: forward and gradients against float64, and what a registered op owes torch."""
+"""Every op, backend and case: forward and gradients against float64, and what a registered op owes
+torch."""
 
 from __future__ import annotations
 
@@ -33,7 +34,9 @@ def combinations(spec: OpSpec) -> Iterator[Any]:
     for backend, (number, case), dtype in chain(ours, adapters):
         often = number < SAMPLED and dtype != torch.float16
         label = f"{spec.name}-{backend}-{case.name}-{dtype}".replace(" ", "_")
-        yield pytest.param(spec, backend, case, dtype, id=label, marks=[] if often else pytest.mark.slow)
+        yield pytest.param(
+            spec, backend, case, dtype, id=label, marks=[] if often else pytest.mark.slow
+        )
 
 
 def on_gpu(backend: Backend) -> torch.dtype | None:
@@ -54,21 +57,33 @@ def skip_if_absent(spec: OpSpec, backend: str, case: Case, dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize(("spec", "backend", "case", "dtype"), COMBINATIONS)
-def test_equals_the_reference(spec: OpSpec, backend: str, case: Case, dtype: torch.dtype, device: str) -> None:
+def test_equals_the_reference(
+    spec: OpSpec, backend: str, case: Case, dtype: torch.dtype, device: str
+) -> None:
     skip_if_absent(spec, backend, case, dtype)
     verdicts = harness.check(spec, backend, case, dtype, device)
     assert verdicts
     assert all(verdict.ok for verdict in verdicts), "\n".join(map(str, verdicts))
 
 
-@pytest.mark.parametrize("spec", [spec for spec in OPS if spec.differentiable], ids=lambda spec: spec.name)
+@pytest.mark.parametrize(
+    "spec", [spec for spec in OPS if spec.differentiable], ids=lambda spec: spec.name
+)
 def test_reference_has_the_gradient_of_its_forward(spec: OpSpec) -> None:
     inputs = spec.inputs(spec.small_cases[0], Inputs(spec.small_cases[0], torch.float64))
-    names = [name for name, value in inputs.items() if isinstance(value, torch.Tensor) and value.requires_grad]
+    names = [
+        name
+        for name, value in inputs.items()
+        if isinstance(value, torch.Tensor) and value.requires_grad
+    ]
 
     def of_tensors(*tensors: torch.Tensor) -> Any:
         results = spec.reference()(**{**inputs, **dict(zip(names, tensors, strict=True))})
-        return results if isinstance(results, torch.Tensor) else tuple(out for out in results if out.requires_grad)
+        return (
+            results
+            if isinstance(results, torch.Tensor)
+            else tuple(out for out in results if out.requires_grad)
+        )
 
     assert torch.autograd.gradcheck(of_tensors, [inputs[name] for name in names])
 
@@ -95,14 +110,18 @@ def test_opcheck(spec: OpSpec, device: str) -> None:
     case = spec.small_cases[0]
     with OurOps() as ours:
         harness.evaluate(
-            spec, spec.backend("triton").function(spec.name), spec.inputs(case, Inputs(case, spec.dtypes[0], device))
+            spec,
+            spec.backend("triton").function(spec.name),
+            spec.inputs(case, Inputs(case, spec.dtypes[0], device)),
         )
     assert ours.calls
     for op, args, kwargs in ours.calls:
         # A gradient has no gradient: what it saved needs none.
         is_forward = op._opname.endswith("_forward")
         torch.library.opcheck(
-            op, args if is_forward else pytree.tree_map_only(torch.Tensor, torch.detach, args), kwargs
+            op,
+            args if is_forward else pytree.tree_map_only(torch.Tensor, torch.detach, args),
+            kwargs,
         )
 
 
@@ -110,7 +129,8 @@ AUTOMATIC = [(spec, backend) for spec in OPS for backend in spec.backends[:-1] i
 
 
 @pytest.mark.parametrize(
-    ("spec", "backend"), [pytest.param(*pair, id=f"{pair[0].name}-{pair[1].name}") for pair in AUTOMATIC]
+    ("spec", "backend"),
+    [pytest.param(*pair, id=f"{pair[0].name}-{pair[1].name}") for pair in AUTOMATIC],
 )
 def test_traces_without_a_graph_break(spec: OpSpec, backend: Backend, device: str) -> None:
     case, dtype = spec.small_cases[1], on_gpu(backend) or spec.dtypes[0]
@@ -118,7 +138,10 @@ def test_traces_without_a_graph_break(spec: OpSpec, backend: Backend, device: st
     function = backend.function(spec.name)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     inputs = spec.inputs(case, Inputs(case, dtype, device))
-    eager, traced = harness.evaluate(spec, function, inputs), harness.evaluate(spec, compiled, inputs)
+    eager, traced = (
+        harness.evaluate(spec, function, inputs),
+        harness.evaluate(spec, compiled, inputs),
+    )
     assert eager.keys() == traced.keys()
     for name, value in eager.items():
         # Torch's own operators may be taken apart, which rounds otherwise.

@@ -18,9 +18,17 @@ CASES = {case.name: case for case in SPEC.small_cases}
         ("tokens, ragged", ("total += tl.load(residual", "total += 0.0 * tl.load(residual")),
         ("pixels apart", ("residual + rows * residual_stride", "residual + rows * C")),
         ("pixels apart", ("total += tl.load(bias", "total -= tl.load(bias")),
-        ("two stages of sums", ("column_sum(_rows(dy), dy.dtype)", "column_sum(_rows(dy)[1:], dy.dtype)")),
+        (
+            "two stages of sums",
+            ("column_sum(_rows(dy), dy.dtype)", "column_sum(_rows(dy)[1:], dy.dtype)"),
+        ),
     ],
-    ids=["no residual", "rows taken as adjacent", "bias subtracted", "a row of the bias gradient missing"],
+    ids=[
+        "no residual",
+        "rows taken as adjacent",
+        "bias subtracted",
+        "a row of the bias gradient missing",
+    ],
 )
 def test_planted_faults_are_red(case: str, fault: tuple[str, str]) -> None:
     assert_caught("residual_add", CASES[case], fault)
@@ -49,11 +57,16 @@ def test_column_sum(rows: int, dtype: torch.dtype) -> None:
     assert sums.dtype == dtype
     # Rounded once: sums of bfloat16 numbers in float32.
     expected = x.double().sum(0)
-    torch.testing.assert_close(sums.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-4 if rows > 1 else 0)
+    torch.testing.assert_close(
+        sums.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-4 if rows > 1 else 0
+    )
 
 
 def wrong(**changes: torch.Tensor) -> dict[str, torch.Tensor]:
-    images = {name: torch.zeros(2, 4, 3, 3).to(memory_format=torch.channels_last) for name in ("x", "residual")}
+    images = {
+        name: torch.zeros(2, 4, 3, 3).to(memory_format=torch.channels_last)
+        for name in ("x", "residual")
+    }
     return images | {"bias": torch.zeros(4)} | changes
 
 

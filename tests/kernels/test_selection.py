@@ -27,7 +27,13 @@ def no_half(case: Case, dtype: torch.dtype) -> str:
 
 BACKENDS = (
     Backend("blackwell", HERE, capability=(10, 0)),
-    Backend("absent", "sd_kernels.geglu.absent", package="absent 1.0", install="pip install absent", capability=(8, 0)),
+    Backend(
+        "absent",
+        "sd_kernels.geglu.absent",
+        package="absent 1.0",
+        install="pip install absent",
+        capability=(8, 0),
+    ),
     Backend("slow_to_compile", HERE, automatic=False),
     Backend("triton", HERE, capability=(8, 0), refuses=no_half),
     REFERENCE,
@@ -69,7 +75,10 @@ def test_a_case_that_is_refused_passes_a_backend_over() -> None:
 
 
 def test_strict_forgives_what_is_for_newer_gpus_and_nothing_else() -> None:
-    with pytest.raises(KernelError, match=r"auto would take 'triton' on H100, .*\(absent: No module.*pip install abs"):
+    with pytest.raises(
+        KernelError,
+        match=r"auto would take 'triton' on H100, .*\(absent: No module.*pip install abs",
+    ):
         choose("geglu", target=H100, strict=True)
     assert choose("geglu", "reference", H100, strict=True).backend == "reference"
     assert choose("geglu", "slow_to_compile", H100, strict=True).backend == "slow_to_compile"
@@ -87,9 +96,22 @@ def test_strict_where_all_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     ("op", "wanted", "words"),
     [
         ("geglo", "auto", "'geglo' is not an op.*mean 'geglu'"),
-        ("geglu", "tritn", "kernels.geglu: 'tritn' is not a backend.*mean 'triton'.*choose auto, blackwell, absent"),
-        ("geglu", "absent", "'absent' cannot be had on H100: No module.*pip install absent; or choose auto"),
-        ("geglu", "blackwell", "'blackwell' cannot be had on H100: needs compute capability 10.0, H100 has 9.0"),
+        (
+            "geglu",
+            "tritn",
+            "kernels.geglu: 'tritn' is not a backend.*mean 'triton'.*choose auto, blackwell, "
+            "absent",
+        ),
+        (
+            "geglu",
+            "absent",
+            "'absent' cannot be had on H100: No module.*pip install absent; or choose auto",
+        ),
+        (
+            "geglu",
+            "blackwell",
+            "'blackwell' cannot be had on H100: needs compute capability 10.0, H100 has 9.0",
+        ),
     ],
 )
 def test_what_cannot_be_had_is_one_sentence(op: str, wanted: str, words: str) -> None:
@@ -107,9 +129,17 @@ def test_the_digest_is_of_the_sources(tmp_path, monkeypatch: pytest.MonkeyPatch)
     assert len(digests) == 3
 
 
-def test_the_digest_is_of_what_the_sources_import(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_digest_is_of_what_the_sources_import(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = {str(path).rpartition("sd_kernels/")[2] for path in registry.sources("fp8_linear")}
-    assert names > {"launch.py", "column_sum.py", "layer_norm/triton.py", "geglu/reference.py", "fp8_linear/te.py"}
+    assert names > {
+        "launch.py",
+        "column_sum.py",
+        "layer_norm/triton.py",
+        "geglu/reference.py",
+        "fp8_linear/te.py",
+    }
     assert names.isdisjoint({"spec.py", "philox.py"})
     ops = list(registry.all_ops())
     shutil.copytree(registry.sd_kernels.__path__[0], tmp_path / "copy")

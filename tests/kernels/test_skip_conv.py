@@ -23,11 +23,19 @@ CASES = {case.name: case for case in SPEC.small_cases}
         ("two sources", [("weights[:, C1:].t())", "weights[:, C1:].t(), beta=0)")]),
         ("one pixel", [("weights[:, C1:].t()", "weights[:, :C1].t()")]),
         ("one pixel", [("torch.mm(grad, weights[:, C1:])", "torch.mm(grad, weights[:, :C1])")]),
-        ("one pixel", [("=dweight[:, :C1]", "=dweight[:, -C1:]"), ("=dweight[:, C1:]", "=dweight[:, :-C1]")]),
+        (
+            "one pixel",
+            [("=dweight[:, :C1]", "=dweight[:, -C1:]"), ("=dweight[:, C1:]", "=dweight[:, :-C1]")],
+        ),
     ],
-    ids=["second source skipped", "first source overwritten", "first weights twice", "wrong weights for dother",
-         "slices of dweight swapped"],
-)  # fmt: skip
+    ids=[
+        "second source skipped",
+        "first source overwritten",
+        "first weights twice",
+        "wrong weights for dother",
+        "slices of dweight swapped",
+    ],
+)
 def test_planted_faults_are_red(case: str, faults: list[tuple[str, str]]) -> None:
     assert_caught("skip_conv", CASES[case], *faults, backend="cublas")
 
@@ -61,25 +69,40 @@ def test_nothing_is_copied(name: str) -> None:
         products.skip_conv_wgrad._init_fn(y, inputs["x"], inputs["other"])
     views = ("permute", "view", "_unsafe_view", "slice", "t", "unsqueeze")
     working = [name for name in names.seen if name.split(".")[0] not in views]
-    assert working == ["mm.default", "addmm_.default", *["mm.default"] * 2, "new_empty.default", *["mm.out"] * 2]
+    assert working == [
+        "mm.default",
+        "addmm_.default",
+        *["mm.default"] * 2,
+        "new_empty.default",
+        *["mm.out"] * 2,
+    ]
 
 
-@pytest.mark.parametrize(("leaf", "gradient"), [("x", "dgrad"), ("other", "dgrad"), ("weight", "wgrad")])
+@pytest.mark.parametrize(
+    ("leaf", "gradient"), [("x", "dgrad"), ("other", "dgrad"), ("weight", "wgrad")]
+)
 def test_no_gradient_is_made_unasked(leaf: str, gradient: str) -> None:
     given = SPEC.inputs(CASES["two sources"], Inputs(CASES["two sources"], torch.float32))
     inputs = {key: value.detach().requires_grad_(key == leaf) for key, value in given.items()}
     y = products.skip_conv(**inputs)
     with Names() as names:
         torch.autograd.grad(y.sum(), inputs[leaf])
-    assert [name for name in names.seen if name.startswith("skip_conv")] == [f"skip_conv_{gradient}.default"]
+    assert [name for name in names.seen if name.startswith("skip_conv")] == [
+        f"skip_conv_{gradient}.default"
+    ]
 
 
 @pytest.mark.parametrize("name", ["tiny", "one source"])
 def test_registered_as_torch_asks(name: str) -> None:
     inputs = SPEC.inputs(CASES[name], Inputs(CASES[name], torch.float32))
-    torch.library.opcheck(products.skip_conv_forward, (inputs["x"], inputs["weight"], inputs["other"]))
+    torch.library.opcheck(
+        products.skip_conv_forward, (inputs["x"], inputs["weight"], inputs["other"])
+    )
     compiled = torch.compile(products.skip_conv, fullgraph=True, backend="aot_eager")
-    eager, traced = harness.evaluate(SPEC, products.skip_conv, inputs), harness.evaluate(SPEC, compiled, inputs)
+    eager, traced = (
+        harness.evaluate(SPEC, products.skip_conv, inputs),
+        harness.evaluate(SPEC, compiled, inputs),
+    )
     for key, value in eager.items():
         torch.testing.assert_close(traced[key], value, rtol=0, atol=0, msg=key)
 
@@ -89,7 +112,9 @@ def test_a_gradient_may_come_in_another_memory_order() -> None:
     y = products.skip_conv(**inputs)
     assert y.is_contiguous(memory_format=torch.channels_last)
     leaves, grad = list(inputs.values()), torch.randn(y.shape)
-    expected = torch.autograd.grad(y, leaves, grad.contiguous(memory_format=torch.channels_last), retain_graph=True)
+    expected = torch.autograd.grad(
+        y, leaves, grad.contiguous(memory_format=torch.channels_last), retain_graph=True
+    )
     for ours, other in zip(torch.autograd.grad(y, leaves, grad), expected, strict=True):
         assert torch.equal(ours, other)
 

@@ -17,19 +17,32 @@ CASES = {case.name: case for case in SPEC.small_cases}
 @pytest.mark.parametrize(
     "fault",
     [
-        ("merge_forward(weight).to(x.dtype), padding=1)", "merge_forward(weight), padding=1).roll(1, dims=2)"),
+        (
+            "merge_forward(weight).to(x.dtype), padding=1)",
+            "merge_forward(weight), padding=1).roll(1, dims=2)",
+        ),
         ("F.conv2d(x, merge", "F.conv2d(F.pad(x, (1, -1)), merge"),
         ("position * 4 + 2 * a + c", "position * 4 + 2 * c + a"),
         ("middle0 + bottom0, middle1 + bottom1, middle2 + bottom2", "bottom0, bottom1, bottom2"),
         ("tl.store(even + C, second + third", "tl.store(even + C, third"),
-        ("mask=inside & has_pixel[:, None], other=0.0", "mask=inside & has_pixel[:, None], other=1.0"),
+        (
+            "mask=inside & has_pixel[:, None], other=0.0",
+            "mask=inside & has_pixel[:, None], other=1.0",
+        ),
         ("a, c = rows // 2 % 2, rows % 2", "a, c = rows % 2, rows // 2 % 2"),
         ("even0 + odd0, even1 + odd0, even1 + odd1", "even0 + odd0, even1, even1 + odd1"),
     ],
-    ids=["rows rolled over the border", "columns shifted", "parities swapped", "middle row left out",
-         "middle column left out", "gradient beyond the border", "gradient's parities swapped",
-         "gradient of the middle column"],
-)  # fmt: skip
+    ids=[
+        "rows rolled over the border",
+        "columns shifted",
+        "parities swapped",
+        "middle row left out",
+        "middle column left out",
+        "gradient beyond the border",
+        "gradient's parities swapped",
+        "gradient of the middle column",
+    ],
+)
 def test_planted_faults_are_red(fault: tuple[str, str]) -> None:
     assert_caught("upsample_conv", CASES["ragged"], fault)
 
@@ -54,9 +67,14 @@ def test_planted_faults_in_torch_are_red(fault: tuple[str, str]) -> None:
 @pytest.mark.parametrize("case", SPEC.small_cases, ids=lambda case: case.name)
 def test_the_merged_form_is_exact(case: Case) -> None:
     inputs = SPEC.inputs(case, Inputs(case, torch.float64))
-    plain, ours = (harness.evaluate(SPEC, function, inputs) for function in (SPEC.reference(), merged.upsample_conv))
+    plain, ours = (
+        harness.evaluate(SPEC, function, inputs)
+        for function in (SPEC.reference(), merged.upsample_conv)
+    )
     for name, value in plain.items():
-        torch.testing.assert_close(ours[name], value, rtol=1e-12, atol=1e-12 * value.abs().max().item(), msg=name)
+        torch.testing.assert_close(
+            ours[name], value, rtol=1e-12, atol=1e-12 * value.abs().max().item(), msg=name
+        )
 
 
 def test_kernels_and_torch_merge_and_interleave_alike() -> None:
@@ -67,13 +85,16 @@ def test_kernels_and_torch_merge_and_interleave_alike() -> None:
 
 
 def test_error_in_low_precision_is_sqrt_2_of_torch_s() -> None:
-    """What the docstring of `merged` says of its rounding; in float16 some CPUs' convolutions add more of their own."""
+    """What the docstring of `merged` says of its rounding; in float16 some CPUs' convolutions add
+    more of their own."""
     case = Case("measured", {"B": 2, "C": 64, "H": 8, "W": 8, "K": 64})
     ratios: dict[str, list[float]] = {}
     for seed in range(4):
         for verdict in harness.check(SPEC, "merged", case, torch.bfloat16, seed=seed):
             assert verdict.ok, verdict
-            ratios.setdefault(f"{verdict.output} {verdict.measure}", []).append(verdict.error / verdict.torch_error)
+            ratios.setdefault(f"{verdict.output} {verdict.measure}", []).append(
+                verdict.error / verdict.torch_error
+            )
     mean = {name: sum(values) / len(values) for name, values in ratios.items()}
     assert mean["y rms"] == pytest.approx(1.42, abs=0.03)
     assert mean["grad weight rms"] == pytest.approx(1.42, abs=0.03)
@@ -85,7 +106,9 @@ def test_a_gradient_may_come_in_another_memory_order() -> None:
     y = triton.upsample_conv(**inputs)
     assert y.is_contiguous(memory_format=torch.channels_last)
     leaves, grad = list(inputs.values()), torch.randn(y.shape)
-    expected = torch.autograd.grad(y, leaves, grad.contiguous(memory_format=torch.channels_last), retain_graph=True)
+    expected = torch.autograd.grad(
+        y, leaves, grad.contiguous(memory_format=torch.channels_last), retain_graph=True
+    )
     for ours, other in zip(torch.autograd.grad(y, leaves, grad), expected, strict=True):
         assert torch.equal(ours, other)
 
@@ -94,7 +117,9 @@ def image(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.zeros(*shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("function", [triton.upsample_conv, merged.upsample_conv], ids=["triton", "merged"])
+@pytest.mark.parametrize(
+    "function", [triton.upsample_conv, merged.upsample_conv], ids=["triton", "merged"]
+)
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -115,14 +140,21 @@ def test_bad_input_is_one_sentence(function: Any, changes: dict[str, Any], words
 
 @pytest.mark.parametrize("module", [merged, triton])
 def test_wide_weights_are_rounded_once(module: Any) -> None:
-    """Beside a bfloat16 image; the error is plain torch's, where weights of 16 bits give sqrt(2) times as much."""
+    """Beside a bfloat16 image; the error is plain torch's, where weights of 16 bits give sqrt(2)
+    times as much."""
     case = CASES["one row, 320 channels"]
     inputs = SPEC.inputs(case, Inputs(case, torch.float32))
     x = inputs["x"].detach().bfloat16().contiguous(memory_format=torch.channels_last)
     weight = inputs["weight"].detach()
     exact = SPEC.reference()(x.double(), weight.double())
-    errors = [(y - exact).norm() for y in (module.upsample_conv(x, weight), SPEC.reference()(x, weight))]
-    assert errors[0] < 1.1 * errors[1] < 0.9 * (module.upsample_conv(x, weight.bfloat16()) - exact).norm()
+    errors = [
+        (y - exact).norm() for y in (module.upsample_conv(x, weight), SPEC.reference()(x, weight))
+    ]
+    assert (
+        errors[0]
+        < 1.1 * errors[1]
+        < 0.9 * (module.upsample_conv(x, weight.bfloat16()) - exact).norm()
+    )
     weight.requires_grad_()
     module.upsample_conv(x, weight).float().square().sum().backward()
     assert weight.grad is not None and weight.grad.dtype == torch.float32

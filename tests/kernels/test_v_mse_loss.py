@@ -20,7 +20,10 @@ RAGGED = SPEC.small_cases[1]
         ("return p - t,", "return t - p,"),
         ("difference * difference", "tl.abs(difference)"),
         ("programs = triton.cdiv(N, BLOCK)", "programs = N // BLOCK"),
-        ("launch(v_mse_loss_backward_kernel, (triton.cdiv(N, BLOCK),)", "launch(v_mse_loss_backward_kernel, (3,)"),
+        (
+            "launch(v_mse_loss_backward_kernel, (triton.cdiv(N, BLOCK),)",
+            "launch(v_mse_loss_backward_kernel, (3,)",
+        ),
     ],
     ids=[
         "mean over the batch alone",
@@ -64,11 +67,17 @@ IMAGE = torch.zeros(2, 4, 3, 5)
         (IMAGE, IMAGE.double(), "float64"),
         (IMAGE[:0], IMAGE[:0], "empty shape"),
         (IMAGE, IMAGE[:1], r"\(2, 4, 3, 5\) and \(1, 4, 3, 5\); takes two tensors of one shape"),
-        (IMAGE, IMAGE.to(memory_format=torch.channels_last), "strides .* takes two contiguous or two channels-last"),
+        (
+            IMAGE,
+            IMAGE.to(memory_format=torch.channels_last),
+            "strides .* takes two contiguous or two channels-last",
+        ),
         (IMAGE[..., :4], IMAGE[..., :4], "strides"),
         (IMAGE, IMAGE.clone().requires_grad_(), "takes one that is detached"),
     ],
 )
-def test_bad_input_is_one_sentence(prediction: torch.Tensor, target: torch.Tensor, words: str) -> None:
+def test_bad_input_is_one_sentence(
+    prediction: torch.Tensor, target: torch.Tensor, words: str
+) -> None:
     with pytest.raises(KernelError, match=words):
         v_mse_loss(prediction, target)

@@ -24,7 +24,12 @@ CLOSED = {
         "caches_cleared": True,
     },
 }
-SCORES = {512_000: (140.0, 0.12), 1_024_000: (110.0, 0.14), 1_536_000: (89.0, 0.151), 2_048_000: (80.0, 0.17)}
+SCORES = {
+    512_000: (140.0, 0.12),
+    1_024_000: (110.0, 0.14),
+    1_536_000: (89.0, 0.151),
+    2_048_000: (80.0, 0.17),
+}
 
 
 @pytest.fixture
@@ -34,7 +39,9 @@ def closed() -> Callable[..., Config]:
     def make(**changes: dict) -> Config:
         config = config_from_dict(CLOSED)
         for section, values in changes.items():
-            config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
+            config = dataclasses.replace(
+                config, **{section: dataclasses.replace(getattr(config, section), **values)}
+            )
         return config
 
     return make
@@ -44,7 +51,9 @@ def closed() -> Callable[..., Config]:
 def write_log(closed, tmp_path) -> Callable[..., Path]:
     """A log of a run of four blocks of an hour from time 0, evaluated afterwards and concluded."""
 
-    def write(config: Config | None = None, scores: dict[int, tuple[float, float]] = SCORES) -> Path:
+    def write(
+        config: Config | None = None, scores: dict[int, tuple[float, float]] = SCORES
+    ) -> Path:
         path = tmp_path / "result_0.txt"
         log = MLPerfLog(path, config or closed())
         log.start_init()

@@ -9,11 +9,29 @@ from sd_perf.mlperf.check import check
 pytest.importorskip("mlperf_logging")
 
 RULESETS = {"v3.1": "3.1.0", "v4.0": "4.0.0", "v5.0": "5.0.0"}
-REQUIRED = ["submission_division", "submission_benchmark", "cache_clear", "init_start", "init_stop", "run_start",
-            "run_stop", "block_start", "block_stop", "eval_accuracy", "train_samples", "eval_samples",
-            "gradient_accumulation_steps", "global_batch_size", "opt_name", "opt_adamw_beta_1", "opt_adamw_beta_2",
-            "opt_adamw_epsilon", "opt_adamw_weight_decay", "opt_base_learning_rate",
-            "opt_learning_rate_warmup_steps"]  # fmt: skip
+REQUIRED = [
+    "submission_division",
+    "submission_benchmark",
+    "cache_clear",
+    "init_start",
+    "init_stop",
+    "run_start",
+    "run_stop",
+    "block_start",
+    "block_stop",
+    "eval_accuracy",
+    "train_samples",
+    "eval_samples",
+    "gradient_accumulation_steps",
+    "global_batch_size",
+    "opt_name",
+    "opt_adamw_beta_1",
+    "opt_adamw_beta_2",
+    "opt_adamw_epsilon",
+    "opt_adamw_weight_decay",
+    "opt_base_learning_rate",
+    "opt_learning_rate_warmup_steps",
+]
 
 
 def without(path: Path, *parts: str) -> Path:
@@ -38,7 +56,9 @@ def test_our_log_passes_older_rulesets(write_log, ruleset):
 
 
 def test_our_log_of_the_open_division(write_log, closed):
-    config = closed(mlperf={"division": "open"}, evaluation={"num_prompts": 256}, optimizer={"beta_2": 0.95})
+    config = closed(
+        mlperf={"division": "open"}, evaluation={"num_prompts": 256}, optimizer={"beta_2": 0.95}
+    )
     path = write_log(config, scores={512_000: (300.0, 0.1), 1_024_000: (200.0, -0.1)})
     verdict = check(path, "open")
     assert verdict.passed and verdict.status == "aborted", str(verdict)
@@ -59,7 +79,10 @@ def test_findings_are_words(write_log, closed):
     assert "opt_adamw_beta_1 = 0.8: breaks the rule v['value'] == 0.9" in text
     assert "evaluations with both FID and CLIP: must stand at least twice, found 1" in text
     assert "no evaluation passes: the target is FID <= 90 and CLIP >= 0.15" in text
-    assert "fails the official compliance checker (ruleset 5.0.0, closed division)" in text.splitlines()[0]
+    assert (
+        "fails the official compliance checker (ruleset 5.0.0, closed division)"
+        in text.splitlines()[0]
+    )
 
 
 def test_fid_without_clip(write_log):
@@ -76,9 +99,15 @@ def test_run_stop_without_status(write_log):
 
 def test_order_is_told(write_log):
     path = write_log()
-    path.write_text("".join(sorted(path.read_text().splitlines(keepends=True), key=lambda line: "run_start" in line)))
+    path.write_text(
+        "".join(
+            sorted(path.read_text().splitlines(keepends=True), key=lambda line: "run_start" in line)
+        )
+    )
     verdict = check(path)
-    assert not verdict.passed and "run_stop = null: run_start must come before it" in verdict.findings, str(verdict)
+    assert (
+        not verdict.passed and "run_stop = null: run_start must come before it" in verdict.findings
+    ), str(verdict)
 
 
 def test_slow_init_is_told(write_log):

@@ -9,10 +9,27 @@ from sd_perf.mlperf.log import MLPerfLog, read_log, scores_of
 
 pytest.importorskip("mlperf_logging")
 
-ONCE = ["submission_division", "submission_benchmark", "init_start", "init_stop", "run_start", "seed", "train_samples",
-        "eval_samples", "gradient_accumulation_steps", "global_batch_size", "opt_name", "opt_adamw_beta_1",
-        "opt_adamw_beta_2", "opt_adamw_epsilon", "opt_adamw_weight_decay", "opt_base_learning_rate",
-        "opt_learning_rate_warmup_steps", "cache_clear", "run_stop"]  # fmt: skip
+ONCE = [
+    "submission_division",
+    "submission_benchmark",
+    "init_start",
+    "init_stop",
+    "run_start",
+    "seed",
+    "train_samples",
+    "eval_samples",
+    "gradient_accumulation_steps",
+    "global_batch_size",
+    "opt_name",
+    "opt_adamw_beta_1",
+    "opt_adamw_beta_2",
+    "opt_adamw_epsilon",
+    "opt_adamw_weight_decay",
+    "opt_base_learning_rate",
+    "opt_learning_rate_warmup_steps",
+    "cache_clear",
+    "run_stop",
+]
 
 
 def keys(path) -> list[str]:
@@ -35,11 +52,16 @@ def test_lines_are_whole_and_in_order(write_log):
     path = write_log()
     order = keys(path)
     assert [key for key in ONCE if order.count(key) != 1] == []
-    places = [order.index(key) for key in ("submission_division", "init_start", "seed", "init_stop", "run_start")]
+    places = [
+        order.index(key)
+        for key in ("submission_division", "init_start", "seed", "init_stop", "run_start")
+    ]
     assert places == sorted(places)
     found = values(path)
     assert found["opt_base_learning_rate"] == pytest.approx(2.3e-7 * 512)
-    assert found["seed"] == 12345 and found["eval_samples"] == 30_000 and found["cache_clear"] is True
+    assert (
+        found["seed"] == 12345 and found["eval_samples"] == 30_000 and found["cache_clear"] is True
+    )
     line = json.loads(path.read_text().splitlines()[0].removeprefix(":::MLLOG "))
     assert line["metadata"]["file"] == "sd_perf/mlperf/log.py"  # no path of this machine
 
@@ -71,11 +93,20 @@ def test_resume_repeats_nothing(closed, tmp_path):
     log = begin(path, closed())
     log.stop_block(512_000)
     log.start_block(512_000)
-    begin(path, closed()).start_block(0)  # the checkpoint of 512,000 was lost: the first block is trained again
+    begin(path, closed()).start_block(
+        0
+    )  # the checkpoint of 512,000 was lost: the first block is trained again
     order = keys(path)
     assert [key for key in ONCE if key != "run_stop" and order.count(key) != 1] == []
-    blocks = [(e.key, e.metadata["samples_count"]) for e in read_log(path) if e.key.startswith("block")]
-    assert blocks == [("block_start", 0), ("block_stop", 512_000), ("block_start", 512_000), ("block_start", 0)]
+    blocks = [
+        (e.key, e.metadata["samples_count"]) for e in read_log(path) if e.key.startswith("block")
+    ]
+    assert blocks == [
+        ("block_start", 0),
+        ("block_stop", 512_000),
+        ("block_start", 512_000),
+        ("block_start", 0),
+    ]
 
 
 @pytest.mark.parametrize("length", [5, 40, None], ids=["token", "middle", "all but the line's end"])
@@ -102,7 +133,9 @@ def test_launchers_prefix_is_ignored(closed, tmp_path):
     path = tmp_path / "result_0.txt"
     begin(path, closed())
     expected = read_log(path)
-    path.write_text("srun: hello\n" + "".join(f"0: {line}\n" for line in path.read_text().splitlines()))
+    path.write_text(
+        "srun: hello\n" + "".join(f"0: {line}\n" for line in path.read_text().splitlines())
+    )
     assert read_log(path) == expected
 
 

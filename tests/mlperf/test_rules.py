@@ -11,11 +11,27 @@ from sd_perf.presets import load_preset
 from sd_perf.training.launch import launch
 
 OTHERS = {
-    "model": {"model_channels": 640, "resblock_groups": 32, "context_dim": 768, "num_res_blocks": 3},
+    "model": {
+        "model_channels": 640,
+        "resblock_groups": 32,
+        "context_dim": 768,
+        "num_res_blocks": 3,
+    },
     "diffusion": {"num_timesteps": 999, "beta_start": 1e-4, "beta_end": 0.02, "latent_scale": 1.0},
-    "data": {"latent_size": 96, "context_tokens": 76, "allow_empty_captions": False, "max_bad_samples": 1},
+    "data": {
+        "latent_size": 96,
+        "context_tokens": 76,
+        "allow_empty_captions": False,
+        "max_bad_samples": 1,
+    },
     "text_encoder": {"model": "ViT-L-14", "weights": "random"},
-    "optimizer": {"beta_1": 0.95, "beta_2": 0.99, "epsilon": 1e-6, "weight_decay": 0.0, "warmup_start": 0.0},
+    "optimizer": {
+        "beta_1": 0.95,
+        "beta_2": 0.99,
+        "epsilon": 1e-6,
+        "weight_decay": 0.0,
+        "warmup_start": 0.0,
+    },
     "training": {"seed": 0, "max_samples": 1_000_000},
     "checkpoint": {"every_samples": 256_000, "keep": 2},
     "sampling": {"steps": 20, "guidance_scale": 7.5},
@@ -32,16 +48,33 @@ def test_the_benchmarks_preset_complies():
 
 def test_free_values_are_free(closed):
     require_closed(closed(optimizer={"base_learning_rate": 2.8e-7, "warmup_steps": 500}))
-    for batch, every in ((256, 512_000), (384, 512_256), (384, 512_000), (576, 512_064), (1536, 513_024)):
-        require_closed(closed(training={"global_batch_size": batch}, checkpoint={"every_samples": every}))
-    require_closed(closed(training={"precision": "fp32", "accumulate_steps": 4}, data={"context": "precomputed"}))
+    for batch, every in (
+        (256, 512_000),
+        (384, 512_256),
+        (384, 512_000),
+        (576, 512_064),
+        (1536, 513_024),
+    ):
+        require_closed(
+            closed(training={"global_batch_size": batch}, checkpoint={"every_samples": every})
+        )
+    require_closed(
+        closed(
+            training={"precision": "fp32", "accumulate_steps": 4}, data={"context": "precomputed"}
+        )
+    )
 
 
 def test_speed_and_fp8_are_free(closed):
     speed = {"implementation": "fast", "activation_checkpointing": True, "compile": True}
     require_closed(closed(model=speed))
     require_closed(closed(model=speed, precision={"linear": "fp8_native", "text": "bf16"}))
-    require_closed(closed(model={"implementation": "fast"}, precision={"linear": "fp8_te", "fp8_recipe": "delayed"}))
+    require_closed(
+        closed(
+            model={"implementation": "fast"},
+            precision={"linear": "fp8_te", "fp8_recipe": "delayed"},
+        )
+    )
 
 
 @pytest.mark.parametrize(
@@ -50,7 +83,10 @@ def test_speed_and_fp8_are_free(closed):
 )
 def test_fixed_values_are_fixed(closed, section, key, value):
     config = closed(**{section: {key: value}})
-    with pytest.raises(ConfigError, match=rf"^{section}\.{key}: {value!r} is not allowed in the closed division, .*: "):
+    with pytest.raises(
+        ConfigError,
+        match=rf"^{section}\.{key}: {value!r} is not allowed in the closed division, .*: ",
+    ):
         require_closed(config)
     assert [key for key, *_ in violations(config)] == [f"{section}.{key}"]
 
@@ -61,7 +97,9 @@ def test_synthetic_data_is_no_benchmark(closed):
 
 def test_cadence_follows_the_batch(closed):
     config = closed(training={"global_batch_size": 384}, checkpoint={"every_samples": 512_640})
-    with pytest.raises(ConfigError, match=r"checkpoint\.every_samples: 512640 .*512,256.*CEIL\(512000 / 384\)"):
+    with pytest.raises(
+        ConfigError, match=r"checkpoint\.every_samples: 512640 .*512,256.*CEIL\(512000 / 384\)"
+    ):
         require_closed(config)
 
 

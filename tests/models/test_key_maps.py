@@ -13,9 +13,14 @@ from sd_perf.reference.unet import UNet
 UNETS = {
     "benchmark": UNetConfig(),
     "one_level": UNetConfig(model_channels=64, channel_mult=(1,), attention_resolutions=()),
-    "one_block": UNetConfig(model_channels=64, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2,)),
+    "one_block": UNetConfig(
+        model_channels=64, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2,)
+    ),
     "five_levels": UNetConfig(
-        model_channels=64, channel_mult=(1, 1, 2, 2, 3), num_res_blocks=3, attention_resolutions=(16, 4, 1)
+        model_channels=64,
+        channel_mult=(1, 1, 2, 2, 3),
+        num_res_blocks=3,
+        attention_resolutions=(16, 4, 1),
     ),
 }
 VAES = {
@@ -42,7 +47,9 @@ def stock_state(config):
     diffusers = pytest.importorskip("diffusers")
     with torch.device("meta"):
         if isinstance(config, UNetConfig):
-            return diffusers.UNet2DConditionModel.from_config(diffusers_unet_config(config)).state_dict()
+            return diffusers.UNet2DConditionModel.from_config(
+                diffusers_unet_config(config)
+            ).state_dict()
         levels = len(config.channel_mult)
         return diffusers.AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * levels,
@@ -66,8 +73,16 @@ def test_there_and_back(model, config):
 @pytest.mark.parametrize(
     ("model", "prefix", "digest"),
     [
-        (UNet, "model.diffusion_model.", "3d355a17ce5dcde45ded5a9b6ecfe84cc9a1929d0354955709f14d431b684ae1"),
-        (AutoencoderKL, "first_stage_model.", "332c08183dbd1a28dd1868e0e8339261a8aeab1cfd7ad84821e6d470f8e79323"),
+        (
+            UNet,
+            "model.diffusion_model.",
+            "3d355a17ce5dcde45ded5a9b6ecfe84cc9a1929d0354955709f14d431b684ae1",
+        ),
+        (
+            AutoencoderKL,
+            "first_stage_model.",
+            "332c08183dbd1a28dd1868e0e8339261a8aeab1cfd7ad84821e6d470f8e79323",
+        ),
     ],
 )
 def test_published_names(model, prefix, digest):
@@ -88,7 +103,10 @@ def test_values_are_kept_and_shared():
     config = VAES["one_level"]
     state = AutoencoderKL(config).state_dict()
     renamed = to_diffusers(state, config)
-    theirs, ours = "encoder.mid_block.attentions.0.to_out.0.weight", "encoder.mid.attn_1.proj_out.weight"
+    theirs, ours = (
+        "encoder.mid_block.attentions.0.to_out.0.weight",
+        "encoder.mid.attn_1.proj_out.weight",
+    )
     assert renamed[theirs].data_ptr() == state[ours].data_ptr()
     assert torch.equal(from_diffusers(renamed, config)[ours], state[ours])
 
@@ -104,8 +122,12 @@ def test_name_of_another_model(name):
 
 def test_config_says_both_group_counts_where_they_differ():
     assert diffusers_unet_config(UNetConfig(resblock_groups=16))["norm_num_groups"] == 16
-    assert diffusers_unet_config(UNetConfig(resblock_groups=16))["transformer_norm_num_groups"] == 32
-    assert "transformer_norm_num_groups" not in diffusers_unet_config(UNetConfig(resblock_groups=32))
+    assert (
+        diffusers_unet_config(UNetConfig(resblock_groups=16))["transformer_norm_num_groups"] == 32
+    )
+    assert "transformer_norm_num_groups" not in diffusers_unet_config(
+        UNetConfig(resblock_groups=32)
+    )
 
 
 def test_config_without_a_form_in_diffusers():

@@ -1,4 +1,5 @@
-"""The OpenCLIP text tower: published tokens, the penultimate states against open_clip's own forward, weights files."""
+"""The OpenCLIP text tower: published tokens, the penultimate states against open_clip's own
+forward, weights files."""
 
 from __future__ import annotations
 
@@ -22,7 +23,10 @@ def encoder() -> OpenClipTextEncoder:
 def test_tokens_are_clips_padded_with_zero(encoder):
     """CLIP's own numbers of "a photo of a cat"; case, spaces and entities do not matter."""
     for caption in ("a photo of a cat", "  A photo\nof a &#99;at "):
-        assert encoder.tokenizer([caption])[0].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407] + [0] * 17
+        assert (
+            encoder.tokenizer([caption])[0].tolist()
+            == [49406, 320, 1125, 539, 320, 2368, 49407] + [0] * 17
+        )
 
 
 def test_long_captions_end_with_the_end_token(encoder):
@@ -34,7 +38,9 @@ def test_states_are_penultimate(encoder):
     """open_clip's own forward, cut off after the last block but one, through ln_final."""
     captions = ["a dog on a skateboard", ""]
     tower, seen = encoder.tower, []
-    hook = tower.transformer.resblocks[-2].register_forward_hook(lambda *call: seen.append(call[-1]))
+    hook = tower.transformer.resblocks[-2].register_forward_hook(
+        lambda *call: seen.append(call[-1])
+    )
     with torch.no_grad():
         tower(encoder.tokenizer(captions))
         expected = tower.ln_final(seen[0])
@@ -62,18 +68,29 @@ def test_random_weights_are_the_same_every_time(encoder):
 
 def test_weights_of_open_clip_and_of_an_ldm_checkpoint(encoder, tmp_path):
     changed = {name: value + 0.01 for name, value in encoder.tower.state_dict().items()}
-    extra = {"visual.proj": torch.zeros(2), "logit_scale": torch.ones(()), "attn_mask": encoder.tower.attn_mask}
+    extra = {
+        "visual.proj": torch.zeros(2),
+        "logit_scale": torch.ones(()),
+        "attn_mask": encoder.tower.attn_mask,
+    }
     torch.save({**changed, **extra}, tmp_path / "open_clip.bin")
     ldm = {f"cond_stage_model.model.{name}": value for name, value in {**changed, **extra}.items()}
     torch.save({"state_dict": ldm}, tmp_path / "sd.ckpt")
-    both = [OpenClipTextEncoder(TextEncoderConfig(TINY, str(tmp_path / name))) for name in ("open_clip.bin", "sd.ckpt")]
+    both = [
+        OpenClipTextEncoder(TextEncoderConfig(TINY, str(tmp_path / name)))
+        for name in ("open_clip.bin", "sd.ckpt")
+    ]
     assert all(torch.equal(e.tower.ln_final.bias, changed["ln_final.bias"]) for e in both)
 
 
 @pytest.mark.parametrize(
     ("config", "error", "sentence"),
     [
-        (TextEncoderConfig("ViT-H-41", "random"), ConfigError, "'ViT-H-41' is no model of open_clip"),
+        (
+            TextEncoderConfig("ViT-H-41", "random"),
+            ConfigError,
+            "'ViT-H-41' is no model of open_clip",
+        ),
         (TextEncoderConfig("absent.json", "random"), ConfigError, "no such file"),
         (TextEncoderConfig(TINY, "absent.bin"), CheckpointError, r"absent\.bin: no such file"),
         (TextEncoderConfig(TINY, TINY), CheckpointError, "not a file of open_clip weights"),

@@ -9,11 +9,14 @@ from sd_perf.models.torchvision_schemas import define_missing_torchvision_ops
 from sd_perf.models.vae import AutoencoderConfig, AutoencoderKL
 
 TINY = AutoencoderConfig(channels=16, channel_mult=(1, 2, 4), num_res_blocks=1, groups=8)
-WIDE = AutoencoderConfig(channels=16, channel_mult=(1, 3), num_res_blocks=2, latent_channels=3, groups=4)
+WIDE = AutoencoderConfig(
+    channels=16, channel_mult=(1, 3), num_res_blocks=2, latent_channels=3, groups=4
+)
 
 
 def build(config: AutoencoderConfig) -> AutoencoderKL:
-    """A seeded autoencoder whose norms are not the identity, so that every weight shows in the output."""
+    """A seeded autoencoder whose norms are not the identity, so that every weight shows in the
+    output."""
     torch.manual_seed(0)
     vae = AutoencoderKL(config)
     for parameter in vae.parameters():
@@ -52,7 +55,10 @@ def test_names_and_shapes_are_those_of_ldm(stable_diffusion_vae):
 
 @pytest.mark.parametrize(
     ("method", "shape", "result", "gigaflops"),
-    [("encode", (1, 3, 512, 512), (1, 8, 64, 64), 1116.7), ("decode", (1, 4, 64, 64), (1, 3, 512, 512), 2514.5)],
+    [
+        ("encode", (1, 3, 512, 512), (1, 8, 64, 64), 1116.7),
+        ("decode", (1, 4, 64, 64), (1, 3, 512, 512), 2514.5),
+    ],
 )
 def test_flops(stable_diffusion_vae, method, shape, result, gigaflops):
     with FlopCounterMode(display=False) as counter:
@@ -65,7 +71,10 @@ def test_flops(stable_diffusion_vae, method, shape, result, gigaflops):
 def test_equals_diffusers(config):
     define_missing_torchvision_ops()
     diffusers = pytest.importorskip("diffusers")
-    vae, levels = build(config).double(), len(config.channel_mult)  # in float64 even another eps would show
+    vae, levels = (
+        build(config).double(),
+        len(config.channel_mult),
+    )  # in float64 even another eps would show
     stock = diffusers.AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
@@ -93,6 +102,8 @@ def test_channels_last_and_bfloat16():
     with torch.no_grad():
         right = vae.encode(images)
         vae = vae.to(memory_format=torch.channels_last)
-        assert relative_error(vae.encode(images.to(memory_format=torch.channels_last)), right) < 1e-5
+        assert (
+            relative_error(vae.encode(images.to(memory_format=torch.channels_last)), right) < 1e-5
+        )
         with torch.autocast("cpu", torch.bfloat16):
             assert relative_error(vae.encode(images), right) < 0.03

@@ -24,14 +24,19 @@ from sd_perf.models.weight_files import (
 from sd_perf.reference.unet import UNet
 
 MIXED = UNetConfig(
-    model_channels=64, channel_mult=(1, 2), attention_resolutions=(2, 1), num_head_channels=32, context_dim=24
+    model_channels=64,
+    channel_mult=(1, 2),
+    attention_resolutions=(2, 1),
+    num_head_channels=32,
+    context_dim=24,
 )
 UNIFORM = UNetConfig(**{**vars(MIXED), "resblock_groups": 32})
 STATE = {"model.diffusion_model.out.2.bias": torch.arange(4.0)}
 
 
 def build(config: UNetConfig) -> UNet:
-    """A seeded UNet with torch's own initial weights in the layers that start at 0, so that the output is not 0."""
+    """A seeded UNet with torch's own initial weights in the layers that start at 0, so that the
+    output is not 0."""
     torch.manual_seed(0)
     unet = UNet(config)
     for layer in unet.modules():
@@ -45,13 +50,18 @@ def relative_error(theirs, ours: UNet) -> float:
     """Of diffusers' output against ours."""
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(2, 4, 8, 8, generator=generator)
-    timesteps, context = torch.tensor([17, 981]), torch.randn(2, 5, ours.config.context_dim, generator=generator)
+    timesteps, context = (
+        torch.tensor([17, 981]),
+        torch.randn(2, 5, ours.config.context_dim, generator=generator),
+    )
     right = ours(latents, timesteps, context)
     return ((theirs(latents, timesteps, context).sample - right).norm() / right.norm()).item()
 
 
 def same(state, right) -> bool:
-    return state.keys() == right.keys() and all(torch.equal(state[name], right[name]) for name in right)
+    return state.keys() == right.keys() and all(
+        torch.equal(state[name], right[name]) for name in right
+    )
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +71,8 @@ def diffusers():
 
 
 def pretend_lightning(monkeypatch, package: str) -> type:
-    """An importable ModelCheckpoint under the name that Lightning gives it, so that it can be pickled."""
+    """An importable ModelCheckpoint under the name that Lightning gives it, so that it can be
+    pickled."""
     name = f"{package}.callbacks.model_checkpoint"
     parts = name.split(".")
     for count in range(1, len(parts) + 1):
@@ -74,9 +85,13 @@ def pretend_lightning(monkeypatch, package: str) -> type:
 
 
 def test_lightning_checkpoint_without_lightning(tmp_path, monkeypatch):
-    """A real one has classes of Lightning as keys and numpy scalars as learning rates; neither package is imported."""
+    """A real one has classes of Lightning as keys and numpy scalars as learning rates; neither
+    package is imported."""
     path = tmp_path / "epoch=0.ckpt"
-    older, newer = (pretend_lightning(monkeypatch, package) for package in ("pytorch_lightning", "lightning.pytorch"))
+    older, newer = (
+        pretend_lightning(monkeypatch, package)
+        for package in ("pytorch_lightning", "lightning.pytorch")
+    )
     instance = older()
     instance.best_model_path = "nowhere"
     content = {
@@ -89,7 +104,9 @@ def test_lightning_checkpoint_without_lightning(tmp_path, monkeypatch):
     monkeypatch.undo()
     allowed = set(torch.serialization.get_safe_globals())
     assert same(read_ldm_checkpoint(path), STATE)
-    assert set(torch.serialization.get_safe_globals()) == allowed, "the stand-ins outlive the reading"
+    assert set(torch.serialization.get_safe_globals()) == allowed, (
+        "the stand-ins outlive the reading"
+    )
 
 
 @pytest.mark.parametrize(("protocol", "named"), [(2, "system"), (4, "")])
@@ -177,8 +194,14 @@ def test_load_into():
     [
         (lambda state: state.pop("out.2.bias"), r"1 missing \(the first is out\.2\.bias\)"),
         (lambda state: state.clear(), r"\d+ missing \(the first is time_embed\.0\.weight\)"),
-        (lambda state: state.update(a=torch.zeros(1), b=torch.zeros(1)), r"2 unexpected \(the first is a\)"),
-        (lambda state: state.update({"out.2.bias": torch.zeros(5)}), r"1 of another shape \(the first is out\.2\.bias"),
+        (
+            lambda state: state.update(a=torch.zeros(1), b=torch.zeros(1)),
+            r"2 unexpected \(the first is a\)",
+        ),
+        (
+            lambda state: state.update({"out.2.bias": torch.zeros(5)}),
+            r"1 of another shape \(the first is out\.2\.bias",
+        ),
     ],
 )
 def test_load_into_is_strict(change, complaint):
@@ -186,7 +209,9 @@ def test_load_into_is_strict(change, complaint):
     before = {name: value.clone() for name, value in unet.state_dict().items()}
     state = {name: value + 1 for name, value in before.items()}
     change(state)
-    with pytest.raises(CheckpointError, match=rf"^w\.ckpt: not the weights of the UNet.*{complaint}"):
+    with pytest.raises(
+        CheckpointError, match=rf"^w\.ckpt: not the weights of the UNet.*{complaint}"
+    ):
         load_into(unet, state, "the UNet", "w.ckpt")
     assert same(unet.state_dict(), before)
 
@@ -225,7 +250,9 @@ def test_mixed_groups_need_the_loader(tmp_path, diffusers):
     unet = build(MIXED)
     export_diffusers(unet.state_dict(), MIXED, tmp_path)
     stock = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "unet")
-    assert relative_error(stock, unet) > 0.05, "stock diffusers got it right, so the loader is superfluous"
+    assert relative_error(stock, unet) > 0.05, (
+        "stock diffusers got it right, so the loader is superfluous"
+    )
     spec = importlib.util.spec_from_file_location("load_unet", tmp_path / "unet" / "load_unet.py")
     loader = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loader)

@@ -1,4 +1,5 @@
-"""The plain training step against the formulas written out, and its independence of how samples are split."""
+"""The plain training step against the formulas written out, and its independence of how samples are
+split."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ class ScaledInput(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.tensor(0.7))
 
-    def forward(self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor
+    ) -> torch.Tensor:
         return self.weight * x
 
 
@@ -40,12 +43,17 @@ def test_loss_and_gradient_are_the_formulas():
     noise = normal(5, Stream.NOISE, indices, 144).view(5, 4, 6, 6).double()
     posterior = normal(5, Stream.MOMENTS, indices, 144).view(5, 4, 6, 6).double()
     t = uniform_integers(5, Stream.TIMESTEP, indices, 1000)
-    signal, sigma = alphas_cumprod[t].sqrt().view(-1, 1, 1, 1), (1 - alphas_cumprod[t]).sqrt().view(-1, 1, 1, 1)
+    signal, sigma = (
+        alphas_cumprod[t].sqrt().view(-1, 1, 1, 1),
+        (1 - alphas_cumprod[t]).sqrt().view(-1, 1, 1, 1),
+    )
     z = 0.18215 * (moments[:, :4].double() + torch.exp(moments[:, 4:].double() / 2) * posterior)
     x, v = signal * z + sigma * noise, signal * noise - sigma * z
     assert loss.item() == pytest.approx((0.7 * x - v).square().mean().item(), rel=1e-6)
     expected = (2 * (0.7 * x - v) * x).mean().item()
-    assert network.weight.grad is not None and network.weight.grad.item() == pytest.approx(expected, rel=1e-5)
+    assert network.weight.grad is not None and network.weight.grad.item() == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

@@ -11,7 +11,11 @@ from sd_perf.models.torchvision_schemas import define_missing_torchvision_ops
 from sd_perf.reference.unet import UNet, sinusoidal_embedding
 
 TINY = UNetConfig(
-    model_channels=64, channel_mult=(1, 2), attention_resolutions=(2, 1), num_head_channels=32, context_dim=24
+    model_channels=64,
+    channel_mult=(1, 2),
+    attention_resolutions=(2, 1),
+    num_head_channels=32,
+    context_dim=24,
 )
 DEEP = UNetConfig(
     model_channels=32,
@@ -53,7 +57,10 @@ def benchmark_unet() -> UNet:
 
 
 def test_benchmark_parameters(benchmark_unet):
-    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in benchmark_unet.named_children()}
+    parts = {
+        name: sum(p.numel() for p in part.parameters())
+        for name, part in benchmark_unet.named_children()
+    }
     assert parts == {
         "time_embed": 2_050_560,
         "input_blocks": 251_918_080,
@@ -76,13 +83,19 @@ def test_benchmark_names_and_shapes_are_those_of_ldm(benchmark_unet):
 
 def test_benchmark_flops(benchmark_unet):
     with FlopCounterMode(display=False) as counter, torch.device("meta"):
-        benchmark_unet(torch.empty(1, 4, 64, 64), torch.empty(1, dtype=torch.int64), torch.empty(1, 77, 1024))
+        benchmark_unet(
+            torch.empty(1, 4, 64, 64), torch.empty(1, dtype=torch.int64), torch.empty(1, 77, 1024)
+        )
     assert counter.get_total_flops() / 1e9 == pytest.approx(804.3, abs=0.05)
 
 
 def test_zero_initialised_tensors(benchmark_unet):
     zeros = {name for name, value in build(TINY, awake=False).named_parameters() if not value.any()}
-    named = {name for name, _ in UNet(TINY).named_parameters() if any(part in name for part in ZERO_INITIALISED)}
+    named = {
+        name
+        for name, _ in UNet(TINY).named_parameters()
+        if any(part in name for part in ZERO_INITIALISED)
+    }
     # Norm biases start at 0 too, as in torch; they are no part of the scheme.
     assert {name for name in zeros if not _is_norm(name)} == named
     sizes = [
@@ -152,7 +165,9 @@ def test_channels_last_is_the_same_function():
     assert relative_error(output, right) < 1e-5
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize(
+    "memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"]
+)
 def test_bfloat16_autocast(memory_format):
     unet = build(TINY)
     with torch.no_grad():

@@ -1,4 +1,5 @@
-"""The checkpoint store: what it leaves on disk, and what it says of damaged, foreign or unwritable folders."""
+"""The checkpoint store: what it leaves on disk, and what it says of damaged, foreign or unwritable
+folders."""
 
 from __future__ import annotations
 
@@ -13,7 +14,11 @@ from sd_perf.runs.checkpoints import CheckpointStore, load_component, load_tenso
 
 
 def tensors(value: float = 1.0) -> dict[str, torch.Tensor]:
-    return {"model.a": torch.full((3, 2), value), "exp_avg.a": torch.full((3, 2), -value), "model.b": torch.arange(5.0)}
+    return {
+        "model.a": torch.full((3, 2), value),
+        "exp_avg.a": torch.full((3, 2), -value),
+        "model.b": torch.arange(5.0),
+    }
 
 
 def save(store: CheckpointStore, samples: int, value: float = 1.0) -> Path:
@@ -113,7 +118,9 @@ def test_file_gone(tmp_path):
 
 def test_another_shape(tmp_path):
     path = save(CheckpointStore(tmp_path), 10)
-    with pytest.raises(CheckpointError, match=r"model\.a has shape \(3, 2\) there and \(4, 2\) in this model"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.a has shape \(3, 2\) there and \(4, 2\) in this model"
+    ):
         load_tensors(path, {"model.a": torch.zeros(4, 2)})
 
 
@@ -133,7 +140,8 @@ def test_a_failed_write_is_told_and_leaves_the_last_one(tmp_path, monkeypatch):
     monkeypatch.setattr("sd_perf.runs.checkpoints.dcp.save", fail)
     store.save(tensors(), {"samples": 20})
     with pytest.raises(
-        CheckpointError, match=r"No space left on device.*newest complete checkpoint is .*samples_0000000010"
+        CheckpointError,
+        match=r"No space left on device.*newest complete checkpoint is .*samples_0000000010",
     ):
         store.wait()
     store.wait()  # told once
@@ -145,7 +153,9 @@ def test_disk_full(mount_tmpfs):
     store = CheckpointStore(small_disk)
     newest = save(store, 10)
     store.save({"model.a": torch.randn(100_000)}, {"samples": 20})
-    with pytest.raises(CheckpointError, match=r"could not be written \(.*\); the newest complete checkpoint is"):
+    with pytest.raises(
+        CheckpointError, match=r"could not be written \(.*\); the newest complete checkpoint is"
+    ):
         store.wait()
     assert store.complete() == [newest]
     assert shutil.disk_usage(small_disk).free > 128 * 1024  # the failed write gave its space back

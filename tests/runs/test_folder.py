@@ -1,4 +1,5 @@
-"""The run folder: what its manifest holds, what a second start may change, and how an earlier run is moved aside."""
+"""The run folder: what its manifest holds, what a second start may change, and how an earlier run
+is moved aside."""
 
 from __future__ import annotations
 
@@ -42,12 +43,16 @@ def test_manifest(config, folder, monkeypatch):
     assert manifest["versions"]["python"] == platform.python_version()
     assert manifest["machine"]["cpus"] >= 1
     [start] = manifest["starts"]
-    assert start["command"] == "sd-perf train --run.note 'two words'" and start["time"].endswith("+00:00")
+    assert start["command"] == "sd-perf train --run.note 'two words'" and start["time"].endswith(
+        "+00:00"
+    )
     assert list(folder.iterdir()) == [folder / "run_manifest.json"]  # nothing aside is left
 
 
 def test_git_sha(config, folder):
-    head = subprocess.run(["git", "-C", str(PACKAGE), "rev-parse", "HEAD"], capture_output=True, text=True)
+    head = subprocess.run(
+        ["git", "-C", str(PACKAGE), "rev-parse", "HEAD"], capture_output=True, text=True
+    )
     if head.returncode != 0:
         pytest.skip("the package does not run from a git checkout")
     open_run(config, resume=False)
@@ -58,7 +63,9 @@ def test_starts_are_appended_on_resume(config, folder, monkeypatch):
     for number in range(3):
         monkeypatch.setattr(sys, "argv", ["sd-perf", "train", str(number)])
         open_run(config, resume=number > 0)
-    assert [start["command"] for start in read_manifest(folder)["starts"]] == [f"sd-perf train {n}" for n in range(3)]
+    assert [start["command"] for start in read_manifest(folder)["starts"]] == [
+        f"sd-perf train {n}" for n in range(3)
+    ]
 
 
 def test_seed_is_drawn_once_and_kept(config, make_config):
@@ -66,7 +73,10 @@ def test_seed_is_drawn_once_and_kept(config, make_config):
     first = open_run(unseeded, resume=False)
     assert first.training.seed is not None and 0 <= first.training.seed < 2**63
     assert open_run(unseeded, resume=True) == first
-    assert open_run(with_seed(make_config("other"), None), resume=False).training.seed != first.training.seed
+    assert (
+        open_run(with_seed(make_config("other"), None), resume=False).training.seed
+        != first.training.seed
+    )
 
 
 def test_a_given_seed_must_be_the_runs(config):
@@ -89,14 +99,19 @@ def test_what_a_resumed_run_must_not_change(section, change, config, folder, mak
     before = (folder / "run_manifest.json").read_bytes()
     [(key, value)] = change.items()
     was = getattr(getattr(config, section), key)
-    with pytest.raises(ConfigError, match=rf"{section}\.{key}: the run in .* has {was}, this config {value}; .*--run"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"{section}\.{key}: the run in .* has {was}, this config {value}; .*--run",
+    ):
         open_run(make_config("runs/run", **{section: change}), resume=True)
     assert (folder / "run_manifest.json").read_bytes() == before
 
 
 def test_what_a_resumed_run_may_change(config, make_config):
     open_run(config, resume=False)
-    longer = make_config("runs/run", training={"max_samples": 400, "accumulate_steps": 2}, logging={"every_steps": 1})
+    longer = make_config(
+        "runs/run", training={"max_samples": 400, "accumulate_steps": 2}, logging={"every_steps": 1}
+    )
     assert open_run(longer, resume=True) == longer
     assert read_run_config(Path(config.run.dir)) == longer
 
@@ -107,11 +122,18 @@ def test_a_resumed_run_may_be_faster_but_not_less_precise(config, make_config):
     speed = {"implementation": "fast", "activation_checkpointing": True, "compile": True}
     faster = make_config("runs/run", model=speed, **bf16)
     assert open_run(faster, resume=True) == faster
-    with pytest.raises(ConfigError, match=r"precision\.text: the run in .* has None, this config 'fp8_native'"):
-        open_run(make_config("runs/run", model=speed, precision={"text": "fp8_native"}, **bf16), resume=True)
+    with pytest.raises(
+        ConfigError, match=r"precision\.text: the run in .* has None, this config 'fp8_native'"
+    ):
+        open_run(
+            make_config("runs/run", model=speed, precision={"text": "fp8_native"}, **bf16),
+            resume=True,
+        )
 
 
-@pytest.mark.parametrize("trace", ["run_manifest.json", "metrics.jsonl", "checkpoints/samples_0000000004"])
+@pytest.mark.parametrize(
+    "trace", ["run_manifest.json", "metrics.jsonl", "checkpoints/samples_0000000004"]
+)
 def test_a_folder_that_holds_a_run_is_refused(trace, config, folder):
     path = folder / trace
     path.parent.mkdir(parents=True)
@@ -161,8 +183,11 @@ def test_fresh_moves_earlier_runs_aside(config, folder, capsys):
     for note in ("first", "second", "third"):
         noted = dataclasses.replace(config, run=dataclasses.replace(config.run, note=note))
         open_run(noted, resume=False, fresh=True)
-    notes = {path.name: read_run_config(path).run.note for path in sorted(folder.parent.glob("run*/"))
-             if path.name != "run.2"}  # fmt: skip
+    notes = {
+        path.name: read_run_config(path).run.note
+        for path in sorted(folder.parent.glob("run*/"))
+        if path.name != "run.2"
+    }
     assert notes == {"run": "third", "run.1": "first", "run.3": "second"}
     assert list((folder.parent / "run.2").iterdir()) == []
     assert len(read_manifest(folder)["starts"]) == 1
@@ -191,7 +216,9 @@ def test_fresh_takes_another_config_and_moves_all_of_a_run(config, folder, make_
 def test_fresh_refuses_an_unfinished_run(config, folder):
     open_run(config, resume=False)
     write_state(folder, 40)
-    with pytest.raises(UserError, match=r"holds an unfinished run \(40 of 200 samples\); continue it with --resume"):
+    with pytest.raises(
+        UserError, match=r"holds an unfinished run \(40 of 200 samples\); continue it with --resume"
+    ):
         open_run(config, resume=False, fresh=True)
     assert [path.name for path in folder.parent.iterdir()] == ["run"]
 

@@ -1,4 +1,5 @@
-"""A recipe with an MLPerf log starts with a green record of its config, this code and this device, or says so."""
+"""A recipe with an MLPerf log starts with a green record of its config, this code and this device,
+or says so."""
 
 from __future__ import annotations
 
@@ -20,13 +21,24 @@ from sd_perf.runs.parity_record import NAME, USUAL, identity, record_folder, req
 
 TREE: dict[str, Any] = {
     "model": {
-        "implementation": "fast", "model_channels": 32, "channel_mult": [1, 2], "num_res_blocks": 1,
-        "attention_resolutions": [2], "num_head_channels": 32, "context_dim": 16,
+        "implementation": "fast",
+        "model_channels": 32,
+        "channel_mult": [1, 2],
+        "num_res_blocks": 1,
+        "attention_resolutions": [2],
+        "num_head_channels": 32,
+        "context_dim": 16,
     },
     "data": {"format": "synthetic", "latent_size": 8, "context_tokens": 3},
-    "training": {"global_batch_size": 4, "max_samples": 8, "precision": "fp32", "device": "cpu", "seed": 0},
+    "training": {
+        "global_batch_size": 4,
+        "max_samples": 8,
+        "precision": "fp32",
+        "device": "cpu",
+        "seed": 0,
+    },
     "mlperf": {"division": "open", "org": "sd-perf", "platform": "a CPU", "status": "research"},
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -51,8 +63,12 @@ def test_a_green_record_is_taken(config: Config) -> None:
     folder.mkdir()
     write_json(folder / NAME, green(config))
     assert require_green(config)["ok"]
-    elsewhere = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(folder.parent / "other")))
-    with pytest.raises(ConfigError, match=r"other.parity/parity.json is not there; run `sd-perf parity`"):
+    elsewhere = dataclasses.replace(
+        config, run=dataclasses.replace(config.run, dir=str(folder.parent / "other"))
+    )
+    with pytest.raises(
+        ConfigError, match=r"other.parity/parity.json is not there; run `sd-perf parity`"
+    ):
         require_green(elsewhere)
     named = dataclasses.replace(elsewhere.mlperf, parity_record=str(folder / NAME))
     assert require_green(dataclasses.replace(elsewhere, mlperf=named))["ok"]
@@ -70,7 +86,9 @@ def test_a_green_record_is_taken(config: Config) -> None:
         ({"rows": None}, "is no parity record"),
     ],
 )
-def test_a_record_of_something_else_is_not(changes: dict[str, Any], words: str, config: Config) -> None:
+def test_a_record_of_something_else_is_not(
+    changes: dict[str, Any], words: str, config: Config
+) -> None:
     record_folder(config).mkdir()
     write_json(record_folder(config) / NAME, green(config, **changes))
     with pytest.raises(ConfigError, match=words):
@@ -87,7 +105,9 @@ def test_a_record_of_something_else_is_not(changes: dict[str, Any], words: str, 
         ("run", {"note": "another"}, True),
     ],
 )
-def test_the_record_is_of_what_computes_a_step(section: str, changes: dict[str, Any], same: bool) -> None:
+def test_the_record_is_of_what_computes_a_step(
+    section: str, changes: dict[str, Any], same: bool
+) -> None:
     tree = {**TREE, section: {**TREE.get(section, {}), **changes}}
     digests = [identity(config_from_dict(some))["config"] for some in (TREE, tree)]
     assert (digests[0] == digests[1]) == same
@@ -104,14 +124,20 @@ def sd_perf(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str,
     return run
 
 
-def test_a_recipe_needs_it_unless_it_is_waived_by_name(preset: Path, config: Config, sd_perf: Any) -> None:
+def test_a_recipe_needs_it_unless_it_is_waived_by_name(
+    preset: Path, config: Config, sd_perf: Any
+) -> None:
     run = Path(config.run.dir)
     code, _, errors = sd_perf("train", "--config", preset)
-    assert code == 2 and "needs a green parity record" in errors and "--mlperf.waive parity" in errors
+    assert (
+        code == 2 and "needs a green parity record" in errors and "--mlperf.waive parity" in errors
+    )
     assert not run.exists()
     code, output, _ = sd_perf("train", "--config", preset, "--mlperf.waive", "parity")
     assert code == 0 and "waived by name: parity" in output
-    assert [event.value for event in read_log(run / LOG_NAME) if event.key == "sd_perf_waived"] == ["parity"]
+    assert [event.value for event in read_log(run / LOG_NAME) if event.key == "sd_perf_waived"] == [
+        "parity"
+    ]
     assert not (run / NAME).exists()
 
 
@@ -124,7 +150,9 @@ def test_a_run_keeps_its_record_and_its_kernels(preset: Path, config: Config, sd
     assert read_json(run / NAME)["ok"] is True
     assert not any(event.key == "sd_perf_waived" for event in read_log(run / LOG_NAME))
     kernels = {choice["op"]: choice["backend"] for choice in read_json(run / "kernels.json")}
-    assert kernels["group_norm"] == "torch" and "adamw" not in kernels and "fp8_linear" not in kernels
+    assert (
+        kernels["group_norm"] == "torch" and "adamw" not in kernels and "fp8_linear" not in kernels
+    )
 
 
 def test_what_needs_no_proof(preset: Path, config: Config, sd_perf: Any) -> None:

@@ -24,7 +24,12 @@ def shown(report: dict[str, Any]) -> str:
 
 
 def result(**changes: Any) -> dict[str, Any]:
-    row = {"op": "geglu", "backend": "triton", "gpu": "NVIDIA H100 80GB HBM3", "parity": {"ok": True}}
+    row = {
+        "op": "geglu",
+        "backend": "triton",
+        "gpu": "NVIDIA H100 80GB HBM3",
+        "parity": {"ok": True},
+    }
     return {**row, "source": source_digest("geglu"), **changes}
 
 
@@ -51,7 +56,9 @@ def test_one_screen(target: str) -> None:
 def test_kernels_of_a_declared_gpu() -> None:
     report = examine("h100")
     assert report["target"] == {"name": "H100", "declared": True}
-    assert next(kernel["auto"] for kernel in report["kernels"] if kernel["op"] == "geglu") == "triton"
+    assert (
+        next(kernel["auto"] for kernel in report["kernels"] if kernel["op"] == "geglu") == "triton"
+    )
     assert backend(report, "geglu", "triton")["against"] == []
     assert "kernels on H100, as declared" in shown(report)
 
@@ -73,7 +80,9 @@ def test_no_hardware_without_a_result(tmp_path: Path) -> None:
 
 
 def test_a_green_result_is_a_proof_until_the_source_changes(tmp_path: Path) -> None:
-    folder = write_results(tmp_path, result(), result(gpu="NVIDIA B200", parity={"ok": False}), result(backend="apex"))
+    folder = write_results(
+        tmp_path, result(), result(gpu="NVIDIA B200", parity={"ok": False}), result(backend="apex")
+    )
     report = examine("h100", folder)
     assert backend(report, "geglu", "triton")["ran_on"] == ["NVIDIA H100 80GB HBM3"]
     assert "NVIDIA H100 80GB HBM3" in shown(report) and "changed since" not in shown(report)

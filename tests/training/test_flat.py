@@ -18,15 +18,20 @@ def network() -> torch.nn.Module:
     """Odd sizes, a channels-last filter, one of a single tap, and a layer without bias."""
     torch.manual_seed(0)
     layers = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 5, 3, padding=1), torch.nn.Conv2d(5, 7, 1), torch.nn.GroupNorm(7, 7), torch.nn.Flatten(),
+        torch.nn.Conv2d(3, 5, 3, padding=1),
+        torch.nn.Conv2d(5, 7, 1),
+        torch.nn.GroupNorm(7, 7),
+        torch.nn.Flatten(),
         torch.nn.Linear(7 * 16, 3, bias=False),
-    )  # fmt: skip
+    )
     return layers.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def backward(module: torch.nn.Module, seed: int) -> None:
     x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
-    module(x.to(next(module.parameters()).dtype, memory_format=torch.channels_last)).square().sum().backward()
+    module(
+        x.to(next(module.parameters()).dtype, memory_format=torch.channels_last)
+    ).square().sum().backward()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -42,7 +47,9 @@ def test_names_shapes_order_and_state_dict_stay(dtype: torch.dtype) -> None:
         assert value.untyped_storage().data_ptr() == flat.weights.untyped_storage().data_ptr()
         assert value.storage_offset() % ALIGNMENT == 0
         # Within half an ulp: the flat weights round ties away from zero.
-        torch.testing.assert_close(value.float(), expected[name], rtol=2**-8 if dtype == torch.bfloat16 else 0, atol=0)
+        torch.testing.assert_close(
+            value.float(), expected[name], rtol=2**-8 if dtype == torch.bfloat16 else 0, atol=0
+        )
     assert module[0].weight.is_contiguous(memory_format=torch.channels_last)
     weight = flat.weights[: module[0].weight.numel()].view(5, 3, 3, 3)
     assert torch.equal(weight, module[0].weight.detach().permute(0, 2, 3, 1))
@@ -78,17 +85,22 @@ def test_gradients_are_collected(dtype: torch.dtype) -> None:
     for name, gradient in expected.items():
         assert torch.equal(views[name], gradient), name
     assert all(parameter.grad is None for parameter in module.parameters())
-    assert sum(torch.count_nonzero(view) for view in views.values()) == torch.count_nonzero(flat.grads)
+    assert sum(torch.count_nonzero(view) for view in views.values()) == torch.count_nonzero(
+        flat.grads
+    )
 
 
 def test_it_is_the_same_optimizer() -> None:
-    """In float32, against the op on every parameter by itself; in bfloat16 the masters move as float32 would."""
+    """In float32, against the op on every parameter by itself; in bfloat16 the masters move as
+    float32 would."""
     config = OptimizerConfig()
     module, other = network(), network()
     flat, halves = FlatParameters(module, torch.float32), FlatParameters(other, torch.bfloat16)
     optimizer, half = (FlatAdamW(each, config, 1e-3, adamw) for each in (flat, halves))
     masters = {name: value.flatten() for name, value in flat.masters().items()}
-    moments = {name: (torch.zeros_like(value), torch.zeros_like(value)) for name, value in masters.items()}
+    moments = {
+        name: (torch.zeros_like(value), torch.zeros_like(value)) for name, value in masters.items()
+    }
     for step in range(1, 4):
         backward(module, step)
         grads = flat.collect_gradients().clone()
@@ -107,7 +119,11 @@ def test_it_is_the_same_optimizer() -> None:
     for view in flat.views(outside).values():
         view.fill_(False)
     assert outside.any()
-    assert torch.count_nonzero(flat.weights[outside]) == torch.count_nonzero(halves.weights[outside]) == 0
+    assert (
+        torch.count_nonzero(flat.weights[outside])
+        == torch.count_nonzero(halves.weights[outside])
+        == 0
+    )
     optimizer.reset()
     assert not optimizer.step_count
     assert not torch.count_nonzero(optimizer.exp_avg_sq)

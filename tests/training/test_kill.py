@@ -1,4 +1,5 @@
-"""kill -9 at random moments: the newest checkpoint always loads, and the run it continues is the run never killed."""
+"""kill -9 at random moments: the newest checkpoint always loads, and the run it continues is the
+run never killed."""
 
 from __future__ import annotations
 
@@ -55,7 +56,9 @@ def test_kill_nine(preset, tmp_path, make_config, make_trainer):
         phase = kill_once(preset, run, rng, AIMS[sum(phases.values()) % len(AIMS)])
         phases[phase] += 1
         newest = CheckpointStore(run / "checkpoints").newest()
-        print(f"kill {sum(phases.values())}: in {phase}; newest checkpoint {newest and newest.name}")
+        print(
+            f"kill {sum(phases.values())}: in {phase}; newest checkpoint {newest and newest.name}"
+        )
         if newest:
             final_tensors(run)  # every tensor loads
             assert read_state(newest)["samples"] >= position

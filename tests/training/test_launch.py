@@ -12,7 +12,9 @@ from sd_perf.training.trainer import Trainer
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_convolutions_are_tuned_unless_the_run_is_deterministic(deterministic, make_config, monkeypatch):
+def test_convolutions_are_tuned_unless_the_run_is_deterministic(
+    deterministic, make_config, monkeypatch
+):
     seen = []
     monkeypatch.setattr(Trainer, "fit", lambda trainer: seen.append(torch.backends.cudnn.benchmark))
     config = make_config(training={"deterministic": deterministic})

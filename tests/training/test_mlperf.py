@@ -19,19 +19,31 @@ class StopAt(Callback):
 
 
 def test_log_of_a_run_stopped_resumed_and_evaluated(make_config, make_trainer):
-    """52 samples, stop, the rest to 120 with blocks of 40; evaluated, it passes the open division's check."""
-    config = make_config(training={"max_samples": 120}, mlperf={"division": "open"}, evaluation={"num_prompts": 16})
+    """52 samples, stop, the rest to 120 with blocks of 40; evaluated, it passes the open division's
+    check."""
+    config = make_config(
+        training={"max_samples": 120}, mlperf={"division": "open"}, evaluation={"num_prompts": 16}
+    )
     for stop in (52, None):
         callbacks = [StopAt(stop), MLPerfLogger(config), Checkpointer()]
         trainer = make_trainer(config, callbacks, resume=stop is None)
         trainer.fit()
     path = trainer.folder / LOG_NAME
     events = read_log(path)
-    blocks = [(event.key, event.metadata["samples_count"]) for event in events if event.key.startswith("block")]
+    blocks = [
+        (event.key, event.metadata["samples_count"])
+        for event in events
+        if event.key.startswith("block")
+    ]
     ends = (40, 80, 120)
-    assert blocks == [pair for end in ends for pair in (("block_start", end - 40), ("block_stop", end))]
+    assert blocks == [
+        pair for end in ends for pair in (("block_start", end - 40), ("block_stop", end))
+    ]
     assert next(event.value for event in events if event.key == "seed") == trainer.seed
-    assert next(event.value for event in events if event.key == "train_samples") == trainer.loader.num_samples
+    assert (
+        next(event.value for event in events if event.key == "train_samples")
+        == trainer.loader.num_samples
+    )
 
     log = MLPerfLog(path, config)
     now = events[-1].time_ms

@@ -6,12 +6,24 @@ import pytest
 import torch
 
 from sd_perf.config import Config, OptimizerConfig
-from sd_perf.training.optimizer import build_optimizer, learning_rate, optimizer_tensors, set_step_count
+from sd_perf.training.optimizer import (
+    build_optimizer,
+    learning_rate,
+    optimizer_tensors,
+    set_step_count,
+)
 
 
 @pytest.mark.parametrize(
     ("step", "factor"),
-    [(0, 1e-6), (1, 1e-6 + (1 - 1e-6) / 1000), (500, 0.5000005), (999, 0.999000001), (1000, 1.0), (10**7, 1.0)],
+    [
+        (0, 1e-6),
+        (1, 1e-6 + (1 - 1e-6) / 1000),
+        (500, 0.5000005),
+        (999, 0.999000001),
+        (1000, 1.0),
+        (10**7, 1.0),
+    ],
 )
 def test_warm_up(step, factor):
     full = Config().learning_rate
@@ -35,8 +47,10 @@ def test_every_parameter_is_stepped_and_decayed():
     network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.GroupNorm(2, 4))
     optimizer = build_optimizer(network, Config())
     assert len(optimizer.param_groups) == 1
-    expected = {name: (p.detach().double(), torch.zeros(p.shape), torch.zeros(p.shape))
-                for name, p in network.named_parameters()}  # fmt: skip
+    expected = {
+        name: (p.detach().double(), torch.zeros(p.shape), torch.zeros(p.shape))
+        for name, p in network.named_parameters()
+    }
     optimizer.param_groups[0]["lr"] = 1e-2
     for step in range(1, 4):
         for i, (name, p) in enumerate(network.named_parameters()):

@@ -1,4 +1,5 @@
-"""Real photographs from end to end, with the tiny world's autoencoder and with one of Stable Diffusion's own space."""
+"""Real photographs from end to end, with the tiny world's autoencoder and with one of Stable
+Diffusion's own space."""
 
 from __future__ import annotations
 
@@ -10,10 +11,24 @@ import pytest
 from sd_perf.cli import main
 
 ROOT = Path(__file__).parents[2]
-SMALL = ("--training.cpu-threads", "1", "--training.device", "cpu", "--logging.every-steps", "1",
-         "--model.model-channels", "32", "--optimizer.base-learning-rate", "1e-4", "--optimizer.warmup-steps", "5",
-         "--text-encoder.model", str(ROOT / "assets/tiny/clip.json"),
-         "--text-encoder.weights", str(ROOT / "assets/tiny/clip.safetensors"))  # fmt: skip
+SMALL = (
+    "--training.cpu-threads",
+    "1",
+    "--training.device",
+    "cpu",
+    "--logging.every-steps",
+    "1",
+    "--model.model-channels",
+    "32",
+    "--optimizer.base-learning-rate",
+    "1e-4",
+    "--optimizer.warmup-steps",
+    "5",
+    "--text-encoder.model",
+    str(ROOT / "assets/tiny/clip.json"),
+    "--text-encoder.weights",
+    str(ROOT / "assets/tiny/clip.safetensors"),
+)
 
 
 def sd_perf(*arguments: object) -> None:
@@ -30,10 +45,36 @@ def test_loss_falls_on_photographs(preset, batch, real_data, tmp_path):
     encoders = {"smoke": ROOT / "assets/tiny/autoencoder.safetensors"}
     autoencoder = encoders.get(preset, real_data / "vaelight" / "VAEencoder.onnx")
     folders = ("--data.path", tmp_path / "shards", "--run.dir", tmp_path / "run")
-    sd_perf("data", "prepare", "--config", config, "--images", images, "--captions", tmp_path / "captions.jsonl",
-            "--autoencoder", autoencoder, *folders, *SMALL)  # fmt: skip
-    sd_perf("train", "--config", config, *folders, *SMALL, "--mlperf.division", "none",
-            "--training.global-batch-size", batch, "--training.max-samples", 60 * batch)  # fmt: skip
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    sd_perf(
+        "data",
+        "prepare",
+        "--config",
+        config,
+        "--images",
+        images,
+        "--captions",
+        tmp_path / "captions.jsonl",
+        "--autoencoder",
+        autoencoder,
+        *folders,
+        *SMALL,
+    )
+    sd_perf(
+        "train",
+        "--config",
+        config,
+        *folders,
+        *SMALL,
+        "--mlperf.division",
+        "none",
+        "--training.global-batch-size",
+        batch,
+        "--training.max-samples",
+        60 * batch,
+    )
+    losses = [
+        json.loads(line)["loss"]
+        for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert len(losses) == 60
     assert sum(losses[-15:]) < 0.9 * sum(losses[:15])

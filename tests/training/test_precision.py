@@ -39,14 +39,19 @@ def on_h100(te: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def losses(trainer: Any) -> list[float]:
-    return [json.loads(line)["loss"] for line in (trainer.folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)["loss"]
+        for line in (trainer.folder / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def test_fp8_trains_on_a_cpu(make_config, make_trainer):
     changes = {"model": FAST, "training": {"precision": "bf16", "max_samples": 80}}
     runs = {}
     for linear in ("bf16", "fp8_native"):
-        trainer = make_trainer(make_config(linear, **changes, precision={"linear": linear}), [MetricsFile()])
+        trainer = make_trainer(
+            make_config(linear, **changes, precision={"linear": linear}), [MetricsFile()]
+        )
         trainer.fit()
         runs[linear] = losses(trainer)
     assert runs["fp8_native"] != runs["bf16"]
@@ -66,11 +71,15 @@ def test_resumed_with_delayed_scales_is_bit_identical(on_h100, make_config, make
     newest = resumed.store.newest()
     assert load_component(newest, "model").keys() == resumed.unet.state_dict().keys()
     saved, kept = load_component(newest, "precision_state"), precision_state(resumed.unet)
-    assert saved.keys() == kept.keys() and all(torch.equal(saved[name], kept[name]) for name in kept)
+    assert saved.keys() == kept.keys() and all(
+        torch.equal(saved[name], kept[name]) for name in kept
+    )
 
 
 def test_a_checkpoint_without_scales_is_not_taken_for_one_with(on_h100, make_config, make_trainer):
-    without = make_trainer(make_config("without", **{**DELAYED, "precision": {}}), [StopAt(3), Checkpointer()])
+    without = make_trainer(
+        make_config("without", **{**DELAYED, "precision": {}}), [StopAt(3), Checkpointer()]
+    )
     without.fit()
     with pytest.raises(CheckpointError, match="holds no precision_state"):
         make_trainer(make_config("with", **DELAYED)).load(without.store.newest())
@@ -79,13 +88,19 @@ def test_a_checkpoint_without_scales_is_not_taken_for_one_with(on_h100, make_con
 @pytest.mark.parametrize(
     ("target", "kernels", "words"),
     [
-        (Target("cpu", "cpu"), {}, "fp8_te' cannot be used; .* cannot be had on cpu: needs a CUDA GPU"),
+        (
+            Target("cpu", "cpu"),
+            {},
+            "fp8_te' cannot be used; .* cannot be had on cpu: needs a CUDA GPU",
+        ),
         (DECLARED_TARGETS["a100"], REFERENCE, "needs compute capability 8.9, A100 has 8.0"),
         (DECLARED_TARGETS["h100"], REFERENCE, "No module named 'transformer_engine'; pip install"),
     ],
     ids=["cpu", "a100", "not installed"],
 )
-def test_what_cannot_be_had_stops_before_anything_is_built(target, kernels, words, make_config, monkeypatch, tmp_path):
+def test_what_cannot_be_had_stops_before_anything_is_built(
+    target, kernels, words, make_config, monkeypatch, tmp_path
+):
     monkeypatch.setattr(Target, "here", lambda: target)
     monkeypatch.setattr("sd_perf.training.launch.build_trainer", lambda *_: pytest.fail("built"))
     config = make_config("run", **{**DELAYED, "kernels": kernels})
@@ -96,7 +111,8 @@ def test_what_cannot_be_had_stops_before_anything_is_built(target, kernels, word
 
 @pytest.mark.slow
 def test_compiled_steps_are_the_steps(make_config, make_trainer):
-    """By inductor, of a UNet of one level and a transformer in its middle; each loss depends on the updates before."""
+    """By inductor, of a UNet of one level and a transformer in its middle; each loss depends on the
+    updates before."""
     small = {"channel_mult": [1], "attention_resolutions": []}
     options = {"training": {"precision": "fp32", "max_samples": 24}, "logging": {"every_steps": 1}}
     runs = []

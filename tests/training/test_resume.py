@@ -1,4 +1,5 @@
-"""A run stopped at any step and resumed is the run that never stopped; so is one on more processes."""
+"""A run stopped at any step and resumed is the run that never stopped; so is one on more
+processes."""
 
 from __future__ import annotations
 
@@ -29,8 +30,11 @@ class StopAt(Callback):
 def final_tensors(run: Path) -> dict[str, torch.Tensor]:
     newest = CheckpointStore(run / "checkpoints").newest()
     assert newest is not None
-    return {part + name: tensor for part in ("model", "exp_avg", "exp_avg_sq")
-            for name, tensor in load_component(newest, part).items()}  # fmt: skip
+    return {
+        part + name: tensor
+        for part in ("model", "exp_avg", "exp_avg_sq")
+        for name, tensor in load_component(newest, part).items()
+    }
 
 
 def assert_bit_identical(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
@@ -62,13 +66,21 @@ def test_resumed_run_is_bit_identical(stop, make_config, make_trainer, whole_run
     assert second.fit() is None
     assert_bit_identical(final_tensors(second.folder), whole_run)
     # The metrics file, too, is the one of a run that never stopped.
-    logs = [(tmp_path / run / "metrics.jsonl").read_text().splitlines() for run in ("stopped", "whole")]
-    stopped, whole = ([{k: json.loads(line)[k] for k in ("samples", "loss", "lr")} for line in log] for log in logs)
+    logs = [
+        (tmp_path / run / "metrics.jsonl").read_text().splitlines() for run in ("stopped", "whole")
+    ]
+    stopped, whole = (
+        [{k: json.loads(line)[k] for k in ("samples", "loss", "lr")} for line in log]
+        for log in logs
+    )
     assert stopped == whole
 
 
-def stopped_and_resumed(make_config, make_trainer, implementations: list[str]) -> dict[str, torch.Tensor]:
-    """The end of a run stopped at step 10, begun with the first implementation of the UNet and ended with the last."""
+def stopped_and_resumed(
+    make_config, make_trainer, implementations: list[str]
+) -> dict[str, torch.Tensor]:
+    """The end of a run stopped at step 10, begun with the first implementation of the UNet and
+    ended with the last."""
     for stop, implementation in zip((10, 50), implementations, strict=True):
         config = make_config("-".join(implementations), model={"implementation": implementation})
         trainer = make_trainer(config, [StopAt(stop), Checkpointer()], resume=stop > 10)
@@ -79,12 +91,19 @@ def stopped_and_resumed(make_config, make_trainer, implementations: list[str]) -
 def test_a_run_of_the_fast_unet_resumes_bit_identically(make_config, make_trainer):
     whole = make_trainer(make_config("whole", model={"implementation": "fast"}), [Checkpointer()])
     whole.fit()
-    assert_bit_identical(stopped_and_resumed(make_config, make_trainer, ["fast", "fast"]), final_tensors(whole.folder))
+    assert_bit_identical(
+        stopped_and_resumed(make_config, make_trainer, ["fast", "fast"]),
+        final_tensors(whole.folder),
+    )
 
 
 @pytest.mark.parametrize("implementations", [["fast", "plain"], ["plain", "fast"]], ids="-".join)
-def test_checkpoints_pass_between_implementations(implementations, make_config, make_trainer, whole_run):
-    error = relative_error(stopped_and_resumed(make_config, make_trainer, implementations), whole_run)
+def test_checkpoints_pass_between_implementations(
+    implementations, make_config, make_trainer, whole_run
+):
+    error = relative_error(
+        stopped_and_resumed(make_config, make_trainer, implementations), whole_run
+    )
     print(f"{implementations} against plain, 50 steps: largest relative error {error:.1e}")
     assert 0 < error < 1e-5
 
@@ -95,7 +114,9 @@ def test_lines_after_the_checkpoint_are_set_aside(make_config, make_trainer, tmp
     path = tmp_path / "run" / "metrics.jsonl"
     kept = path.read_text()
     later = json.dumps({"samples": 60, "loss": 1.0})
-    path.write_text(kept + later + "\n" + later[:7])  # steps after the checkpoint, and a torn last line
+    path.write_text(
+        kept + later + "\n" + later[:7]
+    )  # steps after the checkpoint, and a torn last line
     trainer = make_trainer(config, [StopAt(11), MetricsFile()], resume=True)
     trainer.fit()
     assert path.read_text() == kept
@@ -103,7 +124,9 @@ def test_lines_after_the_checkpoint_are_set_aside(make_config, make_trainer, tmp
 
 
 def test_accumulation_changes_rounding_only(make_config, make_trainer, whole_run):
-    trainer = make_trainer(make_config("accumulated", training={"accumulate_steps": 2}), [Checkpointer()])
+    trainer = make_trainer(
+        make_config("accumulated", training={"accumulate_steps": 2}), [Checkpointer()]
+    )
     trainer.fit()
     assert relative_error(final_tensors(trainer.folder), whole_run) < 1e-5
 
@@ -115,8 +138,13 @@ def test_two_processes_equal_one_and_resume_across(preset, tmp_path, whole_run):
     error = relative_error(two, whole_run)
     print(f"two processes against one, 50 steps: largest relative error {error:.1e}")
     assert error < 1e-5
-    losses = [[json.loads(line)["loss"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
-              for run in ("two", "whole")]  # fmt: skip
+    losses = [
+        [
+            json.loads(line)["loss"]
+            for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()
+        ]
+        for run in ("two", "whole")
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
     train(preset, tmp_path / "across", "--training.max-samples", "100", processes=2)
@@ -128,7 +156,12 @@ def test_two_processes_equal_one_and_resume_across(preset, tmp_path, whole_run):
 def test_signal_saves_and_leaves(number, preset, tmp_path):
     run = tmp_path / "run"
     process = start_train(preset, run, "--training.max-samples", "100000")
-    wait_for(lambda: (run / "metrics.jsonl").is_file() and (run / "metrics.jsonl").read_text().count("\n") > 1)
+    wait_for(
+        lambda: (
+            (run / "metrics.jsonl").is_file()
+            and (run / "metrics.jsonl").read_text().count("\n") > 1
+        )
+    )
     process.send_signal(number)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 75, errors
@@ -143,7 +176,12 @@ def test_signal_saves_and_leaves(number, preset, tmp_path):
 def test_signal_to_one_rank_stops_both(preset, tmp_path):
     run = tmp_path / "run"
     process = start_train(preset, run, "--training.max-samples", "100000", processes=2)
-    wait_for(lambda: (run / "metrics.jsonl").is_file() and (run / "metrics.jsonl").read_text().count("\n") > 1)
+    wait_for(
+        lambda: (
+            (run / "metrics.jsonl").is_file()
+            and (run / "metrics.jsonl").read_text().count("\n") > 1
+        )
+    )
     process.send_signal(signal.SIGTERM)  # torchrun hands it to its workers, at different moments
     output, errors = process.communicate(timeout=60)
     assert "stopped by SIGTERM and saved" in output, errors

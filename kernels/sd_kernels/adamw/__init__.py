@@ -36,10 +36,14 @@ def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
     N, dtypes = case.shape["N"], _dtypes(case, make.dtype)
     std = case.data.get("std", 1e-3)
     stds = {"weights": 0.05, "grads": std, "exp_avg": std, "exp_avg_sq": std}
-    inputs: dict[str, Any] = {name: make.tensor(N, dtype=dtypes[name], std=stds[name]).detach() for name in dtypes}
+    inputs: dict[str, Any] = {
+        name: make.tensor(N, dtype=dtypes[name], std=stds[name]).detach() for name in dtypes
+    }
     if not make.empty:
         inputs["exp_avg_sq"].square_()
-    inputs["remainders"] = make.integers(-(2**15), 2**15, N, dtype=int16) if dtypes["weights"] == bfloat16 else None
+    inputs["remainders"] = (
+        make.integers(-(2**15), 2**15, N, dtype=int16) if dtypes["weights"] == bfloat16 else None
+    )
     inputs["step"] = tensor(case.data.get("step", 7), dtype=int32, device=make.device)
     inputs["learning_rate"] = tensor(1e-4, device=make.device)
     return inputs
@@ -47,8 +51,12 @@ def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
 
 def _work(case: Case, model: dtype) -> Work:
     dtypes = _dtypes(case, model)
-    # A master takes four bytes either way; gradients are read, all else is read and written. Step and rate: 4 each.
-    moved = 2 * (4 + dtypes["exp_avg"].itemsize + dtypes["exp_avg_sq"].itemsize) + dtypes["grads"].itemsize
+    # A master takes four bytes either way; gradients are read, all else is read and written. Step
+    # and rate: 4 each.
+    moved = (
+        2 * (4 + dtypes["exp_avg"].itemsize + dtypes["exp_avg_sq"].itemsize)
+        + dtypes["grads"].itemsize
+    )
     return Work(0.0, case.shape["N"] * moved + 8, 0.0)
 
 
@@ -66,7 +74,10 @@ SPEC = OpSpec(
             "apex",
             f"{__name__}.apex",
             package="apex 004da4ed",
-            install="build NVIDIA's apex with APEX_CPP_EXT=1 APEX_CUDA_EXT=1 (PyPI's apex is another package)",
+            install=(
+                "build NVIDIA's apex with APEX_CPP_EXT=1 APEX_CUDA_EXT=1 (PyPI's apex is another "
+                "package)"
+            ),
             capability=(8, 0),
             refuses=_float32_alone,
             exact=False,

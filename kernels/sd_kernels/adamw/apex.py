@@ -1,7 +1,9 @@
-"""Apex's multi-tensor Adam (the kernel of `apex.optimizers.FusedAdam(capturable=True)`) on one flat buffer.
+"""Apex's multi-tensor Adam (the kernel of `apex.optimizers.FusedAdam(capturable=True)`) on one flat
+buffer.
 
-It reads every list as the first one's dtype and order without comparing, and keeps no master of bfloat16 weights: both
-are refused. It writes the gradients back as it read them: 4 bytes a parameter more than the others move.
+It reads every list as the first one's dtype and order without comparing, and keeps no master of
+bfloat16 weights: both are refused. It writes the gradients back as it read them: 4 bytes a
+parameter more than the others move.
 """
 
 from __future__ import annotations
@@ -18,16 +20,45 @@ DECOUPLED, CORRECT_BIAS = 1, 1
 
 @torch.no_grad()
 def adamw(
-    weights: torch.Tensor, remainders: torch.Tensor | None, grads: torch.Tensor, exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor, step: torch.Tensor, learning_rate: torch.Tensor, *, beta1: float = 0.9,
-    beta2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.01,
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    weights: torch.Tensor,
+    remainders: torch.Tensor | None,
+    grads: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    step: torch.Tensor,
+    learning_rate: torch.Tensor,
+    *,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+) -> tuple[torch.Tensor, ...]:
     """See `reference.adamw`; float32 alone, no remainders, fewer than 2^31 parameters."""
-    check(weights, remainders, grads, exp_avg, exp_avg_sq, step, learning_rate, floats=(torch.float32,))
-    require(weights.numel() < 2**31, "adamw (apex)", f"{weights.numel()} parameters", "fewer than 2^31")
+    check(
+        weights,
+        remainders,
+        grads,
+        exp_avg,
+        exp_avg_sq,
+        step,
+        learning_rate,
+        floats=(torch.float32,),
+    )
+    require(
+        weights.numel() < 2**31, "adamw (apex)", f"{weights.numel()} parameters", "fewer than 2^31"
+    )
     multi_tensor_applier(
-        amp_C.multi_tensor_adam_capturable, torch.zeros(1, dtype=torch.int32, device=weights.device),
-        [[grads.contiguous()], [weights], [exp_avg], [exp_avg_sq]], learning_rate.reshape(1).float(), beta1, beta2,
-        eps, step.reshape(1).int(), DECOUPLED, CORRECT_BIAS, weight_decay, torch.ones(1, device=weights.device),
-    )  # fmt: skip
+        amp_C.multi_tensor_adam_capturable,
+        torch.zeros(1, dtype=torch.int32, device=weights.device),
+        [[grads.contiguous()], [weights], [exp_avg], [exp_avg_sq]],
+        learning_rate.reshape(1).float(),
+        beta1,
+        beta2,
+        eps,
+        step.reshape(1).int(),
+        DECOUPLED,
+        CORRECT_BIAS,
+        weight_decay,
+        torch.ones(1, device=weights.device),
+    )
     return weights, exp_avg, exp_avg_sq

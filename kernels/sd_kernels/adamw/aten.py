@@ -9,15 +9,43 @@ from sd_kernels.adamw.reference import check
 
 @torch.no_grad()
 def adamw(
-    weights: torch.Tensor, remainders: torch.Tensor | None, grads: torch.Tensor, exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor, step: torch.Tensor, learning_rate: torch.Tensor, *, beta1: float = 0.9,
-    beta2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.01,
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    weights: torch.Tensor,
+    remainders: torch.Tensor | None,
+    grads: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    step: torch.Tensor,
+    learning_rate: torch.Tensor,
+    *,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+) -> tuple[torch.Tensor, ...]:
     """See `reference.adamw`; float32 alone, no remainders."""
-    check(weights, remainders, grads, exp_avg, exp_avg_sq, step, learning_rate, floats=(torch.float32,))
+    check(
+        weights,
+        remainders,
+        grads,
+        exp_avg,
+        exp_avg_sq,
+        step,
+        learning_rate,
+        floats=(torch.float32,),
+    )
     torch._fused_adamw_(
-        [weights], [grads.contiguous()], [exp_avg], [exp_avg_sq], [], [step.reshape(()).float()],
-        lr=learning_rate.reshape(()).float(), beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps,
-        amsgrad=False, maximize=False,
-    )  # fmt: skip
+        [weights],
+        [grads.contiguous()],
+        [exp_avg],
+        [exp_avg_sq],
+        [],
+        [step.reshape(()).float()],
+        lr=learning_rate.reshape(()).float(),
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=weight_decay,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
+    )
     return weights, exp_avg, exp_avg_sq

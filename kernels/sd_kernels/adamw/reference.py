@@ -25,11 +25,13 @@ DTYPES: dict[str, tuple[torch.dtype, ...]] = {
 
 
 def split_master(master: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 -> (bfloat16 weights, int16 remainders); `join_master` restores every number, infinity and zero exactly.
+    """float32 -> (bfloat16 weights, int16 remainders); `join_master` restores every number,
+    infinity and zero exactly.
 
-    Weights are the upper half of bits + 0x8000: rounded to nearest, ties away from zero (not to even), so they differ
-    from `.to(torch.bfloat16)` in ties alone. Remainders are the lower half. NaN becomes one NaN: 0x7FFFFFFF, which
-    NVIDIA's arithmetic gives, would carry into the sign and read as -0.
+    Weights are the upper half of bits + 0x8000: rounded to nearest, ties away from zero (not to
+    even), so they differ from `.to(torch.bfloat16)` in ties alone. Remainders are the lower half.
+    NaN becomes one NaN: 0x7FFFFFFF, which NVIDIA's arithmetic gives, would carry into the sign and
+    read as -0.
     """
     bits = master.view(torch.int32).where(master == master, NAN_BITS)
     # int32 wraps and int16 keeps the lower half, on every device.
@@ -39,33 +41,49 @@ def split_master(master: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def join_master(weights: torch.Tensor, remainders: torch.Tensor) -> torch.Tensor:
     """(bfloat16 weights, 16-bit remainders) -> the float32 master that `split_master` was given.
 
-    The upper half was carried into exactly where the remainder, read as signed, is negative: adding it takes that back.
+    The upper half was carried into exactly where the remainder, read as signed, is negative: adding
+    it takes that back.
     """
-    upper, lower = weights.view(torch.int16).to(torch.int32), remainders.view(torch.int16).to(torch.int32)
+    upper, lower = (
+        weights.view(torch.int16).to(torch.int32),
+        remainders.view(torch.int16).to(torch.int32),
+    )
     return ((upper << 16) + lower).view(torch.float32)
 
 
 def coefficients(
     step: torch.Tensor, learning_rate: torch.Tensor, beta1: float, beta2: float, weight_decay: float
 ) -> torch.Tensor:
-    """(learning rate / first bias correction, learning rate * weight decay, 1 / root of the second); (3,) float64.
+    """(learning rate / first bias correction, learning rate * weight decay, 1 / root of the
+    second); (3,) float64.
 
-    On the device and in float64: in float32, 1 - 0.999**step loses half its digits at the first step.
+    On the device and in float64: in float32, 1 - 0.999**step loses half its digits at the first
+    step.
     """
     count, rate = step.reshape(()).double(), learning_rate.reshape(()).double()
     correction1, correction2 = 1 - beta1**count, 1 - beta2**count
     return torch.stack((rate / correction1, rate * weight_decay, correction2.rsqrt()))
 
 
-def check(*tensors: torch.Tensor | None, floats: Sequence[torch.dtype] = (torch.float32, torch.bfloat16)) -> None:
-    """Raise KernelError unless the tensors, in the order of `adamw`, are what it takes; `floats` for the buffers."""
-    given = {name: tensor for name, tensor in zip(DTYPES, tensors, strict=True) if tensor is not None}
+def check(
+    *tensors: torch.Tensor | None, floats: Sequence[torch.dtype] = (torch.float32, torch.bfloat16)
+) -> None:
+    """Raise KernelError unless the tensors, in the order of `adamw`, are what it takes; `floats`
+    for the buffers."""
+    given = {
+        name: tensor for name, tensor in zip(DTYPES, tensors, strict=True) if tensor is not None
+    }
     weights = given["weights"]
     for name, tensor in given.items():
         dtypes = DTYPES[name] or floats
         takes = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         require(tensor.dtype in dtypes, "adamw", f"{name} of {tensor.dtype}", takes)
-        require(tensor.device == weights.device, "adamw", f"{weights.device} and {tensor.device}", "one device")
+        require(
+            tensor.device == weights.device,
+            "adamw",
+            f"{weights.device} and {tensor.device}",
+            "one device",
+        )
         got = f"{name} of shape {tuple(tensor.shape)} beside weights of {tuple(weights.shape)}"
         if name in ("step", "learning_rate"):
             require(tensor.numel() == 1, "adamw", got, "one number")
@@ -81,23 +99,35 @@ def check(*tensors: torch.Tensor | None, floats: Sequence[torch.dtype] = (torch.
 
 @torch.no_grad()
 def adamw(
-    weights: torch.Tensor, remainders: torch.Tensor | None, grads: torch.Tensor, exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor, step: torch.Tensor, learning_rate: torch.Tensor, *, beta1: float = 0.9,
-    beta2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.01,
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    """One step in place on flat buffers (N,); gives back (weights, exp_avg, exp_avg_sq) and, if any, remainders.
+    weights: torch.Tensor,
+    remainders: torch.Tensor | None,
+    grads: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    step: torch.Tensor,
+    learning_rate: torch.Tensor,
+    *,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+) -> tuple[torch.Tensor, ...]:
+    """One step in place on flat buffers (N,); gives back (weights, exp_avg, exp_avg_sq) and, if
+    any, remainders.
 
-    Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019), of every element, biases and norms too:
+    Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019), of every element, biases
+    and norms too:
 
-        m += (1 - beta1) (g - m),  v += (1 - beta2) (g^2 - v)
-        w -= rate weight_decay w + rate / (1 - beta1^step) m / (sqrt(v) / sqrt(1 - beta2^step) + eps)
+        m += (1 - beta1) (g - m),  v += (1 - beta2) (g^2 - v) w -= rate weight_decay w + rate / (1 -
+        beta1^step) m / (sqrt(v) / sqrt(1 - beta2^step) + eps)
 
-    Weights are float32, or bfloat16 with 16-bit remainders (see `split_master`); gradients and either moment float32
-    or bfloat16; float64 throughout serves as truth. `step` (1 at the first call; integer or floating) and
-    `learning_rate` (floating) are one-element tensors on the same device, so that a CUDA graph can capture the call.
-    Moments in bfloat16 are rounded to nearest even after the weights were updated with what they round. Beware of
-    exp_avg_sq in bfloat16 with beta2 = 0.999: a tenth of a percent is less than half an ulp (0.2 to 0.4 %), so that
-    it grows but never decays.
+    Weights are float32, or bfloat16 with 16-bit remainders (see `split_master`); gradients and
+    either moment float32 or bfloat16; float64 throughout serves as truth. `step` (1 at the first
+    call; integer or floating) and `learning_rate` (floating) are one-element tensors on the same
+    device, so that a CUDA graph can capture the call. Moments in bfloat16 are rounded to nearest
+    even after the weights were updated with what they round. Beware of exp_avg_sq in bfloat16 with
+    beta2 = 0.999: a tenth of a percent is less than half an ulp (0.2 to 0.4 %), so that it grows
+    but never decays.
     """
     floats = torch.float32, torch.bfloat16, torch.float64
     check(weights, remainders, grads, exp_avg, exp_avg_sq, step, learning_rate, floats=floats)
@@ -108,7 +138,8 @@ def adamw(
     g, m, v = (tensor.to(master.dtype) for tensor in (grads, exp_avg, exp_avg_sq))
     m = m + (g - m) * (1 - beta1)
     v = v + (g * g - v) * (1 - beta2)
-    # On a CPU torch's float32 root is MKL's, which is an ulp off in some 0.6 %; rounding that in float64 is not.
+    # On a CPU torch's float32 root is MKL's, which is an ulp off in some 0.6 %; rounding that in
+    # float64 is not.
     root = v.double().sqrt().to(v.dtype)
     update = m / (root * root_scale + eps)
     master = master - (master * decay + update * step_size)

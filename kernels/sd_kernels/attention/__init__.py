@@ -1,8 +1,10 @@
-"""Self-attention of packed q | k | v, and cross-attention of packed k | v: heads of 64, no mask, no dropout.
+"""Self-attention of packed q | k | v, and cross-attention of packed k | v: heads of 64, no mask, no
+dropout.
 
-Order of preference by published TFLOP/s on an H100 at head dim 64, forward and backward, 4096 tokens (FlashAttention 2:
-321, 279; cuDNN: 408, 417; FlashAttention 3: 476, 453), then by what packing the gradient costs. FlashAttention 2 and
-Transformer Engine run only when named: `flash_sdpa` has the former's kernels, `cudnn` the latter's.
+Order of preference by published TFLOP/s on an H100 at head dim 64, forward and backward, 4096
+tokens (FlashAttention 2: 321, 279; cuDNN: 408, 417; FlashAttention 3: 476, 453), then by what
+packing the gradient costs. FlashAttention 2 and Transformer Engine run only when named:
+`flash_sdpa` has the former's kernels, `cudnn` the latter's.
 
 | backend | passes over the packed gradient besides the kernel's own |
 |---|---|
@@ -29,7 +31,12 @@ HALF = (torch.bfloat16, torch.float16)
 
 def _make(name: str, B: int, L: int, T: int, H: int, D: int = SD_V2.head_dim, **data: Any) -> Case:
     """Self-attention where T is 0."""
-    return Case(name, {"B": B, "L": L, "T": T or L, "H": H, "D": D}, {"num_heads": H}, {"cross": T > 0, **data})
+    return Case(
+        name,
+        {"B": B, "L": L, "T": T or L, "H": H, "D": D},
+        {"num_heads": H},
+        {"cross": T > 0, **data},
+    )
 
 
 def _calls(unet: Architecture) -> list[tuple[int, int, int, int]]:
@@ -51,10 +58,17 @@ def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
 
 
 def _work(case: Case, dtype: torch.dtype) -> Work:
-    """Two matrix products forward; five backward, one of which makes the scores again. float32 row sums not counted."""
+    """Two matrix products forward; five backward, one of which makes the scores again. float32 row
+    sums not counted."""
     B, L, T, H, D = case.shape.values()
-    forward, queries, keys = 4.0 * B * H * L * T * D, B * L * H * D * dtype.itemsize, B * T * H * D * dtype.itemsize
-    return Work(forward, 2 * queries + 2 * keys, 4 * queries + 4 * keys, backward_flops=2.5 * forward)
+    forward, queries, keys = (
+        4.0 * B * H * L * T * D,
+        B * L * H * D * dtype.itemsize,
+        B * T * H * D * dtype.itemsize,
+    )
+    return Work(
+        forward, 2 * queries + 2 * keys, 4 * queries + 4 * keys, backward_flops=2.5 * forward
+    )
 
 
 def _head_dims(most: int, single_key: bool = True) -> Callable[[Case, torch.dtype], str]:
@@ -68,10 +82,14 @@ def _head_dims(most: int, single_key: bool = True) -> Callable[[Case, torch.dtyp
 
 def _sixteen_bytes(case: Case, dtype: torch.dtype) -> str:
     D = case.shape["D"]
-    return f"takes head dims of whole 16 bytes, not {D} of {dtype}" if D * dtype.itemsize % 16 else ""
+    return (
+        f"takes head dims of whole 16 bytes, not {D} of {dtype}" if D * dtype.itemsize % 16 else ""
+    )
 
 
-def _flash(name: str, requires: str, package: str, install: str, most: int, **limits: Any) -> Backend:
+def _flash(
+    name: str, requires: str, package: str, install: str, most: int, **limits: Any
+) -> Backend:
     limits |= {"gpu_dtypes": HALF, "refuses": _head_dims(most)}
     return Backend(name, f"{__name__}.flash", name, requires, package, install, **limits)
 
@@ -85,32 +103,59 @@ SPEC = OpSpec(
     summary="softmax(q k^T / sqrt(D)) v from packed q | k | v",
     backends=(
         _flash(
-            "fa3", "flash_attn_interface", "flash-attn-3 at 01afd16d",
-            "build hopper/ of github.com/Dao-AILab/flash-attention", 256, capability=(9, 0), majors=(9,),
+            "fa3",
+            "flash_attn_interface",
+            "flash-attn-3 at 01afd16d",
+            "build hopper/ of github.com/Dao-AILab/flash-attention",
+            256,
+            capability=(9, 0),
+            majors=(9,),
         ),
         _flash(
-            "fa4", "flash_attn.cute", "flash-attn-4 4.0.0b36",
-            "pip install flash-attn-4==4.0.0b36", 128, capability=(9, 0), majors=(9, 10),
+            "fa4",
+            "flash_attn.cute",
+            "flash-attn-4 4.0.0b36",
+            "pip install flash-attn-4==4.0.0b36",
+            128,
+            capability=(9, 0),
+            majors=(9, 10),
         ),
-        _sdpa("cudnn", "cudnn", capability=(8, 0), gpu_dtypes=HALF, refuses=_head_dims(128, single_key=False)),
+        _sdpa(
+            "cudnn",
+            "cudnn",
+            capability=(8, 0),
+            gpu_dtypes=HALF,
+            refuses=_head_dims(128, single_key=False),
+        ),
         _sdpa("flash_sdpa", "flash", gpu_dtypes=HALF, refuses=_head_dims(256)),
         _sdpa("efficient", "efficient", capability=(8, 0), refuses=_sixteen_bytes),
         _sdpa("math", "math"),
         _flash(
-            "fa2", "flash_attn.flash_attn_interface", "flash-attn 2.8.3.post2",
-            "pip install --no-build-isolation flash-attn==2.8.3.post2", 256, capability=(8, 0), automatic=False,
+            "fa2",
+            "flash_attn.flash_attn_interface",
+            "flash-attn 2.8.3.post2",
+            "pip install --no-build-isolation flash-attn==2.8.3.post2",
+            256,
+            capability=(8, 0),
+            automatic=False,
         ),
         Backend(
-            "te", f"{__name__}.te", package="transformer_engine 2.20.2",
+            "te",
+            f"{__name__}.te",
+            package="transformer_engine 2.20.2",
             install="pip install --no-build-isolation transformer_engine[pytorch]==2.20.2",
-            capability=(8, 0), gpu_dtypes=HALF, refuses=_head_dims(128), automatic=False,
+            capability=(8, 0),
+            gpu_dtypes=HALF,
+            refuses=_head_dims(128),
+            automatic=False,
         ),
         Backend("reference", f"{__name__}.reference"),
     ),
     cases=counted(_calls(SD_V2), _case),
     cases_of=lambda unet: counted(_calls(unet), _case),
-    # Not single keys, nor means far from 0: there a gradient is the small rest of large terms, which flash attention's
-    # algorithm (the output, rounded, gives the rows' sums) leaves with up to four times plain torch's error.
+    # Not single keys, nor means far from 0: there a gradient is the small rest of large terms,
+    # which flash attention's algorithm (the output, rounded, gives the rows' sums) leaves with up
+    # to four times plain torch's error.
     small_cases=(
         _make("tiny, cross", 1, 7, 9, 2, 16),
         _make("self, 5 heads", 2, 37, 0, 5),
@@ -127,4 +172,4 @@ SPEC = OpSpec(
     ),
     inputs=_inputs,
     work=_work,
-)  # fmt: skip
+)

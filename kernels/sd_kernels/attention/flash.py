@@ -1,8 +1,9 @@
-"""Attention by Tri Dao's FlashAttention 2, 3 and 4: three packages, each imported when its function is called.
+"""Attention by Tri Dao's FlashAttention 2, 3 and 4: three packages, each imported when its function
+is called.
 
-All take (B, L, H, D) with rows apart, so forward copies nothing. Backward writes into the slices of one packed
-gradient; FlashAttention 3 alone packs those of a context's k and v (77 rows) in a pass of torch's.
-None was ever run on hardware by this project.
+All take (B, L, H, D) with rows apart, so forward copies nothing. Backward writes into the slices of
+one packed gradient; FlashAttention 3 alone packs those of a context's k and v (77 rows) in a pass
+of torch's. None was ever run on hardware by this project.
 
 Shape letters: B samples, L queries, T keys, H heads, D head dim.
 """
@@ -17,7 +18,8 @@ from sd_kernels.attention.packing import packed, separate
 
 
 def fa2(qkv: torch.Tensor, kv: torch.Tensor | None = None, *, num_heads: int) -> torch.Tensor:
-    """See `reference.attention`; flash_attn_qkvpacked_func and flash_attn_kvpacked_func of flash-attn 2.8.3."""
+    """See `reference.attention`; flash_attn_qkvpacked_func and flash_attn_kvpacked_func of
+    flash-attn 2.8.3."""
     from flash_attn import flash_attn_kvpacked_func, flash_attn_qkvpacked_func
 
     first, second = packed("attention (fa2)", qkv, kv, num_heads)
@@ -28,7 +30,8 @@ def fa2(qkv: torch.Tensor, kv: torch.Tensor | None = None, *, num_heads: int) ->
 
 
 def fa3(qkv: torch.Tensor, kv: torch.Tensor | None = None, *, num_heads: int) -> torch.Tensor:
-    """See `reference.attention`; hopper/flash_attn_interface.py of flash-attention, which packs no kv."""
+    """See `reference.attention`; hopper/flash_attn_interface.py of flash-attention, which packs no
+    kv."""
     from flash_attn_interface import flash_attn_func, flash_attn_qkvpacked_func
 
     if kv is None:
@@ -39,7 +42,8 @@ def fa3(qkv: torch.Tensor, kv: torch.Tensor | None = None, *, num_heads: int) ->
 
 
 def fa4(qkv: torch.Tensor, kv: torch.Tensor | None = None, *, num_heads: int) -> torch.Tensor:
-    """See `reference.attention`; flash_attn.cute of flash-attn-4 4.0.0b36, as registered ops, which its own are not."""
+    """See `reference.attention`; flash_attn.cute of flash-attn-4 4.0.0b36, as registered ops, which
+    its own are not."""
     first, second = packed("attention (fa4)", qkv, kv, num_heads)
     return attention_fa4_forward(first, second)[0].flatten(2)
 
@@ -49,7 +53,9 @@ def _views(first: torch.Tensor, second: torch.Tensor | None) -> tuple[torch.Tens
 
 
 @torch.library.custom_op("sd_kernels::attention_fa4_forward", mutates_args=())
-def attention_fa4_forward(first: torch.Tensor, second: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def attention_fa4_forward(
+    first: torch.Tensor, second: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     from flash_attn.cute import flash_attn_func
 
     q, k, v = _views(first, second)
@@ -59,7 +65,11 @@ def attention_fa4_forward(first: torch.Tensor, second: torch.Tensor | None) -> t
 
 @torch.library.custom_op("sd_kernels::attention_fa4_backward", mutates_args=())
 def attention_fa4_backward(
-    first: torch.Tensor, second: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor, dout: torch.Tensor
+    first: torch.Tensor,
+    second: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dout: torch.Tensor,
 ) -> list[torch.Tensor]:
     # Its public backward allocates dq, dk, dv apart; this one, which that calls, takes them.
     from flash_attn.cute.interface import _flash_attn_bwd
@@ -80,7 +90,11 @@ def _(first: torch.Tensor, second: torch.Tensor | None) -> tuple[torch.Tensor, t
 
 @attention_fa4_backward.register_fake
 def _(
-    first: torch.Tensor, second: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor, dout: torch.Tensor
+    first: torch.Tensor,
+    second: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dout: torch.Tensor,
 ) -> list[torch.Tensor]:
     return [x.new_empty(x.shape) for x in (first, second) if x is not None]
 

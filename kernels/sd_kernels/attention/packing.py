@@ -13,7 +13,8 @@ from sd_kernels.errors import require
 def packed(
     op: str, qkv: torch.Tensor, kv: torch.Tensor | None, num_heads: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Views qkv (B, L, 3, H, D) and None, or q (B, L, H, D) and kv (B, T, 2, H, D); rows may be apart."""
+    """Views qkv (B, L, 3, H, D) and None, or q (B, L, H, D) and kv (B, T, 2, H, D); rows may be
+    apart."""
     tensors = [qkv] if kv is None else [qkv, kv]
     for x in tensors:
         require(x.dim() == 3, op, f"shape {tuple(x.shape)}", "(B, L, channels)")
@@ -23,7 +24,12 @@ def packed(
         require(x.dtype == qkv.dtype, op, f"{qkv.dtype} and {x.dtype}", "one dtype")
     parts = 3 if kv is None else 1
     whole = num_heads > 0 and qkv.shape[-1] % (parts * num_heads) == 0
-    require(whole, op, f"{qkv.shape[-1]} channels of {num_heads} heads", f"a multiple of {parts} * heads")
+    require(
+        whole,
+        op,
+        f"{qkv.shape[-1]} channels of {num_heads} heads",
+        f"a multiple of {parts} * heads",
+    )
     if kv is None:
         return _rows(qkv).unflatten(-1, (3, num_heads, -1)), None
     twice = kv.shape[0] == qkv.shape[0] and kv.shape[-1] == 2 * qkv.shape[-1]

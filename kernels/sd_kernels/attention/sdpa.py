@@ -1,7 +1,8 @@
 """Attention by torch's scaled_dot_product_attention, each of its kernels pinned by name.
 
-A pinned kernel that cannot run raises; torch chooses no other. Forward copies nothing: the kernels read heads where the
-linear wrote them. Backward writes dq, dk, dv apart and packs them in one more pass (2 * 3 * B*L*H*D elements moved).
+A pinned kernel that cannot run raises; torch chooses no other. Forward copies nothing: the kernels
+read heads where the linear wrote them. Backward writes dq, dk, dv apart and packs them in one more
+pass (2 * 3 * B*L*H*D elements moved).
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from sd_kernels.spec import Function
 def _pinned(name: str, kernel: SDPBackend) -> Function:
     op = f"attention ({name})"
 
-    def attention(qkv: torch.Tensor, kv: torch.Tensor | None = None, *, num_heads: int) -> torch.Tensor:
+    def attention(
+        qkv: torch.Tensor, kv: torch.Tensor | None = None, *, num_heads: int
+    ) -> torch.Tensor:
         """See `reference.attention`; gradients may come in any memory order."""
         q, k, v = (x.transpose(1, 2) for x in separate(op, qkv, kv, num_heads))
         try:
@@ -28,7 +31,9 @@ def _pinned(name: str, kernel: SDPBackend) -> Function:
             if "No available kernel" not in str(error) and "No viable backend" not in str(error):
                 raise
             got = f"{q.dtype} queries {tuple(q.shape)}, keys {tuple(k.shape)} on {q.device}"
-            raise KernelError(f"{op}: got {got}; takes what torch's {kernel.name} kernel takes") from error
+            raise KernelError(
+                f"{op}: got {got}; takes what torch's {kernel.name} kernel takes"
+            ) from error
         return y.transpose(1, 2).flatten(2)
 
     return attention

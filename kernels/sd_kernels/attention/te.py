@@ -1,9 +1,11 @@
-"""Attention by Transformer Engine's DotProductAttention (transformer_engine 2.20.2), on cuDNN: what the winners ran.
+"""Attention by Transformer Engine's DotProductAttention (transformer_engine 2.20.2), on cuDNN: what
+the winners ran.
 
-It reads packed tensors as dense ones whatever their strides, and tells them by their addresses; what has rows apart is
-copied here first. Its own packed arguments (`qkv_layer`, `kv_layer`) select q, k, v, whose gradients autograd pads with
-zeros and adds; here they are views, and their gradients, which it writes side by side, are taken as they lie. FP8
-attention is off: its backward needs a head dim of 128 on Hopper. Never run on hardware by this project.
+It reads packed tensors as dense ones whatever their strides, and tells them by their addresses;
+what has rows apart is copied here first. Its own packed arguments (`qkv_layer`, `kv_layer`) select
+q, k, v, whose gradients autograd pads with zeros and adds; here they are views, and their
+gradients, which it writes side by side, are taken as they lie. FP8 attention is off: its backward
+needs a head dim of 128 on Hopper. Never run on hardware by this project.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from typing import Any
 
 import torch
 
-# cuDNN or an error: it would otherwise take the first that is there, down to unfused matmuls. Read when imported.
+# cuDNN or an error: it would otherwise take the first that is there, down to unfused matmuls. Read
+# when imported.
 os.environ |= {"NVTE_FLASH_ATTN": "0", "NVTE_FUSED_ATTN": "1", "NVTE_UNFUSED_ATTN": "0"}
 
 import transformer_engine.pytorch as te
@@ -35,7 +38,8 @@ def _module(num_heads: int, head_dim: int, attention_type: str) -> Any:
 
 
 class _Unbind(torch.autograd.Function):
-    """x (B, L, parts, H, D) as its parts; backward copies nothing where the gradients lie as the parts do."""
+    """x (B, L, parts, H, D) as its parts; backward copies nothing where the gradients lie as the
+    parts do."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -11,7 +11,8 @@ from sd_kernels.spec import Backend, Case, Inputs, OpSpec, Work
 
 
 def _calls(unet: Architecture) -> list[tuple[int, int, int, int]]:
-    """(side, channels, output channels, stride) from input to output; those after an upsampling are another op."""
+    """(side, channels, output channels, stride) from input to output; those after an upsampling are
+    another op."""
     calls = [(unet.side, unet.in_channels, unet.stem, 1)]
     for layer in layers(unet):
         if isinstance(layer, ResBlock):
@@ -29,7 +30,9 @@ def _case(call: tuple[int, int, int, int]) -> Case:
 
 
 def _make(name: str, B: int, C: int, H: int, W: int, K: int, stride: int = 1, **data: Any) -> Case:
-    return Case(name, {"B": B, "C": C, "H": H, "W": W, "K": K}, {"stride": stride, "padding": 1}, data)
+    return Case(
+        name, {"B": B, "C": C, "H": H, "W": W, "K": K}, {"stride": stride, "padding": 1}, data
+    )
 
 
 def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
@@ -42,7 +45,11 @@ def _work(case: Case, dtype: torch.dtype) -> Work:
     stride = case.options["stride"]
     pixels = B * -(-H // stride) * -(-W // stride)
     x, weight, y = B * C * H * W, 9 * K * C, pixels * K
-    return Work(2.0 * pixels * weight, (x + weight + y) * dtype.itemsize, (2 * x + 2 * weight + y) * dtype.itemsize)
+    return Work(
+        2.0 * pixels * weight,
+        (x + weight + y) * dtype.itemsize,
+        (2 * x + 2 * weight + y) * dtype.itemsize,
+    )
 
 
 SPEC = OpSpec(

@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 
 
-def conv(x: torch.Tensor, weight: torch.Tensor, *, stride: int = 1, padding: int = 1) -> torch.Tensor:
-    """x (B, C, H, W) convolved with weight (K, C, h, w), zeros beyond the borders: (B, K, H', W')."""
+def conv(
+    x: torch.Tensor, weight: torch.Tensor, *, stride: int = 1, padding: int = 1
+) -> torch.Tensor:
+    """x (B, C, H, W) convolved with weight (K, C, h, w), zeros beyond the borders: (B, K, H',
+    W')."""
     return F.conv2d(x, weight, stride=stride, padding=padding)

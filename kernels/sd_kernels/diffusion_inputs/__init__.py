@@ -9,7 +9,13 @@ import torch
 from sd_kernels.sd_v2_shapes import BATCH, SD_V2, Architecture
 from sd_kernels.spec import Backend, Case, Inputs, OpSpec, Work
 
-OPTIONS = {"seed": 1, "latent_scale": 0.18215, "timestep_stream": 0, "noise_stream": 1, "moments_stream": 2}
+OPTIONS = {
+    "seed": 1,
+    "latent_scale": 0.18215,
+    "timestep_stream": 0,
+    "noise_stream": 1,
+    "moments_stream": 2,
+}
 
 
 def latents(unet: Architecture) -> tuple[Case, ...]:
@@ -20,11 +26,14 @@ def latents(unet: Architecture) -> tuple[Case, ...]:
 
 
 def _small(name: str, B: int, H: int, W: int, C: int = 4, seed: int = 1, **data: Any) -> Case:
-    return Case(name, {"B": B, "C": C, "H": H, "W": W}, options={**OPTIONS, "seed": seed}, data=data)
+    return Case(
+        name, {"B": B, "C": C, "H": H, "W": W}, options={**OPTIONS, "seed": seed}, data=data
+    )
 
 
 def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
-    """A schedule of 1000 steps that is not the benchmark's; log-variances as the case has them, means beside 0."""
+    """A schedule of 1000 steps that is not the benchmark's; log-variances as the case has them,
+    means beside 0."""
     B, C, H, W = (case.shape[letter] for letter in "BCHW")
     moments = torch.cat((make.tensor(B, C, H, W), make.data(B, C, H, W)), dim=1).detach()
     alphas_cumprod = torch.linspace(0.999, 0.005, 1000, dtype=torch.float64, device=make.device)

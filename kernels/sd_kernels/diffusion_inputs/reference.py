@@ -8,15 +8,25 @@ from sd_kernels.philox import normal, uniform_integers
 
 
 def diffusion_inputs(
-    moments: torch.Tensor, sample_indices: torch.Tensor, sqrt_alphas_cumprod: torch.Tensor,
-    sqrt_one_minus_alphas_cumprod: torch.Tensor, *, seed: int, latent_scale: float, timestep_stream: int,
-    noise_stream: int, moments_stream: int, dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Noised latents, v-target (B, C, H, W) and timesteps (B,) int64 of the samples with these indices (B,) int64.
+    moments: torch.Tensor,
+    sample_indices: torch.Tensor,
+    sqrt_alphas_cumprod: torch.Tensor,
+    sqrt_one_minus_alphas_cumprod: torch.Tensor,
+    *,
+    seed: int,
+    latent_scale: float,
+    timestep_stream: int,
+    noise_stream: int,
+    moments_stream: int,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Noised latents, v-target (B, C, H, W) and timesteps (B,) int64 of the samples with these
+    indices (B,) int64.
 
-    `moments` (B, 2C, H, W) are the autoencoder's: mean, then log-variance, which is clamped to [-30, 20]. The tables
-    (T,) float32 hold sqrt(alphas_cumprod) and sqrt(1 - alphas_cumprod). Noised latents are of `dtype`, the target is
-    float32, both channels-last. Draws are keyed by (seed, index, stream): see `philox`.
+    `moments` (B, 2C, H, W) are the autoencoder's: mean, then log-variance, which is clamped to
+    [-30, 20]. The tables (T,) float32 hold sqrt(alphas_cumprod) and sqrt(1 - alphas_cumprod).
+    Noised latents are of `dtype`, the target is float32, both channels-last. Draws are keyed by
+    (seed, index, stream): see `philox`.
 
     Rombach et al. 2022 (latents), Ho et al. 2020 (noising), Salimans & Ho 2022, section 4 (v).
     """

@@ -1,9 +1,11 @@
-"""The draws of the samples, their latents, noising and v-target in one pass: reads the moments, writes what is asked.
+"""The draws of the samples, their latents, noising and v-target in one pass: reads the moments,
+writes what is asked.
 
-Random numbers never touch memory. A Philox call gives four words, which are the four normals of four adjacent pixels of
-one channel, so a thread draws where it reads; channels become the fastest axis on the way out. Normals are made in
-float64 like the oracle's, and so equal them bit for bit, except where two float64 libraries fall on different sides of
-a float32's edge. At the benchmark's size that is 2^20 logarithms, roots and sines: some microseconds of a Hopper GPU.
+Random numbers never touch memory. A Philox call gives four words, which are the four normals of
+four adjacent pixels of one channel, so a thread draws where it reads; channels become the fastest
+axis on the way out. Normals are made in float64 like the oracle's, and so equal them bit for bit,
+except where two float64 libraries fall on different sides of a float32's edge. At the benchmark's
+size that is 2^20 logarithms, roots and sines: some microseconds of a Hopper GPU.
 
 Shape letters: B samples, C latent channels, HW pixels, T timesteps.
 """
@@ -28,11 +30,16 @@ _COSINE = tl.constexpr([(-1) ** n / math.factorial(2 * n) for n in range(8)])
 
 @triton.jit
 def _box_muller(first, second):
-    """Two independent normals from two words; the angle is reduced in integers to an eighth of a turn either side."""
-    radius = tl.sqrt(-2.0 * tl.log(((first >> 8) + 1).to(tl.float64) * 5.9604644775390625e-08))  # 2^-24
+    """Two independent normals from two words; the angle is reduced in integers to an eighth of a
+    turn either side."""
+    radius = tl.sqrt(
+        -2.0 * tl.log(((first >> 8) + 1).to(tl.float64) * 5.9604644775390625e-08)
+    )  # 2^-24
     turned = (second >> 8) + 0x200000
     quarter = turned >> 22
-    angle = ((turned & 0x3FFFFF).to(tl.int32) - 0x200000).to(tl.float64) * 3.7450702829239286e-07  # 2 pi 2^-24
+    angle = ((turned & 0x3FFFFF).to(tl.int32) - 0x200000).to(
+        tl.float64
+    ) * 3.7450702829239286e-07  # 2 pi 2^-24
     square = angle * angle
     sine = square * _SINE[7] + _SINE[6]
     cosine = square * _COSINE[7] + _COSINE[6]
@@ -56,10 +63,23 @@ def _normals(seed, blocks, stream, low, high):
 
 @triton.jit(do_not_specialize=["seed"])
 def diffusion_inputs_kernel(
-    moments, sample_indices, signals, sigmas, noisy, target, timesteps, seed: tl.int64, latent_scale: tl.float32,
-    TIMESTEP: tl.constexpr, NOISE: tl.constexpr, MOMENTS: tl.constexpr, T: tl.constexpr, HW: tl.constexpr,
-    C: tl.constexpr, PIXELS: tl.constexpr,
-):  # fmt: skip
+    moments,
+    sample_indices,
+    signals,
+    sigmas,
+    noisy,
+    target,
+    timesteps,
+    seed: tl.int64,
+    latent_scale: tl.float32,
+    TIMESTEP: tl.constexpr,
+    NOISE: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    T: tl.constexpr,
+    HW: tl.constexpr,
+    C: tl.constexpr,
+    PIXELS: tl.constexpr,
+):
     sample = tl.program_id(1).to(tl.int64)
     index = tl.load(sample_indices + sample)  # narrow: one number a program
     low, high = index.to(tl.uint32), (index >> 32).to(tl.uint32)
@@ -90,9 +110,15 @@ def diffusion_inputs_kernel(
 
 @torch.library.custom_op("sd_kernels::diffusion_inputs_forward", mutates_args=())
 def diffusion_inputs_forward(
-    moments: torch.Tensor, sample_indices: torch.Tensor, signals: torch.Tensor, sigmas: torch.Tensor, seed: int,
-    latent_scale: float, streams: list[int], dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    moments: torch.Tensor,
+    sample_indices: torch.Tensor,
+    signals: torch.Tensor,
+    sigmas: torch.Tensor,
+    seed: int,
+    latent_scale: float,
+    streams: list[int],
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     B, C, H, W = moments.shape[0], moments.shape[1] // 2, *moments.shape[2:]
     noisy, target = (empty(moments, (B, H, W, C), out) for out in (dtype, torch.float32))
     timesteps = empty(sample_indices, (B,))
@@ -109,32 +135,68 @@ def diffusion_inputs_forward(
 
 @diffusion_inputs_forward.register_fake
 def _(
-    moments: torch.Tensor, sample_indices: torch.Tensor, signals: torch.Tensor, sigmas: torch.Tensor, seed: int,
-    latent_scale: float, streams: list[int], dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    moments: torch.Tensor,
+    sample_indices: torch.Tensor,
+    signals: torch.Tensor,
+    sigmas: torch.Tensor,
+    seed: int,
+    latent_scale: float,
+    streams: list[int],
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     B, C, H, W = moments.shape[0], moments.shape[1] // 2, *moments.shape[2:]
-    noisy, target = (moments.new_empty((B, H, W, C), dtype=out).permute(0, 3, 1, 2) for out in (dtype, torch.float32))
+    noisy, target = (
+        moments.new_empty((B, H, W, C), dtype=out).permute(0, 3, 1, 2)
+        for out in (dtype, torch.float32)
+    )
     return noisy, target, torch.empty_like(sample_indices)
 
 
 def diffusion_inputs(
-    moments: torch.Tensor, sample_indices: torch.Tensor, sqrt_alphas_cumprod: torch.Tensor,
-    sqrt_one_minus_alphas_cumprod: torch.Tensor, *, seed: int, latent_scale: float, timestep_stream: int,
-    noise_stream: int, moments_stream: int, dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    moments: torch.Tensor,
+    sample_indices: torch.Tensor,
+    sqrt_alphas_cumprod: torch.Tensor,
+    sqrt_one_minus_alphas_cumprod: torch.Tensor,
+    *,
+    seed: int,
+    latent_scale: float,
+    timestep_stream: int,
+    noise_stream: int,
+    moments_stream: int,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `reference.diffusion_inputs`; not differentiable.
 
-    Takes contiguous moments of float32, bfloat16 or float16, C a power of two, H x W a multiple of 4.
+    Takes contiguous moments of float32, bfloat16 or float16, C a power of two, H x W a multiple of
+    4.
     """
     op, tables = "diffusion_inputs", (sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod)
     require_floating(op, moments, *tables)
     require(dtype in FLOATING, op, f"dtype {dtype}", "float32, bfloat16 or float16")
     shape = tuple(moments.shape)
-    fits = len(shape) == 4 and (shape[1] // 2).bit_count() == 1 and shape[1] % 2 == 0 and shape[2] * shape[3] % 4 == 0
-    require(fits, op, f"moments {shape}", "(B, 2C, H, W) with C a power of two and H x W a multiple of 4")
-    got = f"sample indices {sample_indices.dtype} {tuple(sample_indices.shape)} on {sample_indices.device}"
+    fits = (
+        len(shape) == 4
+        and (shape[1] // 2).bit_count() == 1
+        and shape[1] % 2 == 0
+        and shape[2] * shape[3] % 4 == 0
+    )
+    require(
+        fits,
+        op,
+        f"moments {shape}",
+        "(B, 2C, H, W) with C a power of two and H x W a multiple of 4",
+    )
+    got = (
+        f"sample indices {sample_indices.dtype} {tuple(sample_indices.shape)} on "
+        f"{sample_indices.device}"
+    )
     is_index = sample_indices.dtype == torch.int64 and sample_indices.device == moments.device
-    require(is_index and sample_indices.shape == shape[:1], op, got, f"int64 {shape[:1]} on {moments.device}")
+    require(
+        is_index and sample_indices.shape == shape[:1],
+        op,
+        got,
+        f"int64 {shape[:1]} on {moments.device}",
+    )
     is_table = tables[0].dim() == 1 and tables[0].shape == tables[1].shape
     is_table = is_table and all(table.dtype == torch.float32 for table in tables)
     got = " and ".join(f"{table.dtype} {tuple(table.shape)}" for table in tables)

@@ -14,9 +14,11 @@ Call = tuple[str, int, int, int, bool, bool]
 
 
 def _calls() -> list[Call]:
-    """The linear layers of every transformer block; those around it, the text's and the times' stay in 16 bits.
+    """The linear layers of every transformer block; those around it, the text's and the times' stay
+    in 16 bits.
 
-    Queries, keys and values of the self-attention, queries of the cross-attention, and the feed-forward come of norms.
+    Queries, keys and values of the self-attention, queries of the cross-attention, and the
+    feed-forward come of norms.
     """
     calls: list[Call] = []
     for layer in transformers():
@@ -33,13 +35,30 @@ def _case(call: Call) -> Case:
     return _make(name, BATCH, L, K, N, producer, bias=bias, residual=residual)
 
 
-def _make(name: str, B: int, L: int, K: int, N: int, producer: str, bias: bool, residual: bool, **data: Any) -> Case:
+def _make(
+    name: str,
+    B: int,
+    L: int,
+    K: int,
+    N: int,
+    producer: str,
+    bias: bool,
+    residual: bool,
+    **data: Any,
+) -> Case:
     data |= {"bias": bias, "residual": residual}
     return Case(name, {"B": B, "L": L, "K": K, "N": N}, {"producer": producer}, data)
 
 
 def _small(
-    name: str, L: int, K: int, N: int, producer: str = "none", bias: bool = True, residual: bool = False, **data: Any
+    name: str,
+    L: int,
+    K: int,
+    N: int,
+    producer: str = "none",
+    bias: bool = True,
+    residual: bool = False,
+    **data: Any,
 ) -> Case:
     return _make(name, 1, L, K, N, producer, bias, residual, **data)
 
@@ -59,7 +78,8 @@ def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
 
 
 def _work(case: Case, dtype: dtype) -> Work:
-    """Two sweeps over what makes the operands, both copies of each operand written once and read once."""
+    """Two sweeps over what makes the operands, both copies of each operand written once and read
+    once."""
     (B, L, K, N), producer, wide = case.shape.values(), case.options["producer"], dtype.itemsize
     M = B * L
     sources = M * K * wide * (2 if producer == "geglu" else 1)

@@ -11,11 +11,21 @@ PRODUCERS = ("none", "geglu", "layer_norm")
 
 
 def check(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None,
-    norm_weight: torch.Tensor | None, norm_bias: torch.Tensor | None, producer: str,
-) -> None:  # fmt: skip
-    """Raise KernelError unless shapes, dtypes and the producer's parts fit; x (..., K), with GEGLU (..., 2K)."""
-    tensors = [tensor for tensor in (x, weight, bias, residual, norm_weight, norm_bias) if tensor is not None]
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+    producer: str,
+) -> None:
+    """Raise KernelError unless shapes, dtypes and the producer's parts fit; x (..., K), with GEGLU
+    (..., 2K)."""
+    tensors = [
+        tensor
+        for tensor in (x, weight, bias, residual, norm_weight, norm_bias)
+        if tensor is not None
+    ]
     require_floating(OP, *tensors)
     require_one_dtype(OP, *tensors)
     require(producer in PRODUCERS, OP, f"producer {producer!r}", ", ".join(PRODUCERS))
@@ -23,13 +33,25 @@ def check(
     require(fits, OP, f"a weight of shape {tuple(weight.shape)}", "(N, K), both multiples of 16")
     N, K = weight.shape
     width = K * (2 if producer == "geglu" else 1)
-    require(x.shape[-1:] == (width,), OP, f"x of shape {tuple(x.shape)}", f"a last axis of {width} for this weight")
+    require(
+        x.shape[-1:] == (width,),
+        OP,
+        f"x of shape {tuple(x.shape)}",
+        f"a last axis of {width} for this weight",
+    )
     is_norm = producer == "layer_norm"
-    complete = is_norm == (norm_weight is not None) == (norm_bias is not None) and (is_norm or residual is None)
+    complete = is_norm == (norm_weight is not None) == (norm_bias is not None) and (
+        is_norm or residual is None
+    )
     got = f"producer {producer!r} with other parts than its own"
     require(complete, OP, got, "norm's parameters for layer_norm alone")
     parts = {"bias": (bias, (N,)), "residual": (residual, tuple(x.shape))}
     parts |= {"norm_weight": (norm_weight, (K,)), "norm_bias": (norm_bias, (K,))}
     for name, (part, shape) in parts.items():
         if part is not None:
-            require(part.shape == shape, OP, f"{name} of shape {tuple(part.shape)}", f"{shape} beside x and weight")
+            require(
+                part.shape == shape,
+                OP,
+                f"{name} of shape {tuple(part.shape)}",
+                f"{shape} beside x and weight",
+            )

@@ -18,7 +18,8 @@ FORWARD, GRADIENT = FORMATS
 
 
 def quantise(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """x rounded to FP8 after a scale that takes its largest magnitude to the format's, and what undoes the scale.
+    """x rounded to FP8 after a scale that takes its largest magnitude to the format's, and what
+    undoes the scale.
 
     Current scaling of Micikevicius et al., "FP8 Formats for Deep Learning" (2022).
     """
@@ -27,7 +28,9 @@ def quantise(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.T
     return (x.float() / inverse).clamp(-FORMATS[dtype], FORMATS[dtype]).to(dtype), inverse
 
 
-def _multiplied(a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def _multiplied(
+    a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
     return (a[0].float() @ b[0].float()) * (a[1] * b[1])
 
 
@@ -51,21 +54,31 @@ class _Rounded(torch.autograd.Function):
 
 
 def fp8_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None,
-    norm_weight: torch.Tensor | None = None, norm_bias: torch.Tensor | None = None, *, producer: str = "none",
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    norm_weight: torch.Tensor | None = None,
+    norm_bias: torch.Tensor | None = None,
+    *,
+    producer: str = "none",
     eps: float = 1e-5,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """produced(x) weight^T + bias; the product's operands, and those of its gradients, are rounded to FP8.
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """produced(x) weight^T + bias; the product's operands, and those of its gradients, are rounded
+    to FP8.
 
-    `producer` is what stands before the linear layer: "none"; "geglu", of x (..., 2K); or "layer_norm", of the sum
-    x + residual over K columns, which is returned beside the result. weight (N, K), result (..., N). What is produced
-    is not rounded before FP8; in float64 nothing is rounded at all.
+    `producer` is what stands before the linear layer: "none"; "geglu", of x (..., 2K); or
+    "layer_norm", of the sum x + residual over K columns, which is returned beside the result.
+    weight (N, K), result (..., N). What is produced is not rounded before FP8; in float64 nothing
+    is rounded at all.
     """
     exact = x.dtype == torch.float64
     total = x if residual is None else x + residual
     produced = _wide(total)
     if norm_weight is not None and norm_bias is not None:
-        produced = F.layer_norm(produced, produced.shape[-1:], _wide(norm_weight), _wide(norm_bias), eps)
+        produced = F.layer_norm(
+            produced, produced.shape[-1:], _wide(norm_weight), _wide(norm_bias), eps
+        )
     elif producer == "geglu":
         produced = geglu(produced)
     rows, weights = produced.reshape(-1, weight.shape[1]), _wide(weight)

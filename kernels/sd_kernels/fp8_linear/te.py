@@ -1,8 +1,9 @@
 """FP8 linear layers of Transformer Engine (transformer_engine.pytorch, signatures of 2.20).
 
-Transformer Engine has no erf-GEGLU (its geglu is the tanh form, gate first) and no LayerNorm that takes a residual, so
-what stands before the product is plain torch here. It wants a multiple of 8 rows and of 16 columns; rows are padded
-with zeros, which 77 tokens of text need at batches that 8 does not divide. Never run on hardware by this project.
+Transformer Engine has no erf-GEGLU (its geglu is the tanh form, gate first) and no LayerNorm that
+takes a residual, so what stands before the product is plain torch here. It wants a multiple of 8
+rows and of 16 columns; rows are padded with zeros, which 77 tokens of text need at batches that 8
+does not divide. Never run on hardware by this project.
 """
 
 from __future__ import annotations
@@ -26,10 +27,14 @@ HISTORY = 16
 
 def make_recipe(name: str) -> Any:
     """delayed or current scaling, E4M3 forward and E5M2 for gradients."""
-    require(name in ("delayed", "current"), "fp8_linear/te", f"recipe {name!r}", "delayed or current")
+    require(
+        name in ("delayed", "current"), "fp8_linear/te", f"recipe {name!r}", "delayed or current"
+    )
     if name == "current":
         return Float8CurrentScaling(fp8_format=Format.HYBRID)
-    return DelayedScaling(fp8_format=Format.HYBRID, amax_history_len=HISTORY, amax_compute_algo="max")
+    return DelayedScaling(
+        fp8_format=Format.HYBRID, amax_history_len=HISTORY, amax_compute_algo="max"
+    )
 
 
 def padded_rows(rows: int) -> int:
@@ -38,28 +43,43 @@ def padded_rows(rows: int) -> int:
 
 
 class Linear(torch.nn.Module):
-    """A te.Linear under its recipe; `inner.weight` (N, K) and `inner.bias` (N,) are its parameters."""
+    """A te.Linear under its recipe; `inner.weight` (N, K) and `inner.bias` (N,) are its
+    parameters."""
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool, recipe: str, dtype: torch.dtype, device: str = "cuda"
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        recipe: str,
+        dtype: torch.dtype,
+        device: str = "cuda",
     ) -> None:
         super().__init__()
         fits = in_features % 16 == out_features % 16 == 0
-        require(fits, "fp8_linear/te", f"{in_features} columns to {out_features}", "multiples of 16")
+        require(
+            fits, "fp8_linear/te", f"{in_features} columns to {out_features}", "multiples of 16"
+        )
         self.recipe = make_recipe(recipe)
         self.has_state = recipe == "delayed"
-        self.inner = te.Linear(in_features, out_features, bias=bias, params_dtype=dtype, device=device)
+        self.inner = te.Linear(
+            in_features, out_features, bias=bias, params_dtype=dtype, device=device
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (..., K) to (..., N). Within `scaling_step`; else delayed scales are updated after this layer alone."""
+        """x (..., K) to (..., N). Within `scaling_step`; else delayed scales are updated after this
+        layer alone."""
         rows = x.reshape(-1, x.shape[-1])
         count = rows.shape[0]
         with te.autocast(enabled=True, recipe=self.recipe):
             y = self.inner(F.pad(rows, (0, 0, 0, padded_rows(count) - count)))
         return y[:count].view(*x.shape[:-1], -1)
 
-    def with_weights(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x (..., K) to (..., N) by these weights, in x's dtype; the layer's own are not read and may be on `meta`."""
+    def with_weights(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x (..., K) to (..., N) by these weights, in x's dtype; the layer's own are not read and
+        may be on `meta`."""
         parameters = {"inner.weight": weight} | ({} if bias is None else {"inner.bias": bias})
         cast = {name: parameter.to(x.dtype) for name, parameter in parameters.items()}
         return torch.func.functional_call(self, cast, (x,))
@@ -68,36 +88,56 @@ class Linear(torch.nn.Module):
 def scaling_step(recipe: str) -> AbstractContextManager[None]:
     """What surrounds all layers of one forward pass.
 
-    Leaving the outermost autocast moves the histories of all layers on by a step, whichever of them ran in it: with one
-    autocast per layer, 64 layers would push a step's magnitudes out of 16 entries before the step is over.
+    Leaving the outermost autocast moves the histories of all layers on by a step, whichever of them
+    ran in it: with one autocast per layer, 64 layers would push a step's magnitudes out of 16
+    entries before the step is over.
     """
     return te.autocast(enabled=True, recipe=make_recipe(recipe))
 
 
 def precision_state(layers: Mapping[str, Linear]) -> dict[str, torch.Tensor]:
-    """Scales and histories (bytes) of the layers that have any: what a checkpoint keeps beside the weights."""
-    return {name: layer.inner.get_extra_state() for name, layer in layers.items() if layer.has_state}
+    """Scales and histories (bytes) of the layers that have any: what a checkpoint keeps beside the
+    weights."""
+    return {
+        name: layer.inner.get_extra_state() for name, layer in layers.items() if layer.has_state
+    }
 
 
 def load_precision_state(layers: Mapping[str, Linear], state: Mapping[str, torch.Tensor]) -> None:
-    """Put back what `precision_state` gave, in the memory it was in; KernelError where layers differ."""
+    """Put back what `precision_state` gave, in the memory it was in; KernelError where layers
+    differ."""
     kept = {name: layer.inner for name, layer in layers.items() if layer.has_state}
     differing = sorted(kept.keys() ^ state.keys())
-    require(not differing, "precision_state", f"layers that differ ({', '.join(differing[:3])})", "the same FP8 layers")
+    require(
+        not differing,
+        "precision_state",
+        f"layers that differ ({', '.join(differing[:3])})",
+        "the same FP8 layers",
+    )
     for name, inner in kept.items():
         inner.set_extra_state(state[name])
-        if state[name].numel() == 0:  # of a layer that had not run: nothing is loaded, and what came since must go
+        if (
+            state[name].numel() == 0
+        ):  # of a layer that had not run: nothing is loaded, and what came since must go
             inner.reset_fp8_meta_tensors()
 
 
 def fp8_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None,
-    norm_weight: torch.Tensor | None = None, norm_bias: torch.Tensor | None = None, *, producer: str = "none",
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    norm_weight: torch.Tensor | None = None,
+    norm_bias: torch.Tensor | None = None,
+    *,
+    producer: str = "none",
     eps: float = 1e-5,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """See `reference.fp8_linear`; current scaling, which has no state, in a layer made for this call.
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """See `reference.fp8_linear`; current scaling, which has no state, in a layer made for this
+    call.
 
-    The layer's own parameters are on the meta device: the call's stand in for them, and no random number is drawn.
+    The layer's own parameters are on the meta device: the call's stand in for them, and no random
+    number is drawn.
     """
     check(x, weight, bias, residual, norm_weight, norm_bias, producer)
     total = x if residual is None else x + residual

@@ -12,7 +12,9 @@ from sd_kernels.spec import Backend, Case, Inputs, OpSpec, Work
 
 def _case(layer: Any) -> Case:
     tokens = layer.side**2
-    return Case(f"{tokens} tokens, {4 * layer.channels}", {"B": BATCH, "L": tokens, "N": 4 * layer.channels})
+    return Case(
+        f"{tokens} tokens, {4 * layer.channels}", {"B": BATCH, "L": tokens, "N": 4 * layer.channels}
+    )
 
 
 def _small(name: str, rows: int, columns: int, **data: Any) -> Case:

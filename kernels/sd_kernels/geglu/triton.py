@@ -1,4 +1,5 @@
-"""GEGLU in one pass each way: forward reads 2N and writes N, backward reads 3N and writes 2N, keeping only x.
+"""GEGLU in one pass each way: forward reads 2N and writes N, backward reads 3N and writes 2N,
+keeping only x.
 
 Shape letters: M rows (all leading axes), N columns of the output.
 """
@@ -15,7 +16,8 @@ from sd_kernels.errors import require, require_floating
 from sd_kernels.launch import empty, launch, rounded
 
 ROWS, COLUMNS = 8, 256
-"""tile of a program: every width of the UNet is a multiple of 256; 4 warps have 16 elements a thread"""
+"""tile of a program: every width of the UNet is a multiple of 256; 4 warps have 16 elements a
+thread"""
 
 
 @triton.jit
@@ -35,7 +37,9 @@ def _tile(M, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def geglu_forward_kernel(x, y, M, stride, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def geglu_forward_kernel(
+    x, y, M, stride, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     rows, columns, inside = _tile(M, N, ROWS, COLUMNS)
     value = tl.load(x + rows * stride + columns, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(x + rows * stride + N + columns, mask=inside, other=0.0).to(tl.float32)
@@ -43,7 +47,9 @@ def geglu_forward_kernel(x, y, M, stride, N: tl.constexpr, ROWS: tl.constexpr, C
 
 
 @triton.jit
-def geglu_backward_kernel(x, dy, dx, M, stride, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def geglu_backward_kernel(
+    x, dy, dx, M, stride, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     rows, columns, inside = _tile(M, N, ROWS, COLUMNS)
     value = tl.load(x + rows * stride + columns, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(x + rows * stride + N + columns, mask=inside, other=0.0).to(tl.float32)
@@ -69,7 +75,17 @@ def geglu_forward(x: torch.Tensor) -> torch.Tensor:
     rows = _rows(x)
     M, N = rows.shape[0], rows.shape[1] // 2
     y = empty(x, (*x.shape[:-1], N))
-    launch(geglu_forward_kernel, _grid(M, N), rows, y, M, rows.stride(0), N=N, ROWS=ROWS, COLUMNS=COLUMNS)
+    launch(
+        geglu_forward_kernel,
+        _grid(M, N),
+        rows,
+        y,
+        M,
+        rows.stride(0),
+        N=N,
+        ROWS=ROWS,
+        COLUMNS=COLUMNS,
+    )
     return rounded(y, x.dtype)
 
 
@@ -107,5 +123,10 @@ geglu_forward.register_autograd(_backward, setup_context=_save)
 def geglu(x: torch.Tensor) -> torch.Tensor:
     """See `reference.geglu`; float32, bfloat16 or float16, statistics in float32."""
     require_floating("geglu", x)
-    require(x.dim() >= 1 and x.shape[-1] % 2 == 0, "geglu", f"shape {tuple(x.shape)}", "an even last axis")
+    require(
+        x.dim() >= 1 and x.shape[-1] % 2 == 0,
+        "geglu",
+        f"shape {tuple(x.shape)}",
+        "an even last axis",
+    )
     return geglu_forward(x)

@@ -1,4 +1,5 @@
-"""Group normalisation with SiLU, and with the additions and the concatenation that come before it in the UNet."""
+"""Group normalisation with SiLU, and with the additions and the concatenation that come before it
+in the UNet."""
 
 from __future__ import annotations
 
@@ -7,7 +8,15 @@ from typing import Any
 
 import torch
 
-from sd_kernels.sd_v2_shapes import BATCH, SD_V2, Architecture, ResBlock, Transformer, counted, layers
+from sd_kernels.sd_v2_shapes import (
+    BATCH,
+    SD_V2,
+    Architecture,
+    ResBlock,
+    Transformer,
+    counted,
+    layers,
+)
 from sd_kernels.spec import Backend, Case, Inputs, OpSpec, Work
 
 
@@ -23,18 +32,45 @@ class _Call:
 
 
 def _calls(unet: Architecture) -> list[_Call]:
-    """Norms from input to output; a convolution's bias and every residual is added by the norm that reads it."""
+    """Norms from input to output; a convolution's bias and every residual is added by the norm that
+    reads it."""
     calls, added = [], "shift"
     for layer in layers(unet):
         if isinstance(layer, ResBlock):
-            calls.append(_Call(layer.side, layer.sources, added, unet.block_groups, 1e-5, silu=True, hand_on=True))
             calls.append(
-                _Call(layer.side, (layer.channels,), "shift", unet.block_groups, 1e-5, silu=True, hand_on=False)
+                _Call(
+                    layer.side,
+                    layer.sources,
+                    added,
+                    unet.block_groups,
+                    1e-5,
+                    silu=True,
+                    hand_on=True,
+                )
+            )
+            calls.append(
+                _Call(
+                    layer.side,
+                    (layer.channels,),
+                    "shift",
+                    unet.block_groups,
+                    1e-5,
+                    silu=True,
+                    hand_on=False,
+                )
             )
             added = "shift and residual"
         elif isinstance(layer, Transformer):
             calls.append(
-                _Call(layer.side, (layer.channels,), added, unet.transformer_groups, 1e-6, silu=False, hand_on=True)
+                _Call(
+                    layer.side,
+                    (layer.channels,),
+                    added,
+                    unet.transformer_groups,
+                    1e-6,
+                    silu=False,
+                    hand_on=True,
+                )
             )
             added = "residual"
         else:
@@ -45,25 +81,53 @@ def _calls(unet: Architecture) -> list[_Call]:
 
 
 def _case(call: _Call) -> Case:
-    options = {"num_groups": call.num_groups, "eps": call.eps, "silu": call.silu, "hand_on": call.hand_on}
+    options = {
+        "num_groups": call.num_groups,
+        "eps": call.eps,
+        "silu": call.silu,
+        "hand_on": call.hand_on,
+    }
     channels = "+".join(map(str, call.sources))
-    name = f"{call.side}x{call.side}x{channels} in {call.num_groups}, adds {call.added or 'nothing'}"
+    name = (
+        f"{call.side}x{call.side}x{channels} in {call.num_groups}, adds {call.added or 'nothing'}"
+    )
     return _make(
-        name + (", hands on" if call.hand_on else ""), BATCH, call.side, call.side, call.sources, call.added, options
+        name + (", hands on" if call.hand_on else ""),
+        BATCH,
+        call.side,
+        call.side,
+        call.sources,
+        call.added,
+        options,
     )
 
 
 def _make(
-    name: str, B: int, H: int, W: int, sources: tuple[int, ...], added: str, options: dict[str, Any], **data: Any
+    name: str,
+    B: int,
+    H: int,
+    W: int,
+    sources: tuple[int, ...],
+    added: str,
+    options: dict[str, Any],
+    **data: Any,
 ) -> Case:
     shape = {"B": B, "H": H, "W": W, "C1": sources[0], "C2": sum(sources[1:])}
     return Case(name, shape, options, {"added": added, **data})
 
 
 def _small(
-    name: str, B: int, H: int, W: int, sources: tuple[int, ...], added: str = "", G: int = 16, hand_on: bool = False,
-    silu: bool = True, **data: Any,
-) -> Case:  # fmt: skip
+    name: str,
+    B: int,
+    H: int,
+    W: int,
+    sources: tuple[int, ...],
+    added: str = "",
+    G: int = 16,
+    hand_on: bool = False,
+    silu: bool = True,
+    **data: Any,
+) -> Case:
     options = {"num_groups": G, "eps": 1e-5, "silu": silu, "hand_on": hand_on}
     return _make(name, B, H, W, sources, added, options, **data)
 
@@ -87,7 +151,9 @@ def _work(case: Case, dtype: torch.dtype) -> Work:
     first, both = (B * H * W * channels * dtype.itemsize for channels in (C1, C1 + C2))
     residual, hand_on = "residual" in case.data["added"], case.options["hand_on"]
     reads_again = 0 if hand_on else residual * first
-    return Work(0.0, 2 * both + (residual + hand_on) * first, 3 * both + hand_on * first + reads_again)
+    return Work(
+        0.0, 2 * both + (residual + hand_on) * first, 3 * both + hand_on * first + reads_again
+    )
 
 
 def _apex_refuses(case: Case, dtype: torch.dtype) -> str:
@@ -105,7 +171,8 @@ SPEC = OpSpec(
             "apex",
             f"{__name__}.apex",
             package="apex 6424da3b",
-            install="build Apex from source with APEX_GROUP_NORM=1 (PyPI's apex is another package)",
+            install="build Apex from source with APEX_GROUP_NORM=1 "
+            "(PyPI's apex is another package)",
             capability=(7, 5),
             refuses=_apex_refuses,
         ),
@@ -116,8 +183,12 @@ SPEC = OpSpec(
     cases_of=lambda unet: counted(_calls(unet), _case),
     small_cases=(
         _small("tiny", 1, 2, 1, (32,), "shift and residual", hand_on=True),
-        _small("two sources, groups astride", 2, 3, 5, (320, 640), "shift and residual", hand_on=True),
-        _small("transformer's", 2, 5, 5, (320,), "shift and residual", G=32, hand_on=True, silu=False),
+        _small(
+            "two sources, groups astride", 2, 3, 5, (320, 640), "shift and residual", hand_on=True
+        ),
+        _small(
+            "transformer's", 2, 5, 5, (320,), "shift and residual", G=32, hand_on=True, silu=False
+        ),
         _small("shifted mean", 2, 9, 16, (320,), "shift", mean=-2.3, std=0.5),
         _small("several tiles", 2, 15, 20, (320,), "shift and residual", hand_on=True),
         _small("one pixel", 1, 1, 1, (2560,), "residual"),

@@ -1,7 +1,9 @@
-"""Group normalisation by Apex's NHWC kernels (apex.contrib.group_norm of commit 6424da3b, July 2026).
+"""Group normalisation by Apex's NHWC kernels (apex.contrib.group_norm of commit 6424da3b, July
+2026).
 
-Apex's module hands what it cannot do to torch without a word; this adapter calls the registered op and refuses.
-Additions before the norm and the concatenation are passes of torch's own. Never run on hardware by this project.
+Apex's module hands what it cannot do to torch without a word; this adapter calls the registered op
+and refuses. Additions before the norm and the concatenation are passes of torch's own. Never run on
+hardware by this project.
 """
 
 from __future__ import annotations
@@ -16,10 +18,18 @@ from sd_kernels.group_norm.reference import prologue
 
 
 def group_norm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, shift: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None, other: torch.Tensor | None = None, *, num_groups: int, eps: float,
-    silu: bool = False, hand_on: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    shift: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    other: torch.Tensor | None = None,
+    *,
+    num_groups: int,
+    eps: float,
+    silu: bool = False,
+    hand_on: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """See `reference.group_norm`; what Apex normalises must be dense in channels-last memory."""
     check(x, weight, bias, shift, residual, other, num_groups)
     total = prologue(x, shift, residual)
@@ -32,5 +42,7 @@ def group_norm(
     require(is_dense, "group_norm/apex", strides, "dense channels-last memory")
     passes = 2 if source.shape[2] * source.shape[3] > 1024 else 1
     act = "silu" if silu else ""
-    y, _ = torch.ops.apex.group_norm_nhwc_fprop(source, num_groups, weight, bias, eps, act, passes, False)
+    y, _ = torch.ops.apex.group_norm_nhwc_fprop(
+        source, num_groups, weight, bias, eps, act, passes, False
+    )
     return (y, total) if hand_on else y

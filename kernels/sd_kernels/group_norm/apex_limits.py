@@ -1,13 +1,36 @@
-"""What Apex's NHWC group norm kernels compute; anything else its module forwards to torch without a word."""
+"""What Apex's NHWC group norm kernels compute; anything else its module forwards to torch without a
+word."""
 
 from __future__ import annotations
 
 import torch
 
 CHANNELS = (
-    128, 256, 320, 384, 448, 512, 640, 768, 896, 960, 1024, 1280, 1344, 1536, 1792, 1920, 2048, 2240, 2560, 2688, 3072,
-    3136, 3584, 4096,
-)  # fmt: skip
+    128,
+    256,
+    320,
+    384,
+    448,
+    512,
+    640,
+    768,
+    896,
+    960,
+    1024,
+    1280,
+    1344,
+    1536,
+    1792,
+    1920,
+    2048,
+    2240,
+    2560,
+    2688,
+    3072,
+    3136,
+    3584,
+    4096,
+)
 GROUPS = (16, 32)
 
 
@@ -17,4 +40,8 @@ def refusal(channels: int, num_groups: int, dtype: torch.dtype) -> str:
         return f"Apex has kernels for 16 and 32 groups, not {num_groups}"
     if channels not in CHANNELS:
         return f"Apex has no kernel for {channels} channels"
-    return "" if dtype in (torch.float32, torch.bfloat16, torch.float16) else f"Apex has no kernel for {dtype}"
+    return (
+        ""
+        if dtype in (torch.float32, torch.bfloat16, torch.float16)
+        else f"Apex has no kernel for {dtype}"
+    )

@@ -1,4 +1,5 @@
-"""Group normalisation by torch's own operators: each addition, concatenation and SiLU is a pass of its own."""
+"""Group normalisation by torch's own operators: each addition, concatenation and SiLU is a pass of
+its own."""
 
 from __future__ import annotations
 
@@ -11,10 +12,18 @@ from sd_kernels.group_norm.rows import dense, is_channels_last
 
 
 def group_norm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, shift: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None, other: torch.Tensor | None = None, *, num_groups: int, eps: float,
-    silu: bool = False, hand_on: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    shift: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    other: torch.Tensor | None = None,
+    *,
+    num_groups: int,
+    eps: float,
+    silu: bool = False,
+    hand_on: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """See `reference.group_norm`."""
     check(x, weight, bias, shift, residual, other, num_groups, double=True)
     total = prologue(x, shift, residual)

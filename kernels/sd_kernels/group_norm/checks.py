@@ -10,30 +10,54 @@ OP = "group_norm"
 
 
 def check(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, shift: torch.Tensor | None,
-    residual: torch.Tensor | None, other: torch.Tensor | None, num_groups: int, double: bool = False,
-) -> None:  # fmt: skip
-    """Raise KernelError unless shapes and dtypes fit; memory order is each backend's own to ask for."""
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    shift: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    other: torch.Tensor | None,
+    num_groups: int,
+    double: bool = False,
+) -> None:
+    """Raise KernelError unless shapes and dtypes fit; memory order is each backend's own to ask
+    for."""
     given = [tensor for tensor in (x, weight, bias, shift, residual, other) if tensor is not None]
     require_floating(OP, *given, double=double)
     images = (
-        {"x": x} | ({} if residual is None else {"residual": residual}) | ({} if other is None else {"other": other})
+        {"x": x}
+        | ({} if residual is None else {"residual": residual})
+        | ({} if other is None else {"other": other})
     )
     for name, image in images.items():
-        require(image.dim() == 4, OP, f"{name} of shape {tuple(image.shape)}", "images (B, C, H, W)")
+        require(
+            image.dim() == 4, OP, f"{name} of shape {tuple(image.shape)}", "images (B, C, H, W)"
+        )
     require_one_dtype(OP, *images.values())
     B, C1, H, W = x.shape
     if residual is not None:
-        require(residual.shape == x.shape, OP, f"a residual of shape {tuple(residual.shape)}", f"{tuple(x.shape)}")
+        require(
+            residual.shape == x.shape,
+            OP,
+            f"a residual of shape {tuple(residual.shape)}",
+            f"{tuple(x.shape)}",
+        )
     if shift is not None:
         require(shift.shape == (B, C1), OP, f"a shift of shape {tuple(shift.shape)}", f"{(B, C1)}")
     C = C1
     if other is not None:
         C += other.shape[1]
-        require(other.shape == (B, C - C1, H, W), OP, f"other of shape {tuple(other.shape)}", f"({B}, any, {H}, {W})")
+        require(
+            other.shape == (B, C - C1, H, W),
+            OP,
+            f"other of shape {tuple(other.shape)}",
+            f"({B}, any, {H}, {W})",
+        )
     shapes = f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)}"
     require(weight.shape == bias.shape == (C,), OP, shapes, f"({C},) for {C} channels")
     divides = num_groups > 0 and C % num_groups == 0
     require(
-        divides, OP, f"{C} channels in {num_groups} groups", "a positive number of groups that divides the channels"
+        divides,
+        OP,
+        f"{C} channels in {num_groups} groups",
+        "a positive number of groups that divides the channels",
     )

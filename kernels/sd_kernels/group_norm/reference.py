@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 
 
-def prologue(x: torch.Tensor, shift: torch.Tensor | None, residual: torch.Tensor | None) -> torch.Tensor:
+def prologue(
+    x: torch.Tensor, shift: torch.Tensor | None, residual: torch.Tensor | None
+) -> torch.Tensor:
     """x (B, C1, H, W) + shift (B, C1) + residual (B, C1, H, W), those that are given."""
     if shift is not None:
         x = x + shift[:, :, None, None]
@@ -17,14 +19,24 @@ def prologue(x: torch.Tensor, shift: torch.Tensor | None, residual: torch.Tensor
 
 
 def group_norm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, shift: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None, other: torch.Tensor | None = None, *, num_groups: int, eps: float,
-    silu: bool = False, hand_on: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Normalise (x + shift + residual), concatenated with `other` along the channels, then scale, shift and SiLU.
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    shift: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    other: torch.Tensor | None = None,
+    *,
+    num_groups: int,
+    eps: float,
+    silu: bool = False,
+    hand_on: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Normalise (x + shift + residual), concatenated with `other` along the channels, then scale,
+    shift and SiLU.
 
-    Wu and He, "Group Normalization" (2018); biased variance. Returns y (B, C, H, W), in the memory order of x, and
-    with `hand_on` also the sum x + shift + residual (B, C1, H, W), which a skip connection needs.
+    Wu and He, "Group Normalization" (2018); biased variance. Returns y (B, C, H, W), in the memory
+    order of x, and with `hand_on` also the sum x + shift + residual (B, C1, H, W), which a skip
+    connection needs.
     """
     total = prologue(x, shift, residual)
     source = total if other is None else torch.cat((total, other), dim=1)
@@ -32,7 +44,9 @@ def group_norm(
     wide = source if source.dtype == torch.float64 else source.float()
     statistics = torch.var_mean(wide.reshape(B, num_groups, -1), dim=-1, correction=0)
     # Each channel's, so that the result has the order of the source in memory.
-    variance, mean = (number.repeat_interleave(C // num_groups, 1)[:, :, None, None] for number in statistics)
+    variance, mean = (
+        number.repeat_interleave(C // num_groups, 1)[:, :, None, None] for number in statistics
+    )
     normalised = (wide - mean) * torch.rsqrt(variance + eps)
     y = (normalised * weight[:, None, None] + bias[:, None, None]).to(x.dtype)
     y = F.silu(y) if silu else y

@@ -6,9 +6,12 @@ import torch
 
 
 def is_channels_last(x: torch.Tensor) -> bool:
-    """Whether channels of x (B, C, H, W) are adjacent and pixels evenly apart, perhaps by more than C elements."""
+    """Whether channels of x (B, C, H, W) are adjacent and pixels evenly apart, perhaps by more than
+    C elements."""
     _, channels, height, width = x.shape
-    return (x.stride(1) == 1 or channels == 1) and (height == 1 or width == 1 or x.stride(2) == width * x.stride(3))
+    return (x.stride(1) == 1 or channels == 1) and (
+        height == 1 or width == 1 or x.stride(2) == width * x.stride(3)
+    )
 
 
 def pixel_stride(x: torch.Tensor) -> int:
@@ -19,5 +22,6 @@ def pixel_stride(x: torch.Tensor) -> int:
 
 
 def dense(x: torch.Tensor) -> torch.Tensor:
-    """x itself where it is channels-last, else a copy that is: what torch made, or a gradient, may have any order."""
+    """x itself where it is channels-last, else a copy that is: what torch made, or a gradient, may
+    have any order."""
     return x if is_channels_last(x) else x.contiguous(memory_format=torch.channels_last)

@@ -13,7 +13,9 @@ from sd_kernels.spec import Backend, Case, Inputs, OpSpec, Work
 def _case(call: tuple[Any, bool]) -> Case:
     layer, residual = call
     name = f"{layer.side**2} tokens, {layer.channels}" + (", residual" if residual else "")
-    return Case(name, {"B": BATCH, "L": layer.side**2, "C": layer.channels}, data={"residual": residual})
+    return Case(
+        name, {"B": BATCH, "L": layer.side**2, "C": layer.channels}, data={"residual": residual}
+    )
 
 
 def _calls(unet: Architecture) -> list[tuple[Any, bool]]:
@@ -32,7 +34,9 @@ def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
         "weight": make.tensor(channels, mean=1.0, std=0.2),
         "bias": make.tensor(channels),
     }
-    return inputs | ({"residual": make.tensor(batch, tokens, channels)} if case.data["residual"] else {})
+    return inputs | (
+        {"residual": make.tensor(batch, tokens, channels)} if case.data["residual"] else {}
+    )
 
 
 def _work(case: Case, dtype: torch.dtype) -> Work:

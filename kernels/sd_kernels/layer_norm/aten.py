@@ -9,14 +9,19 @@ from sd_kernels.layer_norm.checks import check
 
 
 def layer_norm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor | None = None, *,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    *,
     eps: float = 1e-5,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.layer_norm`."""
     check(x, weight, bias, residual, double=True)
     total = x if residual is None else x + residual
     inputs = total, weight, bias
     if not x.is_cuda:
-        # On a CPU torch's kernel keeps statistics and sums in low precision, twice the error of the rule.
+        # On a CPU torch's kernel keeps statistics and sums in low precision, twice the error of the
+        # rule.
         inputs = total.float(), weight.float(), bias.float()
     return F.layer_norm(inputs[0], total.shape[-1:], *inputs[1:], eps).to(x.dtype), total

@@ -10,9 +10,14 @@ OP = "layer_norm"
 
 
 def check(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor | None, double: bool = False
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    residual: torch.Tensor | None,
+    double: bool = False,
 ) -> None:
-    """Raise KernelError unless x and residual are (..., C), weight and bias (C,), all of one dtype and device."""
+    """Raise KernelError unless x and residual are (..., C), weight and bias (C,), all of one dtype
+    and device."""
     others = {"weight": weight, "bias": bias} | ({} if residual is None else {"residual": residual})
     require_floating(OP, x, *others.values(), double=double)
     require_one_dtype(OP, x, *others.values())
@@ -20,4 +25,6 @@ def check(
     for name, tensor in others.items():
         shape = x.shape if name == "residual" else x.shape[-1:]
         got = f"{name} of shape {tuple(tensor.shape)}"
-        require(tensor.shape == shape, OP, got, f"{tuple(shape)} beside x of shape {tuple(x.shape)}")
+        require(
+            tensor.shape == shape, OP, got, f"{tuple(shape)} beside x of shape {tuple(x.shape)}"
+        )

@@ -1,13 +1,15 @@
 """LayerNorm of a residual sum in one pass each way.
 
-Forward reads x and residual and writes their sum and its norm; statistics are two-pass over registers. Backward reads
-the sum and the gradients of both outputs, and writes one gradient, which is that of x and of residual; each program
-keeps sums for weight and bias over its stripe of rows, added up in a fixed order at the end.
+Forward reads x and residual and writes their sum and its norm; statistics are two-pass over
+registers. Backward reads the sum and the gradients of both outputs, and writes one gradient, which
+is that of x and of residual; each program keeps sums for weight and bias over its stripe of rows,
+added up in a fixed order at the end.
 
-Every width of the UNet is 5 * 2^k, so a row is five tiles of K columns: no idle lanes, five independent 16-byte loads
-a thread and tensor, one sum across lanes for all five.
+Every width of the UNet is 5 * 2^k, so a row is five tiles of K columns: no idle lanes, five
+independent 16-byte loads a thread and tensor, one sum across lanes for all five.
 
-Shape letters: M rows (all leading axes), C columns, K columns of a tile, P programs of the backward pass.
+Shape letters: M rows (all leading axes), C columns, K columns of a tile, P programs of the backward
+pass.
 """
 
 from __future__ import annotations
@@ -62,7 +64,8 @@ def _load(x, rows, is_row, stride, i: tl.constexpr, C: tl.constexpr, K: tl.const
 
 @triton.jit
 def _load_row(x, i: tl.constexpr, C: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr):
-    """Tile i of one row, for each row, in the layout of a tile: 16 bytes a thread, the same for all rows of a warp."""
+    """Tile i of one row, for each row, in the layout of a tile: 16 bytes a thread, the same for all
+    rows of a warp."""
     columns = tl.broadcast_to((i * K + tl.arange(0, K))[None, :], (ROWS, K))
     if TILES * K != C:
         return tl.load(x + columns, mask=columns < C, other=0.0).to(tl.float32)
@@ -77,10 +80,23 @@ def _store(x, value, rows, is_row, i: tl.constexpr, C: tl.constexpr, K: tl.const
 
 @triton.jit
 def layer_norm_forward_kernel(
-    x, residual, weight, bias, y, total, mean, rstd, amax,
-    M, stride, residual_stride, eps,
-    C: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    x,
+    residual,
+    weight,
+    bias,
+    y,
+    total,
+    mean,
+    rstd,
+    amax,
+    M,
+    stride,
+    residual_stride,
+    eps,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     rows, is_row = _rows_of(tl.program_id(0) * ROWS, M, ROWS)
     tiles = ()
     sums = tl.zeros((ROWS, K), tl.float32)
@@ -124,10 +140,20 @@ def layer_norm_forward_kernel(
 
 @triton.jit
 def layer_norm_backward_kernel(
-    total, weight, mean, rstd, dy, dtotal, dx, partials,
-    M, stride,
-    C: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    total,
+    weight,
+    mean,
+    rstd,
+    dy,
+    dtotal,
+    dx,
+    partials,
+    M,
+    stride,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     zeros = tl.zeros((ROWS, K), tl.float32)
     dweight = ()
     dbias = ()
@@ -185,34 +211,58 @@ def _tiling(C: int) -> dict[str, int]:
 
 @torch.library.custom_op("sd_kernels::layer_norm_forward", mutates_args=())
 def layer_norm_forward(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor | None, eps: float
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    residual: torch.Tensor | None,
+    eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """y, sum (empty without a residual: it would be x), and float32 mean and 1 / deviation of each row."""
+    """y, sum (empty without a residual: it would be x), and float32 mean and 1 / deviation of each
+    row."""
     y = empty(x, tuple(x.shape))
     others = _forward(x, weight, bias, residual, eps, y=y)
     return rounded(y, x.dtype), *others
 
 
 def _forward(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor | None, eps: float,
-    y: torch.Tensor | None = None, amax: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Sum, mean and 1 / deviation; the norm is written into y, and the bits of its largest magnitude into amax."""
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    residual: torch.Tensor | None,
+    eps: float,
+    y: torch.Tensor | None = None,
+    amax: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sum, mean and 1 / deviation; the norm is written into y, and the bits of its largest
+    magnitude into amax."""
     rows, added = _rows(x), None if residual is None else _rows(residual)
     (M, C), tiling = rows.shape, _tiling(x.shape[-1])
     total = empty(x, (0,) if added is None else tuple(x.shape))
     mean, rstd = (empty(x, (M,), torch.float32) for _ in range(2))
     arguments = rows, added, weight.contiguous(), bias.contiguous(), y, total, mean, rstd, amax
     strides = rows.stride(0), C if added is None else added.stride(0)
-    launch(layer_norm_forward_kernel, (triton.cdiv(M, tiling["ROWS"]),), *arguments, M, *strides, eps, **tiling)
+    launch(
+        layer_norm_forward_kernel,
+        (triton.cdiv(M, tiling["ROWS"]),),
+        *arguments,
+        M,
+        *strides,
+        eps,
+        **tiling,
+    )
     return rounded(total, x.dtype), mean, rstd
 
 
 @torch.library.custom_op("sd_kernels::layer_norm_statistics", mutates_args=())
 def layer_norm_statistics(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor | None, eps: float
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    residual: torch.Tensor | None,
+    eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `layer_norm_forward` without the norm itself; instead the bits () int32 of its largest magnitude, for FP8."""
+    """As `layer_norm_forward` without the norm itself; instead the bits () int32 of its largest
+    magnitude, for FP8."""
     amax = torch.zeros((), dtype=torch.int32, device=x.device)
     return *_forward(x, weight, bias, residual, eps, amax=amax), amax
 
@@ -220,14 +270,23 @@ def layer_norm_statistics(
 @layer_norm_statistics.register_fake
 def _(x, weight, bias, residual, eps):
     mean, rstd = (x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32) for _ in range(2))
-    return x.new_empty(0 if residual is None else x.shape), mean, rstd, x.new_empty((), dtype=torch.int32)
+    return (
+        x.new_empty(0 if residual is None else x.shape),
+        mean,
+        rstd,
+        x.new_empty((), dtype=torch.int32),
+    )
 
 
 @torch.library.custom_op("sd_kernels::layer_norm_backward", mutates_args=())
 def layer_norm_backward(
-    total: torch.Tensor, weight: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor, dy: torch.Tensor,
+    total: torch.Tensor,
+    weight: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    dy: torch.Tensor,
     dtotal: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of x (and of residual), and of weight and bias (2, C)."""
     rows = _rows(total)
     (M, C), tiling = rows.shape, _tiling(total.shape[-1])
@@ -242,7 +301,11 @@ def layer_norm_backward(
 
 @layer_norm_forward.register_fake
 def _(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor | None, eps: float
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    residual: torch.Tensor | None,
+    eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     M = x.numel() // x.shape[-1]
     mean, rstd = (x.new_empty(M, dtype=torch.float32) for _ in range(2))
@@ -251,9 +314,13 @@ def _(
 
 @layer_norm_backward.register_fake
 def _(
-    total: torch.Tensor, weight: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor, dy: torch.Tensor,
+    total: torch.Tensor,
+    weight: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    dy: torch.Tensor,
     dtotal: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor]:
     return total.new_empty(total.shape), weight.new_empty(2, total.shape[-1])
 
 
@@ -280,7 +347,8 @@ layer_norm_forward.register_autograd(_backward, setup_context=_save)
 class _HandingOn(torch.autograd.Function):
     """Hands x itself on, which a registered op may not.
 
-    So the gradient of x's later uses comes into the backward pass, instead of being added in a pass of its own.
+    So the gradient of x's later uses comes into the backward pass, instead of being added in a pass
+    of its own.
     """
 
     @staticmethod
@@ -293,12 +361,22 @@ class _HandingOn(torch.autograd.Function):
 
 
 def layer_norm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor | None = None, *,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    *,
     eps: float = 1e-5,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """See `reference.layer_norm`; float32, bfloat16 or float16. Gradients of both outputs meet in one pass."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `reference.layer_norm`; float32, bfloat16 or float16. Gradients of both outputs meet in
+    one pass."""
     check(x, weight, bias, residual)
-    require(x.shape[-1] <= WIDEST, "layer_norm", f"shape {tuple(x.shape)}", f"a last axis of at most {WIDEST}")
+    require(
+        x.shape[-1] <= WIDEST,
+        "layer_norm",
+        f"shape {tuple(x.shape)}",
+        f"a last axis of at most {WIDEST}",
+    )
     if residual is None:
         return _HandingOn.apply(x, weight, bias, None, eps)
     return layer_norm_forward(x, weight, bias, residual, eps)[:2]

@@ -1,7 +1,7 @@
 """Linear layers in 16 bits: torch's product, with the bias in its epilogue.
 
-A residual is not taken here: torch's product copies it into the output before it adds, which is a pass more than the
-next norm needs, which reads it anyway.
+A residual is not taken here: torch's product copies it into the output before it adds, which is a
+pass more than the next norm needs, which reads it anyway.
 """
 
 from __future__ import annotations
@@ -18,16 +18,25 @@ Call = tuple[str, int, int, int, bool]
 
 
 def _calls(unet: Architecture) -> list[Call]:
-    """Packed: queries, keys and values of a self-attention; keys and values of all texts; all time embeddings."""
+    """Packed: queries, keys and values of a self-attention; keys and values of all texts; all time
+    embeddings."""
     calls: list[Call] = []
     for layer in transformers(unet):
         L, C = layer.side**2, layer.channels
-        outputs = [("projection in or out", C, C, True)] * 2 + [("self qkv", C, 3 * C, False), ("cross q", C, C, False)]
+        outputs = [("projection in or out", C, C, True)] * 2 + [
+            ("self qkv", C, 3 * C, False),
+            ("cross q", C, C, False),
+        ]
         outputs += [("attention out", C, C, True)] * 2 + [("feed-forward in", C, 8 * C, True)]
-        calls += [(name, L, K, N, bias) for name, K, N, bias in [*outputs, ("feed-forward out", 4 * C, C, True)]]
+        calls += [
+            (name, L, K, N, bias)
+            for name, K, N, bias in [*outputs, ("feed-forward out", 4 * C, C, True)]
+        ]
     texts = sum(2 * layer.channels for layer in transformers(unet))
     times = sum(block.channels for block in res_blocks(unet))
-    calls.append(("keys and values of all texts", unet.context_length, unet.context_width, texts, False))
+    calls.append(
+        ("keys and values of all texts", unet.context_length, unet.context_width, texts, False)
+    )
     width, embedding = unet.stem, 4 * unet.stem
     calls += [("time in", 1, width, embedding, True), ("time out", 1, embedding, embedding, True)]
     return [*calls, ("all time projections", 1, embedding, times, True)]
@@ -35,7 +44,9 @@ def _calls(unet: Architecture) -> list[Call]:
 
 def _case(call: Call) -> Case:
     name, L, K, N, bias = call
-    return Case(f"{name}, {L} x {K} to {N}", {"B": BATCH, "L": L, "K": K, "N": N}, data={"bias": bias})
+    return Case(
+        f"{name}, {L} x {K} to {N}", {"B": BATCH, "L": L, "K": K, "N": N}, data={"bias": bias}
+    )
 
 
 def _small(name: str, L: int, K: int, N: int, bias: bool = True, **data: Any) -> Case:
@@ -45,7 +56,11 @@ def _small(name: str, L: int, K: int, N: int, bias: bool = True, **data: Any) ->
 def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
     B, L, K, N = case.shape.values()
     weight = make.tensor(N, K, std=K**-0.5).detach().contiguous().requires_grad_()
-    return {"x": make.data(B, L, K), "weight": weight, "bias": make.tensor(N, std=0.3) if case.data["bias"] else None}
+    return {
+        "x": make.data(B, L, K),
+        "weight": weight,
+        "bias": make.tensor(N, std=0.3) if case.data["bias"] else None,
+    }
 
 
 def _work(case: Case, dtype: dtype) -> Work:

@@ -13,7 +13,13 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     tensors = (x, weight) if bias is None else (x, weight, bias)
     require_floating("linear", *tensors, double=True)
     require_one_dtype("linear", *tensors)
-    got = f"x {tuple(x.shape)}, weight {tuple(weight.shape)}" + ("" if bias is None else f", bias {tuple(bias.shape)}")
-    fits = weight.dim() == 2 and x.shape[-1:] == weight.shape[1:] and (bias is None or bias.shape == weight.shape[:1])
+    got = f"x {tuple(x.shape)}, weight {tuple(weight.shape)}" + (
+        "" if bias is None else f", bias {tuple(bias.shape)}"
+    )
+    fits = (
+        weight.dim() == 2
+        and x.shape[-1:] == weight.shape[1:]
+        and (bias is None or bias.shape == weight.shape[:1])
+    )
     require(fits, "linear", got, "x (..., K), weight (N, K), bias (N,)")
     return F.linear(x, weight, bias)

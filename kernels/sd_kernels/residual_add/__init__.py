@@ -1,4 +1,5 @@
-"""A residual sum that no norm follows: before a resampling convolution, and at the end of a feed-forward."""
+"""A residual sum that no norm follows: before a resampling convolution, and at the end of a
+feed-forward."""
 
 from __future__ import annotations
 
@@ -7,7 +8,16 @@ from typing import Any
 
 import torch
 
-from sd_kernels.sd_v2_shapes import BATCH, SD_V2, Architecture, Resample, ResBlock, counted, layers, transformers
+from sd_kernels.sd_v2_shapes import (
+    BATCH,
+    SD_V2,
+    Architecture,
+    Resample,
+    ResBlock,
+    counted,
+    layers,
+    transformers,
+)
 from sd_kernels.spec import Backend, Case, Inputs, OpSpec, Work
 
 Call = tuple[int, int, bool, bool]
@@ -18,11 +28,14 @@ def _case(call: Call) -> Case:
     side, channels, is_image, bias = call
     name = f"{side} x {side} x {channels}" if is_image else f"{side**2} tokens, {channels}"
     data = {"image": is_image, "bias": bias}
-    return Case(name + (", bias" if bias else ""), {"B": BATCH, "S": side, "C": channels}, data=data)
+    return Case(
+        name + (", bias" if bias else ""), {"B": BATCH, "S": side, "C": channels}, data=data
+    )
 
 
 def _calls(unet: Architecture) -> list[Call]:
-    """A convolution's bias waits for the sum; a linear layer has added its own, so that after it there is none."""
+    """A convolution's bias waits for the sum; a linear layer has added its own, so that after it
+    there is none."""
     images = [
         (layer.side, layer.channels, True, isinstance(before, ResBlock))
         for before, layer in pairwise(layers(unet))
@@ -32,7 +45,9 @@ def _calls(unet: Architecture) -> list[Call]:
 
 
 def _small(name: str, batch: int, side: int, channels: int, **data: Any) -> Case:
-    return Case(name, {"B": batch, "S": side, "C": channels}, data={"image": True, "bias": True, **data})
+    return Case(
+        name, {"B": batch, "S": side, "C": channels}, data={"image": True, "bias": True, **data}
+    )
 
 
 def _inputs(case: Case, make: Inputs) -> dict[str, Any]:

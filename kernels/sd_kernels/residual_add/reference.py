@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 
 
-def residual_add(x: torch.Tensor, residual: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x + residual + bias (C,) for images (B, C, H, W) or, where there are not four axes, tokens (..., C)."""
+def residual_add(
+    x: torch.Tensor, residual: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x + residual + bias (C,) for images (B, C, H, W) or, where there are not four axes, tokens
+    (..., C)."""
     total = x + residual
     if bias is None:
         return total

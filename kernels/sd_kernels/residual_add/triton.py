@@ -1,4 +1,5 @@
-"""Residual sum with bias: one pass forward; backward reads the gradient once, for the bias, and hands it on as it is.
+"""Residual sum with bias: one pass forward; backward reads the gradient once, for the bias, and
+hands it on as it is.
 
 Shape letters: M rows (pixels or tokens), C columns.
 """
@@ -16,12 +17,22 @@ from sd_kernels.errors import require, require_floating, require_one_dtype
 from sd_kernels.launch import empty, launch, rounded
 
 ROWS, COLUMNS = 32, 64
-"""tile of a program: every width of the UNet is a multiple of 64; 4 warps have two 16-byte loads a thread and tensor"""
+"""tile of a program: every width of the UNet is a multiple of 64; 4 warps have two 16-byte loads a
+thread and tensor"""
 
 
 @triton.jit
 def residual_add_kernel(
-    x, residual, bias, y, M, stride, residual_stride, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    x,
+    residual,
+    bias,
+    y,
+    M,
+    stride,
+    residual_stride,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
@@ -29,7 +40,9 @@ def residual_add_kernel(
     if C % COLUMNS != 0:
         inside = inside & (columns < C)
     total = tl.load(x + rows * stride + columns, mask=inside, other=0.0).to(tl.float32)
-    total += tl.load(residual + rows * residual_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    total += tl.load(residual + rows * residual_stride + columns, mask=inside, other=0.0).to(
+        tl.float32
+    )
     if bias is not None:
         # In the layout of the tile: 16 bytes a thread.
         everywhere = tl.broadcast_to(columns, (ROWS, COLUMNS))
@@ -44,10 +57,20 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.library.custom_op("sd_kernels::residual_add_forward", mutates_args=())
-def residual_add_forward(x: torch.Tensor, residual: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def residual_add_forward(
+    x: torch.Tensor, residual: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
     rows, added = _rows(x), _rows(residual)
     (M, C), y = rows.shape, empty(x)
-    arguments = rows, added, None if bias is None else bias.contiguous(), y, M, rows.stride(0), added.stride(0)
+    arguments = (
+        rows,
+        added,
+        None if bias is None else bias.contiguous(),
+        y,
+        M,
+        rows.stride(0),
+        added.stride(0),
+    )
     grid = triton.cdiv(C, COLUMNS), triton.cdiv(M, ROWS)
     launch(residual_add_kernel, grid, *arguments, C=C, ROWS=ROWS, COLUMNS=COLUMNS)
     return rounded(y, x.dtype)
@@ -77,8 +100,11 @@ def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 residual_add_forward.register_autograd(_backward)
 
 
-def residual_add(x: torch.Tensor, residual: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """See `reference.residual_add`; images in channels-last memory; float32, bfloat16 or float16."""
+def residual_add(
+    x: torch.Tensor, residual: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """See `reference.residual_add`; images in channels-last memory; float32, bfloat16 or
+    float16."""
     tensors = [x, residual] + ([] if bias is None else [bias])
     require_floating("residual_add", *tensors)
     require_one_dtype("residual_add", *tensors)
@@ -86,7 +112,17 @@ def residual_add(x: torch.Tensor, residual: torch.Tensor, bias: torch.Tensor | N
     C = x.shape[1 if x.dim() == 4 else -1]
     for tensor, shape in ((residual, x.shape), (bias, (C,))):
         if tensor is not None:
-            require(tensor.shape == shape, "residual_add", f"shape {tuple(tensor.shape)}", f"{tuple(shape)} beside x")
+            require(
+                tensor.shape == shape,
+                "residual_add",
+                f"shape {tuple(tensor.shape)}",
+                f"{tuple(shape)} beside x",
+            )
     for tensor in (x, residual):
-        require(tensor.dim() != 4 or tensor.stride(1) == 1, "residual_add", "another layout", "channels-last images")
+        require(
+            tensor.dim() != 4 or tensor.stride(1) == 1,
+            "residual_add",
+            "another layout",
+            "channels-last images",
+        )
     return residual_add_forward(x, residual, bias)

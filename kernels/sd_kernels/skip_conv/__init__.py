@@ -1,4 +1,5 @@
-"""The 1x1 convolution beside a residual block, over one source or over two that are never concatenated."""
+"""The 1x1 convolution beside a residual block, over one source or over two that are never
+concatenated."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ def _case(layer: ResBlock) -> Case:
 
 
 def _make(name: str, B: int, H: int, W: int, sources: tuple[int, ...], K: int, **data: Any) -> Case:
-    return Case(name, {"B": B, "H": H, "W": W, "C1": sources[0], "C2": sum(sources[1:]), "K": K}, data=data)
+    return Case(
+        name, {"B": B, "H": H, "W": W, "C1": sources[0], "C2": sum(sources[1:]), "K": K}, data=data
+    )
 
 
 def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
@@ -32,7 +35,9 @@ def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
 def _work(case: Case, dtype: torch.dtype) -> Work:
     B, H, W, C1, C2, K = case.shape.values()
     x, weight, y = B * H * W * (C1 + C2), K * (C1 + C2), B * H * W * K
-    return Work(2.0 * x * K, (x + weight + y) * dtype.itemsize, (2 * x + 2 * weight + y) * dtype.itemsize)
+    return Work(
+        2.0 * x * K, (x + weight + y) * dtype.itemsize, (2 * x + 2 * weight + y) * dtype.itemsize
+    )
 
 
 SPEC = OpSpec(

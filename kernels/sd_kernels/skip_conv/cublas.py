@@ -1,8 +1,10 @@
-"""The 1x1 convolution as a matrix product for each source, the second added to the first: torch.mm, on a GPU cuBLAS.
+"""The 1x1 convolution as a matrix product for each source, the second added to the first: torch.mm,
+on a GPU cuBLAS.
 
-Sources are read where they are, and both slices of the weights' gradient are written into one tensor. The second
-product reads and writes the output once more, in its own epilogue: 2 * K numbers a pixel, where a concatenation would
-write and read 2 * (C1 + C2), up to three times as many at the UNet's widths. Between the two the output is rounded.
+Sources are read where they are, and both slices of the weights' gradient are written into one
+tensor. The second product reads and writes the output once more, in its own epilogue: 2 * K numbers
+a pixel, where a concatenation would write and read 2 * (C1 + C2), up to three times as many at the
+UNet's widths. Between the two the output is rounded.
 
 Shape letters: M pixels (B * H * W), C1 and C2 channels of the sources, K of the output.
 """
@@ -29,7 +31,9 @@ def _images(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 @torch.library.custom_op("sd_kernels::skip_conv_forward", mutates_args=())
-def skip_conv_forward(x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor | None) -> torch.Tensor:
+def skip_conv_forward(
+    x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor | None
+) -> torch.Tensor:
     C1, weights = x.shape[1], weight.flatten(1)
     y = torch.mm(_rows(x), weights[:, :C1].t())
     if other is not None:
@@ -38,7 +42,9 @@ def skip_conv_forward(x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor
 
 
 @torch.library.custom_op("sd_kernels::skip_conv_dgrad", mutates_args=())
-def skip_conv_dgrad(dy: torch.Tensor, weight: torch.Tensor, C1: int) -> tuple[torch.Tensor, torch.Tensor]:
+def skip_conv_dgrad(
+    dy: torch.Tensor, weight: torch.Tensor, C1: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of the sources, C1 channels and the rest; no rest: empty."""
     weights, grad = weight.flatten(1), _rows(dy.contiguous(memory_format=torch.channels_last))
     dx = _images(torch.mm(grad, weights[:, :C1]), dy)
@@ -95,22 +101,39 @@ def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 skip_conv_forward.register_autograd(_backward, setup_context=_save)
 
 
-def skip_conv(x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
-    """See `reference.skip_conv`; sources in channels-last memory (pixels may be apart), and so is what comes out."""
+def skip_conv(
+    x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor | None = None
+) -> torch.Tensor:
+    """See `reference.skip_conv`; sources in channels-last memory (pixels may be apart), and so is
+    what comes out."""
     sources = {"x": x} if other is None else {"x": x, "other": other}
     for name, image in sources.items():
         what = f"{name} of shape {tuple(image.shape)}"
-        require(image.dim() == 4 and image.numel() > 0, OP, what, "images (B, C, H, W), none of them empty")
+        require(
+            image.dim() == 4 and image.numel() > 0,
+            OP,
+            what,
+            "images (B, C, H, W), none of them empty",
+        )
         B, C, H, W = image.shape
-        require((x.shape[0], *x.shape[2:]) == (B, H, W), OP, what, f"images like x, of shape {tuple(x.shape)}")
+        require(
+            (x.shape[0], *x.shape[2:]) == (B, H, W),
+            OP,
+            what,
+            f"images like x, of shape {tuple(x.shape)}",
+        )
         require(image.is_floating_point(), OP, f"{name} of {image.dtype}", "floating-point numbers")
-        require(_has_rows(image), OP, f"{what} with strides {image.stride()}", "channels-last memory")
+        require(
+            _has_rows(image), OP, f"{what} with strides {image.stride()}", "channels-last memory"
+        )
     tensors = [*sources.values(), weight]
     dtypes, devices = ({str(getattr(t, name)) for t in tensors} for name in ("dtype", "device"))
     both = f"{' and '.join(sorted(dtypes))} on {' and '.join(sorted(devices))}"
     require(len(dtypes) == len(devices) == 1, OP, both, "one dtype and one device")
     C = sum(image.shape[1] for image in sources.values())
-    suitable = weight.dim() == 4 and weight.shape[1:] == (C, 1, 1) and (weight.stride(1) == 1 or C == 1)
+    suitable = (
+        weight.dim() == 4 and weight.shape[1:] == (C, 1, 1) and (weight.stride(1) == 1 or C == 1)
+    )
     strides = f"weight of shape {tuple(weight.shape)} with strides {weight.stride()}"
     require(suitable, OP, strides, f"weight (K, {C}, 1, 1), channels adjacent")
     return skip_conv_forward(x, weight, other)

@@ -16,7 +16,9 @@ def _calls(unet: Architecture) -> list[Resample]:
 
 def _case(layer: Resample) -> Case:
     side, channels = layer.side, layer.channels
-    return _make(f"{side}x{side}x{channels} to {2 * side}x{2 * side}", BATCH, channels, side, side, channels)
+    return _make(
+        f"{side}x{side}x{channels} to {2 * side}x{2 * side}", BATCH, channels, side, side, channels
+    )
 
 
 def _make(name: str, B: int, C: int, H: int, W: int, K: int, **data: Any) -> Case:
@@ -29,7 +31,8 @@ def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
 
 
 def _work(case: Case, dtype: torch.dtype) -> Work:
-    """Operations of the merged form; the plain one takes 2 * B * 4HW * K * 9C, at the benchmark's 1.8 to 2.1 times."""
+    """Operations of the merged form; the plain one takes 2 * B * 4HW * K * 9C, at the benchmark's
+    1.8 to 2.1 times."""
     B, C, H, W, K = case.shape.values()
     x, weight, y = B * C * H * W, 9 * K * C, 4 * B * H * W * K
     flops = 2.0 * B * (H + 1) * (W + 1) * 4 * K * 4 * C

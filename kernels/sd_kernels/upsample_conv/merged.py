@@ -1,17 +1,21 @@
-"""The merged form in torch: one 2x2 convolution of the small image in place of a 3x3 one of the large.
+"""The merged form in torch: one 2x2 convolution of the small image in place of a 3x3 one of the
+large.
 
-Row 2i + a of the upsampled image's convolution sees the three upsampled rows from 2i + a - 1 on. They are copies of two
-rows of x: for a = 0 of rows i - 1, i, i, so its kernel's rows are w0 and w1 + w2; for a = 1 of rows i, i, i + 1, so
-they are w0 + w1 and w2. Columns alike: a 2x2 kernel for each parity (a, c), four times as many output channels. All
-four come of one convolution with padding 1, whose position u sees rows u - 1 and u: parity a finds its row i at
-u = i + a. Zeros beyond the borders stay zeros, so this is exact. It takes 4/9 of the operations, times
-(1 + 1/H)(1 + 1/W) for positions that only one parity uses.
+Row 2i + a of the upsampled image's convolution sees the three upsampled rows from 2i + a - 1 on.
+They are copies of two rows of x: for a = 0 of rows i - 1, i, i, so its kernel's rows are w0 and w1
++ w2; for a = 1 of rows i, i, i + 1, so they are w0 + w1 and w2. Columns alike: a 2x2 kernel for
+each parity (a, c), four times as many output channels. All four come of one convolution with
+padding 1, whose position u sees rows u - 1 and u: parity a finds its row i at u = i + a. Zeros
+beyond the borders stay zeros, so this is exact. It takes 4/9 of the operations, times (1 + 1/H)(1 +
+1/W) for positions that only one parity uses.
 
-In low precision the merged weights are rounded, and so are their gradients before they are summed: y and the weights'
-gradient have sqrt(2) times the error of plain torch (measured: 1.42), dx no more (0.99), since upsampling rounds too.
-Weights given in float32 are rounded once, after they were merged, and y has no more error than plain torch.
+In low precision the merged weights are rounded, and so are their gradients before they are summed:
+y and the weights' gradient have sqrt(2) times the error of plain torch (measured: 1.42), dx no more
+(0.99), since upsampling rounds too. Weights given in float32 are rounded once, after they were
+merged, and y has no more error than plain torch.
 
-Shape letters: B samples, C channels, K output channels, H and W rows and columns of the small image.
+Shape letters: B samples, C channels, K output channels, H and W rows and columns of the small
+image.
 """
 
 from __future__ import annotations
@@ -25,7 +29,12 @@ from sd_kernels.errors import require, require_convolution
 def check(x: torch.Tensor, weight: torch.Tensor) -> None:
     """Raise KernelError unless x and weight are what the op takes."""
     require_convolution("upsample_conv", x, weight, takes_wide=True)
-    require(weight.shape[2:] == (3, 3), "upsample_conv", f"weight of shape {tuple(weight.shape)}", "(K, C, 3, 3)")
+    require(
+        weight.shape[2:] == (3, 3),
+        "upsample_conv",
+        f"weight of shape {tuple(weight.shape)}",
+        "(K, C, 3, 3)",
+    )
 
 
 def _merged_along(weight: torch.Tensor, axis: int) -> torch.Tensor:
@@ -36,7 +45,8 @@ def _merged_along(weight: torch.Tensor, axis: int) -> torch.Tensor:
 
 
 def merge(weight: torch.Tensor) -> torch.Tensor:
-    """Weights (K, C, 3, 3) merged to (4 * K, C, 2, 2), parity (a, c) in channels (2a + c) * K on; sums in float32."""
+    """Weights (K, C, 3, 3) merged to (4 * K, C, 2, 2), parity (a, c) in channels (2a + c) * K on;
+    sums in float32."""
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     merged = _merged_along(_merged_along(wide, -2), -1).transpose(0, 1).flatten(0, 2)
     return merged.to(weight.dtype).contiguous(memory_format=torch.channels_last)
@@ -44,14 +54,23 @@ def merge(weight: torch.Tensor) -> torch.Tensor:
 
 def interleave(parities: torch.Tensor) -> torch.Tensor:
     """Of (B, 4 * K, H + 1, W + 1) each parity's pixels to their places in (B, K, 2H, 2W)."""
-    B, channels, H, W = parities.shape[0], parities.shape[1] // 4, parities.shape[2] - 1, parities.shape[3] - 1
+    B, channels, H, W = (
+        parities.shape[0],
+        parities.shape[1] // 4,
+        parities.shape[2] - 1,
+        parities.shape[3] - 1,
+    )
     four = parities.unflatten(1, (2, 2, channels))
-    rows = [torch.stack([four[:, a, c, :, a : a + H, c : c + W] for c in (0, 1)], dim=-1) for a in (0, 1)]
+    rows = [
+        torch.stack([four[:, a, c, :, a : a + H, c : c + W] for c in (0, 1)], dim=-1)
+        for a in (0, 1)
+    ]
     y = torch.stack(rows, dim=3).reshape(B, channels, 2 * H, 2 * W)
     return y.contiguous(memory_format=torch.channels_last)
 
 
 def upsample_conv(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """See `reference.upsample_conv`; x and weight dense in channels-last memory, and so is what comes out."""
+    """See `reference.upsample_conv`; x and weight dense in channels-last memory, and so is what
+    comes out."""
     check(x, weight)
     return interleave(F.conv2d(x, merge(weight).to(x.dtype), padding=1))

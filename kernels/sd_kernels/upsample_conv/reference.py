@@ -7,7 +7,8 @@ import torch.nn.functional as F
 
 
 def upsample_conv(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x (B, C, H, W) upsampled to (B, C, 2H, 2W), then convolved with weight (K, C, 3, 3), padding 1, without bias.
+    """x (B, C, H, W) upsampled to (B, C, 2H, 2W), then convolved with weight (K, C, 3, 3), padding
+    1, without bias.
 
     The weight may be float32 beside an x of 16 bits.
 

@@ -1,11 +1,13 @@
-"""The merged form (see `merged`) with a kernel each way around torch's 2x2 convolution: merging, and interleaving.
+"""The merged form (see `merged`) with a kernel each way around torch's 2x2 convolution: merging,
+and interleaving.
 
-Merging reads the nine taps and writes sixteen, sums in float32; its gradient reads sixteen and writes nine.
-Interleaving reads each parity's pixels and writes them to their places; its gradient reads dy and writes the
-convolution's gradient, with zeros where a parity has no pixel. So y and dy are moved once more than by a convolution
-that could interleave by itself, and nothing else is.
+Merging reads the nine taps and writes sixteen, sums in float32; its gradient reads sixteen and
+writes nine. Interleaving reads each parity's pixels and writes them to their places; its gradient
+reads dy and writes the convolution's gradient, with zeros where a parity has no pixel. So y and dy
+are moved once more than by a convolution that could interleave by itself, and nothing else is.
 
-Shape letters: B samples, C channels, K output channels, H and W rows and columns of the small image.
+Shape letters: B samples, C channels, K output channels, H and W rows and columns of the small
+image.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from sd_kernels.launch import empty, launch, rounded
 from sd_kernels.upsample_conv.merged import check
 
 ROWS, OUTPUTS, COLUMNS = 32, 8, 128
-"""tiles of pixels or output channels by channels: 128 divides the widths of the UNet's three calls"""
+"""tiles of pixels or output channels by channels: 128 divides the widths of the UNet's three
+calls"""
 
 
 @triton.jit
@@ -43,8 +46,11 @@ def _three_taps(place, C: tl.constexpr, inside):
 
 
 @triton.jit
-def _store_merged(merged, a: tl.constexpr, r: tl.constexpr, first, second, third, K, C: tl.constexpr, inside):
-    """Row r of the 2x2 kernels of parities (a, 0) and (a, 1), from three taps; `merged` is (2, 2, K, 2, 2, C)."""
+def _store_merged(
+    merged, a: tl.constexpr, r: tl.constexpr, first, second, third, K, C: tl.constexpr, inside
+):
+    """Row r of the 2x2 kernels of parities (a, 0) and (a, 1), from three taps; `merged` is (2, 2,
+    K, 2, 2, C)."""
     even = merged + 2 * a * K * 4 * C + 2 * r * C
     odd = even + K * 4 * C
     tl.store(even, first, mask=inside)
@@ -54,7 +60,9 @@ def _store_merged(merged, a: tl.constexpr, r: tl.constexpr, first, second, third
 
 
 @triton.jit
-def merge_forward_kernel(weight, merged, K, C: tl.constexpr, OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr):
+def merge_forward_kernel(
+    weight, merged, K, C: tl.constexpr, OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr
+):
     outputs, columns, inside = _tile(K, C, OUTPUTS, COLUMNS)
     source = weight + outputs[:, None] * 9 * C + columns
     place = merged + outputs[:, None] * 4 * C + columns
@@ -62,7 +70,9 @@ def merge_forward_kernel(weight, merged, K, C: tl.constexpr, OUTPUTS: tl.constex
     middle0, middle1, middle2 = _three_taps(source + 3 * C, C, inside)
     bottom0, bottom1, bottom2 = _three_taps(source + 6 * C, C, inside)
     _store_merged(place, 0, 0, top0, top1, top2, K, C, inside)
-    _store_merged(place, 0, 1, middle0 + bottom0, middle1 + bottom1, middle2 + bottom2, K, C, inside)
+    _store_merged(
+        place, 0, 1, middle0 + bottom0, middle1 + bottom1, middle2 + bottom2, K, C, inside
+    )
     _store_merged(place, 1, 0, top0 + middle0, top1 + middle1, top2 + middle2, K, C, inside)
     _store_merged(place, 1, 1, bottom0, bottom1, bottom2, K, C, inside)
 
@@ -87,7 +97,9 @@ def _store_taps(place, first, second, third, C: tl.constexpr, inside):
 
 
 @triton.jit
-def merge_backward_kernel(dmerged, dweight, K, C: tl.constexpr, OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr):
+def merge_backward_kernel(
+    dmerged, dweight, K, C: tl.constexpr, OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr
+):
     outputs, columns, inside = _tile(K, C, OUTPUTS, COLUMNS)
     source = dmerged + outputs[:, None] * 4 * C + columns
     place = dweight + outputs[:, None] * 9 * C + columns
@@ -102,7 +114,14 @@ def merge_backward_kernel(dmerged, dweight, K, C: tl.constexpr, OUTPUTS: tl.cons
 
 @triton.jit
 def interleave_forward_kernel(
-    z, y, pixels, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    z,
+    y,
+    pixels,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     rows, columns, inside = _tile(pixels, K, ROWS, COLUMNS)
     row, column, sample = rows // (2 * W) % (2 * H), rows % (2 * W), rows // (4 * H * W)
@@ -115,7 +134,14 @@ def interleave_forward_kernel(
 
 @triton.jit
 def interleave_backward_kernel(
-    dy, dz, slots, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    dy,
+    dz,
+    slots,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     rows, columns, inside = _tile(slots, K, ROWS, COLUMNS)
     position = rows // 4
@@ -129,8 +155,11 @@ def interleave_backward_kernel(
     tl.store(dz + rows.to(tl.int64)[:, None] * K + columns, value, mask=inside)
 
 
-def _launch(kernel: Any, source: torch.Tensor, shape: tuple[int, ...], rows: int, N: int, **sizes: int) -> torch.Tensor:
-    """Run a kernel over `rows` of N channels; gives its output of shape `shape` (B, C, H, W), channels-last."""
+def _launch(
+    kernel: Any, source: torch.Tensor, shape: tuple[int, ...], rows: int, N: int, **sizes: int
+) -> torch.Tensor:
+    """Run a kernel over `rows` of N channels; gives its output of shape `shape` (B, C, H, W),
+    channels-last."""
     B, channels, H, W = shape
     output = empty(source, (B, H, W, channels))
     tile = {"OUTPUTS": OUTPUTS} if "C" in sizes else {"ROWS": ROWS}
@@ -159,14 +188,18 @@ def merge_backward(dmerged: torch.Tensor) -> torch.Tensor:
 @torch.library.custom_op("sd_kernels::upsample_conv_interleave_forward", mutates_args=())
 def interleave_forward(z: torch.Tensor) -> torch.Tensor:
     B, K, H, W = z.shape[0], z.shape[1] // 4, z.shape[2] - 1, z.shape[3] - 1
-    return _launch(interleave_forward_kernel, z, (B, K, 2 * H, 2 * W), 4 * B * H * W, K, H=H, W=W, K=K)
+    return _launch(
+        interleave_forward_kernel, z, (B, K, 2 * H, 2 * W), 4 * B * H * W, K, H=H, W=W, K=K
+    )
 
 
 @torch.library.custom_op("sd_kernels::upsample_conv_interleave_backward", mutates_args=())
 def interleave_backward(dy: torch.Tensor) -> torch.Tensor:
     B, K, H, W = dy.shape[0], dy.shape[1], dy.shape[2] // 2, dy.shape[3] // 2
     slots = 4 * B * (H + 1) * (W + 1)
-    return _launch(interleave_backward_kernel, dy, (B, 4 * K, H + 1, W + 1), slots, K, H=H, W=W, K=K)
+    return _launch(
+        interleave_backward_kernel, dy, (B, 4 * K, H + 1, W + 1), slots, K, H=H, W=W, K=K
+    )
 
 
 @merge_forward.register_fake
@@ -194,6 +227,7 @@ interleave_forward.register_autograd(lambda ctx, dy: interleave_backward(dy))
 
 
 def upsample_conv(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """See `reference.upsample_conv`; x and weight dense in channels-last memory, and so is what comes out."""
+    """See `reference.upsample_conv`; x and weight dense in channels-last memory, and so is what
+    comes out."""
     check(x, weight)
     return interleave_forward(F.conv2d(x, merge_forward(weight).to(x.dtype), padding=1))

@@ -12,7 +12,11 @@ from sd_kernels.spec import Backend, Case, Inputs, OpSpec, Work
 
 def _cases(unet: Architecture) -> tuple[Case, ...]:
     side = unet.side
-    return (Case(f"{side} x {side} latents", {"B": BATCH, "C": unet.out_channels, "H": side, "W": side}),)
+    return (
+        Case(
+            f"{side} x {side} latents", {"B": BATCH, "C": unet.out_channels, "H": side, "W": side}
+        ),
+    )
 
 
 def _small(name: str, *shape: int, **data: Any) -> Case:

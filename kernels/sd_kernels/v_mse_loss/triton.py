@@ -1,9 +1,10 @@
-"""The mean squared error in one pass each way: forward reads both and writes one number a program, backward reads both
-and writes the gradient.
+"""The mean squared error in one pass each way: forward reads both and writes one number a program,
+backward reads both and writes the gradient.
 
-Backward reads prediction and target again, mostly from L2, rather than a gradient that forward has left: that would
-save 2 of 14 bytes an element, but be rounded before it is multiplied by the incoming gradient (which accumulation
-makes a fraction of 1), and again after. The sum is deterministic: a tree in a program, then torch's over programs.
+Backward reads prediction and target again, mostly from L2, rather than a gradient that forward has
+left: that would save 2 of 14 bytes an element, but be rounded before it is multiplied by the
+incoming gradient (which accumulation makes a fraction of 1), and again after. The sum is
+deterministic: a tree in a program, then torch's over programs.
 
 Shape letters: N elements.
 """
@@ -35,7 +36,9 @@ def _difference(prediction, target, N, BLOCK: tl.constexpr):
 @triton.jit
 def v_mse_loss_forward_kernel(prediction, target, partial, N, BLOCK: tl.constexpr):
     difference, _, _ = _difference(prediction, target, N, BLOCK)
-    tl.store(partial + tl.program_id(0), tl.sum(difference * difference) / N)  # narrow: one number a program
+    tl.store(
+        partial + tl.program_id(0), tl.sum(difference * difference) / N
+    )  # narrow: one number a program
 
 
 @triton.jit
@@ -55,7 +58,9 @@ def v_mse_loss_forward(prediction: torch.Tensor, target: torch.Tensor) -> torch.
 
 
 @torch.library.custom_op("sd_kernels::v_mse_loss_backward", mutates_args=())
-def v_mse_loss_backward(prediction: torch.Tensor, target: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+def v_mse_loss_backward(
+    prediction: torch.Tensor, target: torch.Tensor, grad: torch.Tensor
+) -> torch.Tensor:
     N = prediction.numel()
     dprediction = empty(prediction)
     arguments = prediction, target, grad, dprediction, N
@@ -85,13 +90,22 @@ v_mse_loss_forward.register_autograd(_backward, setup_context=_save)
 
 
 def v_mse_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """See `reference.v_mse_loss`; float32, bfloat16 or float16 each, both contiguous or both channels-last."""
+    """See `reference.v_mse_loss`; float32, bfloat16 or float16 each, both contiguous or both
+    channels-last."""
     require_floating("v_mse_loss", prediction, target)
     shapes = f"{tuple(prediction.shape)} and {tuple(target.shape)}"
     require(prediction.shape == target.shape, "v_mse_loss", shapes, "two tensors of one shape")
     orders = [torch.contiguous_format] + [torch.channels_last] * (prediction.dim() == 4)
-    same = any(all(tensor.is_contiguous(memory_format=order) for tensor in (prediction, target)) for order in orders)
+    same = any(
+        all(tensor.is_contiguous(memory_format=order) for tensor in (prediction, target))
+        for order in orders
+    )
     strides = f"strides {prediction.stride()} and {target.stride()}"
     require(same, "v_mse_loss", strides, "two contiguous or two channels-last tensors")
-    require(not target.requires_grad, "v_mse_loss", "a target that takes a gradient", "one that is detached")
+    require(
+        not target.requires_grad,
+        "v_mse_loss",
+        "a target that takes a gradient",
+        "one that is detached",
+    )
     return v_mse_loss_forward(prediction, target)

@@ -1,4 +1,5 @@
-"""The loader that runs everywhere: threads that read and decode whole micro-batches ahead of the step."""
+"""The loader that runs everywhere: threads that read and decode whole micro-batches ahead of the
+step."""
 
 from __future__ import annotations
 
@@ -21,22 +22,26 @@ from sd_perf.errors import BadSampleError, DataError
 class PortableLoader:
     """Micro-batches of moments shards; a `Loader`.
 
-    Context comes as float32 whatever the shards hold. Raises DataError for shards that cannot be used, and
-    BadSampleError for a bad sample where data.max_bad_samples is 0; otherwise bad samples are replaced and told in
-    `Batch.replacements`, and the caller, who alone sees all ranks, holds their number against the limit.
+    Context comes as float32 whatever the shards hold. Raises DataError for shards that cannot be
+    used, and BadSampleError for a bad sample where data.max_bad_samples is 0; otherwise bad samples
+    are replaced and told in `Batch.replacements`, and the caller, who alone sees all ranks, holds
+    their number against the limit.
     """
 
     def __init__(self, config: DataConfig, options: LoaderOptions) -> None:
         self._config = config
         self._options = options
-        self._index = ShardIndex.open(config.path, config.index, need_context=config.context == "precomputed")
+        self._index = ShardIndex.open(
+            config.path, config.index, need_context=config.context == "precomputed"
+        )
         self._reader = SampleReader(self._index, config, options.in_channels, options.context_dim)
         self.num_samples = len(self._index)
         self.fingerprint = self._index.fingerprint
         self._order = SampleOrder(options.seed, self.num_samples)
 
     def batches(self, position: int) -> Iterator[Batch]:
-        """Micro-batches of this rank without end, from a position that is a multiple of the global batch."""
+        """Micro-batches of this rank without end, from a position that is a multiple of the global
+        batch."""
         work = self._options.positions(position)
         return _made_ahead(self._make, work, self._config.workers, self._config.prefetch_batches)
 
@@ -57,7 +62,8 @@ class PortableLoader:
         return batch.pinned() if options.pin_memory else batch
 
     def _good_sample(self, position: int) -> tuple[Sample, Replacement | None]:
-        """The sample of a position, or the next good one of the order with the record of what it replaces."""
+        """The sample of a position, or the next good one of the order with the record of what it
+        replaces."""
         replacement = None
         for candidate in range(position, position + self.num_samples):
             number = self._order.sample(candidate)
@@ -66,15 +72,20 @@ class PortableLoader:
             except BadSampleError as error:
                 culprit = f"{self._index.folder}: sample {self._index.name(number)}: {error}"
                 if self._config.max_bad_samples == 0:
-                    raise BadSampleError(f"{culprit}; mend it, or set data.max_bad_samples above 0") from error
-                replacement = replacement or Replacement(position, self._index.name(number), str(error))
+                    raise BadSampleError(
+                        f"{culprit}; mend it, or set data.max_bad_samples above 0"
+                    ) from error
+                replacement = replacement or Replacement(
+                    position, self._index.name(number), str(error)
+                )
         raise DataError(f"{self.num_samples} samples in a row are bad; the last is {culprit}")
 
 
 def _made_ahead(
     make: Callable[[np.ndarray], Batch], work: Iterator[np.ndarray], workers: int, ahead: int
 ) -> Iterator[Batch]:
-    """make(item) of each work item, in order, with `ahead` of them under way; closing it ends the threads."""
+    """make(item) of each work item, in order, with `ahead` of them under way; closing it ends the
+    threads."""
     pool = ThreadPoolExecutor(workers, thread_name_prefix="sd_perf_data")
     try:
         pending = deque(pool.submit(make, item) for item in islice(work, ahead))

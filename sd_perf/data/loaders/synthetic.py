@@ -1,6 +1,7 @@
 """Data without data sets: batches drawn from the seed.
 
-Shape letters: B samples, C latent channels, S latent rows and columns, L text tokens, D context channels.
+Shape letters: B samples, C latent channels, S latent rows and columns, L text tokens, D context
+channels.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from sd_perf.diffusion.randomness import Stream, normal
 
 LATENT_SCALE = DiffusionConfig().latent_scale
 LOG_VARIANCE = -8.0
-"""of the moments: a spread of 0.018, small beside the mean's, as the autoencoder gives real images"""
+"""of the moments: a spread of 0.018, small beside the mean's, as the autoencoder gives real
+images"""
 
 
 def draw_inputs(
@@ -27,9 +29,11 @@ def draw_inputs(
     context: tuple[int, int],
     latent_scale: float = LATENT_SCALE,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Moments (B, 2C, S, S) and context (B, L, D), float32, of samples (B,), for shapes (C, S, S) and (L, D).
+    """Moments (B, 2C, S, S) and context (B, L, D), float32, of samples (B,), for shapes (C, S, S)
+    and (L, D).
 
-    Latents have unit variance, context is standard normal; each sample is a function of (seed, its number).
+    Latents have unit variance, context is standard normal; each sample is a function of (seed, its
+    number).
     """
     split = math.prod(latents)
     numbers = normal(seed, Stream.SYNTHETIC, samples, split + math.prod(context))
@@ -41,12 +45,16 @@ def draw_inputs(
 class SyntheticLoader:
     """Micro-batches of random moments and context, without files; a `Loader`.
 
-    Sample n of `num_samples` is a function of (seed, n); positions go round and round. Samples are kept once drawn, so
-    after one epoch a batch costs a copy.
+    Sample n of `num_samples` is a function of (seed, n); positions go round and round. Samples are
+    kept once drawn, so after one epoch a batch costs a copy.
     """
 
     def __init__(
-        self, config: DataConfig, options: LoaderOptions, latent_scale: float = LATENT_SCALE, num_samples: int = 256
+        self,
+        config: DataConfig,
+        options: LoaderOptions,
+        latent_scale: float = LATENT_SCALE,
+        num_samples: int = 256,
     ) -> None:
         self.num_samples = num_samples
         self._options = options
@@ -59,13 +67,16 @@ class SyntheticLoader:
         self.fingerprint = f"synthetic:seed={options.seed}:{shapes}"
 
     def batches(self, position: int) -> Iterator[Batch]:
-        """Micro-batches of this rank without end, from a position that is a multiple of the global batch."""
+        """Micro-batches of this rank without end, from a position that is a multiple of the global
+        batch."""
         return map(self._make, self._options.positions(position))
 
     def _draw(self, samples: torch.Tensor) -> None:
         side, (tokens, channels) = self._moments.shape[-1], self._context.shape[1:]
         latents = (self._options.in_channels, side, side)
-        drawn = draw_inputs(self._options.seed, samples, latents, (tokens, channels), self._latent_scale)
+        drawn = draw_inputs(
+            self._options.seed, samples, latents, (tokens, channels), self._latent_scale
+        )
         self._moments[samples], self._context[samples] = drawn
         self._drawn[samples] = True
 

@@ -1,11 +1,16 @@
-"""The benchmark's raw images: tar shards of `<key>.jpg`, `<key>.txt` and `<key>.json`, as img2dataset writes them."""
+"""The benchmark's raw images: tar shards of `<key>.jpg`, `<key>.txt` and `<key>.json`, as
+img2dataset writes them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import BinaryIO
 
-from sd_perf.data.prepare.photographs import MAX_CAPTION_BYTES, CaptionedImage, read_captioned_images
+from sd_perf.data.prepare.photographs import (
+    MAX_CAPTION_BYTES,
+    CaptionedImage,
+    read_captioned_images,
+)
 from sd_perf.data.samples import parse_caption
 from sd_perf.data.shards import group_by_key
 from sd_perf.errors import BadSampleError, DataError
@@ -14,8 +19,11 @@ EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 """of the images"""
 
 
-def read_images(folder: Path, captions: Path | None = None, allow_empty: bool = False) -> list[CaptionedImage]:
-    """Images of a folder's raw shards where it has *.tar files and no captions file is given, else its own."""
+def read_images(
+    folder: Path, captions: Path | None = None, allow_empty: bool = False
+) -> list[CaptionedImage]:
+    """Images of a folder's raw shards where it has *.tar files and no captions file is given, else
+    its own."""
     if captions is None and any(folder.glob("*.tar")):
         return read_raw_shards(folder, allow_empty)
     return read_captioned_images(folder, captions or "", allow_empty)
@@ -24,8 +32,8 @@ def read_images(folder: Path, captions: Path | None = None, allow_empty: bool = 
 def read_raw_shards(folder: str | Path, allow_empty: bool = False) -> list[CaptionedImage]:
     """Images of a folder's *.tar shards with their captions, in the order of the shards.
 
-    DataError, with shard and key, for a shard that cannot be read, a sample without image or caption, and a caption
-    that is not UTF-8, too long, or empty (unless allow_empty).
+    DataError, with shard and key, for a shard that cannot be read, a sample without image or
+    caption, and a caption that is not UTF-8, too long, or empty (unless allow_empty).
     """
     images = []
     for path in sorted(Path(folder).glob("*.tar")):
@@ -43,7 +51,10 @@ def _image(
     where = f"{path}: sample {key}"
     place = next((files[extension] for extension in EXTENSIONS if extension in files), None)
     if place is None or "txt" not in files:
-        raise DataError(f"{where} needs an image ({', '.join(EXTENSIONS)}) and a .txt; it has {', '.join(files)}")
+        raise DataError(
+            f"{where} needs an image ({', '.join(EXTENSIONS)}) and a .txt; it has "
+            f"{', '.join(files)}"
+        )
     offset, size = files["txt"]
     shard.seek(offset)
     try:

@@ -1,8 +1,10 @@
-"""The tiny world: 64x64 pictures of two coloured shapes side by side or one above the other, with true captions.
+"""The tiny world: 64x64 pictures of two coloured shapes side by side or one above the other, with
+true captions.
 
-Small enough that a UNet of a few million parameters learns it in minutes on a CPU, and made so that a program can read
-a picture's caption back from its pixels (`sd_perf.evaluation.judge`). There are 96 captions; where exactly the shapes
-lie, how large they are and how bright the background is differs from picture to picture.
+Small enough that a UNet of a few million parameters learns it in minutes on a CPU, and made so that
+a program can read a picture's caption back from its pixels (`sd_perf.evaluation.judge`). There are
+96 captions; where exactly the shapes lie, how large they are and how bright the background is
+differs from picture to picture.
 """
 
 from __future__ import annotations
@@ -22,7 +24,12 @@ from sd_perf.optional import optional
 
 SIZE = 64
 """rows and columns of a picture, pixels"""
-COLOURS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (40, 70, 220), "yellow": (240, 210, 40)}
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 160, 60),
+    "blue": (40, 70, 220),
+    "yellow": (240, 210, 40),
+}
 """name: RGB, 0 to 255"""
 SHAPES = ("square", "circle")
 RELATIONS = ("left of", "above")
@@ -31,14 +38,16 @@ DISTANCE = (15.0, 17.0)
 SIDESTEP = 5.0
 """largest distance of a shape's centre from the picture's, across the relation's axis, pixels"""
 HALF_WIDTH = (11.0, 13.5)
-"""half a square's side or a circle's radius, pixels; with DISTANCE, shapes neither touch nor leave the picture"""
+"""half a square's side or a circle's radius, pixels; with DISTANCE, shapes neither touch nor leave
+the picture"""
 BACKGROUND = (160.0, 235.0)
 """grey level of the background, 0 to 255"""
 
 
 @dataclass(frozen=True)
 class Attributes:
-    """What a caption says: the first shape is left of the second, or above it. The colours differ."""
+    """What a caption says: the first shape is left of the second, or above it. The colours
+    differ."""
 
     first_colour: str
     first_shape: str
@@ -49,7 +58,10 @@ class Attributes:
     @property
     def caption(self) -> str:
         """Plain English: "a red square left of a blue circle"."""
-        return f"a {self.first_colour} {self.first_shape} {self.relation} a {self.second_colour} {self.second_shape}"
+        return (
+            f"a {self.first_colour} {self.first_shape} {self.relation} a {self.second_colour} "
+            f"{self.second_shape}"
+        )
 
 
 @dataclass(frozen=True)
@@ -77,12 +89,16 @@ def all_attributes() -> list[Attributes]:
 
 def render(seed: int, index: int) -> Scene:
     """Scene number `index` of a seed: the same picture and caption on every call. Both are >= 0."""
-    # Uniform doubles alone, because numpy promises the same stream of these for a bit generator, not of every method.
+    # Uniform doubles alone, because numpy promises the same stream of these for a bit generator,
+    # not of every method.
     draws = iter(np.random.Generator(np.random.Philox(key=[seed, index])).random(8))
     world = all_attributes()
     attributes = world[int(next(draws) * len(world))]
     image = np.full((SIZE, SIZE, 3), _between(BACKGROUND, next(draws)))
-    names = ((attributes.first_colour, attributes.first_shape), (attributes.second_colour, attributes.second_shape))
+    names = (
+        (attributes.first_colour, attributes.first_shape),
+        (attributes.second_colour, attributes.second_shape),
+    )
     for side, (colour, shape) in zip((-1, 1), names, strict=True):
         along = (SIZE - 1) / 2 + side * _between(DISTANCE, next(draws))
         across = (SIZE - 1) / 2 + _between((-SIDESTEP, SIDESTEP), next(draws))
@@ -93,7 +109,8 @@ def render(seed: int, index: int) -> Scene:
 
 
 def coverage(shape: str, x: float, y: float, half_width: float) -> np.ndarray:
-    """How much of each pixel a shape covers: (64, 64) float64 in [0, 1], antialiased; x, y, half_width in pixels."""
+    """How much of each pixel a shape covers: (64, 64) float64 in [0, 1], antialiased; x, y,
+    half_width in pixels."""
     pixels = np.arange(SIZE, dtype=np.float64)
     columns, rows = np.abs(pixels[None, :] - x), np.abs(pixels[:, None] - y)
     distance = np.maximum(columns, rows) if shape == "square" else np.hypot(columns, rows)
@@ -105,11 +122,12 @@ def _between(limits: tuple[float, float], draw: float) -> float:
 
 
 def write_scenes(folder: str | Path, num: int, seed: int, uncaptioned_every: int = 0) -> None:
-    """Scenes 0 to num - 1 of a seed as PNG files with a captions.jsonl, as `sd-perf data prepare` reads them.
+    """Scenes 0 to num - 1 of a seed as PNG files with a captions.jsonl, as `sd-perf data prepare`
+    reads them.
 
-    Where `uncaptioned_every` is n > 0, each n-th scene has the empty caption, from which a model learns what it is to
-    be guided away from (Ho & Salimans, arXiv 2207.12598); preparing them takes data.allow_empty_captions.
-    DataError where the folder already holds something.
+    Where `uncaptioned_every` is n > 0, each n-th scene has the empty caption, from which a model
+    learns what it is to be guided away from (Ho & Salimans, arXiv 2207.12598); preparing them takes
+    data.allow_empty_captions. DataError where the folder already holds something.
     """
     folder = Path(folder)
     with disk_errors(folder, "make room or choose another folder", DataError):

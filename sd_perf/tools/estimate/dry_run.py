@@ -1,4 +1,5 @@
-"""What a config amounts to, without allocating its weights: parameters, FLOPs, memory, batch arithmetic."""
+"""What a config amounts to, without allocating its weights: parameters, FLOPs, memory, batch
+arithmetic."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from sd_perf.tools.estimate.ways import kept
 def dry_run(config: Config, world_size: int, target: str = "here") -> dict[str, Any]:
     """Facts of a run on a GPU of `sd_kernels.spec.DECLARED_TARGETS` or here, as JSON takes them.
 
-    Raises ConfigError where the batch does not divide, or a kernel that is asked for cannot be had there.
+    Raises ConfigError where the batch does not divide, or a kernel that is asked for cannot be had
+    there.
     """
     micro_batch = config.micro_batch_size(world_size)
     device = target_named(target)
@@ -32,7 +34,9 @@ def dry_run(config: Config, world_size: int, target: str = "here") -> dict[str, 
     activations = _activation_bytes(config)
     weight_bytes = 4 * parameters
     low_precision = 2 * parameters if config.training.precision == "bf16" else 0
-    name = "activations" + ("_without_checkpointing" if config.model.activation_checkpointing else "")
+    name = "activations" + (
+        "_without_checkpointing" if config.model.activation_checkpointing else ""
+    )
     memory = {
         "weights": weight_bytes,
         "gradients": weight_bytes,
@@ -70,18 +74,27 @@ def as_table(facts: dict[str, Any]) -> Table:
     table.add_row("parameters", f"{facts['parameters']:,} in {facts['tensors']} tensors")
     table.add_row("forward", f"{facts['gflops_forward']:,.1f} GFLOP per sample")
     table.add_row("forward + backward", f"{facts['gflops_forward_backward']:,.1f} GFLOP per sample")
-    parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items() if name != "total")
+    parts = ", ".join(
+        f"{name} {size / 2**30:.2f}" for name, size in memory.items() if name != "total"
+    )
     table.add_row("memory per rank", f"{memory['total'] / 2**30:.2f} GiB: {parts}")
     table.add_row(
         "batch",
-        f"{batch['global']} samples per step = {batch['ranks']} ranks x {batch['accumulate_steps']} "
+        f"{batch['global']} samples per step = {batch['ranks']} ranks x "
+        f"{batch['accumulate_steps']} "
         f"accumulation steps x {batch['per_rank_and_pass']}",
     )
     formats = facts["linear_layers"]
     named = ", ".join(f"{layers} {number_format}" for layers, number_format in formats.items())
-    table.add_row("linear layers", named if len(set(formats.values())) > 1 else next(iter(formats.values())))
-    table.add_row("learning rate", f"{facts['learning_rate']:.4g} after {facts['warmup_steps']} steps")
-    table.add_row("steps", f"{facts['steps']:,}, a checkpoint every {facts['steps_between_checkpoints']:,}")
+    table.add_row(
+        "linear layers", named if len(set(formats.values())) > 1 else next(iter(formats.values()))
+    )
+    table.add_row(
+        "learning rate", f"{facts['learning_rate']:.4g} after {facts['warmup_steps']} steps"
+    )
+    table.add_row(
+        "steps", f"{facts['steps']:,}, a checkpoint every {facts['steps_between_checkpoints']:,}"
+    )
     return table
 
 
@@ -91,7 +104,8 @@ def _format(config: Config, layers: str) -> str:
 
 
 def kernels_table(facts: dict[str, Any]) -> tuple[Any, ...]:
-    """The backends that were chosen, and why each better one was passed over; nothing for the plain network."""
+    """The backends that were chosen, and why each better one was passed over; nothing for the plain
+    network."""
     if not facts["kernels"]:
         return ()
     title = f"kernels on {facts['target']}"
@@ -120,7 +134,8 @@ def _inputs(config: Config, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Ten
 
 
 def _flops(unet: UNet, config: Config) -> tuple[int, int]:
-    """FLOPs per sample of forward and of forward + backward (multiply-add is 2; nothing counted twice)."""
+    """FLOPs per sample of forward and of forward + backward (multiply-add is 2; nothing counted
+    twice)."""
     with FlopCounterMode(display=False) as forward:
         output = unet(*_inputs(config, torch.float32))
     with FlopCounterMode(display=False) as backward:

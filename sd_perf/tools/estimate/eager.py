@@ -1,7 +1,9 @@
-"""What plain eager PyTorch does in a training step: every kernel of the reference UNet, recorded on the meta device.
+"""What plain eager PyTorch does in a training step: every kernel of the reference UNet, recorded on
+the meta device.
 
-CUDA autocast is played on meta tensors, where torch has none: products in bfloat16, norms in float32. An operator is
-counted as reading its tensors once and writing its results once, which is the least that it can do.
+CUDA autocast is played on meta tensors, where torch has none: products in bfloat16, norms in
+float32. An operator is counted as reading its tensors once and writing its results once, which is
+the least that it can do.
 """
 
 from __future__ import annotations
@@ -23,15 +25,25 @@ from sd_perf.tools.estimate.kernels import Kernel, Product
 
 _IN_BFLOAT16 = {torch.conv2d, F.conv2d, F.linear, F.scaled_dot_product_attention}
 _IN_FLOAT32 = {F.group_norm, torch.group_norm, F.layer_norm, torch.layer_norm}
-_NAMES = {"native_group_norm": "group_norm", "silu": "group_norm", "native_layer_norm": "layer_norm"}
+_NAMES = {
+    "native_group_norm": "group_norm",
+    "silu": "group_norm",
+    "native_layer_norm": "layer_norm",
+}
 _NAMES |= {"gelu": "geglu", "mul": "geglu"}
-_PASSES = {"native_group_norm": 3 / 2, "native_group_norm_backward": 5 / 3, "native_layer_norm_backward": 5 / 3}
-"""over large tensors, where torch's kernels make more than one reading each takes (aten/src/ATen/native/cuda)"""
+_PASSES = {
+    "native_group_norm": 3 / 2,
+    "native_group_norm_backward": 5 / 3,
+    "native_layer_norm_backward": 5 / 3,
+}
+"""over large tensors, where torch's kernels make more than one reading each takes
+(aten/src/ATen/native/cuda)"""
 _NO_KERNEL = {"empty", "detach", "_unsafe_view", "lift_fresh", "zeros_like", "ones_like"}
 
 
 class _Autocast(TorchFunctionMode):
-    """Casts as torch.autocast("cuda") does; a weight once per step. Attention by its fused kernel."""
+    """Casts as torch.autocast("cuda") does; a weight once per step. Attention by its fused
+    kernel."""
 
     def __init__(self, enabled: bool) -> None:
         super().__init__()
@@ -39,7 +51,11 @@ class _Autocast(TorchFunctionMode):
         self.casts = {torch.bfloat16: _IN_BFLOAT16, torch.float32: _IN_FLOAT32} if enabled else {}
 
     def cast(self, value: Any, dtype: torch.dtype) -> Any:
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dtype == dtype:
+        if (
+            not isinstance(value, torch.Tensor)
+            or not value.is_floating_point()
+            or value.dtype == dtype
+        ):
             return value
         if not isinstance(value, torch.nn.Parameter):
             return value.to(dtype)
@@ -47,7 +63,9 @@ class _Autocast(TorchFunctionMode):
             self.weights[id(value)] = value.to(dtype)
         return self.weights[id(value)]
 
-    def __torch_function__(self, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, function: Callable, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         for dtype, functions in self.casts.items():
             if function in functions:
                 args = [self.cast(value, dtype) for value in args]
@@ -58,7 +76,11 @@ class _Autocast(TorchFunctionMode):
 
 
 def _bytes(values: Any) -> int:
-    return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor))
+    return sum(
+        leaf.numel() * leaf.element_size()
+        for leaf in tree_leaves(values)
+        if isinstance(leaf, torch.Tensor)
+    )
 
 
 class _Recorder(TorchDispatchMode):
@@ -67,7 +89,9 @@ class _Recorder(TorchDispatchMode):
         self.kernels: list[Kernel] = []
         self.backward = False
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         out = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
         if not function.is_view and name not in _NO_KERNEL:
@@ -92,7 +116,8 @@ class _Recorder(TorchDispatchMode):
             yield Kernel(_NAMES.get(short, "elementwise"), moved * _PASSES.get(name, 1.0))
 
     def _convolution(self, name: str, args: Any, out: Any) -> Iterator[Kernel]:
-        """The product or products, what turns NCHW images to the NHWC of the tensor cores and back, and the bias."""
+        """The product or products, what turns NCHW images to the NHWC of the tensor cores and back,
+        and the bias."""
         forward = name == "convolution"
         x, weight, y = (args[0], args[1], out) if forward else (args[1], args[2], args[0])
         outputs, channels, *taps = weight.shape
@@ -100,7 +125,9 @@ class _Recorder(TorchDispatchMode):
         products = [Product(pixels, outputs, area * channels)]
         if not forward:
             inner = pixels * outputs * area * channels // x.numel()
-            products = [Product(x.numel() // channels, channels, inner)] if out[0] is not None else []
+            products = (
+                [Product(x.numel() // channels, channels, inner)] if out[0] is not None else []
+            )
             products.append(Product(outputs, area * channels, pixels))
         for product in products:
             yield Kernel("conv" if area > 1 else "skip_conv", _bytes((x, weight, y)), product)
@@ -109,7 +136,8 @@ class _Recorder(TorchDispatchMode):
 
 
 def recorded(forward: Callable[[], Any], autocast: bool = True) -> tuple[list[Kernel], float]:
-    """Kernels of a forward pass on the meta device and of its backward, and the bytes that the one keeps for the other.
+    """Kernels of a forward pass on the meta device and of its backward, and the bytes that the one
+    keeps for the other.
 
     The gradients of what `forward` gives are there; they are neither made nor counted.
     """
@@ -124,7 +152,9 @@ def recorded(forward: Callable[[], Any], autocast: bool = True) -> tuple[list[Ke
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), casts, recorder:
         outputs = tree_leaves(forward())
     recorder.backward = True
-    gradients = [torch.ones_like(output, memory_format=torch.contiguous_format) for output in outputs]
+    gradients = [
+        torch.ones_like(output, memory_format=torch.contiguous_format) for output in outputs
+    ]
     with recorder:
         torch.autograd.backward(outputs, gradients)
     for weight in casts.weights.values():

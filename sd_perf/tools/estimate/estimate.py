@@ -1,7 +1,8 @@
 """Predicted time and memory of a training step on one GPU, for three ways of working.
 
-A kernel takes as long as its arithmetic or its bytes, whichever is longer; a step is the sum of its kernels, and of the
-gaps between them. Communication between GPUs is not counted. What the sums rest on: docs/performance.md.
+A kernel takes as long as its arithmetic or its bytes, whichever is longer; a step is the sum of its
+kernels, and of the gaps between them. Communication between GPUs is not counted. What the sums rest
+on: docs/performance.md.
 """
 
 from __future__ import annotations
@@ -38,15 +39,18 @@ _FAMILIES = {
 _COLOURS = ("#0b5a94", "#5b9bc8", "#9cc3e0", "#b5651d", "#d99a5b", "#7a7a7a", "#b5b5b5", "#e3e3e3")
 _OPS = [op for ops in _FAMILIES.values() for op in ops]
 _GAP = {"plain": 0.9e-6, "submission": 0.5e-6, "fused": 0.5e-6}
-"""seconds between a kernel and the next, in a stream or in a graph (NVIDIA, "Getting Started with CUDA Graphs")"""
+"""seconds between a kernel and the next, in a stream or in a graph (NVIDIA, "Getting Started with
+CUDA Graphs")"""
 _HOST = 5e-6
-"""seconds in which the host issues one eager kernel (assumed); the GPU waits where the host is slower"""
+"""seconds in which the host issues one eager kernel (assumed); the GPU waits where the host is
+slower"""
 _WORKSPACE = 32 * 2**20
 """bytes that cuBLAS takes on Hopper (torch's documentation of CUBLAS_WORKSPACE_CONFIG)"""
 
 
 def estimate(config: Config, gpu: str, batch: int, ranks: int = 1) -> dict[str, Any]:
-    """Figures per way of working, as JSON takes them; those of `fused` at the top, too. All in bfloat16.
+    """Figures per way of working, as JSON takes them; those of `fused` at the top, too. All in
+    bfloat16.
 
     `fused` is what the ops amount to in one CUDA graph, not a step that the trainer has yet.
     ranks: GPUs that share the submission's optimizer state.
@@ -62,27 +66,53 @@ def estimate(config: Config, gpu: str, batch: int, ranks: int = 1) -> dict[str, 
     N = unet.parameters
     eager, eager_kept = plain(config, batch)
     kernels = {
-        "plain": [*eager, Kernel("adamw", 28.0 * N)],  # reads gradients, reads and writes the rest, all float32
+        "plain": [
+            *eager,
+            Kernel("adamw", 28.0 * N),
+        ],  # reads gradients, reads and writes the rest, all float32
         "submission": list(submission(unet, batch, ranks)),
         "fused": list(fused(unet, batch)),
     }
     names = ("weights", "masters", "gradients", "moments", "activations")
     held = {  # plain keeps its weights in bfloat16, too; ours keeps the lower half of its masters
         "plain": (6 * N, 0, 4 * N, 8 * N, eager_kept),
-        "submission": (2 * N, 4 * N / ranks, 2 * N, 8 * N / ranks, kept(unet, batch, concatenated=True)),
+        "submission": (
+            2 * N,
+            4 * N / ranks,
+            2 * N,
+            8 * N / ranks,
+            kept(unet, batch, concatenated=True),
+        ),
         "fused": (2 * N, 2 * N, 2 * N, 8 * N, kept(unet, batch, concatenated=False)),
     }
-    ways = {way: _figures(way, kernels[way], dict(zip(names, held[way], strict=True)), chosen, batch) for way in WAYS}
+    ways = {
+        way: _figures(way, kernels[way], dict(zip(names, held[way], strict=True)), chosen, batch)
+        for way in WAYS
+    }
     notes = list(refusals(unet, batch))
     if config.training.precision != "bf16":
-        notes.append(f"training.precision is {config.training.precision}; these figures are of bfloat16")
+        notes.append(
+            f"training.precision is {config.training.precision}; these figures are of bfloat16"
+        )
     for way, figures in ways.items():
         if batch > (largest := figures["largest_batch"]):
-            notes.append(f"{way}: batch {batch} does not fit into {chosen.name}; the largest that does is {largest}")
-    return {"gpu": gpu, "batch": batch, "ranks": ranks, "notes": notes, **ways["fused"], "ways": ways}
+            notes.append(
+                f"{way}: batch {batch} does not fit into {chosen.name}; the largest that does is "
+                f"{largest}"
+            )
+    return {
+        "gpu": gpu,
+        "batch": batch,
+        "ranks": ranks,
+        "notes": notes,
+        **ways["fused"],
+        "ways": ways,
+    }
 
 
-def _figures(way: str, kernels: list[Kernel], held: dict[str, float], gpu: GPU, batch: int) -> dict[str, Any]:
+def _figures(
+    way: str, kernels: list[Kernel], held: dict[str, float], gpu: GPU, batch: int
+) -> dict[str, Any]:
     by_op: dict[str, dict[str, float]] = {
         op: {"ms_per_sample": 0.0, "gflop": 0.0, "gigabytes": 0.0, "kernels": 0} for op in _OPS
     }
@@ -98,13 +128,17 @@ def _figures(way: str, kernels: list[Kernel], held: dict[str, float], gpu: GPU, 
     total = max(host, busy)
     workspace = max(kernel.bytes for kernel in kernels if kernel.op != "adamw")
     fixed = sum(held.values()) - held["activations"] + _WORKSPACE
-    memory = {name: int(size) for name, size in held.items()} | {"workspace": int(workspace) + _WORKSPACE}
+    memory = {name: int(size) for name, size in held.items()} | {
+        "workspace": int(workspace) + _WORKSPACE
+    }
     return {
         "samples_per_second": 1e3 / total,
         "ms_per_sample": total,
         "by_op": {op: row for op, row in by_op.items() if row["ms_per_sample"]},
         "memory_bytes": {**memory, "total": sum(memory.values())},
-        "largest_batch": max(int((gpu.memory - fixed) * batch // (held["activations"] + workspace)), 0),
+        "largest_batch": max(
+            int((gpu.memory - fixed) * batch // (held["activations"] + workspace)), 0
+        ),
     }
 
 
@@ -115,7 +149,11 @@ def tables(facts: dict[str, Any]) -> Iterable[Any]:
     ways = facts["ways"]
     title = f"{GPUS[facts['gpu']].name}, batch {facts['batch']}: ms and GB per sample, at least"
     times = Table(
-        "", *(f"{way}\nms" for way in ways), *(f"{way}\nGB" for way in ways), title=title, title_justify="left"
+        "",
+        *(f"{way}\nms" for way in ways),
+        *(f"{way}\nGB" for way in ways),
+        title=title,
+        title_justify="left",
     )
     for op in _OPS:
         rows = [way["by_op"].get(op) for way in ways.values()]
@@ -124,15 +162,23 @@ def tables(facts: dict[str, Any]) -> Iterable[Any]:
             times.add_row(op, *("" if cell is None else f"{cell:.3f}" for cell in cells))
     times.add_section()
     moved = [sum(row["gigabytes"] for row in way["by_op"].values()) for way in ways.values()]
-    times.add_row("sum", *(f"{value:.3f}" for value in [*(way["ms_per_sample"] for way in ways.values()), *moved]))
-    times.add_row("samples/s at most", *(f"[bold]{way['samples_per_second']:.1f}[/]" for way in ways.values()))
+    times.add_row(
+        "sum",
+        *(f"{value:.3f}" for value in [*(way["ms_per_sample"] for way in ways.values()), *moved]),
+    )
+    times.add_row(
+        "samples/s at most", *(f"[bold]{way['samples_per_second']:.1f}[/]" for way in ways.values())
+    )
     yield times
     memory = Table("", *ways, title="memory, GB", title_justify="left")
     for name in facts["memory_bytes"]:
         memory.add_row(name, *(f"{way['memory_bytes'][name] / 1e9:.1f}" for way in ways.values()))
     memory.add_row("largest batch", *(f"{way['largest_batch']:,}" for way in ways.values()))
     yield memory
-    yield "One GPU; communication is not counted. fused is what the ops amount to; the trainer has no such step yet."
+    yield (
+        "One GPU; communication is not counted. fused is what the ops amount to; the trainer has "
+        "no such step yet."
+    )
     yield from facts["notes"]
 
 
@@ -146,7 +192,9 @@ def draw(facts: dict[str, Any], path: Path) -> None:
         rows = [[way["by_op"][op] for op in ops if op in way["by_op"]] for way in ways.values()]
         spent = [sum(row["ms_per_sample"] for row in some) for some in rows]
         if any(spent):
-            axes.barh(list(WAYS.values()), spent, left=ends, color=colour, label=family, height=0.62)
+            axes.barh(
+                list(WAYS.values()), spent, left=ends, color=colour, label=family, height=0.62
+            )
             ends = [end + width for end, width in zip(ends, spent, strict=True)]
     for place, (end, way) in enumerate(zip(ends, ways.values(), strict=True)):
         axes.text(end, place, f"  at most {way['samples_per_second']:,.0f} samples/s", va="center")

@@ -1,6 +1,7 @@
 """Kernels and GPUs, and how long the one takes on the other at least.
 
-Nothing here is fitted to a training speed: rates are published or measured on single products, copies and attentions.
+Nothing here is fitted to a training speed: rates are published or measured on single products,
+copies and attentions.
 """
 
 from __future__ import annotations
@@ -52,14 +53,25 @@ _HOPPER: dict[str, Any] = {
     "attention": {"plain": _FLASH_2, "submission": _CUDNN, "fused": _FLASH_3},
 }
 GPUS = {
-    "a100": GPU("A100 80 GB", 108, 312, 2.0e12, 80e9, dict.fromkeys(("plain", "submission", "fused"), _AMPERE)),
+    "a100": GPU(
+        "A100 80 GB",
+        108,
+        312,
+        2.0e12,
+        80e9,
+        dict.fromkeys(("plain", "submission", "fused"), _AMPERE),
+    ),
     "h100": GPU("H100 80 GB", bandwidth=3.0e12, memory=80e9, **_HOPPER),
     "h200": GPU("H200 141 GB", bandwidth=4.3e12, memory=141e9, **_HOPPER),
     "b200": GPU(
-        "B200 180 GB", 148, 2250, 8.0e12, 180e9,
+        "B200 180 GB",
+        148,
+        2250,
+        8.0e12,
+        180e9,
         {"plain": Rates((359, 307), (281, 315)), "submission": _BLACKWELL, "fused": _BLACKWELL},
     ),
-}  # fmt: skip
+}
 
 
 class Product(NamedTuple):
@@ -70,12 +82,24 @@ class Product(NamedTuple):
     K: int
 
     def seconds(self, gpu: GPU) -> float:
-        """With the best tile and split: whole waves of tiles, and the parts of split sums written and read."""
-        return min(self._seconds(gpu, rows, columns, split) for rows, columns in _TILES for split in _SPLITS)
+        """With the best tile and split: whole waves of tiles, and the parts of split sums written
+        and read."""
+        return min(
+            self._seconds(gpu, rows, columns, split)
+            for rows, columns in _TILES
+            for split in _SPLITS
+        )
 
     def _seconds(self, gpu: GPU, rows: int, columns: int, split: int) -> float:
         programs = math.ceil(self.M / rows) * math.ceil(self.N / columns) * split
-        of_program = 2.0 * rows * columns * math.ceil(self.K / split) * gpu.multiprocessors / (gpu.tflops * 1e12)
+        of_program = (
+            2.0
+            * rows
+            * columns
+            * math.ceil(self.K / split)
+            * gpu.multiprocessors
+            / (gpu.tflops * 1e12)
+        )
         parts = 8.0 * self.M * self.N * split if split > 1 else 0.0
         return math.ceil(programs / gpu.multiprocessors) * of_program + parts / gpu.bandwidth
 

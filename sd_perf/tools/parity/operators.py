@@ -1,4 +1,5 @@
-"""Level op: every operator against its reference in float64, by the rule and the harness of sd_kernels."""
+"""Level op: every operator against its reference in float64, by the rule and the harness of
+sd_kernels."""
 
 from __future__ import annotations
 
@@ -18,12 +19,15 @@ SMALL_CASES = 3
 
 
 def compare_operators(subject: Subject) -> Iterator[Row]:
-    """The worst output or gradient of each operator, backend and dtype, over its small and ragged cases."""
+    """The worst output or gradient of each operator, backend and dtype, over its small and ragged
+    cases."""
     for op, spec in all_ops().items():
         backend = subject.choices[op].backend
         if backend == spec.backends[-1].name:
             continue  # the reference itself
-        cases = spec.small_cases[:SMALL_CASES] if subject.where == "interpreter" else spec.small_cases
+        cases = (
+            spec.small_cases[:SMALL_CASES] if subject.where == "interpreter" else spec.small_cases
+        )
         for dtype in _dtypes(spec, backend):
             taken = [case for case in cases if not _against(spec, backend, case, dtype)]
             if taken:
@@ -31,8 +35,8 @@ def compare_operators(subject: Subject) -> Iterator[Row]:
 
 
 def _dtypes(spec: OpSpec, backend: str) -> list[torch.dtype]:
-    """Ours in what the UNet computes in. Other people's kernels answer for their own rounding: in float64, where they
-    take it, an error can only be one of how they are called."""
+    """Ours in what the UNet computes in. Other people's kernels answer for their own rounding: in
+    float64, where they take it, an error can only be one of how they are called."""
     ours = [dtype for dtype in spec.dtypes if dtype != torch.float16]
     takes_wide = not all(_against(spec, backend, case, torch.float64) for case in spec.small_cases)
     return [torch.float64] if backend != "triton" and takes_wide else ours
@@ -42,13 +46,27 @@ def _against(spec: OpSpec, backend: str, case: Case, dtype: torch.dtype) -> list
     return reasons_against(spec.backend(backend), Target.here(), [case], dtype)
 
 
-def _worst(subject: Subject, spec: OpSpec, backend: str, cases: list[Case], dtype: torch.dtype) -> Row:
+def _worst(
+    subject: Subject, spec: OpSpec, backend: str, cases: list[Case], dtype: torch.dtype
+) -> Row:
     function, verdicts = subject.function(spec.name), []
     for case in cases:
-        verdicts += harness.check(spec, backend, case, dtype, subject.device.type, function=function)
+        verdicts += harness.check(
+            spec, backend, case, dtype, subject.device.type, function=function
+        )
     sizes = [verdict for verdict in verdicts if verdict.measure != "rms"]
-    largest, mean = (max(some, key=_used) for some in (sizes, [v for v in verdicts if v.measure == "rms"] or sizes))
-    errors = largest.error, mean.error, largest.torch_error, mean.torch_error, largest.budget, mean.budget
+    largest, mean = (
+        max(some, key=_used)
+        for some in (sizes, [v for v in verdicts if v.measure == "rms"] or sizes)
+    )
+    errors = (
+        largest.error,
+        mean.error,
+        largest.torch_error,
+        mean.torch_error,
+        largest.budget,
+        mean.budget,
+    )
     note = f"worst: {largest.output}, case {largest.case!r}"
     return Row("op", f"{spec.name} ({backend})", subject.where, largest.dtype, *errors, note)
 
@@ -57,4 +75,8 @@ def _used(verdict: harness.Verdict) -> float:
     """Share of the budget; a NaN is the worst of all."""
     if verdict.ok:
         return verdict.error / verdict.budget if verdict.budget else 0.0
-    return verdict.error / verdict.budget if verdict.error == verdict.error and verdict.budget else float("inf")
+    return (
+        verdict.error / verdict.budget
+        if verdict.error == verdict.error and verdict.budget
+        else float("inf")
+    )

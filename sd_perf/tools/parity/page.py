@@ -13,7 +13,18 @@ from sd_perf.config import Config
 from sd_perf.runs.parity_record import LEVELS
 from sd_perf.tools.html import document, quiet, table
 
-_HEAD = ("what", "where", "dtype", "max error", "allowed", "torch's", "RMS error", "allowed", "torch's", "verdict")
+_HEAD = (
+    "what",
+    "where",
+    "dtype",
+    "max error",
+    "allowed",
+    "torch's",
+    "RMS error",
+    "allowed",
+    "torch's",
+    "verdict",
+)
 _LEVELS = {
     "op": "Operators, each against its reference in float64",
     "block": "Blocks, each given what the plain one is given",
@@ -24,9 +35,12 @@ _LEVELS = {
     "world": "Whole runs over three seeds",
 }
 _RULE = (
-    "Errors are relative, of the fast path against the plain one in float64. Allowed is twice what plain torch makes "
-    "at the same dtype, and four ulp of float32. Interpreter: tiny shapes, every Triton kernel in Triton's "
-    "interpreter, which cannot show how a GPU rounds. Structure: the config's network on the operators that a CPU has. "
+    "Errors are relative, of the fast path against the plain one in float64. Allowed is twice "
+    "what plain torch makes "
+    "at the same dtype, and four ulp of float32. Interpreter: tiny shapes, every Triton kernel in "
+    "Triton's "
+    "interpreter, which cannot show how a GPU rounds. Structure: the config's network on the "
+    "operators that a CPU has. "
     "Gpu: full size."
 )
 
@@ -37,7 +51,10 @@ def verdict(record: dict[str, Any]) -> str:
     if not wrong:
         return f"green: {len(record['rows'])} comparisons at {len(record['levels'])} levels"
     named = "; ".join(f"{row['level']}: {row['name']}" for row in wrong[:3])
-    return f"red: {len(wrong)} of {len(record['rows'])} comparisons ({named}{', ...' if len(wrong) > 3 else ''})"
+    return (
+        f"red: {len(wrong)} of {len(record['rows'])} comparisons "
+        f"({named}{', ...' if len(wrong) > 3 else ''})"
+    )
 
 
 def levels_of(record: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
@@ -56,7 +73,9 @@ def worst(rows: list[dict[str, Any]]) -> str:
 
 def _share(row: dict[str, Any]) -> float:
     pairs = ((row["max_error"], row["max_budget"]), (row["rms_error"], row["rms_budget"]))
-    return max((float(error) / float(budget) if budget else float(error != 0)) for error, budget in pairs)
+    return max(
+        (float(error) / float(budget) if budget else float(error != 0)) for error, budget in pairs
+    )
 
 
 def screen(record: dict[str, Any]) -> Iterable[Any]:
@@ -68,7 +87,9 @@ def screen(record: dict[str, Any]) -> Iterable[Any]:
     wrong = [row for row in record["rows"] if not row["ok"]]
     for row in wrong:
         name, where, dtype, *numbers, _ = _cells(row)
-        errors = "{} (allowed {}, plain torch {}), RMS {} (allowed {}, plain torch {})".format(*numbers)
+        errors = "{} (allowed {}, plain torch {}), RMS {} (allowed {}, plain torch {})".format(
+            *numbers
+        )
         yield f"[red]{row['level']}[/] {name}, {where}, {dtype}: max {errors}"
     yield "Triton kernels: " + (_counts(record["triton_launches"]) or "none ran")
     yield from record["notes"]
@@ -94,19 +115,30 @@ def page(record: dict[str, Any], config: Config) -> str:
         sections.append(f"<h2>{_LEVELS[level]}</h2>{table(map(_cells, rows), _HEAD)}{curves}")
     for where, executed in record["executed"].items():
         ran = ((op, _counts(backends)) for op, backends in executed.items())
-        sections.append(f"<h2>Operators that ran, {where}</h2>{table(ran, ('op', 'calls by backend'))}")
+        sections.append(
+            f"<h2>Operators that ran, {where}</h2>{table(ran, ('op', 'calls by backend'))}"
+        )
     kernels = table(sorted(record["triton_launches"].items()), ("Triton kernel", "launches"))
-    facts = [(key, record[key]) for key in ("config", "code", "device", "date", "git_sha", "command")]
+    facts = [
+        (key, record[key]) for key in ("config", "code", "device", "date", "git_sha", "command")
+    ]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    head = f"<h1>Parity of {escape(config.run.dir)}</h1><p><strong>{escape(verdict(record))}</strong></p>{quiet(_RULE)}"
+    head = (
+        "<h1>Parity of "
+        f"{escape(config.run.dir)}</h1><p><strong>{escape(verdict(record))}</strong></p>{quiet(_RULE)}"
+    )
     notes = "".join(quiet(escape(note)) for note in record["notes"])
     provenance = f"<h2>Provenance</h2>{table([*facts, ('versions', versions)])}"
-    body = f"{head}{notes}{''.join(sections)}<h2>Triton kernels that ran</h2>{kernels}{provenance}\n"
+    body = (
+        f"{head}{notes}{''.join(sections)}<h2>Triton kernels that ran</h2>{kernels}{provenance}\n"
+    )
     return document("parity – sd-perf", body)
 
 
 def _curves(curves: dict[str, list[float]]) -> str:
     names = list(curves)
-    rows = ([number, *(f"{value:.6f}" for value in values)]
-            for number, values in enumerate(zip(*curves.values(), strict=True), start=1))  # fmt: skip
+    rows = (
+        [number, *(f"{value:.6f}" for value in values)]
+        for number, values in enumerate(zip(*curves.values(), strict=True), start=1)
+    )
     return f"<h3>Mean loss of each window of steps</h3>{table(rows, ('window', *names))}"

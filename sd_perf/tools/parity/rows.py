@@ -1,8 +1,9 @@
-"""A line of the parity report: how far the fast path is from the truth, how far plain torch is, and what is allowed.
+"""A line of the parity report: how far the fast path is from the truth, how far plain torch is, and
+what is allowed.
 
-The truth is the plain path in float64. The error may be twice what plain torch makes at the same dtype, and a floor of
-four ulp of float32 is always allowed, since plain torch is sometimes exact by chance (the rule of
-`sd_kernels.harness`).
+The truth is the plain path in float64. The error may be twice what plain torch makes at the same
+dtype, and a floor of four ulp of float32 is always allowed, since plain torch is sometimes exact by
+chance (the rule of `sd_kernels.harness`).
 """
 
 from __future__ import annotations
@@ -24,13 +25,15 @@ FACTOR = 2.0
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison. Errors are relative to the truth's own root mean square and largest number."""
+    """One comparison. Errors are relative to the truth's own root mean square and largest
+    number."""
 
     level: str
     """op, block, unet, grad, step, trajectory or world"""
     name: str
     where: str
-    """interpreter: tiny shapes in Triton's interpreter; structure: the config's network on a CPU; gpu"""
+    """interpreter: tiny shapes in Triton's interpreter; structure: the config's network on a CPU;
+    gpu"""
     dtype: str
     max_error: float
     rms_error: float
@@ -70,18 +73,36 @@ def errors(ours: Tensors, truth: Tensors) -> Errors:
     return torch.stack(largest).max().item(), torch.stack(squares).square().mean().sqrt().item()
 
 
-def judged(level: str, name: str, where: str, dtype: str, ours: Errors, plain: Sequence[Errors], note: str = "") -> Row:
-    """The row of the fast path's errors and of plain torch's, of which the worst is what it makes at this dtype."""
+def judged(
+    level: str,
+    name: str,
+    where: str,
+    dtype: str,
+    ours: Errors,
+    plain: Sequence[Errors],
+    note: str = "",
+) -> Row:
+    """The row of the fast path's errors and of plain torch's, of which the worst is what it makes
+    at this dtype."""
     torch_max, torch_rms = (max(values) for values in zip(*plain, strict=True))
     budgets = FACTOR * torch_max + FLOOR, FACTOR * torch_rms + FLOOR
     return Row(level, name, where, dtype, *ours, torch_max, torch_rms, *budgets, note)
 
 
 def compared(
-    level: str, name: str, where: str, dtype: str, ours: Tensors, plain: Sequence[Tensors], truth: Tensors
+    level: str,
+    name: str,
+    where: str,
+    dtype: str,
+    ours: Tensors,
+    plain: Sequence[Tensors],
+    truth: Tensors,
 ) -> Row:
-    """`judged` of results in this dtype, from the fast path and from plain torch, by their errors in float64."""
-    return judged(level, name, where, dtype, errors(ours, truth), [errors(values, truth) for values in plain])
+    """`judged` of results in this dtype, from the fast path and from plain torch, by their errors
+    in float64."""
+    return judged(
+        level, name, where, dtype, errors(ours, truth), [errors(values, truth) for values in plain]
+    )
 
 
 def exact(level: str, name: str, where: str, dtype: str, different: float, note: str = "") -> Row:

@@ -1,7 +1,8 @@
-"""`sd-perf parity`: levels are compared in child processes, since Triton reads when it is imported how it shall run.
+"""`sd-perf parity`: levels are compared in child processes, since Triton reads when it is imported
+how it shall run.
 
-On a CPU one child has Triton's interpreter, which takes tiny shapes, and one has the config's own network on the
-operators that a CPU has. On a GPU one child has the full size.
+On a CPU one child has Triton's interpreter, which takes tiny shapes, and one has the config's own
+network on the operators that a CPU has. On a GPU one child has the full size.
 """
 
 from __future__ import annotations
@@ -39,17 +40,22 @@ PARTS: dict[Where, tuple[str, ...]] = {
 
 
 def run_parity(config: Config, levels: tuple[str, ...], tell: Tell) -> tuple[dict[str, Any], Path]:
-    """Compare the config's fast path with the plain one; returns the record and the folder that now holds it.
+    """Compare the config's fast path with the plain one; returns the record and the folder that now
+    holds it.
 
     An earlier record of the same config, code and device keeps its other levels.
     """
     from sd_perf.tools.parity.page import page
 
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, implementation="fast"))
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, implementation="fast")
+    )
     folder = record_folder(config)
     with disk_errors(folder, "choose another --run.dir"):
         folder.mkdir(parents=True, exist_ok=True)
-    places: tuple[Where, ...] = ("gpu",) if torch.cuda.is_available() else ("interpreter", "structure")
+    places: tuple[Where, ...] = (
+        ("gpu",) if torch.cuda.is_available() else ("interpreter", "structure")
+    )
     places = tuple(where for where in places if set(levels) & set(PARTS[where]))
     record = _record(config, levels, _children(config, levels, places, folder, tell))
     record = _with_earlier(record, read_json(folder / NAME))
@@ -60,9 +66,14 @@ def run_parity(config: Config, levels: tuple[str, ...], tell: Tell) -> tuple[dic
 
 
 def _with_earlier(record: dict[str, Any], earlier: Any) -> dict[str, Any]:
-    """The record with the levels that only an earlier one of the same config, code and device has."""
+    """The record with the levels that only an earlier one of the same config, code and device
+    has."""
     same = isinstance(earlier, dict) and all(earlier.get(key) == record[key] for key in IDENTITY)
-    kept = [level for level in LEVELS if same and level in earlier["levels"] and level not in record["levels"]]
+    kept = [
+        level
+        for level in LEVELS
+        if same and level in earlier["levels"] and level not in record["levels"]
+    ]
     if not kept:
         return record
     rows = [row for row in earlier["rows"] if row["level"] in kept] + record["rows"]
@@ -86,16 +97,30 @@ def _children(
         running = []
         for where in places:
             wanted = [level for level in levels if level in PARTS[where]]
-            answer, request = Path(scratch) / f"{where}.json", Path(scratch) / f"{where}.request.json"
-            asked = {"config": dataclasses.asdict(config), "where": where, "levels": wanted, "folder": str(folder)}
+            answer, request = (
+                Path(scratch) / f"{where}.json",
+                Path(scratch) / f"{where}.request.json",
+            )
+            asked = {
+                "config": dataclasses.asdict(config),
+                "where": where,
+                "levels": wanted,
+                "folder": str(folder),
+            }
             write_json(request, {**asked, "answer": str(answer)})
             command = [sys.executable, "-m", "sd_perf.tools.parity", str(request)]
             environment = {**os.environ, "TRITON_INTERPRET": "1" if where == "interpreter" else "0"}
             tell(f"{where}: {', '.join(wanted)}")
-            running.append((stack.enter_context(subprocess.Popen(command, env=environment)), answer))
+            running.append(
+                (stack.enter_context(subprocess.Popen(command, env=environment)), answer)
+            )
         codes = [process.wait() for process, _ in running]
         if bad := next((code for code in codes if code), 0):
-            said = "was killed, as the system does when memory runs out" if bad == -9 else "said why above"
+            said = (
+                "was killed, as the system does when memory runs out"
+                if bad == -9
+                else "said why above"
+            )
             raise UserError(f"a part of the comparison ended with {bad}: it {said}")
         return [json.loads(answer.read_text(encoding="utf-8")) for _, answer in running]
 
@@ -106,7 +131,11 @@ def _record(config: Config, levels: tuple[str, ...], parts: list[dict[str, Any]]
     for part in parts:
         launches.update(part["triton_launches"])
     if not launches and set(levels) & set(PARTS["interpreter"]):
-        rows.append(exact("op", "Triton kernels that ran", "all", "", 1.0, "none did, so none is proven").as_dict())
+        rows.append(
+            exact(
+                "op", "Triton kernels that ran", "all", "", 1.0, "none did, so none is proven"
+            ).as_dict()
+        )
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {
         **identity(config),
@@ -123,7 +152,9 @@ def _record(config: Config, levels: tuple[str, ...], parts: list[dict[str, Any]]
     }
 
 
-def compare(config: Config, where: Where, levels: set[str], folder: Path, tell: Tell) -> dict[str, Any]:
+def compare(
+    config: Config, where: Where, levels: set[str], folder: Path, tell: Tell
+) -> dict[str, Any]:
     """One process's part, as JSON takes it."""
     from sd_kernels import launch
     from sd_perf.tools.parity.network import compare_blocks, compare_networks

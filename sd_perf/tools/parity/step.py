@@ -57,26 +57,39 @@ def _batch(subject: Subject, samples: int = SAMPLES) -> Batch:
 
 
 def _draws(subject: Subject) -> Iterator[Row]:
-    """The fused draws against the plain step's, which are the oracle; the fused loss and its gradient."""
+    """The fused draws against the plain step's, which are the oracle; the fused loss and its
+    gradient."""
     batch, step = _batch(subject), DiffusionStep(subject.config.diffusion, SEED).to(subject.device)
     latents, noise, timesteps = step.draw(batch.moments, batch.sample_indices)
     schedule = step.schedule
-    plain = schedule.add_noise(latents, noise, timesteps), schedule.v_target(latents, noise, timesteps)
-    options = FusedDiffusionStep(subject.config, SEED, subject.choices).options | {"dtype": torch.float32}
+    plain = (
+        schedule.add_noise(latents, noise, timesteps),
+        schedule.v_target(latents, noise, timesteps),
+    )
+    options = FusedDiffusionStep(subject.config, SEED, subject.choices).options | {
+        "dtype": torch.float32
+    }
     tables = schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod
     draw = subject.function("diffusion_inputs")
     noisy, target, drawn = draw(batch.moments, batch.sample_indices, *tables, **options)
     yield exact("step", "timesteps drawn", subject.where, "int64", _share(drawn != timesteps))
     wide = [value.double() for value in plain]
-    yield compared("step", "noisy latents and target", subject.where, "float32", [noisy, target], [plain], wide)
+    yield compared(
+        "step", "noisy latents and target", subject.where, "float32", [noisy, target], [plain], wide
+    )
     losses = []
-    for loss_of, dtype in ((subject.function("v_mse_loss"), torch.float32), (F.mse_loss, torch.float32),
-                           (F.mse_loss, torch.float64)):  # fmt: skip
+    for loss_of, dtype in (
+        (subject.function("v_mse_loss"), torch.float32),
+        (F.mse_loss, torch.float32),
+        (F.mse_loss, torch.float64),
+    ):
         prediction = plain[0].to(dtype).requires_grad_()
         loss = loss_of(prediction, plain[1].to(dtype))
         losses.append([loss.detach(), *torch.autograd.grad(loss, prediction)])
     ours, by_torch, truth = losses
-    yield compared("step", "loss and its gradient", subject.where, "float32", ours, [by_torch], truth)
+    yield compared(
+        "step", "loss and its gradient", subject.where, "float32", ours, [by_torch], truth
+    )
 
 
 def _share(different: Tensor) -> float:
@@ -84,12 +97,15 @@ def _share(different: Tensor) -> float:
 
 
 def _ranks(subject: Subject) -> Row:
-    """Noise of a batch divided over ranks, which take every second sample, against that of one rank."""
+    """Noise of a batch divided over ranks, which take every second sample, against that of one
+    rank."""
     step = DiffusionStep(subject.config.diffusion, SEED).to(subject.device)
     shape = 2 * subject.config.model.in_channels, subject.side, subject.side
 
     def noise(rank: int, ranks: int) -> Tensor:
-        own = LoaderOptions(SEED, RANKS * SAMPLES, RANKS * SAMPLES // ranks, rank=rank, world_size=ranks).positions(0)
+        own = LoaderOptions(
+            SEED, RANKS * SAMPLES, RANKS * SAMPLES // ranks, rank=rank, world_size=ranks
+        ).positions(0)
         indices = torch.from_numpy(next(own)).to(subject.device)
         return step.draw(torch.zeros(len(indices), *shape, device=subject.device), indices)[1]
 
@@ -99,11 +115,15 @@ def _ranks(subject: Subject) -> Row:
 
 
 def _optimizer(subject: Subject) -> Iterator[Row]:
-    """The trainer's optimizer and torch's AdamW, unfused, against the formula in float64, given the same gradients."""
+    """The trainer's optimizer and torch's AdamW, unfused, against the formula in float64, given the
+    same gradients."""
     unet = subject.plain()
     start = [parameter.detach().clone() for parameter in unet.parameters()]
     generator = torch.Generator().manual_seed(SEED)
-    grads = [[torch.randn(p.shape, generator=generator).to(p.device) for p in start] for _ in range(STEPS)]
+    grads = [
+        [torch.randn(p.shape, generator=generator).to(p.device) for p in start]
+        for _ in range(STEPS)
+    ]
     options = subject.config.optimizer
     unfused = torch.optim.AdamW(
         [weights.clone() for weights in start],
@@ -114,15 +134,24 @@ def _optimizer(subject: Subject) -> Iterator[Row]:
     )
     optimizers = build_optimizer(unet, subject.config), unfused
     weights = list(unet.parameters()), unfused.param_groups[0]["params"]
-    ours, plain = (_changes(*of_one, start, grads) for of_one in zip(optimizers, weights, strict=True))
+    ours, plain = (
+        _changes(*of_one, start, grads) for of_one in zip(optimizers, weights, strict=True)
+    )
     truth = _textbook(subject.config, start, grads, RATE)
     for kind, numbers in by_kind(unet).items():
-        part, by_torch, wide = ([changes[number] for number in numbers] for changes in (ours, plain, truth))
-        yield compared("step", f"AdamW's change of {kind}", subject.where, "float32", part, [by_torch], wide)
+        part, by_torch, wide = (
+            [changes[number] for number in numbers] for changes in (ours, plain, truth)
+        )
+        yield compared(
+            "step", f"AdamW's change of {kind}", subject.where, "float32", part, [by_torch], wide
+        )
 
 
 def _changes(
-    optimizer: torch.optim.Optimizer, weights: list[Tensor], start: list[Tensor], grads: list[list[Tensor]]
+    optimizer: torch.optim.Optimizer,
+    weights: list[Tensor],
+    start: list[Tensor],
+    grads: list[list[Tensor]],
 ) -> list[Tensor]:
     for group in optimizer.param_groups:
         group["lr"] = RATE
@@ -133,7 +162,9 @@ def _changes(
     return [w.detach().double() - first.double() for w, first in zip(weights, start, strict=True)]
 
 
-def _textbook(config: Config, start: list[Tensor], grads: list[list[Tensor]], rate: float) -> list[Tensor]:
+def _textbook(
+    config: Config, start: list[Tensor], grads: list[list[Tensor]], rate: float
+) -> list[Tensor]:
     """Change of every weight by AdamW as its authors wrote it, in float64."""
     constants, changes = _constants(config), []
     for number, first in enumerate(start):
@@ -154,30 +185,42 @@ def _constants(config: Config) -> dict[str, Any]:
 
 
 def _masters(subject: Subject) -> Row:
-    """float32 masters as bfloat16 weights and remainders, over steps too small for bfloat16 alone."""
+    """float32 masters as bfloat16 weights and remainders, over steps too small for bfloat16
+    alone."""
     N, device, constants = 4099, subject.device, _constants(subject.config)
     generator = torch.Generator(device).manual_seed(SEED)
     start = torch.randn(N, generator=generator, device=device) * 0.05
-    grads = [torch.randn(N, generator=generator, device=device).bfloat16() for _ in range(MASTER_STEPS)]
+    grads = [
+        torch.randn(N, generator=generator, device=device).bfloat16() for _ in range(MASTER_STEPS)
+    ]
     rate = torch.tensor(1e-6, dtype=torch.float64, device=device)
 
-    def change(function: Any, weights: Tensor, remainders: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def change(
+        function: Any, weights: Tensor, remainders: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
         moments = [torch.zeros(N, dtype=dtype, device=device) for _ in range(2)]
         for step, grad in enumerate(grads, start=1):
             count = torch.tensor(step, device=device)
             given = grad if remainders is not None else grad.to(dtype)
             function(weights, remainders, given, *moments, count, rate, **constants)
-        return (weights if remainders is None else join_master(weights, remainders)).double() - start.double()
+        return (
+            weights if remainders is None else join_master(weights, remainders)
+        ).double() - start.double()
 
     ours = change(subject.function("adamw"), *split_master(start), torch.float32)
-    plain, truth = (change(textbook_adamw, start.to(dtype).clone(), None, dtype)
-                    for dtype in (torch.float32, torch.float64))  # fmt: skip
+    plain, truth = (
+        change(textbook_adamw, start.to(dtype).clone(), None, dtype)
+        for dtype in (torch.float32, torch.float64)
+    )
     name = f"masters of bfloat16 weights, {MASTER_STEPS} small steps"
-    return compared("step", name, subject.where, "bfloat16 + remainders", [ours], [[plain]], [truth])
+    return compared(
+        "step", name, subject.where, "bfloat16 + remainders", [ours], [[plain]], [truth]
+    )
 
 
 def _whole_step(subject: Subject) -> Iterator[Row]:
-    """Loss and change of the weights of a training step, as the trainer takes it, with both networks."""
+    """Loss and change of the weights of a training step, as the trainer takes it, with both
+    networks."""
     batch = _batch(subject)
     for dtype in subject.dtypes:
         config = _trained_in(subject.config, dtype)
@@ -186,10 +229,27 @@ def _whole_step(subject: Subject) -> Iterator[Row]:
         by_torch = [_stepped(unet, plain, batch, subject) for unet in subject.plain_networks(dtype)]
         truth = _exact_step(subject, config, batch)
         if dtype == "float32":  # of one number in 16 bits, chance says how near it comes
-            yield compared("step", "loss", subject.where, dtype, ours[:1], [some[:1] for some in by_torch], truth[:1])
-        # By their mean square alone: where rounding turns a gradient's sign, AdamW's first step goes the other way.
+            yield compared(
+                "step",
+                "loss",
+                subject.where,
+                dtype,
+                ours[:1],
+                [some[:1] for some in by_torch],
+                truth[:1],
+            )
+        # By their mean square alone: where rounding turns a gradient's sign, AdamW's first step
+        # goes the other way.
         mean, *means = (2 * errors(_joined(some), _joined(truth))[1:] for some in (ours, *by_torch))
-        yield judged("step", "weights after one step", subject.where, dtype, mean, means, "largest: not looked at")
+        yield judged(
+            "step",
+            "weights after one step",
+            subject.where,
+            dtype,
+            mean,
+            means,
+            "largest: not looked at",
+        )
 
 
 def _stepped(unet: Any, config: Config, batch: Batch, subject: Subject) -> list[Tensor]:
@@ -197,7 +257,10 @@ def _stepped(unet: Any, config: Config, batch: Batch, subject: Subject) -> list[
     start = [parameter.detach().clone() for parameter in unet.parameters()]
     step = TrainStep(unet, config, SEED, World(0, 1, subject.device), None)
     loss, _ = step(iter([batch]), config.optimizer.warmup_steps)
-    return [loss, *(p.detach().double() - w.double() for p, w in zip(unet.parameters(), start, strict=True))]
+    return [
+        loss,
+        *(p.detach().double() - w.double() for p, w in zip(unet.parameters(), start, strict=True)),
+    ]
 
 
 def _joined(values: list[Tensor]) -> list[Tensor]:
@@ -229,7 +292,8 @@ def _exact_step(subject: Subject, config: Config, batch: Batch) -> list[Tensor]:
 
 
 def _sampler(subject: Subject) -> Iterator[Row]:
-    """DDIM against its formula (Song et al. 2021, equation 12 with eta 0), with a model that is a formula itself.
+    """DDIM against its formula (Song et al. 2021, equation 12 with eta 0), with a model that is a
+    formula itself.
 
     As the benchmark samples, the last step ends at alphas_cumprod[0].
     """
@@ -244,10 +308,17 @@ def _sampler(subject: Subject) -> Iterator[Row]:
         return _toy(x, timesteps[0].item())
 
     seen.append(ddim_sample(model, noise, text, text[:1], config, steps, guidance_scale=1.0))
-    plain, truth = (_formula(noise.to(dtype), config, steps) for dtype in (torch.float32, torch.float64))
-    for name, part in (("before its last step", slice(1, -1)), ("after its last step", slice(-1, None))):
+    plain, truth = (
+        _formula(noise.to(dtype), config, steps) for dtype in (torch.float32, torch.float64)
+    )
+    for name, part in (
+        ("before its last step", slice(1, -1)),
+        ("after its last step", slice(-1, None)),
+    ):
         what = f"DDIM's latents {name}"
-        yield compared("step", what, subject.where, "float32", seen[part], [plain[part]], truth[part])
+        yield compared(
+            "step", what, subject.where, "float32", seen[part], [plain[part]], truth[part]
+        )
 
 
 def _toy(x: Tensor, timestep: float) -> Tensor:
@@ -257,7 +328,9 @@ def _toy(x: Tensor, timestep: float) -> Tensor:
 def _formula(x: Tensor, config: Any, steps: int) -> list[Tensor]:
     """Latents before every step and after the last."""
     T = config.num_timesteps
-    betas = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, T, dtype=torch.float64) ** 2
+    betas = (
+        torch.linspace(config.beta_start**0.5, config.beta_end**0.5, T, dtype=torch.float64) ** 2
+    )
     alphas = (1 - betas).cumprod(0).tolist()
     visited, latents = ddim_timesteps(T, steps), [x]
     for t, previous in zip(visited, [*visited[1:], 0], strict=True):

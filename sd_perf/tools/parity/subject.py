@@ -1,4 +1,5 @@
-"""What parity compares: the config's network in three versions, on this machine, and where kernels run."""
+"""What parity compares: the config's network in three versions, on this machine, and where kernels
+run."""
 
 from __future__ import annotations
 
@@ -42,15 +43,20 @@ class Subject:
 
     @classmethod
     def of(cls, config: Config, where: Where) -> Subject:
-        """In the interpreter a tiny network, all of whose operators that have a Triton kernel run it."""
+        """In the interpreter a tiny network, all of whose operators that have a Triton kernel run
+        it."""
         if where != "interpreter":
             return cls(config, where)
         tritons = {
-            op: "triton" for op, spec in all_ops().items() if any(backend.name == "triton" for backend in spec.backends)
+            op: "triton"
+            for op, spec in all_ops().items()
+            if any(backend.name == "triton" for backend in spec.backends)
         }
         kernels = dataclasses.replace(config.kernels, **tritons, strict=False)
         data = dataclasses.replace(config.data, latent_size=4, context_tokens=5)
-        return cls(dataclasses.replace(config, model=tiny(config.model), data=data, kernels=kernels), where)
+        return cls(
+            dataclasses.replace(config, model=tiny(config.model), data=data, kernels=kernels), where
+        )
 
     @property
     def device(self) -> torch.device:
@@ -64,7 +70,8 @@ class Subject:
 
     @property
     def side(self) -> int:
-        """Rows and columns of the latents: the config's on a GPU, on a CPU no more than structure needs."""
+        """Rows and columns of the latents: the config's on a GPU, on a CPU no more than structure
+        needs."""
         size, least = self.config.data.latent_size, 2 * self.config.model.downsampling
         return size if self.where == "gpu" else min(size, max(8, least))
 
@@ -75,13 +82,19 @@ class Subject:
 
     @cached_property
     def light(self) -> Subject:
-        """For optimizer steps, which take several times the weights' memory: on a CPU a narrower network's subject."""
+        """For optimizer steps, which take several times the weights' memory: on a CPU a narrower
+        network's subject."""
         model = self.config.model
         if self.where == "gpu" or model.model_channels <= NARROW:
             return self
-        self.notes.append(f"whole steps were compared with a network of {NARROW} channels, not {model.model_channels}")
+        self.notes.append(
+            f"whole steps were compared with a network of {NARROW} channels, not "
+            f"{model.model_channels}"
+        )
         head = min(NARROW, model.num_head_channels)
-        narrow = dataclasses.replace(model, model_channels=NARROW, num_head_channels=head, context_dim=NARROW)
+        narrow = dataclasses.replace(
+            model, model_channels=NARROW, num_head_channels=head, context_dim=NARROW
+        )
         return dataclasses.replace(self, config=dataclasses.replace(self.config, model=narrow))
 
     def function(self, op: str) -> Callable[..., Any]:
@@ -97,14 +110,16 @@ class Subject:
         return call
 
     def plain(self, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-        """The plain network; no layer at its initial zero, which would hide what stands before it."""
+        """The plain network; no layer at its initial zero, which would hide what stands before
+        it."""
         with torch.device(self.device):
             unet = UNet(self.config.model)
         randomise(unet)
         return unet.to(dtype)
 
     def plain_networks(self, dtype: str = "float32") -> Iterator[torch.nn.Module]:
-        """Plain torch as a CPU has it, NCHW, and as cuDNN does it: channels-last, biases added to what was rounded.
+        """Plain torch as a CPU has it, NCHW, and as cuDNN does it: channels-last, biases added to
+        what was rounded.
 
         With FP8 where the fast one has it.
         """
@@ -112,17 +127,23 @@ class Subject:
             unet = self.plain()
             if like_cudnn:
                 unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-                for layer in (layer for layer in unet.modules() if isinstance(layer, torch.nn.Conv2d)):
+                for layer in (
+                    layer for layer in unet.modules() if isinstance(layer, torch.nn.Conv2d)
+                ):
                     layer.forward = partial(_bias_apart, layer)  # type: ignore[method-assign]
             if dtype == "bfloat16":
                 round_to_fp8(unet, self.config.precision)
             yield unet
 
     def fast(self, dtype: str = "float32") -> FastUNet:
-        """The fast network with the plain one's weights, its operators counted; FP8 belongs to bfloat16."""
+        """The fast network with the plain one's weights, its operators counted; FP8 belongs to
+        bfloat16."""
         ops = Ops.chosen(self.choices)
         names = [part.name for part in dataclasses.fields(ops)]
-        counted = {name: self._counting(getattr(ops, name), name, self.choices[name].backend) for name in names}
+        counted = {
+            name: self._counting(getattr(ops, name), name, self.choices[name].backend)
+            for name in names
+        }
         with torch.device(self.device):
             precision = self.config.precision if dtype == "bfloat16" else PrecisionConfig()
             unet = FastUNet(self.config.model, Ops(**counted), precision)
@@ -133,22 +154,34 @@ class Subject:
         """Latents (B, C, S, S), timesteps (B,) and context (B, T, D) in float32."""
         model, samples = self.config.model, torch.arange(BATCH, device=self.device)
         latents = normal(SEED, Stream.NOISE, samples, model.in_channels * self.side**2)
-        context = normal(SEED, Stream.SYNTHETIC, samples, self.config.data.context_tokens * model.context_dim)
+        context = normal(
+            SEED, Stream.SYNTHETIC, samples, self.config.data.context_tokens * model.context_dim
+        )
         timesteps = torch.tensor([3, 871], device=self.device)
         shape = BATCH, model.in_channels, self.side, self.side
         return latents.view(shape), timesteps, context.view(BATCH, -1, model.context_dim)
 
     def autocast(self, dtype: str) -> contextlib.AbstractContextManager[Any]:
         """The precision as training has it: float32 weights, bfloat16 by autocast."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=dtype == "bfloat16", cache_enabled=False)
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=dtype == "bfloat16", cache_enabled=False
+        )
 
 
 def tiny(model: UNetConfig) -> UNetConfig:
-    """A network with every kind of block that the interpreter takes in seconds; its groups differ as the model's do."""
+    """A network with every kind of block that the interpreter takes in seconds; its groups differ
+    as the model's do."""
     return dataclasses.replace(
-        model, model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2,),
-        num_head_channels=32, context_dim=16, resblock_groups=16, transformer_groups=32,
-    )  # fmt: skip
+        model,
+        model_channels=32,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(2,),
+        num_head_channels=32,
+        context_dim=16,
+        resblock_groups=16,
+        transformer_groups=32,
+    )
 
 
 def round_to_fp8(unet: torch.nn.Module, precision: PrecisionConfig) -> None:
@@ -178,12 +211,14 @@ _LAYERS = {
     "proj_in": "transformer_ends",
     "proj_out": "transformer_ends",
 }
-"""classes of the section `precision`, by what the names of their layers hold; the first that fits"""
+"""classes of the section `precision`, by what the names of their layers hold; the first that
+fits"""
 
 
 @torch.no_grad()
 def randomise(unet: torch.nn.Module) -> None:
-    """Fill all parameters in place, by order and shape alone: matrices keep the variance, norms are beside 1."""
+    """Fill all parameters in place, by order and shape alone: matrices keep the variance, norms are
+    beside 1."""
     generator = torch.Generator().manual_seed(SEED)
     for name, parameter in unet.named_parameters():
         is_matrix, is_norm = parameter.dim() > 1, parameter.dim() == 1 and name.endswith("weight")

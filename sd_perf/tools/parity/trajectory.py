@@ -1,7 +1,8 @@
-"""Level trajectory: the loss over a few hundred steps of the config's own run, of the fast and of the plain network.
+"""Level trajectory: the loss over a few hundred steps of the config's own run, of the fast and of
+the plain network.
 
-Two runs that differ by one rounding drift apart, the more the longer they last. How far plain torch drifts from itself
-is measured: by runs whose initial weights are moved by half an ulp.
+Two runs that differ by one rounding drift apart, the more the longer they last. How far plain torch
+drifts from itself is measured: by runs whose initial weights are moved by half an ulp.
 """
 
 from __future__ import annotations
@@ -28,13 +29,23 @@ MOVED = ("plain, moved by half an ulp", "plain, moved otherwise")
 def compare_trajectories(subject: Subject, curves: dict[str, list[float]]) -> Iterator[Row]:
     """Mean losses of windows; adds each run's to `curves`."""
     config = subject.config
-    plain = dataclasses.replace(config, model=dataclasses.replace(config.model, implementation="plain"))
-    for name, chosen, moved in (("plain", plain, 0), ("fast", config, 0), *((MOVED[i], plain, i + 1) for i in (0, 1))):
+    plain = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, implementation="plain")
+    )
+    for name, chosen, moved in (
+        ("plain", plain, 0),
+        ("fast", config, 0),
+        *((MOVED[i], plain, i + 1) for i in (0, 1)),
+    ):
         losses = _losses(chosen, subject.device, moved)
         curves[name] = losses.unflatten(0, (-1, WINDOW)).mean(dim=1).tolist()
-    truth, ours, *others = ([torch.tensor(curves[name], dtype=torch.float64)] for name in ("plain", "fast", *MOVED))
+    truth, ours, *others = (
+        [torch.tensor(curves[name], dtype=torch.float64)] for name in ("plain", "fast", *MOVED)
+    )
     dtype = "bfloat16" if config.training.precision == "bf16" else "float32"
-    yield compared("trajectory", f"loss over {STEPS} steps", subject.where, dtype, ours, others, truth)
+    yield compared(
+        "trajectory", f"loss over {STEPS} steps", subject.where, dtype, ours, others, truth
+    )
 
 
 def _losses(config: Config, device: torch.device, moved: int) -> torch.Tensor:

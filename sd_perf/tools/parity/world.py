@@ -1,6 +1,8 @@
-"""Level world: whole runs of the config with both networks over three seeds, scored; half an hour in the tiny world.
+"""Level world: whole runs of the config with both networks over three seeds, scored; half an hour
+in the tiny world.
 
-Runs are kept beside the record, each in a folder of its own, and those that are complete are not made again.
+Runs are kept beside the record, each in a folder of its own, and those that are complete are not
+made again.
 """
 
 from __future__ import annotations
@@ -26,9 +28,15 @@ STUDENT = 2.776
 SCORES = {"fid": "FID", "clip": "CLIP score", "judge": "judge, share of pictures right"}
 
 
-def compare_worlds(config: Config, where: str, folder: Path, tell: Callable[[str], None]) -> Iterator[Row]:
-    """A row per score: the difference of the means, and what chance allows it to be by the spread over seeds."""
-    scores = {way: [_scored(config, way, seed, folder, tell) for seed in SEEDS] for way in ("plain", "fast")}
+def compare_worlds(
+    config: Config, where: str, folder: Path, tell: Callable[[str], None]
+) -> Iterator[Row]:
+    """A row per score: the difference of the means, and what chance allows it to be by the spread
+    over seeds."""
+    scores = {
+        way: [_scored(config, way, seed, folder, tell) for seed in SEEDS]
+        for way in ("plain", "fast")
+    }
     for key, name in SCORES.items():
         if all(key in line for lines in scores.values() for line in lines):
             plain, fast = ([line[key] for line in scores[way]] for way in ("plain", "fast"))
@@ -39,13 +47,18 @@ def _row(name: str, where: str, plain: list[float], fast: list[float], precision
     spreads = [statistics.stdev(values) for values in (plain, fast)]
     difference = abs(statistics.fmean(fast) - statistics.fmean(plain))
     allowed = STUDENT * math.sqrt(sum(spread**2 for spread in spreads) / len(SEEDS))
-    words = (f"{way} {statistics.fmean(values):.4g} ± {spread:.2g} ({', '.join(f'{v:.4g}' for v in values)})"
-             for way, values, spread in zip(("plain", "fast"), (plain, fast), spreads, strict=True))  # fmt: skip
+    words = (
+        f"{way} {statistics.fmean(values):.4g} ± {spread:.2g} "
+        f"({', '.join(f'{v:.4g}' for v in values)})"
+        for way, values, spread in zip(("plain", "fast"), (plain, fast), spreads, strict=True)
+    )
     numbers = difference, difference, spreads[0], spreads[0], allowed, allowed
     return Row("world", name, where, precision, *numbers, note="; ".join(words))
 
 
-def _scored(config: Config, way: str, seed: int, folder: Path, tell: Callable[[str], None]) -> dict[str, Any]:
+def _scored(
+    config: Config, way: str, seed: int, folder: Path, tell: Callable[[str], None]
+) -> dict[str, Any]:
     """Last line of scores of one run, which is trained and evaluated where it is not yet."""
     run = folder / f"{way}_seed{seed}"
     length = config.steps_of(config.training.max_samples) * config.training.global_batch_size
@@ -55,9 +68,14 @@ def _scored(config: Config, way: str, seed: int, folder: Path, tell: Callable[[s
         write_json(preset, _preset(config, way, seed, run))  # which is YAML too
         tell(f"{run}: training and scoring")
         for command in (["train", "--config", str(preset), "--resume"], ["evaluate", str(run)]):
-            done = subprocess.run([sys.executable, "-m", "sd_perf", *command], stdout=subprocess.DEVNULL)
+            done = subprocess.run(
+                [sys.executable, "-m", "sd_perf", *command], stdout=subprocess.DEVNULL
+            )
             if done.returncode:
-                raise UserError(f"{run}: sd-perf {command[0]} ended with {done.returncode}; run parity again to go on")
+                raise UserError(
+                    f"{run}: sd-perf {command[0]} ended with {done.returncode}; run parity again "
+                    "to go on"
+                )
     return read_scores(run)[-1]
 
 

@@ -1,4 +1,5 @@
-"""Charts as SVG images, each in a wide and a narrow drawing so that text stays readable on a phone."""
+"""Charts as SVG images, each in a wide and a narrow drawing so that text stays readable on a
+phone."""
 
 from __future__ import annotations
 
@@ -14,12 +15,18 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_BLUE, _PALE, _INK, _RULE = "#0b5a94", "#9cc3e0", "#333333", "#dddddd"  # one hue, told apart by lightness alone
+_BLUE, _PALE, _INK, _RULE = (
+    "#0b5a94",
+    "#9cc3e0",
+    "#333333",
+    "#dddddd",
+)  # one hue, told apart by lightness alone
 _FONTS = "-apple-system, 'Segoe UI', 'Helvetica Neue', Helvetica, Arial, 'DejaVu Sans', sans-serif"
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "sd-perf",  # the same run draws the same bytes
-    "font.family": "DejaVu Sans",  # what matplotlib measures with; it is wider than the fonts of _FONTS
+    # What matplotlib measures with; it is wider than the fonts of _FONTS
+    "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.edgecolor": _INK,
     "axes.labelcolor": _INK,
@@ -43,7 +50,8 @@ class Panel:
     samples: Sequence[float]
     values: Sequence[float]
     style: str = "cloud"
-    """cloud: points and running median; line: a line; marks: a line with a mark and its number at each point"""
+    """cloud: points and running median; line: a line; marks: a line with a mark and its number at
+    each point"""
     log: bool = False
     """logarithmic in samples"""
     from_zero: bool = False
@@ -55,13 +63,21 @@ def median_window(count: int) -> int:
 
 
 def running_median(values: Sequence[float] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(indices, medians), at some hundred indices. It shrinks towards the start, where a loss falls fast."""
+    """(indices, medians), at some hundred indices. It shrinks towards the start, where a loss falls
+    fast."""
     array, count = np.asarray(values, float), len(values)
     half = median_window(count) // 2
-    even, towards_start = np.linspace(0, count - 1, min(count, 400)), np.geomspace(1, count, min(count, 200)) - 1
-    indices = np.unique(np.concatenate([even, towards_start]).round().astype(int))  # dense on both kinds of axis
+    even, towards_start = (
+        np.linspace(0, count - 1, min(count, 400)),
+        np.geomspace(1, count, min(count, 200)) - 1,
+    )
+    indices = np.unique(
+        np.concatenate([even, towards_start]).round().astype(int)
+    )  # dense on both kinds of axis
     reach = np.clip(indices, 2, half)
-    medians = [np.median(array[max(i - r, 0) : i + r + 1]) for i, r in zip(indices, reach, strict=True)]
+    medians = [
+        np.median(array[max(i - r, 0) : i + r + 1]) for i, r in zip(indices, reach, strict=True)
+    ]
     return indices, np.array(medians)
 
 
@@ -97,16 +113,34 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
     samples, values = np.asarray(panel.samples, float), np.asarray(panel.values, float)
     if panel.style == "cloud":
         many = len(values) > _MANY
-        axes.plot(samples, values, "o", color=_PALE, markersize=1.6 if many else 3.2, mew=0, rasterized=many)
+        axes.plot(
+            samples,
+            values,
+            "o",
+            color=_PALE,
+            markersize=1.6 if many else 3.2,
+            mew=0,
+            rasterized=many,
+        )
         indices, medians = running_median(values)
         axes.plot(samples[indices], medians, color=_BLUE, linewidth=1.6)
     else:
-        axes.plot(samples, values, color=_BLUE, linewidth=1.6, marker="o" if panel.style == "marks" else "")
+        axes.plot(
+            samples,
+            values,
+            color=_BLUE,
+            linewidth=1.6,
+            marker="o" if panel.style == "marks" else "",
+        )
     if panel.style == "marks":
         axes.margins(x=0.09, y=0.2)
         for i, other in {0: -1, len(values) - 1: 0}.items():
             y = 6 if values[i] >= values[other] else -14  # points, away from the line
-            offset: dict[str, Any] = {"xytext": (0, y), "textcoords": "offset points", "ha": "center"}
+            offset: dict[str, Any] = {
+                "xytext": (0, y),
+                "textcoords": "offset points",
+                "ha": "center",
+            }
             axes.annotate(f"{values[i]:.3g}", (samples[i], values[i]), color=_INK, **offset)
     if panel.from_zero:
         axes.set_ylim(bottom=0, top=1.15 * max(float(np.nanmax(values)), 1e-9))

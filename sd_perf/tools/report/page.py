@@ -20,16 +20,19 @@ from sd_perf.tools.report.pictures import newest_grid, progress_strip
 from sd_perf.tools.report.record import RunRecord, as_dict, read_record
 
 _LOG_SPAN = 30  # last over first position from which the loss reads better over a logarithmic axis
-_SCORES = (("fid", "FID", "lower is better", 1, ".2f"), ("clip", "CLIP score", "higher is better", 1, ".3f"),
-           ("judge", "judge", "% of pictures right", 100, ".1f"))  # fmt: skip
+_SCORES = (
+    ("fid", "FID", "lower is better", 1, ".2f"),
+    ("clip", "CLIP score", "higher is better", 1, ".3f"),
+    ("judge", "judge", "% of pictures right", 100, ".1f"),
+)
 """key in scores.jsonl, name, what its axis says, scale, format"""
 
 
 def write_report(run: Path) -> Path:
     """Write `report.html` of a run folder, from what the folder holds; returns its path.
 
-    UserError for a folder that is no run, a file in it that cannot be understood, or a disk that refuses;
-    ConfigError where matplotlib is missing.
+    UserError for a folder that is no run, a file in it that cannot be understood, or a disk that
+    refuses; ConfigError where matplotlib is missing.
     """
     optional("matplotlib", "a report needs matplotlib", "report")
     page, path = _page(read_record(run)), run / "report.html"
@@ -52,30 +55,49 @@ def _page(record: RunRecord) -> str:
         ("Provenance", _provenance(record)),
     )
     body = "".join(f"<h2>{title}</h2>\n{content}\n" for title, content in sections)
-    return document(f"{name} – sd-perf", f"<h1>{name}</h1>\n{_state(record)}\n{_numbers(record)}\n{body}")
+    return document(
+        f"{name} – sd-perf", f"<h1>{name}</h1>\n{_state(record)}\n{_numbers(record)}\n{body}"
+    )
 
 
 def _state(record: RunRecord) -> str:
     """Position, state, time and machine."""
-    position, total, machine = record.position, record.total, as_dict(record.manifest.get("machine"))
+    position, total, machine = (
+        record.position,
+        record.total,
+        as_dict(record.manifest.get("machine")),
+    )
     done = total is not None and position >= total
-    start = record.manifest["starts"][0].get("time") if record.manifest["starts"] else "at an unknown time"
+    start = (
+        record.manifest["starts"][0].get("time")
+        if record.manifest["starts"]
+        else "at an unknown time"
+    )
     gpus = machine.get("gpus") or []
     facts = [
         f"{position:,} of {total:,} samples" if total else f"{position:,} samples",
         "complete" if done else "not complete: stopped, or still running",
         "begun " + str(start).replace("T", " ").replace("+00:00", " UTC"),
         f"{_duration(record.metrics)} of training" if record.metrics else "",
-        f"{len(gpus)} × {gpus[0]}" if gpus else f"{machine.get('cpus', 'unknown number of')} CPU cores, no GPU",
+        f"{len(gpus)} × {gpus[0]}"
+        if gpus
+        else f"{machine.get('cpus', 'unknown number of')} CPU cores, no GPU",
     ]
     checkpoints = record.checkpoints
     kept = (
-        f"{len(checkpoints)} checkpoints, the newest at {checkpoints[-1]:,} samples" if checkpoints else "No checkpoint"
+        f"{len(checkpoints)} checkpoints, the newest at {checkpoints[-1]:,} samples"
+        if checkpoints
+        else "No checkpoint"
     )
-    torn = " The last line of metrics.jsonl is torn, as a killed run leaves it, and left out." if record.torn else ""
+    torn = (
+        " The last line of metrics.jsonl is torn, as a killed run leaves it, and left out."
+        if record.torn
+        else ""
+    )
     note = str(as_dict(record.manifest["config"].get("run")).get("note") or "").strip()
-    return f'<p>{escape(" · ".join(fact for fact in facts if fact))}</p><p class="quiet">{kept}.{torn}</p>' + (
-        f'<p class="note">{escape(note)}</p>' if note else ""
+    return (
+        f"<p>{escape(' · '.join(fact for fact in facts if fact))}</p><p "
+        f'class="quiet">{kept}.{torn}</p>' + (f'<p class="note">{escape(note)}</p>' if note else "")
     )
 
 
@@ -95,8 +117,11 @@ def _numbers(record: RunRecord) -> str:
         if line:
             value = f"{scale * line[key]:{form}}" + (" %" if scale == 100 else "")
             numbers += [(name, value, f"n = {line['n']:,}, at {line['samples']:,}")]
-    cards = (f'<div><dt>{a}</dt><dd><span class="value">{b}</span><span class="detail">{c}</span></dd></div>'
-             for a, b, c in numbers)  # fmt: skip
+    cards = (
+        f'<div><dt>{a}</dt><dd><span class="value">{b}</span><span '
+        f'class="detail">{c}</span></dd></div>'
+        for a, b, c in numbers
+    )
     return f'<dl class="numbers">{"".join(cards)}</dl>'
 
 
@@ -107,8 +132,13 @@ def _loss(record: RunRecord) -> str:
     log = positions[-1] >= _LOG_SPAN * positions[0] > 0
     panel = Panel("loss (mean squared error of v)", positions, losses, log=log)
     axis = ", logarithmic axis" if log else ""
-    caption = f"Points: logged steps. Line: running median of {median_window(len(losses))} of them{axis}."
-    return figure(chart([panel], f"Loss over samples: {losses[0]:.4f} at first, {losses[-1]:.4f} at last"), caption)
+    caption = (
+        f"Points: logged steps. Line: running median of {median_window(len(losses))} of them{axis}."
+    )
+    return figure(
+        chart([panel], f"Loss over samples: {losses[0]:.4f} at first, {losses[-1]:.4f} at last"),
+        caption,
+    )
 
 
 def _scores(record: RunRecord) -> str:
@@ -120,12 +150,21 @@ def _scores(record: RunRecord) -> str:
             panels.append(Panel(f"{name} ({axis})", _column(lines, "samples"), values, "marks"))
     if not panels:
         return quiet("No checkpoint of this run has been evaluated (scores.jsonl).")
-    counts = [(n, len(list(lines))) for n, lines in itertools.groupby(record.scores, lambda line: line["n"])]
+    counts = [
+        (n, len(list(lines)))
+        for n, lines in itertools.groupby(record.scores, lambda line: line["n"])
+    ]
     caption = f"n = {counts[0][0]:,} pictures at each checkpoint."
     if len(counts) > 1:
-        words = ", then ".join(f"{n:,} pictures at {lines} checkpoint{'s' * (lines > 1)}" for n, lines in counts)
-        caption = f"n differs: {words}. FID falls as n grows, for the same model: compare equal n alone."
-    return figure(chart(panels, "Scores over samples: " + ", ".join(panel.label for panel in panels)), caption)
+        words = ", then ".join(
+            f"{n:,} pictures at {lines} checkpoint{'s' * (lines > 1)}" for n, lines in counts
+        )
+        caption = (
+            f"n differs: {words}. FID falls as n grows, for the same model: compare equal n alone."
+        )
+    return figure(
+        chart(panels, "Scores over samples: " + ", ".join(panel.label for panel in panels)), caption
+    )
 
 
 def _pictures(record: RunRecord) -> str:
@@ -141,16 +180,27 @@ def _speed(record: RunRecord) -> str:
         return quiet("No step is logged yet (metrics.jsonl).")
     positions = _column(record.metrics, "samples")
     panels = [
-        Panel("throughput (samples/s)", positions, _column(record.metrics, "samples_per_second"), from_zero=True),
         Panel(
-            "wait for data (% of time)", positions, [100 * line["data_wait"] for line in record.metrics], from_zero=True
+            "throughput (samples/s)",
+            positions,
+            _column(record.metrics, "samples_per_second"),
+            from_zero=True,
+        ),
+        Panel(
+            "wait for data (% of time)",
+            positions,
+            [100 * line["data_wait"] for line in record.metrics],
+            from_zero=True,
         ),
         Panel("learning rate", positions, _column(record.metrics, "lr"), "line", from_zero=True),
     ]
     caption = (
-        f"Points: logged steps. Lines: running median of {median_window(len(positions))} of them; learning rate as is."
+        f"Points: logged steps. Lines: running median of {median_window(len(positions))} of them; "
+        "learning rate as is."
     )
-    return figure(chart(panels, "Throughput, wait for data and learning rate over samples"), caption)
+    return figure(
+        chart(panels, "Throughput, wait for data and learning rate over samples"), caption
+    )
 
 
 def _kernels(record: RunRecord) -> str:
@@ -158,23 +208,38 @@ def _kernels(record: RunRecord) -> str:
         return quiet("No choice of kernels is recorded (kernels.json).")
     rows = []
     for choice in record.kernels:
-        reasons = [f"{backend}: {why}" for backend, why in as_dict(choice.get("passed_over")).items()]
+        reasons = [
+            f"{backend}: {why}" for backend, why in as_dict(choice.get("passed_over")).items()
+        ]
         named = [] if choice.get("wanted") == "auto" else ["named in the config"]
-        rows.append([choice.get("op", ""), choice.get("backend", ""), "; ".join([*named, *reasons])])
+        rows.append(
+            [choice.get("op", ""), choice.get("backend", ""), "; ".join([*named, *reasons])]
+        )
     return table(rows, ("op", "backend", "why no better one"))
 
 
 def _parity(record: RunRecord) -> str:
     if not record.parity:
-        implementation = as_dict(record.manifest["config"].get("model")).get("implementation", "plain")
+        implementation = as_dict(record.manifest["config"].get("model")).get(
+            "implementation", "plain"
+        )
         plain = "The plain network is what others are compared with."
-        return quiet(plain if implementation == "plain" else "No parity record belongs to this run (parity.json).")
+        return quiet(
+            plain
+            if implementation == "plain"
+            else "No parity record belongs to this run (parity.json)."
+        )
     rows = (
-        [level, len(some), sum(not row["ok"] for row in some), worst(some)] for level, some in levels_of(record.parity)
+        [level, len(some), sum(not row["ok"] for row in some), worst(some)]
+        for level, some in levels_of(record.parity)
     )
     head = "level", "comparisons", "red", "closest to its limit"
-    facts = f"Fast network against plain one on {record.parity.get('device')}, code {record.parity.get('code')}."
-    return f"<p><strong>{escape(verdict(record.parity))}</strong></p>{quiet(escape(facts))}{table(rows, head)}"
+    facts = (
+        f"Fast network against plain one on {record.parity.get('device')}, code "
+        f"{record.parity.get('code')}."
+    )
+    words = f"<p><strong>{escape(verdict(record.parity))}</strong></p>"
+    return words + quiet(escape(facts)) + table(rows, head)
 
 
 def _verdict(record: RunRecord) -> str:
@@ -208,14 +273,21 @@ def _config_row(key: str, value: Any, defaults: dict[str, Any]) -> str:
 
 def _provenance(record: RunRecord) -> str:
     manifest = record.manifest
-    versions = [f"{package} {version}" for package, version in as_dict(manifest.get("versions")).items()]
+    versions = [
+        f"{package} {version}" for package, version in as_dict(manifest.get("versions")).items()
+    ]
     facts = [
         ("git SHA", manifest.get("git_sha") or "not from a git checkout"),
         ("versions", ", ".join(versions)),
         ("platform", as_dict(manifest.get("machine")).get("platform", "")),
     ]
     starts = [
-        ("resumed" if i else "started", start.get("time", ""), start.get("host", ""), start.get("command", ""))
+        (
+            "resumed" if i else "started",
+            start.get("time", ""),
+            start.get("host", ""),
+            start.get("command", ""),
+        )
         for i, start in enumerate(manifest["starts"])
     ]
     return f"{table(facts)}{table(starts, ('', 'time', 'host', 'command'))}"
@@ -239,9 +311,15 @@ def _is_number(line: dict[str, Any], key: str) -> bool:
 def _duration(metrics: list[dict[str, Any]]) -> str:
     """Time in logged steps; checkpoints and evaluations are not in it."""
     before = [0, *(line["samples"] for line in metrics)]
-    seconds = sum((line["samples"] - start) / max(line["samples_per_second"], 1e-9)
-                  for start, line in zip(before, metrics, strict=False))  # fmt: skip
+    seconds = sum(
+        (line["samples"] - start) / max(line["samples_per_second"], 1e-9)
+        for start, line in zip(before, metrics, strict=False)
+    )
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}" if unit == "minutes" else f"{seconds / size:.1f} {unit}"
+            return (
+                f"{seconds / size:.0f} {unit}"
+                if unit == "minutes"
+                else f"{seconds / size:.1f} {unit}"
+            )
     return f"{seconds:.0f} seconds"

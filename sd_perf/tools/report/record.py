@@ -17,7 +17,8 @@ _METRICS = ("samples", "loss", "lr", "samples_per_second", "data_wait")
 
 @dataclass(frozen=True)
 class Pictures:
-    """A grid of pictures drawn at one position, row by row, and the prompts they were drawn from."""
+    """A grid of pictures drawn at one position, row by row, and the prompts they were drawn
+    from."""
 
     samples: int
     path: Path
@@ -54,18 +55,30 @@ class RunRecord:
         """Length of the run in samples, whole steps; None where the manifest does not say."""
         training = as_dict(self.manifest["config"].get("training"))
         length, batch = training.get("max_samples"), training.get("global_batch_size")
-        return -(-length // batch) * batch if isinstance(length, int) and isinstance(batch, int) and batch else None
+        return (
+            -(-length // batch) * batch
+            if isinstance(length, int) and isinstance(batch, int) and batch
+            else None
+        )
 
 
 def read_record(folder: Path) -> RunRecord:
-    """Read a run folder. UserError for a folder that is no run and for files that cannot be understood."""
+    """Read a run folder. UserError for a folder that is no run and for files that cannot be
+    understood."""
     manifest = read_manifest(folder)
     metrics, torn = read_lines(folder / "metrics.jsonl", _METRICS)
     verdict, kernels = read_json(folder / "mlperf_verdict.json"), read_json(folder / "kernels.json")
-    if not (verdict is None or (isinstance(verdict, dict) and isinstance(verdict.get("passed"), bool))):
-        raise UserError(f"{folder / 'mlperf_verdict.json'}: is no verdict (no true or false `passed`); check anew")
+    if not (
+        verdict is None or (isinstance(verdict, dict) and isinstance(verdict.get("passed"), bool))
+    ):
+        raise UserError(
+            f"{folder / 'mlperf_verdict.json'}: is no verdict (no true or false `passed`); check "
+            "anew"
+        )
     if not (kernels is None or are_objects(kernels)):
-        raise UserError(f"{folder / 'kernels.json'}: is no list of kernel choices; restore it from a copy")
+        raise UserError(
+            f"{folder / 'kernels.json'}: is no list of kernel choices; restore it from a copy"
+        )
     return RunRecord(
         folder=folder,
         manifest=manifest,
@@ -73,7 +86,9 @@ def read_record(folder: Path) -> RunRecord:
         torn=torn,
         scores=read_scores(folder),
         pictures=[_read_pictures(path) for path in sorted(folder.glob("samples/samples_*.png"))],
-        checkpoints=[int(path.name[-10:]) for path in CheckpointStore(folder / "checkpoints").complete()],
+        checkpoints=[
+            int(path.name[-10:]) for path in CheckpointStore(folder / "checkpoints").complete()
+        ],
         verdict=verdict,
         kernels=kernels,
         parity=_read_parity(folder / "parity.json"),
@@ -95,12 +110,19 @@ def as_dict(value: Any) -> dict[str, Any]:
 def _read_pictures(path: Path) -> Pictures:
     name = re.fullmatch(r"samples_(\d{10})", path.stem)
     if name is None:
-        raise UserError(f"{path}: is not named samples_<position, 10 digits>.png; move it out of the run folder")
+        raise UserError(
+            f"{path}: is not named samples_<position, 10 digits>.png; move it out of the run folder"
+        )
     sidecar = path.with_suffix(".json")
     told = read_json(sidecar)
     if told is None:
         return Pictures(int(name[1]), path, [], 1)
-    prompts, columns = (told.get("prompts"), told.get("columns")) if isinstance(told, dict) else (None, None)
+    prompts, columns = (
+        (told.get("prompts"), told.get("columns")) if isinstance(told, dict) else (None, None)
+    )
     if not (isinstance(prompts, list) and prompts and isinstance(columns, int) and columns > 0):
-        raise UserError(f"{sidecar}: holds no prompts and columns of a grid; restore it from a copy, or remove it")
+        raise UserError(
+            f"{sidecar}: holds no prompts and columns of a grid; restore it from a copy, or "
+            "remove it"
+        )
     return Pictures(int(name[1]), path, [str(prompt) for prompt in prompts], columns)

@@ -9,7 +9,8 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Every hook does nothing; a callback overrides what it needs. Hooks run on every rank, in list order."""
+    """Every hook does nothing; a callback overrides what it needs. Hooks run on every rank, in list
+    order."""
 
     def on_start(self, trainer: Trainer) -> None:
         """Before the first step, with state loaded."""

@@ -14,7 +14,8 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpointer(Callback):
-    """Training waits for the host copy only; the trainer stops before the next step where a write has failed."""
+    """Training waits for the host copy only; the trainer stops before the next step where a write
+    has failed."""
 
     def on_step(self, trainer: Trainer) -> None:
         cadence = trainer.config.steps_of(trainer.config.checkpoint.every_samples)

@@ -34,12 +34,15 @@ class MetricsFile(Callback):
 
     def close(self, trainer: Trainer) -> None:
         if self._file:
-            with disk_errors(Path(self._file.name), MAKE_ROOM):  # it tries again what could not be written
+            with disk_errors(
+                Path(self._file.name), MAKE_ROOM
+            ):  # it tries again what could not be written
                 self._file.close()
 
 
 def _set_aside_lines_after(path: Path, samples: int) -> None:
-    """Move lines of steps that a killed run took after its last checkpoint to metrics.superseded.jsonl."""
+    """Move lines of steps that a killed run took after its last checkpoint to
+    metrics.superseded.jsonl."""
     if not path.is_file():
         return
     lines, _ = read_lines(path, ("samples",))

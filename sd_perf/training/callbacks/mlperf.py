@@ -1,4 +1,5 @@
-"""Writes the training part of the run's MLPerf log; evaluation appends the rest (`sd_perf.mlperf.log`)."""
+"""Writes the training part of the run's MLPerf log; evaluation appends the rest
+(`sd_perf.mlperf.log`)."""
 
 from __future__ import annotations
 
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
 class MLPerfLogger(Callback):
     """Initialisation begins when this is made, so make it first. Written by the main rank.
 
-    A block is the way from one checkpoint to the next. A run that was asked to stop leaves its block open, and the
-    resumed run closes it; so the time between the two processes counts, as the clock on the wall does.
+    A block is the way from one checkpoint to the next. A run that was asked to stop leaves its
+    block open, and the resumed run closes it; so the time between the two processes counts, as the
+    clock on the wall does.
     """
 
     def __init__(self, config: Config) -> None:
@@ -29,7 +31,9 @@ class MLPerfLogger(Callback):
         self._log: MLPerfLog | None = None
 
     def on_start(self, trainer: Trainer) -> None:
-        if trainer.world.is_main:  # the trainer lets no rank go on, and touch the data, before this one has
+        if (
+            trainer.world.is_main
+        ):  # the trainer lets no rank go on, and touch the data, before this one has
             self._log = MLPerfLog(trainer.folder / LOG_NAME, trainer.config)
             self._log.start_init(self._init_ms)
             self._log.describe(trainer.seed, trainer.loader.num_samples)
@@ -43,7 +47,8 @@ class MLPerfLogger(Callback):
     def _end_block(self, trainer: Trainer) -> None:
         assert self._log is not None
         if trainer.world.device.type == "cuda":
-            torch.cuda.synchronize()  # a block ends when its last update is done, not when it is queued
+            # A block ends when its last update is done, not when it is queued
+            torch.cuda.synchronize()
         self._log.stop_block(trainer.samples)
         if trainer.samples < trainer.total_samples:
             self._log.start_block(trainer.samples)

@@ -31,7 +31,9 @@ class ProgressDisplay(Callback):
             return
         self._start_samples, self._start_time = trainer.samples, time.monotonic()
         where = f"{trainer.world.device} x {trainer.world.size}"
-        begin = f"resuming at sample {trainer.samples:,}" if trainer.samples else "starting at sample 0"
+        begin = (
+            f"resuming at sample {trainer.samples:,}" if trainer.samples else "starting at sample 0"
+        )
         self.console.print(
             f"[bold]{trainer.folder}[/]: {begin} of {trainer.total_samples:,} on {where}, "
             f"{trainer.config.training.precision}, seed {trainer.seed}",
@@ -40,7 +42,9 @@ class ProgressDisplay(Callback):
         if self.console.is_terminal:
             columns = [TextColumn("{task.fields[line]}"), BarColumn()]
             self._bar = Progress(*columns, console=self.console)
-            self._bar.add_task("", total=trainer.total_samples, completed=trainer.samples, line="first step ...")
+            self._bar.add_task(
+                "", total=trainer.total_samples, completed=trainer.samples, line="first step ..."
+            )
             self._bar.start()
 
     def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
@@ -67,7 +71,8 @@ class ProgressDisplay(Callback):
         left = (trainer.total_samples - trainer.samples) / metrics["samples_per_second"]
         return (
             f"{trainer.samples:,}/{trainer.total_samples:,} samples  loss {metrics['loss']:.4f}  "
-            f"lr {metrics['lr']:.2e}  {metrics['samples_per_second']:.1f} samples/s  {_clock(left)} left"
+            f"lr {metrics['lr']:.2e}  {metrics['samples_per_second']:.1f} samples/s  "
+            f"{_clock(left)} left"
         )
 
     def _summary(self, trainer: Trainer) -> Table:
@@ -75,7 +80,8 @@ class ProgressDisplay(Callback):
         seconds = time.monotonic() - self._start_time
         samples = trainer.samples - self._start_samples
         rows = {
-            "samples": f"{trainer.samples:,}" + (f" ({samples:,} of them now)" if self._start_samples else ""),
+            "samples": f"{trainer.samples:,}"
+            + (f" ({samples:,} of them now)" if self._start_samples else ""),
             f"loss, first {tenth} logged steps": f"{sum(self._losses[:tenth]) / tenth:.4f}",
             f"loss, last {tenth} logged steps": f"{sum(self._losses[-tenth:]) / tenth:.4f}",
             "time": f"{_clock(seconds)} ({samples / seconds:.1f} samples/s, checkpoints included)",

@@ -1,4 +1,5 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C: one flag, agreed across ranks, after which the run saves and leaves."""
+"""SIGTERM, SIGUSR1 and Ctrl-C: one flag, agreed across ranks, after which the run saves and
+leaves."""
 
 from __future__ import annotations
 
@@ -12,7 +13,9 @@ if TYPE_CHECKING:
     from sd_perf.training.trainer import Trainer
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-_AGREE_EVERY_STEPS = 4  # ranks must leave at the same step; asking costs a round trip through the CPU group
+_AGREE_EVERY_STEPS = (
+    4  # ranks must leave at the same step; asking costs a round trip through the CPU group
+)
 
 
 class StopOnSignal(Callback):

@@ -20,7 +20,12 @@ STEPS = 5
 
 def loader(config, world=1, rank=0, accumulate=1, **more) -> PortableLoader:
     micro = GLOBAL_BATCH // world // accumulate
-    split = {"global_batch_size": GLOBAL_BATCH, "micro_batch_size": micro, "rank": rank, "world_size": world}
+    split = {
+        "global_batch_size": GLOBAL_BATCH,
+        "micro_batch_size": micro,
+        "rank": rank,
+        "world_size": world,
+    }
     return PortableLoader(config, LoaderOptions(seed=SEED, context_dim=5, **split, **more))
 
 
@@ -83,7 +88,10 @@ def test_resume_is_the_tail(make_shards, world):
     config = make_shards(NUM)
     whole = delivered(take(config, world))
     for step in range(1, STEPS):
-        assert delivered(take(config, world, 1, step * GLOBAL_BATCH, STEPS - step)) == whole[step * GLOBAL_BATCH :]
+        assert (
+            delivered(take(config, world, 1, step * GLOBAL_BATCH, STEPS - step))
+            == whole[step * GLOBAL_BATCH :]
+        )
 
 
 @pytest.mark.parametrize(("workers", "ahead"), [(1, 1), (4, 2), (3, 9)])
@@ -117,7 +125,9 @@ def test_made_ahead_but_not_further(make_shards, monkeypatch):
 def test_pinning_covers_every_tensor(make_shards, monkeypatch):
     """Page-locked memory needs a GPU, so only the asking is seen here."""
     asked = []
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: asked.append(tensor.shape[1:]) or tensor)
+    monkeypatch.setattr(
+        torch.Tensor, "pin_memory", lambda tensor: asked.append(tensor.shape[1:]) or tensor
+    )
     config = make_shards(NUM, bad=range(5), max_bad_samples=9)
     plain = take(config, steps=1)
     stream = loader(config, pin_memory=True).batches(0)
@@ -174,7 +184,9 @@ def test_descriptors_close_with_the_loader(make_shards):
 
 
 def replaced(batches: list[Batch]) -> list[tuple[int, str, str]]:
-    return sorted((r.sample_index, r.key, r.reason) for batch in batches for r in batch.replacements)
+    return sorted(
+        (r.sample_index, r.key, r.reason) for batch in batches for r in batch.replacements
+    )
 
 
 def test_replacement_is_the_next_good_sample_at_every_world_size(make_shards):
@@ -194,14 +206,20 @@ def test_replacement_is_the_next_good_sample_at_every_world_size(make_shards):
         culprits = [(p, order.sample(p)) for p in range(30) if order.sample(p) in bad]
         assert len(culprits) == 9
         assert replaced(batches) == [
-            (p, f"{s // 4:05d}{s % 4:04d} in {s // 4:05d}.tar", "moments has values that are NaN or infinite")
+            (
+                p,
+                f"{s // 4:05d}{s % 4:04d} in {s // 4:05d}.tar",
+                "moments has values that are NaN or infinite",
+            )
             for p, s in culprits
         ]
 
 
 def test_a_bad_sample_stops_where_none_is_allowed(make_shards):
     config = make_shards(NUM, bad=[6])
-    with pytest.raises(BadSampleError, match=r"000010002 in 00001\.tar: moments has .* NaN .*data\.max_bad_samples"):
+    with pytest.raises(
+        BadSampleError, match=r"000010002 in 00001\.tar: moments has .* NaN .*data\.max_bad_samples"
+    ):
         take(config)
 
 

@@ -11,15 +11,24 @@ CONFIG = DataConfig(format="synthetic", latent_size=8, context_tokens=3)
 
 
 def loader(world=1, rank=0, accumulate=1, num_samples=20, seed=1):
-    split = {"global_batch_size": 12, "micro_batch_size": 12 // world // accumulate, "rank": rank, "world_size": world}
-    return SyntheticLoader(CONFIG, LoaderOptions(seed=seed, context_dim=16, **split), num_samples=num_samples)
+    split = {
+        "global_batch_size": 12,
+        "micro_batch_size": 12 // world // accumulate,
+        "rank": rank,
+        "world_size": world,
+    }
+    return SyntheticLoader(
+        CONFIG, LoaderOptions(seed=seed, context_dim=16, **split), num_samples=num_samples
+    )
 
 
 def take(steps=4, **split):
     """position -> (moments, context, caption) over all ranks."""
     rows = {}
     for rank in range(split.get("world", 1)):
-        for batch in islice(loader(rank=rank, **split).batches(0), steps * split.get("accumulate", 1)):
+        for batch in islice(
+            loader(rank=rank, **split).batches(0), steps * split.get("accumulate", 1)
+        ):
             for row, position in enumerate(batch.sample_indices.tolist()):
                 rows[position] = (batch.moments[row], batch.context[row], batch.captions[row])
     return rows
@@ -32,7 +41,9 @@ def test_every_split_sees_the_same_samples():
         part = take(**split)
         assert sorted(part) == sorted(whole)
         for position, (moments, context, caption) in part.items():
-            assert torch.equal(moments, whole[position][0]) and torch.equal(context, whole[position][1])
+            assert torch.equal(moments, whole[position][0]) and torch.equal(
+                context, whole[position][1]
+            )
             assert caption == whole[position][2] == f"synthetic sample {position % 20}"
 
 
@@ -57,7 +68,10 @@ def test_statistics():
 
 def test_fingerprint_tells_data_apart():
     assert loader().fingerprint == loader(world=2).fingerprint
-    assert len({loader().fingerprint, loader(seed=2).fingerprint, loader(num_samples=21).fingerprint}) == 3
+    assert (
+        len({loader().fingerprint, loader(seed=2).fingerprint, loader(num_samples=21).fingerprint})
+        == 3
+    )
 
 
 def test_a_sample_is_what_draw_inputs_gives():

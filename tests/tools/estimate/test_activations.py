@@ -1,4 +1,5 @@
-"""What the fast UNet keeps for its backward pass, counted on the meta device, is what the estimate says."""
+"""What the fast UNet keeps for its backward pass, counted on the meta device, is what the estimate
+says."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def conv(*args: Any, **options: Any) -> torch.Tensor:
 
 
 def kept_bytes(batch: int) -> int:
-    """Of all tensors that forward keeps in bfloat16, parameters aside; packed weights are among them."""
+    """Of all tensors that forward keeps in bfloat16, parameters aside; packed weights are among
+    them."""
     named = {"linear": "torch", "skip_conv": "cublas"}
     ops: dict[str, Any] = {"attention": attention, "conv": conv}
     for name in {field.name for field in fields(Ops)} - ops.keys():

@@ -1,4 +1,5 @@
-"""The model of time and memory: its sums by hand, its directions, and what the documentation says of it."""
+"""The model of time and memory: its sums by hand, its directions, and what the documentation says
+of it."""
 
 from __future__ import annotations
 
@@ -58,7 +59,8 @@ def test_flops_of_the_benchmark(way: str) -> None:
     assert forward["linear"] == pytest.approx(259.8, abs=0.05)
     assert forward["attention"] == pytest.approx(126.1, abs=0.05)
     assert backward["attention"] == pytest.approx(2.5 * forward["attention"])
-    # No gradient goes to the text; the first convolution's goes to the latents where the spec counts it.
+    # No gradient goes to the text; the first convolution's goes to the latents where the spec
+    # counts it.
     assert backward["linear"] == pytest.approx(2 * forward["linear"] - 3.9, abs=0.05)
     assert backward["conv"] == pytest.approx(2 * forward["conv"], rel=3e-4)
 
@@ -83,18 +85,27 @@ def test_the_same_flops_and_kept_bytes_as_the_dry_run() -> None:
 def test_bytes_by_hand() -> None:
     batch = 3
     kernels = list(fused(SD_V2, batch))
-    # GEGLU: 8C in and 4C out; backward reads both again and writes 8C. Four million numbers a sample at C = 320.
+    # GEGLU: 8C in and 4C out; backward reads both again and writes 8C. Four million numbers a
+    # sample at C = 320.
     tokens = 5 * (4096 * 320 + 1024 * 640 + 256 * 1280) + 64 * 1280
     assert moved(kernels, "geglu") == batch * tokens * (12 + 20) * 2
     # LayerNorm: 2, 4 and 4 forward, 4 each backward.
     assert moved(kernels, "layer_norm") == batch * tokens * (2 + 4 + 4 + 12) * 2
-    # Sums that no norm follows: three passes; the only bias to read a gradient for is that of the 8 x 8 convolution.
+    # Sums that no norm follows: three passes; the only bias to read a gradient for is that of the 8
+    # x 8 convolution.
     images = 4096 * 320 + 1024 * 640 + 256 * 1280 + 64 * 1280 + 256 * 1280 + 1024 * 640
     assert moved(kernels, "residual_add") == batch * ((tokens + images) * 3 + 64 * 1280) * 2
     # AdamW: 12 bytes read and written, 2 read; and step and rate.
     assert moved(kernels, "adamw") == 865_910_724 * 26 + 8
-    # Skips: five at 64 x 64 and so on, two sums of three passes each; biases of linears: 13C a token, and the times'.
-    skips = 4096 * 4 * 320 - 4096 * 320 + 1024 * (320 + 2 * 640) + 256 * (640 + 2 * 1280) + 64 * (3 * 1280)
+    # Skips: five at 64 x 64 and so on, two sums of three passes each; biases of linears: 13C a
+    # token, and the times'.
+    skips = (
+        4096 * 4 * 320
+        - 4096 * 320
+        + 1024 * (320 + 2 * 640)
+        + 256 * (640 + 2 * 1280)
+        + 64 * (3 * 1280)
+    )
     times = 1280 + 1280 + sum(block for block in [320] * 5 + [640] * 5 + [1280] * 12)
     assert moved(kernels, "elementwise") == batch * (skips * 6 + tokens * 13 + times) * 2
 
@@ -120,37 +131,61 @@ def test_cases_are_those_of_the_specs() -> None:
 
 def test_kept_bytes_of_a_transformer_by_hand() -> None:
     with_one, without = (
-        replace(SD_V2, widths=(320,), side=8, blocks=1, transformer_levels=levels) for levels in ((0,), ())
+        replace(SD_V2, widths=(320,), side=8, blocks=1, transformer_levels=levels)
+        for levels in ((0,), ())
     )
     rows, C = 64, 320
     each = 2 * C  # norm at the entrance: itself and its sum
     each += 3 * 2 * C + 12 * C + C  # three norms, GEGLU's input and output, the feed-forward's sum
-    each += 4 * C + 2 * 5 + 2 * C + 2 * 5  # self: q k v, output; cross: q, output; a float32 a row and head
+    each += (
+        4 * C + 2 * 5 + 2 * C + 2 * 5
+    )  # self: q k v, output; cross: q, output; a float32 a row and head
     text = 2 * 77 * C
     assert kept(with_one, 2, False) - kept(without, 2, False) == 2 * 3 * (rows * each + text) * 2
 
 
 def test_directions() -> None:
     for way in WAYS:
-        rate = {(gpu, batch): predicted(gpu, batch)["ways"][way] for gpu in ("h100", "h200") for batch in (32, 64)}
+        rate = {
+            (gpu, batch): predicted(gpu, batch)["ways"][way]
+            for gpu in ("h100", "h200")
+            for batch in (32, 64)
+        }
         for batch in (32, 64):
-            assert rate["h200", batch]["samples_per_second"] >= rate["h100", batch]["samples_per_second"]
+            assert (
+                rate["h200", batch]["samples_per_second"]
+                >= rate["h100", batch]["samples_per_second"]
+            )
             assert rate["h200", batch]["largest_batch"] > rate["h100", batch]["largest_batch"]
         assert rate["h100", 64]["samples_per_second"] >= rate["h100", 32]["samples_per_second"]
     ways = predicted("h100", 64)["ways"]
-    assert ways["plain"]["ms_per_sample"] > ways["submission"]["ms_per_sample"] > ways["fused"]["ms_per_sample"]
+    assert (
+        ways["plain"]["ms_per_sample"]
+        > ways["submission"]["ms_per_sample"]
+        > ways["fused"]["ms_per_sample"]
+    )
     # The optimizer's state of eight GPUs.
-    assert predicted("h100", 64, 8)["ways"]["submission"]["ms_per_sample"] < ways["submission"]["ms_per_sample"]
+    assert (
+        predicted("h100", 64, 8)["ways"]["submission"]["ms_per_sample"]
+        < ways["submission"]["ms_per_sample"]
+    )
 
 
 def test_memory() -> None:
     facts = predicted("h100", 64)
     memory, N = facts["memory_bytes"], 865_910_724
-    assert [memory[name] for name in ("weights", "masters", "gradients", "moments")] == [2 * N, 2 * N, 2 * N, 8 * N]
+    assert [memory[name] for name in ("weights", "masters", "gradients", "moments")] == [
+        2 * N,
+        2 * N,
+        2 * N,
+        8 * N,
+    ]
     assert memory["total"] == sum(size for name, size in memory.items() if name != "total") < 80e9
     for gpu, way in (("h100", "fused"), ("h100", "submission"), ("a100", "plain")):
         largest = predicted(gpu, 64)["ways"][way]["largest_batch"]
-        fits, too_large = (predicted(gpu, batch)["ways"][way]["memory_bytes"] for batch in (largest, largest + 1))
+        fits, too_large = (
+            predicted(gpu, batch)["ways"][way]["memory_bytes"] for batch in (largest, largest + 1)
+        )
         assert fits["total"] <= GPUS[gpu].memory < too_large["total"]
     note = "plain: batch 64 does not fit into H100 80 GB; the largest that does is 48"
     assert facts["notes"] == [note]
@@ -172,23 +207,40 @@ def test_json_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     facts = json.loads(capsys.readouterr().out)
     assert (facts["gpu"], facts["batch"], set(facts["ways"])) == ("b200", 8, set(WAYS))
     for figures in (facts, *facts["ways"].values()):
-        assert {"samples_per_second", "ms_per_sample", "by_op", "memory_bytes", "largest_batch"} <= set(figures)
+        assert {
+            "samples_per_second",
+            "ms_per_sample",
+            "by_op",
+            "memory_bytes",
+            "largest_batch",
+        } <= set(figures)
         spent = sum(row["ms_per_sample"] for row in figures["by_op"].values())
-        assert figures["ms_per_sample"] == pytest.approx(spent) == pytest.approx(1e3 / figures["samples_per_second"])
+        assert (
+            figures["ms_per_sample"]
+            == pytest.approx(spent)
+            == pytest.approx(1e3 / figures["samples_per_second"])
+        )
     assert {name: facts[name] for name in facts["ways"]["fused"]} == facts["ways"]["fused"]
     assert png.read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(SystemExit) as left:
         main(arguments)
     assert left.value.code == 0
     page = capsys.readouterr().out
-    assert "B200 180 GB, batch 8" in page and "largest batch" in page and "communication is not counted" in page
+    assert (
+        "B200 180 GB, batch 8" in page
+        and "largest batch" in page
+        and "communication is not counted" in page
+    )
     assert "the trainer has no such step yet" in " ".join(page.split())
 
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--gpu", "h10"], "--gpu: 'h10' is not known (did you mean 'h100'?); choose a100, h100, h200, b200"),
+        (
+            ["--gpu", "h10"],
+            "--gpu: 'h10' is not known (did you mean 'h100'?); choose a100, h100, h200, b200",
+        ),
         (["--gpu", "tpu"], "--gpu: 'tpu' is not known; choose a100, h100, h200, b200"),
         (["--batch", "0"], "--batch: 0 cannot be used; it must be at least 1"),
         (["--ranks", "-1"], "--ranks: -1 cannot be used; it must be at least 1"),
@@ -201,13 +253,17 @@ def test_bad_input(options: list[str], sentence: str, capsys: pytest.CaptureFixt
     assert capsys.readouterr().err.strip() == f"sd-perf: {sentence}"
 
 
-def test_a_picture_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_picture_that_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for png in (tmp_path, Path("/proc/x/bars.png")):
         with pytest.raises(SystemExit) as left:
             main(["estimate", "--config", str(SMOKE), "--batch", "2", "--png", str(png)])
         assert left.value.code == 2
         [line] = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"sd-perf: {png} cannot be written (") and line.endswith("choose another --png")
+        assert line.startswith(f"sd-perf: {png} cannot be written (") and line.endswith(
+            "choose another --png"
+        )
 
 
 def test_a_shape_that_no_backend_takes_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,9 +286,13 @@ def test_figures_of_another_precision_say_so() -> None:
 
 
 def test_other_architectures() -> None:
-    config = replace(Config(), model=UNetConfig(channel_mult=(2, 1), attention_resolutions=(2,), num_res_blocks=1))
+    config = replace(
+        Config(),
+        model=UNetConfig(channel_mult=(2, 1), attention_resolutions=(2,), num_res_blocks=1),
+    )
     forward = [
-        gflops(list(kernels), False) for kernels in (plain(config, 1)[0], submission(architecture(config), 1, 1))
+        gflops(list(kernels), False)
+        for kernels in (plain(config, 1)[0], submission(architecture(config), 1, 1))
     ]
     assert sum(forward[0].values()) == pytest.approx(sum(forward[1].values()))
     with pytest.raises(ConfigError):
@@ -245,7 +305,9 @@ def test_the_documented_figures_are_those_of_the_model() -> None:
     rows = re.findall(row, page)
     assert len(rows) >= 10
     for gpu, batch, ranks, published, rate, error in rows:
-        ours = predicted(gpu.lower(), int(batch), int(ranks))["ways"]["submission"]["samples_per_second"]
+        ours = predicted(gpu.lower(), int(batch), int(ranks))["ways"]["submission"][
+            "samples_per_second"
+        ]
         assert f"{ours:.1f}" == rate, (gpu, batch)
         assert f"{100 * (ours / float(published) - 1):.0f}" == error
     ways = predicted("h100", 64)["ways"]

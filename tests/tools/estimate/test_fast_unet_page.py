@@ -1,4 +1,5 @@
-"""The tables of docs/fast_unet.md, recomputed: the plain blocks step by step, and the fast blocks' ops."""
+"""The tables of docs/fast_unet.md, recomputed: the plain blocks step by step, and the fast blocks'
+ops."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ class Row(NamedTuple):
 
 
 class Steps:
-    """Records the steps of a plain block one by one, each from what those before gave, cut off from them."""
+    """Records the steps of a plain block one by one, each from what those before gave, cut off from
+    them."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[float, float]] = []
@@ -77,7 +79,9 @@ def fast(*calls: tuple[str, str], share: float = 1.0) -> tuple[float, float]:
     for op, name in calls:
         (case,) = (case for case in cases(op, SD_V2, BATCH) if case.name == name)
         kernels += list(of_case(op, case))
-    return both_ways([Kernel(kernel.op, kernel.bytes, backward=kernel.backward) for kernel in kernels], share)
+    return both_ways(
+        [Kernel(kernel.op, kernel.bytes, backward=kernel.backward) for kernel in kernels], share
+    )
 
 
 def share_of(name: str, columns: int) -> tuple[float, float]:
@@ -198,8 +202,15 @@ def whole(block: str) -> tuple[list[Kernel], float]:
 
 def kept(calls: dict[str, list[str]]) -> float:
     """Bytes that the fast ops keep, as `ways.kept` counts them."""
-    made = [(op, case) for op, names in calls.items() for case in cases(op, SD_V2, BATCH) if case.name in names]
-    return 2.0 * sum(_KEPT[op](*case.shape.values()) * calls[op].count(case.name) for op, case in made)
+    made = [
+        (op, case)
+        for op, names in calls.items()
+        for case in cases(op, SD_V2, BATCH)
+        if case.name in names
+    ]
+    return 2.0 * sum(
+        _KEPT[op](*case.shape.values()) * calls[op].count(case.name) for op, case in made
+    )
 
 
 def documented(title: str) -> list[list[str]]:
@@ -210,7 +221,9 @@ def documented(title: str) -> list[list[str]]:
 
 
 KEPT = {
-    "ResBlock": {"group_norm": ["64x64x320 in 16, adds residual, hands on", "64x64x320 in 16, adds shift"]},
+    "ResBlock": {
+        "group_norm": ["64x64x320 in 16, adds residual, hands on", "64x64x320 in 16, adds shift"]
+    },
     "Transformer block": {
         "group_norm": ["64x64x320 in 32, adds shift and residual, hands on"],
         "layer_norm": ["4096 tokens, 320", *["4096 tokens, 320, residual"] * 2],
@@ -221,7 +234,9 @@ KEPT = {
 }
 
 
-@pytest.mark.parametrize(("title", "make"), [("ResBlock", res_block), ("Transformer block", transformer)])
+@pytest.mark.parametrize(
+    ("title", "make"), [("ResBlock", res_block), ("Transformer block", transformer)]
+)
 def test_documented_bytes(title: str, make: Callable[[], list[Row]]) -> None:
     rows = make()
     total = Row(*(tuple(map(sum, zip(*way, strict=True))) for way in zip(*rows, strict=True)))  # type: ignore[arg-type]
@@ -230,7 +245,9 @@ def test_documented_bytes(title: str, make: Callable[[], list[Row]]) -> None:
     assert total.plain == pytest.approx(both_ways(kernels)), "the steps are all that the block does"
     ours_keeps = kept(KEPT[title])
     shown = [[f"{number / 1e9:.2f}" for number in line] for line in lines]
-    keeps = [f"{number / 1e9:.2f}" for number in (plain_keeps, ours_keeps, plain_keeps - ours_keeps)]
+    keeps = [
+        f"{number / 1e9:.2f}" for number in (plain_keeps, ours_keeps, plain_keeps - ours_keeps)
+    ]
     expected = [*shown, [keeps[0], "", keeps[1], "", keeps[2]]]
     assert documented(title) == expected, "\n".join(map(" | ".join, expected))
 

@@ -1,4 +1,5 @@
-"""Parity can fail: each planted fault is red at its own level, by a name that leads to it; unplanted all is green."""
+"""Parity can fail: each planted fault is red at its own level, by a name that leads to it;
+unplanted all is green."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ Plant = Callable[[pytest.MonkeyPatch, ExitStack], None]
 
 def smoke() -> Config:
     config = load_preset("configs/smoke.yaml")
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, implementation="fast"))
+    return dataclasses.replace(
+        config, model=dataclasses.replace(config.model, implementation="fast")
+    )
 
 
 def rows(level: str, where: Where, ops: tuple[str, ...] = ()) -> list[Row]:
@@ -75,7 +78,9 @@ def in_unet(*replacements: tuple[str, str]) -> Plant:
 
 def in_module(module: str, user: object, name: str, *replacements: tuple[str, str]) -> Plant:
     def plant(patch: pytest.MonkeyPatch, stack: ExitStack) -> None:
-        patch.setattr(user, name, getattr(stack.enter_context(replaced(module, *replacements)), name))
+        patch.setattr(
+            user, name, getattr(stack.enter_context(replaced(module, *replacements)), name)
+        )
 
     return plant
 
@@ -95,58 +100,115 @@ TAKEN_BY_RANK = "np.arange(position + rank, position + global_batch, world_size"
 TAKEN_BY_ALL = "np.arange(position, position + global_batch // world_size"
 FAULTS: dict[str, tuple[str, Where, str, Plant]] = {
     "wrong eps": (
-        "op", "interpreter", "group_norm", in_op("group_norm", ("/ (N * CPG) + eps)", "/ (N * CPG) + 1e-3)")),
+        "op",
+        "interpreter",
+        "group_norm",
+        in_op("group_norm", ("/ (N * CPG) + eps)", "/ (N * CPG) + 1e-3)")),
     ),
     "swapped GEGLU halves": (
-        "op", "interpreter", "geglu",
-        in_op("geglu", ("value * (gate * _normal_cdf(gate))", "gate * (value * _normal_cdf(value))")),
+        "op",
+        "interpreter",
+        "geglu",
+        in_op(
+            "geglu", ("value * (gate * _normal_cdf(gate))", "gate * (value * _normal_cdf(value))")
+        ),
     ),
     "tanh GELU": (
-        "op", "interpreter", "geglu", in_op("geglu", ("0.5 * (1.0 + tl.erf(x * 0.7071067811865476))", TANH)),
+        "op",
+        "interpreter",
+        "geglu",
+        in_op("geglu", ("0.5 * (1.0 + tl.erf(x * 0.7071067811865476))", TANH)),
     ),
     "stale FP8 scale": (
-        "op", "interpreter", "fp8_linear",
-        in_op("fp8_linear", ("mean, rstd, amax, norm_weight", "mean, rstd, amax and amax - (1 << 22), norm_weight")),
+        "op",
+        "interpreter",
+        "fp8_linear",
+        in_op(
+            "fp8_linear",
+            ("mean, rstd, amax, norm_weight", "mean, rstd, amax and amax - (1 << 22), norm_weight"),
+        ),
     ),
     "32 groups for 16": (
-        "block", "structure", "ResBlock",
-        in_unet(("norm = Norm(groups, out_channels, 1e-5", "norm = Norm(2 * groups, out_channels, 1e-5")),
+        "block",
+        "structure",
+        "ResBlock",
+        in_unet(
+            ("norm = Norm(groups, out_channels, 1e-5", "norm = Norm(2 * groups, out_channels, 1e-5")
+        ),
     ),
     "missing residual": (
-        "block", "structure", "SpatialTransformer",
-        in_unet(("return Pending(as_image(out, total), residual=total)", "return Pending(as_image(out, total))")),
+        "block",
+        "structure",
+        "SpatialTransformer",
+        in_unet(
+            (
+                "return Pending(as_image(out, total), residual=total)",
+                "return Pending(as_image(out, total))",
+            )
+        ),
     ),
     "last transformer block skipped in the text encoder": (
-        "block", "structure", network.TEXT_ENCODER,
+        "block",
+        "structure",
+        network.TEXT_ENCODER,
         in_module(
-            "sd_perf.models.text_encoder", network, "OpenClipTextEncoder", ("resblocks[:-1]", "resblocks[:-2]")
+            "sd_perf.models.text_encoder",
+            network,
+            "OpenClipTextEncoder",
+            ("resblocks[:-1]", "resblocks[:-2]"),
         ),
     ),
     "sin and cos swapped": (
-        "unet", "structure", "prediction",
+        "unet",
+        "structure",
+        "prediction",
         in_unet(("(angles.cos(), angles.sin())", "(angles.sin(), angles.cos())")),
     ),
     "gradient of the skips lost": (
-        "grad", "structure", "", in_unet(("skips.append(total)", "skips.append(total.detach())")),
+        "grad",
+        "structure",
+        "",
+        in_unet(("skips.append(total)", "skips.append(total.detach())")),
     ),
-    "weight decay forgotten on biases": ("step", "structure", "AdamW's change of biases", no_decay_on_biases),
+    "weight decay forgotten on biases": (
+        "step",
+        "structure",
+        "AdamW's change of biases",
+        no_decay_on_biases,
+    ),
     "noise reused across ranks": (
-        "step", "structure", step.NOISE_OF_RANKS,
+        "step",
+        "structure",
+        step.NOISE_OF_RANKS,
         in_module("sd_perf.data.order", order, "rank_positions", (TAKEN_BY_RANK, TAKEN_BY_ALL)),
     ),
     "bfloat16 master instead of remainder": (
-        "step", "interpreter", "masters",
-        in_op("adamw", ("_store(remainders, bits.to(tl.int16)", "_store(remainders, (bits * 0).to(tl.int16)")),
+        "step",
+        "interpreter",
+        "masters",
+        in_op(
+            "adamw",
+            ("_store(remainders, bits.to(tl.int16)", "_store(remainders, (bits * 0).to(tl.int16)"),
+        ),
     ),
     "wrong alpha_prev at the last DDIM step": (
-        "step", "structure", "DDIM's latents after its last step",
-        in_module("sd_perf.diffusion.ddim", step, "ddim_sample", ("timesteps[1:], 0]", "timesteps[1:], 1]")),
+        "step",
+        "structure",
+        "DDIM's latents after its last step",
+        in_module(
+            "sd_perf.diffusion.ddim",
+            step,
+            "ddim_sample",
+            ("timesteps[1:], 0]", "timesteps[1:], 1]"),
+        ),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_red_at_its_level_and_named(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_planted_fault_is_red_at_its_level_and_named(
+    fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     level, where, name, plant = FAULTS[fault]
     ops = (name,) if level == "op" else ()
     good = unplanted(level, where, ops)

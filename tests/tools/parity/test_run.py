@@ -18,16 +18,21 @@ from tests.runs.test_parity_record import config, preset, sd_perf
 __all__ = ["config", "preset", "sd_perf"]
 
 GOOD = Row("unet", "prediction", "structure", "float32", 1e-7, 1e-7, 1e-7, 1e-7, 7e-7, 7e-7)
-WRONG = Row("block", "input_blocks.1.0 (ResBlock)", "structure", "float32", 1.0, 1.0, 1e-7, 1e-7, 7e-7, 7e-7)
+WRONG = Row(
+    "block", "input_blocks.1.0 (ResBlock)", "structure", "float32", 1.0, 1.0, 1e-7, 1e-7, 7e-7, 7e-7
+)
 
 
 def part(*rows: Row, launches: dict[str, int] | None = None) -> dict[str, Any]:
     """What one process answers."""
     return {
-        "where": "structure", "rows": [row.as_dict() for row in rows], "executed": {"geglu": {"triton": 3}},
-        "triton_launches": {"geglu_forward_kernel": 3} if launches is None else launches, "notes": ["a note"],
+        "where": "structure",
+        "rows": [row.as_dict() for row in rows],
+        "executed": {"geglu": {"triton": 3}},
+        "triton_launches": {"geglu_forward_kernel": 3} if launches is None else launches,
+        "notes": ["a note"],
         "curves": {},
-    }  # fmt: skip
+    }
 
 
 def test_a_level_in_both_processes(preset: Path, config: Config, sd_perf: Any) -> None:
@@ -42,7 +47,14 @@ def test_a_level_in_both_processes(preset: Path, config: Config, sd_perf: Any) -
 
 
 def test_bad_input_of_a_child_is_its_sentence(preset: Path, config: Config, sd_perf: Any) -> None:
-    options = ["--text-encoder.model", "no-model", "--text-encoder.weights", "random", "--level", "block"]
+    options = [
+        "--text-encoder.model",
+        "no-model",
+        "--text-encoder.weights",
+        "random",
+        "--level",
+        "block",
+    ]
     code, _, errors = sd_perf("parity", "--config", preset, *options)
     assert code == 2 and "ended with 2: it said why above" in errors
     assert not (record_folder(config) / NAME).exists()
@@ -52,11 +64,16 @@ def answered(monkeypatch: pytest.MonkeyPatch, *parts: dict[str, Any]) -> None:
     monkeypatch.setattr(run, "_children", lambda *_: list(parts))
 
 
-def test_red_is_exit_code_1_and_names_the_row(preset: Path, config: Config, sd_perf: Any, monkeypatch: Any) -> None:
+def test_red_is_exit_code_1_and_names_the_row(
+    preset: Path, config: Config, sd_perf: Any, monkeypatch: Any
+) -> None:
     answered(monkeypatch, part(GOOD, WRONG))
     code, output, _ = sd_perf("parity", "--config", preset)
     assert code == 1
-    assert "red: 1 of 2 comparisons (block: input_blocks.1.0 (ResBlock))" in output and "a note" in output
+    assert (
+        "red: 1 of 2 comparisons (block: input_blocks.1.0 (ResBlock))" in output
+        and "a note" in output
+    )
     assert json.loads((record_folder(config) / NAME).read_text())["ok"] is False
     code, output, _ = sd_perf("parity", "--config", preset, "--json")
     assert code == 1 and json.loads(output)["rows"][1]["ok"] is False
@@ -72,18 +89,27 @@ def test_nan_is_red() -> None:
     import torch
 
     values = torch.tensor([1.0, float("nan")])
-    row = compared("unet", "prediction", "gpu", "float32", [values], [[torch.ones(2)]], [torch.ones(2)])
+    row = compared(
+        "unet", "prediction", "gpu", "float32", [values], [[torch.ones(2)]], [torch.ones(2)]
+    )
     assert not row.ok and row.as_dict()["max_error"] == "nan"
     assert json.loads(json.dumps(row.as_dict()))["ok"] is False
     assert (
-        compared("unet", "p", "gpu", "float32", [torch.ones(2)], [[torch.ones(2)]], [torch.ones(2)]).max_budget == FLOOR
+        compared(
+            "unet", "p", "gpu", "float32", [torch.ones(2)], [[torch.ones(2)]], [torch.ones(2)]
+        ).max_budget
+        == FLOOR
     )
     assert not exact("step", "timesteps", "gpu", "int64", 0.1).ok
 
 
 def test_the_page_shows_curves_and_what_is_red(config: Config) -> None:
     curve = Row("trajectory", "loss over 200 steps", "structure", "float32", *[1e-3] * 6)
-    record = run._record(config, ("trajectory",), [{**part(curve, WRONG), "curves": {"plain": [0.5], "fast": [0.25]}}])
+    record = run._record(
+        config,
+        ("trajectory",),
+        [{**part(curve, WRONG), "curves": {"plain": [0.5], "fast": [0.25]}}],
+    )
     text = page(record, config)
     assert "0.250000" in text and "WRONG" in text and verdict(record) in text
     assert list(screen(record))

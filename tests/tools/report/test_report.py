@@ -1,4 +1,5 @@
-"""report.html: what it tells of a full and of a bare run, that it is one file, and that it trusts nothing it reads."""
+"""report.html: what it tells of a full and of a bare run, that it is one file, and that it trusts
+nothing it reads."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ from sd_perf.tools.report.charts import running_median
 from sd_perf.tools.report.page import write_report
 from sd_perf.tools.report.record import read_record
 
-HOSTILE = "</td><script>alert(1)</script><img src=http://example.com/x onerror=alert(2)> \" ' & $x_1$"
+HOSTILE = (
+    "</td><script>alert(1)</script><img src=http://example.com/x onerror=alert(2)> \" ' & $x_1$"
+)
 COMMAND = "sd-perf train --config configs/smoke.yaml --resume"
 
 
@@ -33,7 +36,8 @@ def write_lines(path: Path, objects: list[dict[str, Any]]) -> None:
 
 
 def write_bare(folder: Path, steps: int = 40, **config: dict[str, Any]) -> Path:
-    """A run of 64 samples a logged step, stopped before its end of 6,400, with a config of defaults and changes."""
+    """A run of 64 samples a logged step, stopped before its end of 6,400, with a config of defaults
+    and changes."""
     tree = dataclasses.asdict(Config())
     changes = {"training": {"max_samples": 6400, "global_batch_size": 64}, **config}
     tree = {section: {**keys, **changes.get(section, {})} for section, keys in tree.items()}
@@ -43,13 +47,26 @@ def write_bare(folder: Path, steps: int = 40, **config: dict[str, Any]) -> Path:
         "host": "anna",
         "command": "sd-perf train --config configs/smoke.yaml",
     }
-    manifest = {"config": tree, "versions": {"torch": "2.13.0"}, "git_sha": "abc123", "machine": machine}
+    manifest = {
+        "config": tree,
+        "versions": {"torch": "2.13.0"},
+        "git_sha": "abc123",
+        "machine": machine,
+    }
     folder.mkdir()
     (folder / "run_manifest.json").write_text(
         json.dumps({**manifest, "starts": [start, {**start, "command": COMMAND}]})
     )
-    lines = [{"samples": 64 * i, "loss": 1 / i, "lr": 1e-4, "samples_per_second": 50.0, "data_wait": 0.01 * (i % 3)}
-             for i in range(1, steps + 1)]  # fmt: skip
+    lines = [
+        {
+            "samples": 64 * i,
+            "loss": 1 / i,
+            "lr": 1e-4,
+            "samples_per_second": 50.0,
+            "data_wait": 0.01 * (i % 3),
+        }
+        for i in range(1, steps + 1)
+    ]
     write_lines(folder / "metrics.jsonl", lines)
     return folder
 
@@ -73,12 +90,15 @@ def write_full(folder: Path, prompt: str = "a red ball", **config: dict[str, Any
         write_grid(run, samples, [f"{prompt} {i}" for i in range(5)])
     scores = [{"samples": 3200, "fid": 40.5, "clip": 0.1, "judge": 0.25, "n": 256}]
     write_lines(
-        run / "scores.jsonl", [*scores, {"samples": 6400, "fid": 12.345, "clip": 0.3, "judge": 0.875, "n": 256}]
+        run / "scores.jsonl",
+        [*scores, {"samples": 6400, "fid": 12.345, "clip": 0.3, "judge": 0.875, "n": 256}],
     )
     verdict = {"division": "open", "ruleset": "5.0.0", "passed": True, "words": f"passes, {prompt}"}
     (run / "mlperf_verdict.json").write_text(json.dumps(verdict))
     passed_over = {"triton": f"needs a GPU, {prompt}"}
-    kernels = [{"op": "group_norm", "backend": "torch", "wanted": "auto", "passed_over": passed_over}]
+    kernels = [
+        {"op": "group_norm", "backend": "torch", "wanted": "auto", "passed_over": passed_over}
+    ]
     (run / "kernels.json").write_text(json.dumps(kernels))
     return run
 
@@ -97,7 +117,10 @@ def words(page: str) -> str:
 
 def data(page: str, kind: str) -> list[bytes]:
     """The images in the page."""
-    return [base64.b64decode(text) for text in re.findall(rf'="data:image/{re.escape(kind)};base64,([^"]+)"', page)]
+    return [
+        base64.b64decode(text)
+        for text in re.findall(rf'="data:image/{re.escape(kind)};base64,([^"]+)"', page)
+    ]
 
 
 def test_full_run(tmp_path):
@@ -124,20 +147,34 @@ def test_full_run(tmp_path):
     ):
         assert expected in text, expected
     for line in re.findall(r'<tr class="changed">.*?</tr>', page):
-        assert any(key in line for key in ("max_samples", "global_batch_size", "warmup_steps")), line
+        assert any(key in line for key in ("max_samples", "global_batch_size", "warmup_steps")), (
+            line
+        )
 
 
 def test_pictures_are_cut_from_the_newest_grid(tmp_path):
-    pictures = [Image.open(io.BytesIO(png)) for png in data(write(write_full(tmp_path / "run")), "png")]
-    assert [picture.size for picture in pictures] == [(16, 16)] * 5 + [(48, 32)]  # five prompts, then the earlier grid
-    assert [picture.getpixel((8, 8)) for picture in pictures[:5]] == [(40 * i, 0, 0) for i in range(5)]
+    pictures = [
+        Image.open(io.BytesIO(png)) for png in data(write(write_full(tmp_path / "run")), "png")
+    ]
+    assert [picture.size for picture in pictures] == [(16, 16)] * 5 + [
+        (48, 32)
+    ]  # five prompts, then the earlier grid
+    assert [picture.getpixel((8, 8)) for picture in pictures[:5]] == [
+        (40 * i, 0, 0) for i in range(5)
+    ]
 
 
 def test_axes_have_labels_and_units(tmp_path):
     charts = b"".join(data(write(write_full(tmp_path / "run")), "svg+xml")).decode()
-    for label in ("loss (mean squared error of v)", "FID (lower is better)", "CLIP score (higher is better)",
-                  "judge (% of pictures right)", "throughput (samples/s)", "wait for data (% of time)",
-                  "learning rate"):  # fmt: skip
+    for label in (
+        "loss (mean squared error of v)",
+        "FID (lower is better)",
+        "CLIP score (higher is better)",
+        "judge (% of pictures right)",
+        "throughput (samples/s)",
+        "wait for data (% of time)",
+        "learning rate",
+    ):
         assert charts.count(f">{label}</text>") == 2, label  # wide and narrow
     assert charts.count(">samples seen</text>") == 2 * 7
 
@@ -165,7 +202,10 @@ def test_manifest_alone(tmp_path):
 
 def test_nothing_read_becomes_markup(tmp_path):
     run = write_full(
-        tmp_path / "a<b>&c", prompt=HOSTILE, run={"note": HOSTILE}, data={"path": HOSTILE, HOSTILE: HOSTILE}
+        tmp_path / "a<b>&c",
+        prompt=HOSTILE,
+        run={"note": HOSTILE},
+        data={"path": HOSTILE, HOSTILE: HOSTILE},
     )
     manifest = json.loads((run / "run_manifest.json").read_text())
     manifest |= {"git_sha": HOSTILE, "versions": {HOSTILE: HOSTILE}}
@@ -184,7 +224,10 @@ def assert_one_file(page: str) -> None:
         assert "<script" not in text and "@import" not in text and "<link" not in text
         references = re.findall(r"""<[^>]*?\b(?:src|href|srcset)\s*=\s*["']([^"']*)""", text)
         assert all(reference.startswith(("data:image/", "#")) for reference in references)
-        assert all(reference.startswith(("data:image/", "#")) for reference in re.findall(r"url\(([^)]*)\)", text))
+        assert all(
+            reference.startswith(("data:image/", "#"))
+            for reference in re.findall(r"url\(([^)]*)\)", text)
+        )
 
 
 def test_one_file_that_is_the_same_each_time(tmp_path):
@@ -207,7 +250,9 @@ def test_scores_of_different_n_are_not_compared(tmp_path):
 
 def test_later_evaluation_of_a_position_supersedes(tmp_path):
     run = write_bare(tmp_path / "run")
-    write_lines(run / "scores.jsonl", [{"samples": 640, "fid": fid, "n": 256} for fid in (9.0, 8.0)])
+    write_lines(
+        run / "scores.jsonl", [{"samples": 640, "fid": fid, "n": 256} for fid in (9.0, 8.0)]
+    )
     assert [line["fid"] for line in read_record(run).scores] == [8.0]
 
 
@@ -234,15 +279,27 @@ def test_torn_last_line_is_left_out(tmp_path):
         ("metrics.jsonl", '{"samples": 1}\n', "line 1 lacks a number for one of samples, loss"),
         ("metrics.jsonl", "[]\n", "line 1 lacks a number"),
         ("metrics.jsonl", b"\xff\xfe", "cannot be read"),
-        ("scores.jsonl", '{"samples": 64, "fid": 3}\n', "line 1 lacks a number for one of samples, n"),
+        (
+            "scores.jsonl",
+            '{"samples": 64, "fid": 3}\n',
+            "line 1 lacks a number for one of samples, n",
+        ),
         ("mlperf_verdict.json", "{", "cannot be read"),
         ("mlperf_verdict.json", '{"words": "yes"}', "is no verdict"),
         ("kernels.json", '{"op": "adamw"}', "is no list of kernel choices"),
         ("run_manifest.json", "{", "cannot be read"),
         ("run_manifest.json", '{"config": [], "starts": []}', "holds no config and starts"),
         ("samples/samples_0000000640.png", "not a picture", "cannot be read as a picture"),
-        ("samples/samples_0000000640.json", '{"prompts": "a", "columns": 3}', "holds no prompts and columns"),
-        ("samples/samples_0000000640.json", '{"prompts": ["a"], "columns": 99}', "is too small for 1 rows of 99"),
+        (
+            "samples/samples_0000000640.json",
+            '{"prompts": "a", "columns": 3}',
+            "holds no prompts and columns",
+        ),
+        (
+            "samples/samples_0000000640.json",
+            '{"prompts": ["a"], "columns": 99}',
+            "is too small for 1 rows of 99",
+        ),
         ("samples/samples_64.png", "", "is not named samples_<position, 10 digits>.png"),
     ],
 )
@@ -252,7 +309,9 @@ def test_bad_file(tmp_path, name, content, sentence):
     (run / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError) as error:
         write_report(run)
-    said = str(error.value).replace(".png: is too small", ".json: is too small")  # the one that two files cause
+    said = str(error.value).replace(
+        ".png: is too small", ".json: is too small"
+    )  # the one that two files cause
     assert str(run / name) in said and sentence in str(error.value) and "\n" not in str(error.value)
     assert not (run / "report.html").exists()
 
@@ -300,5 +359,9 @@ def test_command(tmp_path, capsys):
 
 def test_command_on_no_run(tmp_path, capsys):
     code, _, errors = command(capsys, "report", tmp_path)
-    assert code == 2 and errors == f"sd-perf: {tmp_path}: is no run folder (no run_manifest.json); give one that " \
-                                   f"sd-perf train has made\n"  # fmt: skip
+    assert (
+        code == 2
+        and errors
+        == f"sd-perf: {tmp_path}: is no run folder (no run_manifest.json); give one that "
+        f"sd-perf train has made\n"
+    )
