@@ -37,7 +37,7 @@ CASES = {case.name: case for case in SPEC.small_cases}
             "ragged channels",
             ("value = value * tl.sigmoid(value)", "value = value * tl.sigmoid(1.702 * value)"),
         ),
-        ("several tiles", ("grad += _read(dtotal", "grad = grad + 0.0 * _read(dtotal")),
+        ("several tiles", ("grad += _read(dsummed", "grad = grad + 0.0 * _read(dsummed")),
         ("nothing added", ("- plain_mean - value * product_mean", "- plain_mean")),
         ("tiny", ("- N * plain - sums", "- plain - sums")),
         ("tiny", ("shift + sums[:, 3]", "shift")),
@@ -49,7 +49,7 @@ CASES = {case.name: case for case in SPEC.small_cases}
         "tiles' means forgotten",
         "missing residual",
         "missing shift",
-        "other source astray",
+        "skip source astray",
         "wrong SiLU",
         "handed gradient lost",
         "variance's gradient lost",
@@ -119,7 +119,7 @@ def test_the_order_of_memory_is_kept(function: Any, monkeypatch: pytest.MonkeyPa
         x = torch.randn(2, 32, 4, 5).contiguous(memory_format=order)
         shift, norm = torch.randn(2, 32), torch.randn(2, 64)
         for y in function(
-            x, *norm, shift, None, x, num_groups=4, eps=1e-5, silu=True, hand_on=True
+            x, *norm, shift, None, x, num_groups=4, eps=1e-5, silu=True, return_sum=True
         ):
             assert y.is_contiguous(memory_format=order)
 
@@ -140,7 +140,7 @@ def image(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         ({"shift": torch.zeros(32)}, "a shift of shape"),
         ({"residual": image(2, 32, 4, 3)}, "a residual of shape"),
         ({"residual": image(2, 32, 4, 4, dtype=torch.bfloat16)}, "one dtype"),
-        ({"other": image(2, 8, 3, 4)}, "other of shape"),
+        ({"skip": image(2, 8, 3, 4)}, "skip of shape"),
         ({"bias": torch.zeros(32, device="meta")}, "one device"),
         ({"num_groups": 0}, "32 channels in 0 groups"),
         ({"num_groups": -4}, "32 channels in -4 groups"),

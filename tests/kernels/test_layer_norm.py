@@ -72,9 +72,9 @@ def test_x_itself_is_handed_on() -> None:
 
 
 def block(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    y, total = layer_norm(x, weight, bias)
-    y, total = layer_norm(y.sin(), weight, bias, total)
-    return torch.cat([y, total])
+    y, summed = layer_norm(x, weight, bias)
+    y, summed = layer_norm(y.sin(), weight, bias, summed)
+    return torch.cat([y, summed])
 
 
 def leaves() -> list[torch.Tensor]:
@@ -122,10 +122,10 @@ def test_gradients_and_inputs_in_another_layout() -> None:
     }
     results = []
     for given in (inputs, across):
-        y, total = layer_norm(**given)
+        y, summed = layer_norm(**given)
         weights = torch.linspace(-1, 1, y.numel()).view(y.mT.shape).mT
         results.append(
-            (y, total, *torch.autograd.grad((y, total), list(given.values()), (weights, weights)))
+            (y, summed, *torch.autograd.grad((y, summed), list(given.values()), (weights, weights)))
         )
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)

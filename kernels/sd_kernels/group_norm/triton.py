@@ -141,7 +141,7 @@ def _read(pointer, sample, stride, pixel, rows, channels, inside, CACHE: tl.cons
 @triton.jit
 def _source(
     x,
-    other,
+    skip,
     shift,
     residual,
     sample,
@@ -150,8 +150,8 @@ def _source(
     inside,
     x_stride,
     x_pixel,
-    other_stride,
-    other_pixel,
+    skip_stride,
+    skip_pixel,
     shift_stride,
     residual_stride,
     residual_pixel,
@@ -172,9 +172,9 @@ def _source(
         value += tl.where(first, added[None, :], 0.0)
     if residual is not None:
         value += _read(residual, sample, residual_stride, residual_pixel, rows, channels, first, "")
-    if other is not None:
+    if skip is not None:
         second = inside & (channels >= C1)[None, :]
-        value += _read(other, sample, other_stride, other_pixel, rows, channels - C1, second, "")
+        value += _read(skip, sample, skip_stride, skip_pixel, rows, channels - C1, second, "")
     return value
 
 
@@ -192,13 +192,13 @@ def _parameters(weight, bias, channels, C: tl.constexpr):
 @triton.jit
 def group_norm_forward_kernel(
     x,
-    other,
+    skip,
     shift,
     residual,
     weight,
     bias,
     y,
-    total,
+    summed,
     mean,
     rstd,
     counters,
@@ -208,8 +208,8 @@ def group_norm_forward_kernel(
     eps,
     x_stride,
     x_pixel,
-    other_stride,
-    other_pixel,
+    skip_stride,
+    skip_pixel,
     shift_stride,
     residual_stride,
     residual_pixel,
@@ -237,10 +237,10 @@ def group_norm_forward_kernel(
     inside = (rows < N)[:, None] & (channels < C)[None, :]
     first, member = _groups_of(block, CPG, C, L, BLOCK)
     groups = first + tl.arange(0, L)
-    if total is None:
+    if summed is None:
         value = _source(
             x,
-            other,
+            skip,
             shift,
             residual,
             sample,
@@ -249,8 +249,8 @@ def group_norm_forward_kernel(
             inside,
             x_stride,
             x_pixel,
-            other_stride,
-            other_pixel,
+            skip_stride,
+            skip_pixel,
             shift_stride,
             residual_stride,
             residual_pixel,
@@ -280,10 +280,10 @@ def group_norm_forward_kernel(
             says = (groups < G) & (groups * CPG // BLOCK == block)
             tl.store(mean + sample * G + groups, group_mean, mask=says)  # narrow: few
             tl.store(rstd + sample * G + groups, group_rstd, mask=says)  # narrow: few
-        if total is not None:
+        if summed is not None:
             value = _source(
-                total,
-                other,
+                summed,
+                skip,
                 None,
                 None,
                 sample,
@@ -292,8 +292,8 @@ def group_norm_forward_kernel(
                 inside,
                 N * C1,
                 C1,
-                other_stride,
-                other_pixel,
+                skip_stride,
+                skip_pixel,
                 0,
                 0,
                 0,
@@ -310,10 +310,10 @@ def group_norm_forward_kernel(
         place = y + sample.to(tl.int64) * N * C + rows[:, None] * C + channels[None, :]
         tl.store(place, value, mask=inside)
     else:
-        if total is not None:
+        if summed is not None:
             value = _source(
                 x,
-                other,
+                skip,
                 shift,
                 residual,
                 sample,
@@ -322,8 +322,8 @@ def group_norm_forward_kernel(
                 inside,
                 x_stride,
                 x_pixel,
-                other_stride,
-                other_pixel,
+                skip_stride,
+                skip_pixel,
                 shift_stride,
                 residual_stride,
                 residual_pixel,
@@ -331,9 +331,9 @@ def group_norm_forward_kernel(
                 "",
             )
             # What is handed on is rounded, and it is that which is normalised.
-            handed = value.to(total.dtype.element_ty)
+            handed = value.to(summed.dtype.element_ty)
             handed_place = (
-                total + sample.to(tl.int64) * N * C1 + rows[:, None] * C1 + channels[None, :]
+                summed + sample.to(tl.int64) * N * C1 + rows[:, None] * C1 + channels[None, :]
             )
             tl.store(handed_place, handed, mask=inside & (channels < C1)[None, :])
             value = handed.to(tl.float32)
@@ -361,7 +361,7 @@ def _activation_gradient(value, grad, SILU: tl.constexpr):
 @triton.jit
 def group_norm_backward_kernel(
     x,
-    other,
+    skip,
     shift,
     residual,
     weight,
@@ -369,24 +369,24 @@ def group_norm_backward_kernel(
     mean,
     rstd,
     dy,
-    dtotal,
+    dsummed,
     dx,
-    dother,
+    dskip,
     counters,
     group_sums,
     channel_sums,
     B,
     x_stride,
     x_pixel,
-    other_stride,
-    other_pixel,
+    skip_stride,
+    skip_pixel,
     shift_stride,
     residual_stride,
     residual_pixel,
     dy_stride,
     dy_pixel,
-    dtotal_stride,
-    dtotal_pixel,
+    dsummed_stride,
+    dsummed_pixel,
     N: tl.constexpr,
     C1: tl.constexpr,
     C: tl.constexpr,
@@ -417,7 +417,7 @@ def group_norm_backward_kernel(
     scale, offset = _parameters(weight, bias, channels, C)
     value = _source(
         x,
-        other,
+        skip,
         shift,
         residual,
         sample,
@@ -426,8 +426,8 @@ def group_norm_backward_kernel(
         inside,
         x_stride,
         x_pixel,
-        other_stride,
-        other_pixel,
+        skip_stride,
+        skip_pixel,
         shift_stride,
         residual_stride,
         residual_pixel,
@@ -457,19 +457,16 @@ def group_norm_backward_kernel(
         grad = (grad * scale - plain_mean - value * product_mean) * _to_channels(
             group_rstd, member
         )[None, :]
-        if dtotal is not None:
+        if dsummed is not None:
             grad += _read(
-                dtotal, sample, dtotal_stride, dtotal_pixel, rows, channels, first_source, ""
+                dsummed, sample, dsummed_stride, dsummed_pixel, rows, channels, first_source, ""
             )
         place = dx + sample.to(tl.int64) * N * C1 + rows[:, None] * C1 + channels[None, :]
         tl.store(place, grad, mask=first_source)
-        if other is not None:
+        if skip is not None:
             C2: tl.constexpr = C - C1
             place = (
-                dother
-                + sample.to(tl.int64) * N * C2
-                + rows[:, None] * C2
-                + (channels - C1)[None, :]
+                dskip + sample.to(tl.int64) * N * C2 + rows[:, None] * C2 + (channels - C1)[None, :]
             )
             tl.store(place, grad, mask=inside & (channels >= C1)[None, :])
     else:
@@ -491,7 +488,7 @@ def group_norm_backward_kernel(
             tl.store(sums + 2 * C, normalised_sum, mask=channels < C)  # narrow: 64 a program
         if SUMS > 3:
             handed = _read(
-                dtotal, sample, dtotal_stride, dtotal_pixel, rows, channels, first_source, ""
+                dsummed, sample, dsummed_stride, dsummed_pixel, rows, channels, first_source, ""
             )
             tl.store(
                 sums + 3 * C, tl.sum(handed, axis=0), mask=channels < C
@@ -536,11 +533,11 @@ def _strides(*images: torch.Tensor | None) -> list[int]:
 
 def _source_strides(
     x: torch.Tensor,
-    other: torch.Tensor | None,
+    skip: torch.Tensor | None,
     shift: torch.Tensor | None,
     residual: torch.Tensor | None,
 ) -> list[int]:
-    return [*_strides(x, other), 0 if shift is None else shift.stride(0), *_strides(residual)]
+    return [*_strides(x, skip), 0 if shift is None else shift.stride(0), *_strides(residual)]
 
 
 @torch.library.custom_op("sd_kernels::group_norm_forward", mutates_args=())
@@ -550,17 +547,17 @@ def group_norm_forward(
     bias: torch.Tensor,
     shift: torch.Tensor | None,
     residual: torch.Tensor | None,
-    other: torch.Tensor | None,
+    skip: torch.Tensor | None,
     num_groups: int,
     eps: float,
     silu: bool,
-    hand_on: bool,
+    return_sum: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     B, C1, H, W = x.shape
     C = weight.shape[0]
     sizes, programs, warps = _plan(B, H * W, C, num_groups)
     y = empty(x, (B, H, W, C)).permute(0, 3, 1, 2)
-    total = empty(x, (B, H, W, C1)).permute(0, 3, 1, 2) if hand_on else None
+    summed = empty(x, (B, H, W, C1)).permute(0, 3, 1, 2) if return_sum else None
     mean, rstd = (empty(x, (B, num_groups), torch.float32) for _ in range(2))
     counters = torch.zeros(1 + B, dtype=torch.int32, device=x.device)
     slots = [empty(x, (B, num_groups, sizes["P"], sizes["S"]), torch.float32) for _ in range(2)]
@@ -568,48 +565,48 @@ def group_norm_forward(
         group_norm_forward_kernel,
         (programs,),
         x,
-        other,
+        skip,
         shift,
         residual,
         weight,
         bias,
         y,
-        total,
+        summed,
         mean,
         rstd,
         counters,
         *slots,
         B,
         eps,
-        *_source_strides(x, other, shift, residual),
+        *_source_strides(x, skip, shift, residual),
         C1=C1,
         SILU=silu,
         **sizes,
         num_warps=warps,
     )
-    handed = x.new_empty(0) if total is None else rounded(total, x.dtype)
+    handed = x.new_empty(0) if summed is None else rounded(summed, x.dtype)
     return rounded(y, x.dtype), handed, mean, rstd
 
 
 @group_norm_forward.register_fake
-def _(x, weight, bias, shift, residual, other, num_groups, eps, silu, hand_on):
+def _(x, weight, bias, shift, residual, skip, num_groups, eps, silu, return_sum):
     B, C1, H, W = x.shape
     y = x.new_empty(B, H, W, weight.shape[0]).permute(0, 3, 1, 2)
-    total = x.new_empty(B, H, W, C1).permute(0, 3, 1, 2) if hand_on else x.new_empty(0)
+    summed = x.new_empty(B, H, W, C1).permute(0, 3, 1, 2) if return_sum else x.new_empty(0)
     mean, rstd = (x.new_empty(B, num_groups, dtype=torch.float32) for _ in range(2))
-    return y, total, mean, rstd
+    return y, summed, mean, rstd
 
 
 @torch.library.custom_op("sd_kernels::group_norm_backward", mutates_args=())
 def group_norm_backward(
     dy: torch.Tensor,
-    dtotal: torch.Tensor | None,
+    dsummed: torch.Tensor | None,
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
     shift: torch.Tensor | None,
     residual: torch.Tensor | None,
-    other: torch.Tensor | None,
+    skip: torch.Tensor | None,
     mean: torch.Tensor,
     rstd: torch.Tensor,
     silu: bool,
@@ -619,17 +616,17 @@ def group_norm_backward(
     C, N, G = weight.shape[0], H * W, mean.shape[1]
     sizes, programs, warps = _plan(B, N, C, G)
     dx = empty(x, (B, H, W, C1)).permute(0, 3, 1, 2)
-    dother = empty(x, (B, H, W, C - C1)).permute(0, 3, 1, 2)
+    dskip = empty(x, (B, H, W, C - C1)).permute(0, 3, 1, 2)
     counters = torch.zeros(1 + B, dtype=torch.int32, device=x.device)
     group_sums = empty(x, (2, B, G, sizes["P"], sizes["S"]), torch.float32)
-    count = (4 if dtotal is not None else 3) if shift_gradient else 2
+    count = (4 if dsummed is not None else 3) if shift_gradient else 2
     channel_sums = empty(x, (B, sizes["P"], count, C), torch.float32)
-    dy, dtotal = dense(dy), None if dtotal is None else dense(dtotal)
+    dy, dsummed = dense(dy), None if dsummed is None else dense(dsummed)
     launch(
         group_norm_backward_kernel,
         (programs,),
         x,
-        other,
+        skip,
         shift,
         residual,
         weight,
@@ -637,15 +634,15 @@ def group_norm_backward(
         mean,
         rstd,
         dy,
-        dtotal,
+        dsummed,
         dx,
-        dother,
+        dskip,
         counters,
         group_sums,
         channel_sums,
         B,
-        *_source_strides(x, other, shift, residual),
-        *_strides(dy, dtotal),
+        *_source_strides(x, skip, shift, residual),
+        *_strides(dy, dsummed),
         C1=C1,
         SILU=silu,
         SUMS=count,
@@ -657,7 +654,7 @@ def group_norm_backward(
     dshift = x.new_empty(0)
     if shift_gradient:
         dshift = _shift_gradient(sums, weight, rstd, N)[:, :C1].to(x.dtype).contiguous()
-    return rounded(dx, x.dtype), rounded(dother, x.dtype), dweight, dbias, dshift
+    return rounded(dx, x.dtype), rounded(dskip, x.dtype), dweight, dbias, dshift
 
 
 def _shift_gradient(
@@ -680,39 +677,39 @@ def _shift_gradient(
 
 
 @group_norm_backward.register_fake
-def _(dy, dtotal, x, weight, bias, shift, residual, other, mean, rstd, silu, shift_gradient):
+def _(dy, dsummed, x, weight, bias, shift, residual, skip, mean, rstd, silu, shift_gradient):
     B, C1, H, W = x.shape
     C = weight.shape[0]
-    dx, dother = (x.new_empty(B, H, W, width).permute(0, 3, 1, 2) for width in (C1, C - C1))
+    dx, dskip = (x.new_empty(B, H, W, width).permute(0, 3, 1, 2) for width in (C1, C - C1))
     dshift = x.new_empty(B, C1) if shift_gradient else x.new_empty(0)
-    return dx, dother, weight.new_empty(C), weight.new_empty(C), dshift
+    return dx, dskip, weight.new_empty(C), weight.new_empty(C), dshift
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    x, weight, bias, shift, residual, other, _, _, silu, hand_on = inputs
-    _, total, mean, rstd = output
+    x, weight, bias, shift, residual, skip, _, _, silu, return_sum = inputs
+    _, summed, mean, rstd = output
     # What was handed on is what was normalised, so that its parts need not be kept.
-    kept = (total, None, None) if hand_on else (x, shift, residual)
-    ctx.save_for_backward(*kept, weight, bias, other, mean, rstd)
+    kept = (summed, None, None) if return_sum else (x, shift, residual)
+    ctx.save_for_backward(*kept, weight, bias, skip, mean, rstd)
     ctx.silu, ctx.has_residual = silu, residual is not None
     ctx.set_materialize_grads(False)
 
 
 def _backward(
-    ctx: Any, dy: torch.Tensor | None, dtotal: torch.Tensor | None, *_: Any
+    ctx: Any, dy: torch.Tensor | None, dsummed: torch.Tensor | None, *_: Any
 ) -> tuple[Any, ...]:
-    x, shift, residual, weight, bias, other, mean, rstd = ctx.saved_tensors
+    x, shift, residual, weight, bias, skip, mean, rstd = ctx.saved_tensors
     if dy is None:
         B, _, H, W = x.shape
         dy = x.new_zeros(B, H, W, weight.shape[0]).permute(0, 3, 1, 2)
     wants_shift = ctx.needs_input_grad[3]
-    dx, dother, dweight, dbias, dshift = group_norm_backward(
-        dy, dtotal, x, weight, bias, shift, residual, other, mean, rstd, ctx.silu, wants_shift
+    dx, dskip, dweight, dbias, dshift = group_norm_backward(
+        dy, dsummed, x, weight, bias, shift, residual, skip, mean, rstd, ctx.silu, wants_shift
     )
     optional = (
         dshift if wants_shift else None,
         dx if ctx.has_residual else None,
-        None if other is None else dother,
+        None if skip is None else dskip,
     )
     return dx, dweight, dbias, *optional, None, None, None, None
 
@@ -726,16 +723,16 @@ def group_norm(
     bias: torch.Tensor,
     shift: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
-    other: torch.Tensor | None = None,
+    skip: torch.Tensor | None = None,
     *,
     num_groups: int,
     eps: float,
     silu: bool = False,
-    hand_on: bool = False,
+    return_sum: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """See `reference.group_norm`; images in channels-last memory, statistics in float32."""
-    check(x, weight, bias, shift, residual, other, num_groups)
-    for name, image in {"x": x, "residual": residual, "other": other}.items():
+    check(x, weight, bias, shift, residual, skip, num_groups)
+    for name, image in {"x": x, "residual": residual, "skip": skip}.items():
         if image is not None:
             order = f"{name} of shape {tuple(image.shape)} with strides {image.stride()}"
             takes = "channels-last memory (x.to(memory_format=torch.channels_last))"
@@ -745,7 +742,7 @@ def group_norm(
         require(
             adjacent, "group_norm", f"a shift with strides {shift.stride()}", "channels adjacent"
         )
-    y, total, _, _ = group_norm_forward(
-        x, weight, bias, shift, residual, other, num_groups, eps, silu, hand_on
+    y, summed, _, _ = group_norm_forward(
+        x, weight, bias, shift, residual, skip, num_groups, eps, silu, return_sum
     )
-    return (y, total) if hand_on else y
+    return (y, summed) if return_sum else y

@@ -85,7 +85,7 @@ def layer_norm_forward_kernel(
     weight,
     bias,
     y,
-    total,
+    summed,
     mean,
     rstd,
     amax,
@@ -105,7 +105,7 @@ def layer_norm_forward_kernel(
         if residual is not None:
             tile += _load(residual, rows, is_row, residual_stride, i, C, K).to(tl.float32)
             # The norm is of what backward will read.
-            tile = tile.to(total.dtype.element_ty).to(tl.float32)
+            tile = tile.to(summed.dtype.element_ty).to(tl.float32)
         tiles = _with(tiles, tile)
         sums += tile
     centre = tl.sum(sums, 1) / C
@@ -128,7 +128,7 @@ def layer_norm_forward_kernel(
     # Stores come last: no load is moved up past one.
     for i in tl.static_range(TILES):
         if residual is not None:
-            _store(total, tiles[i], rows, is_row, i, C, K)
+            _store(summed, tiles[i], rows, is_row, i, C, K)
         if y is not None:
             _store(y, results[i], rows, is_row, i, C, K)
     tl.store(mean + rows, centre, mask=is_row)  # narrow: one number a row
@@ -140,12 +140,12 @@ def layer_norm_forward_kernel(
 
 @triton.jit
 def layer_norm_backward_kernel(
-    total,
+    summed,
     weight,
     mean,
     rstd,
     dy,
-    dtotal,
+    dsummed,
     dx,
     partials,
     M,
@@ -173,10 +173,10 @@ def layer_norm_backward_kernel(
         along_normal = zeros
         for i in tl.static_range(TILES):
             grad = _load(dy, rows, is_row, C, i, C, K).to(tl.float32)
-            normal = (_load(total, rows, is_row, stride, i, C, K).to(tl.float32) - centre) * scale
+            normal = (_load(summed, rows, is_row, stride, i, C, K).to(tl.float32) - centre) * scale
             slope = grad * _load_row(weight, i, C, K, ROWS)
-            if dtotal is not None:
-                handed_on = _with(handed_on, _load(dtotal, rows, is_row, C, i, C, K))
+            if dsummed is not None:
+                handed_on = _with(handed_on, _load(dsummed, rows, is_row, C, i, C, K))
             along_one += slope
             along_normal += slope * normal
             normals = _with(normals, normal)
@@ -189,7 +189,7 @@ def layer_norm_backward_kernel(
         mean_product = (tl.sum(along_normal, 1) / C)[:, None]
         for i in tl.static_range(TILES):
             result = (slopes[i] - mean_slope - normals[i] * mean_product) * scale
-            if dtotal is not None:
+            if dsummed is not None:
                 result += handed_on[i].to(tl.float32)
             _store(dx, result, rows, is_row, i, C, K)
     row = partials + tl.program_id(0) * (2 * C)
@@ -237,9 +237,9 @@ def _forward(
     magnitude into amax."""
     rows, added = _rows(x), None if residual is None else _rows(residual)
     (M, C), tiling = rows.shape, _tiling(x.shape[-1])
-    total = empty(x, (0,) if added is None else tuple(x.shape))
+    summed = empty(x, (0,) if added is None else tuple(x.shape))
     mean, rstd = (empty(x, (M,), torch.float32) for _ in range(2))
-    arguments = rows, added, weight.contiguous(), bias.contiguous(), y, total, mean, rstd, amax
+    arguments = rows, added, weight.contiguous(), bias.contiguous(), y, summed, mean, rstd, amax
     strides = rows.stride(0), C if added is None else added.stride(0)
     launch(
         layer_norm_forward_kernel,
@@ -250,7 +250,7 @@ def _forward(
         eps,
         **tiling,
     )
-    return rounded(total, x.dtype), mean, rstd
+    return rounded(summed, x.dtype), mean, rstd
 
 
 @torch.library.custom_op("sd_kernels::layer_norm_statistics", mutates_args=())
@@ -280,23 +280,23 @@ def _(x, weight, bias, residual, eps):
 
 @torch.library.custom_op("sd_kernels::layer_norm_backward", mutates_args=())
 def layer_norm_backward(
-    total: torch.Tensor,
+    summed: torch.Tensor,
     weight: torch.Tensor,
     mean: torch.Tensor,
     rstd: torch.Tensor,
     dy: torch.Tensor,
-    dtotal: torch.Tensor | None,
+    dsummed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of x (and of residual), and of weight and bias (2, C)."""
-    rows = _rows(total)
-    (M, C), tiling = rows.shape, _tiling(total.shape[-1])
-    programs = min(triton.cdiv(M, tiling["ROWS"]), BACKWARD_PER_PROCESSOR * processors(total))
-    dx = empty(total, tuple(total.shape))
-    partials = empty(total, (programs, 2 * C), torch.float32)
-    grads = dy.contiguous(), None if dtotal is None else dtotal.contiguous()
+    rows = _rows(summed)
+    (M, C), tiling = rows.shape, _tiling(summed.shape[-1])
+    programs = min(triton.cdiv(M, tiling["ROWS"]), BACKWARD_PER_PROCESSOR * processors(summed))
+    dx = empty(summed, tuple(summed.shape))
+    partials = empty(summed, (programs, 2 * C), torch.float32)
+    grads = dy.contiguous(), None if dsummed is None else dsummed.contiguous()
     arguments = rows, weight.contiguous(), mean, rstd, *grads, dx, partials
     launch(layer_norm_backward_kernel, (programs,), *arguments, M, rows.stride(0), **tiling)
-    return rounded(dx, total.dtype), column_sum(partials, weight.dtype).view(2, C)
+    return rounded(dx, summed.dtype), column_sum(partials, weight.dtype).view(2, C)
 
 
 @layer_norm_forward.register_fake
@@ -314,30 +314,30 @@ def _(
 
 @layer_norm_backward.register_fake
 def _(
-    total: torch.Tensor,
+    summed: torch.Tensor,
     weight: torch.Tensor,
     mean: torch.Tensor,
     rstd: torch.Tensor,
     dy: torch.Tensor,
-    dtotal: torch.Tensor | None,
+    dsummed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return total.new_empty(total.shape), weight.new_empty(2, total.shape[-1])
+    return summed.new_empty(summed.shape), weight.new_empty(2, summed.shape[-1])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    (x, weight, _, residual, _), (_, total, mean, rstd) = inputs, output
+    (x, weight, _, residual, _), (_, summed, mean, rstd) = inputs, output
     # Else zeros are written for what has no gradient: mean and deviation, always.
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x if residual is None else total, weight, mean, rstd)
+    ctx.save_for_backward(x if residual is None else summed, weight, mean, rstd)
 
 
 def _backward(
-    ctx: Any, dy: torch.Tensor | None, dtotal: torch.Tensor | None, *_: Any
+    ctx: Any, dy: torch.Tensor | None, dsummed: torch.Tensor | None, *_: Any
 ) -> tuple[torch.Tensor | None, ...]:
-    total, weight, mean, rstd = ctx.saved_tensors
-    dy = torch.zeros_like(total) if dy is None else dy
-    dtotal = dtotal if dtotal is not None and dtotal.shape == total.shape else None
-    dx, (dweight, dbias) = layer_norm_backward(total, weight, mean, rstd, dy, dtotal)
+    summed, weight, mean, rstd = ctx.saved_tensors
+    dy = torch.zeros_like(summed) if dy is None else dy
+    dsummed = dsummed if dsummed is not None and dsummed.shape == summed.shape else None
+    dx, (dweight, dbias) = layer_norm_backward(summed, weight, mean, rstd, dy, dsummed)
     return dx, dweight, dbias, dx if ctx.needs_input_grad[3] else None, None
 
 
