@@ -26,13 +26,13 @@ CASES = {case.name: case for case in (*SPEC.small_cases, FAR)}
         ("ragged", ("/ C + eps)", "/ C + 2.0 * eps)")),
         (
             "far from zero",
-            ("tl.sum(squares, 1) / C", "_sum_of_squares(tiles, K, ROWS) / C - centre * centre"),
+            ("tl.sum(squares, 1) / C", "_sum_of_squares(tiles, K, ROWS) / C - row_mean * row_mean"),
         ),
         ("ragged", ("tl.where(_columns_of(i, is_row, C, K)[1], centred, 0.0)", "centred")),
         ("ragged", ("tile += _load(residual", "tile += 0.0 * _load(residual")),
-        ("ragged", ("result += handed_on[i]", "result += 0.0 * handed_on[i]")),
-        ("no residual", ("result += handed_on[i]", "result += 0.0 * handed_on[i]")),
-        ("no residual", ("- normals[i] * mean_product", "")),
+        ("ragged", ("result += dsummed_tiles[i]", "result += 0.0 * dsummed_tiles[i]")),
+        ("no residual", ("result += dsummed_tiles[i]", "result += 0.0 * dsummed_tiles[i]")),
+        ("no residual", ("- normalised_tiles[i] * mean_product", "")),
         ("no residual", ("column_sum(partials,", "column_sum(partials[1:],")),
         ("shifted mean", ("M, tl.num_programs(0) * ROWS)", "M, M)")),
     ],
@@ -42,7 +42,7 @@ CASES = {case.name: case for case in (*SPEC.small_cases, FAR)}
         "columns outside in the variance",
         "no residual added",
         "gradient of the sum forgotten",
-        "gradient of x handed on forgotten",
+        "gradient of the returned x forgotten",
         "gradient along the norm forgotten",
         "a stripe of the weight's gradient missing",
         "a stripe's later rows missing",
@@ -66,7 +66,7 @@ def drawn(case: str, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tens
     return SPEC.inputs(CASES[case], Inputs(CASES[case], dtype))
 
 
-def test_x_itself_is_handed_on() -> None:
+def test_x_itself_is_returned() -> None:
     inputs = drawn("no residual")
     assert layer_norm(**inputs)[1].data_ptr() == inputs["x"].data_ptr()
 
