@@ -89,8 +89,8 @@ def test_any_pair_is_a_master() -> None:
         ),
         (
             [
-                ("_narrowed(m,", "_narrowed(swapped,"),
-                ("_narrowed(v,", "_narrowed(m,"),
+                ("_to_stream(m,", "_to_stream(swapped,"),
+                ("_to_stream(v,", "_to_stream(m,"),
                 ("swapped", "v"),
             ],
             "tiny",

@@ -37,7 +37,7 @@ CASES = {case.name: case for case in SPEC.small_cases}
             "after LayerNorm",
             ("layer_norm_backward(*kept, dx, grads[1])", "layer_norm_backward(*kept, dx, None)"),
         ),
-        ("after LayerNorm", ("norm_bias, residual, eps)", "norm_bias, residual, 1.0)")),
+        ("after LayerNorm", ("norm_bias, residual, eps\n", "norm_bias, residual, 1.0\n")),
         ("77 tokens", ("column_sum(grad, grad.dtype)", "column_sum(grad[:-1], grad.dtype)")),
         ("77 tokens", ("x.dtype, bias, fast", "x.dtype, None, fast")),
     ],

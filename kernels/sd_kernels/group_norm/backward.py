@@ -68,6 +68,7 @@ def group_norm_backward_kernel(
     tile, block = item % PIXEL_TILES, item // PIXEL_TILES
     rows = tile * ROWS + tl.arange(0, ROWS)
     channels = block * BLOCK + tl.arange(0, BLOCK)
+    # Tiles at the last pixels and channels reach past the image.
     inside = (rows < N)[:, None] & (channels < C)[None, :]
     first, member = groups_of(block, CPG, C, TOUCHED, BLOCK)
     groups = first + tl.arange(0, TOUCHED)
@@ -133,6 +134,7 @@ def group_norm_backward_kernel(
             normalised_sum = tl.sum(tl.where(inside, value, 0.0), axis=0)
             tl.store(sums + 2 * C, normalised_sum, mask=is_channel)  # narrow: 64 a program
         if SUMS > 3:
+            # A shift is part of the sum, so it also gets the gradient of the sum.
             grad = load_pixels(dsummed, dsummed_stride, dsummed_pixel, at, is_first, "")
             tl.store(sums + 3 * C, tl.sum(grad, axis=0), mask=is_channel)  # narrow: 64 a program
         arrive(counters, sample)
@@ -170,7 +172,7 @@ def group_norm_backward(
     sums = (4 if dsummed is not None else 3) if shift_gradient else 2
     channel_sums = empty(x, (B, pixel_tiles, sums, C), torch.float32)
     dy, dsummed = dense(dy), None if dsummed is None else dense(dsummed)
-    sources = x, skip, shift, residual
+    sources, gradients = (x, skip, shift, residual), (dy, dsummed, dx, dskip)
     launch(
         group_norm_backward_kernel,
         (launch_plan.programs,),
@@ -179,10 +181,7 @@ def group_norm_backward(
         bias,
         mean,
         rstd,
-        dy,
-        dsummed,
-        dx,
-        dskip,
+        *gradients,
         counters,
         group_sums,
         channel_sums,
