@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sd_kernels import harness
 from sd_kernels.conv import SPEC
-from sd_kernels.conv.cudnn import conv, tuned
+from sd_kernels.conv.aten import conv, tuned
 from sd_kernels.errors import KernelError
 from sd_kernels.registry import all_ops
 from sd_kernels.spec import Case, Inputs

@@ -116,7 +116,7 @@ def _(dy: torch.Tensor) -> torch.Tensor:
 
 
 def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    # Two references to one tensor: autograd adds to neither in place.
+    # x and residual get one tensor: autograd adds in place only where nothing else holds it.
     return dy, dy, residual_add_backward(dy) if ctx.needs_input_grad[2] else None
 
 
