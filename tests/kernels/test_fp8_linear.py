@@ -56,7 +56,7 @@ def test_planted_faults_are_red(case: str, fault: tuple[str, str]) -> None:
 
 
 def rows_lost(function: Any) -> int:
-    """Of gradients whose rows are 2^0 to 2^-27, how many rows of dx are more than a quarter off."""
+    """The number of rows of dx with an error above a quarter, for rows of dy from 2^0 to 2^-27."""
     x, weight = (
         torch.randn(28, 64, dtype=torch.bfloat16, requires_grad=True),
         torch.randn(32, 64).bfloat16(),

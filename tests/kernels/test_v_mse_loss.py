@@ -21,8 +21,8 @@ RAGGED = SPEC.small_cases[1]
         ("difference * difference", "tl.abs(difference)"),
         ("programs = triton.cdiv(N, TUNING.block)", "programs = N // TUNING.block"),
         (
-            "launch(v_mse_loss_backward_kernel, (triton.cdiv(N, TUNING.block),)",
-            "launch(v_mse_loss_backward_kernel, (3,)",
+            "grid = (triton.cdiv(N, TUNING.block),)",
+            "grid = (3,)",
         ),
     ],
     ids=[

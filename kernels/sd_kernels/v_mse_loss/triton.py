@@ -81,10 +81,9 @@ def v_mse_loss_backward(
     """The gradient of the prediction, from that of the loss, () float32."""
     N = prediction.numel()
     dprediction = empty(prediction)
+    grid = (triton.cdiv(N, TUNING.block),)
     arguments = prediction, target, grad, dprediction, N
-    launch(
-        v_mse_loss_backward_kernel, (triton.cdiv(N, TUNING.block),), *arguments, BLOCK=TUNING.block
-    )
+    launch(v_mse_loss_backward_kernel, grid, *arguments, BLOCK=TUNING.block)
     return rounded(dprediction, prediction.dtype)
 
 
