@@ -42,8 +42,8 @@ def test_draws_equal_the_oracle(seed: int, device: str) -> None:
     assert torch.equal(timesteps.cpu(), philox.uniform_integers(seed, 0, indices, 1000))
     for ours, stream in ((posterior_noise, 2), (noise, 1)):
         oracle = philox.normal(seed, stream, indices, ours[0].numel()).view(ours.shape)
-        # float64 libraries differ in their last bit, which shows where float32 then rounds the other
-        # way: for 1 number in 10^8.
+        # float64 libraries differ in their last bit, which shows where float32 then rounds to the
+        # other side: for 1 number in 10^8.
         assert (ours.cpu() != oracle).sum() <= 1
         torch.testing.assert_close(ours.cpu(), oracle, rtol=2.0**-22, atol=1e-12)
 

@@ -240,8 +240,8 @@ def load_source(
 ):
     """The tile (ROWS, BLOCK) that is normalised, in float32: x + shift + residual, then skip.
 
-    `layout` has the strides in the order of `source_strides`; `at` is (sample, rows, channels). CACHE is ".cg" where x
-    was written by another program of this launch; see `load_parts`.
+    `layout` has the strides in the order of `source_strides`, `at` is (sample, rows, channels).
+    CACHE is ".cg" where x was written by another program of this launch; see `load_parts`.
     """
     sample, rows, channels = at
     x_stride, x_pixel, skip_stride, skip_pixel, shift_stride, residual_stride, residual_pixel = (
