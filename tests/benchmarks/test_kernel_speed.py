@@ -145,7 +145,7 @@ def test_the_products_of_a_backward_are_apart(op: str, monkeypatch: pytest.Monke
     assert [item.flops(way) for way in item.directions()] == [work.flops] * 3
     assert [item.work(way) for way in item.directions()] == [work.forward_bytes] * 3
     [inputs] = kernel_speed.input_sets(item, 1, "cpu")
-    for way, names in (("dgrad", {"x", "other"}), ("wgrad", {"weight", "bias"})):
+    for way, names in (("dgrad", {"x", "skip"}), ("wgrad", {"weight", "bias"})):
         [call] = kernel_speed.backwards(spec.reference(), [inputs], way)
         expected = [
             inputs[name].shape for name in inputs if name in names and inputs[name] is not None
