@@ -30,11 +30,12 @@ from benchmarks.kernel_speed import (
 from benchmarks.timing import Budget
 from sd_kernels import geglu
 from sd_kernels.registry import all_ops, source_digest
-from sd_kernels.spec import DECLARED_TARGETS, Case, Target
+from sd_kernels.spec import Case
+from sd_kernels.targets import GPUS, Target
 from tests.benchmarks.test_gpu_acceptance import FakeClock
 from tests.kernels.faults import planted
 
-H100 = DECLARED_TARGETS["h100"]
+H100 = GPUS["h100"].target
 MACHINE = {"gpu": "a CPU", "torch": "2", "triton": "3", "copy_gb_per_second": 1.0}
 SMALL = dataclasses.replace(geglu.SPEC.small_cases[2], calls=3)
 MEASURED = {
