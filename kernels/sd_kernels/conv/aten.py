@@ -14,6 +14,8 @@ capture. The rules follow from torch (aten/src/ATen/native/cudnn/Conv_v8.cpp):
   autograd's thread of the device, so warm-up and capture must be called from the same thread.
 - Timing synchronises, which a capture forbids. So the warm-up must run every shape of the graph,
   forward and backward.
+
+Shape letters: see `reference`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Group normalisation by torch's own operators.
 
-Each addition, the concatenation and SiLU is a pass of its own.
+Each addition, the concatenation and SiLU is a pass of its own. Shape letters: see `reference`.
 """
 
 from __future__ import annotations

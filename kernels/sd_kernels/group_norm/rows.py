@@ -1,4 +1,7 @@
-"""The memory order of images that kernels and adapters take: rows of adjacent channels."""
+"""The memory order of images that kernels and adapters take: rows of adjacent channels.
+
+Shape letters: B samples, C channels, H and W rows and columns.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LayerNorm of a residual sum by torch's own operators, in two passes."""
+"""LayerNorm of a residual sum by torch's own operators; shape letters as in `reference`."""
 
 from __future__ import annotations
 

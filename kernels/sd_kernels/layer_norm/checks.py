@@ -1,4 +1,4 @@
-"""The checks of inputs that all backends of this op share."""
+"""The checks of inputs that all backends of this op share; shape letters as in `reference`."""
 
 from __future__ import annotations
 

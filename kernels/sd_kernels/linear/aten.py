@@ -1,4 +1,7 @@
-"""A linear layer by torch, on a GPU by cuBLAS, which adds the bias in its epilogue."""
+"""A linear layer by torch, on a GPU by cuBLAS, which adds the bias in its epilogue.
+
+Shape letters: K columns in, N columns out.
+"""
 
 from __future__ import annotations
 

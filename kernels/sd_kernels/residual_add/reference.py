@@ -1,4 +1,7 @@
-"""Residual sum with bias in plain torch."""
+"""Residual sum with bias in plain torch.
+
+Shape letters: B samples, C channels, H and W rows and columns.
+"""
 
 from __future__ import annotations
 

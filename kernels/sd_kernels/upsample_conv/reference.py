@@ -1,4 +1,8 @@
-"""Nearest upsampling by two and a 3x3 convolution in plain torch."""
+"""Nearest upsampling by two and a 3x3 convolution in plain torch.
+
+Shape letters: B samples, C channels, K output channels, H and W rows and columns of the small
+image.
+"""
 
 from __future__ import annotations
 
