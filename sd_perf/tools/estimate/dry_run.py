@@ -1,5 +1,7 @@
-"""What a config amounts to, without allocating its weights: parameters, FLOPs, memory, batch
-arithmetic."""
+"""What a config amounts to, without allocating its weights.
+
+Parameters, FLOPs, memory, batch arithmetic, kernels.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from sd_perf.fast.architecture import architecture
 from sd_perf.fast.choice import choose_kernels, target_named, used_ops
 from sd_perf.reference.unet import UNet
 from sd_perf.tools.estimate.eager import plain
-from sd_perf.tools.estimate.ways import kept
+from sd_perf.tools.estimate.fused import saved_activations
 
 
 def dry_run(config: Config, world_size: int, target: str = "here") -> dict[str, Any]:
@@ -104,8 +106,7 @@ def _format(config: Config, layers: str) -> str:
 
 
 def kernels_table(facts: dict[str, Any]) -> tuple[Any, ...]:
-    """The backends that were chosen, and why each better one was passed over; nothing for the plain
-    network."""
+    """The backends that were chosen, and why no better one; nothing for the plain network."""
     if not facts["kernels"]:
         return ()
     title = f"kernels on {facts['target']}"
@@ -118,10 +119,10 @@ def kernels_table(facts: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _activation_bytes(config: Config) -> float:
-    """Bytes per sample that the backward pass keeps, parameters aside."""
+    """Bytes per sample that forward saves for backward, parameters aside."""
     if config.model.implementation == "plain" or config.training.precision == "fp32":
         return plain(config, 1, config.training.precision == "bf16")[1]
-    return kept(architecture(config), 1, concatenated=False)
+    return saved_activations(architecture(config), batch=1, concatenated=False)
 
 
 def _inputs(config: Config, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -134,8 +135,7 @@ def _inputs(config: Config, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Ten
 
 
 def _flops(unet: UNet, config: Config) -> tuple[int, int]:
-    """FLOPs per sample of forward and of forward + backward (multiply-add is 2; nothing counted
-    twice)."""
+    """FLOPs per sample of forward and of forward + backward; a multiply-add counts as two."""
     with FlopCounterMode(display=False) as forward:
         output = unet(*_inputs(config, torch.float32))
     with FlopCounterMode(display=False) as backward:
