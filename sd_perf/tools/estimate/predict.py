@@ -65,7 +65,8 @@ RECIPES = {
 
 def operators() -> dict[str, list[str]]:
     """Rows of the figures by family: the ops, and what is no op of sd_kernels."""
-    rows = {family: [] for family in get_args(Family)} | {"waiting for the host": ["waiting"]}
+    rows: dict[str, list[str]] = {family: [] for family in get_args(Family)}
+    rows["waiting for the host"] = ["waiting"]
     for op, spec in all_ops().items():
         rows[spec.family].append(op)
     # torch's own sums, copies and casts
