@@ -38,7 +38,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
@@ -336,6 +336,11 @@ class OpSpec:
     differentiable: bool = True
     in_place: bool = False
     """whether it writes into its inputs and gives them back"""
+
+    def __post_init__(self) -> None:
+        if self.family not in get_args(Family):
+            families = ", ".join(map(repr, get_args(Family)))
+            raise ValueError(f"{self.name}: family {self.family!r} is none of {families}")
 
     @property
     def ours(self) -> str | None:

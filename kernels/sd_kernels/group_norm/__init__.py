@@ -157,10 +157,15 @@ def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
 def _work(case: Case, dtype: torch.dtype) -> Work:
     B, H, W, C1, C2 = case.sizes("B", "H", "W", "C1", "C2")
     first, both = (B * H * W * channels * dtype.itemsize for channels in (C1, C1 + C2))
-    residual, return_sum = case.extras.residual, case.options["return_sum"]
-    reads_again = 0 if return_sum else residual * first
+    return_sum = case.options["return_sum"]
+    residual_bytes = first if case.extras.residual else 0
+    sum_bytes = first if return_sum else 0
+    # Backward needs the sum again: what forward returned, or its parts.
+    reads_again = 0 if return_sum else residual_bytes
     return Work(
-        0.0, 2 * both + (residual + return_sum) * first, 3 * both + return_sum * first + reads_again
+        0.0,
+        forward_bytes=2 * both + residual_bytes + sum_bytes,
+        backward_bytes=3 * both + sum_bytes + reads_again,
     )
 
 

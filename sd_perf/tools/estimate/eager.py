@@ -62,6 +62,7 @@ class _Autocast(TorchFunctionMode):
             return value
         if not isinstance(value, torch.nn.Parameter):
             return value.to(dtype)
+        # As autocast's cache does, which lives until the step ends.
         if id(value) not in self.weights:
             self.weights[id(value)] = value.to(dtype)
         return self.weights[id(value)]
@@ -73,6 +74,7 @@ class _Autocast(TorchFunctionMode):
             if function in functions:
                 args = [self.cast(value, dtype) for value in args]
                 kwargs = {name: self.cast(value, dtype) for name, value in (kwargs or {}).items()}
+        # On meta tensors torch would take the math kernel, which keeps the scores.
         if function is F.scaled_dot_product_attention:
             return torch.ops.aten._scaled_dot_product_flash_attention(*args)[0]
         return function(*args, **(kwargs or {}))

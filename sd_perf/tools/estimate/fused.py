@@ -43,6 +43,7 @@ def kernels_of(op: str, case: Case) -> Iterator[Kernel]:
     if isinstance(computed, Matmuls):
         yield from matmul_kernels(op, work, computed, calls=case.calls)
         return
+    # Attention has a rate of its own; an op without matrices takes as long as its bytes.
     forward = backward = None
     if isinstance(computed, Attention):
         forward = AttentionWork(work.flops, computed.queries)
@@ -103,6 +104,7 @@ def saved_activations(unet: Architecture, batch: int, concatenated: bool) -> flo
         if spec.saved_bytes
         for case in cases(op, unet, batch)
     )
+    # The skips themselves are among the sums that norms save.
     skips = sum(batch * block.side**2 * sum(block.sources[1:]) for block in res_blocks(unet))
     return float(total + (BYTES * skips if concatenated else 0))
 
@@ -112,5 +114,6 @@ def refusals(unet: Architecture, batch: int) -> Iterable[str]:
     for op, spec in all_ops().items():
         for case in cases(op, unet, batch):
             reasons = [backend.refuses(case, bfloat16) for backend in spec.backends[:-1]]
+            # Without other backends the reference is what is meant to run.
             if reasons and all(reasons):
                 yield f"{op}, {case.name}: {reasons[0]}; counted as if it could"

@@ -31,11 +31,12 @@ def _times(facts: dict[str, Any]) -> Any:
 
     recipes = facts["recipes"]
     title = f"{GPUS[facts['gpu']].title}, batch {facts['batch']}: ms and GB per sample, at least"
+    # All ms first, then all GB, so that one kind of number can be compared along the row.
     headers = [f"{recipe}\n{unit}" for unit in ("ms", "GB") for recipe in recipes]
     table = Table("", *headers, title=title, title_justify="left")
     for op in (op for ops in operators().values() for op in ops):
         rows = [recipe["by_op"].get(op) for recipe in recipes.values()]
-        if any(rows):
+        if any(rows):  # an op that no recipe has gets no row
             cells = [row and row[key] for key in ("ms_per_sample", "gigabytes") for row in rows]
             table.add_row(op, *("" if cell is None else f"{cell:.3f}" for cell in cells))
     table.add_section()
@@ -71,6 +72,7 @@ def draw(facts: dict[str, Any], path: Path) -> None:
     figure = figures.Figure(figsize=(10.4, 3.4), layout="constrained")
     axes = figure.subplots()
     recipes = facts["recipes"]
+    # A bar is a recipe; each family is stacked on the ends of those before it.
     labels, ends = [RECIPES[name].description for name in recipes], [0.0] * len(recipes)
     for (family, ops), colour in zip(operators().items(), _COLOURS, strict=True):
         spent = [
@@ -84,11 +86,13 @@ def draw(facts: dict[str, Any], path: Path) -> None:
         rate = f"  at most {recipe['samples_per_second']:,.0f} samples/s"
         axes.text(end, place, rate, va="center")
     axes.invert_yaxis()  # the first recipe at the top
+    # The rates stand to the right of the bars and need room.
     axes.set_xlim(0, 1.3 * max(ends))
     axes.spines[["top", "right"]].set_visible(False)
     title = GPUS[facts["gpu"]].title
     axes.set_xlabel(f"ms per sample, at least: {title}, batch {facts['batch']}")
     figure.legend(loc="outside upper left", ncols=4, frameon=False)
+    # Written beside it and moved: a full disk leaves no half picture.
     with disk_errors(path, "choose another --png"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_aside(path) as draft:

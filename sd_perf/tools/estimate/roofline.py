@@ -52,6 +52,7 @@ class Kernel:
         computing = matmul_seconds(self.matmul, gpu) if self.matmul else 0.0
         if self.attention:
             short, long = rates.backward if self.backward else rates.forward
+            # Shorter ones than 1024 are 2 % of attention's arithmetic in the benchmark.
             tflops = long if self.attention.queries >= _LONG else short
             computing = self.attention.flops / (tflops * 1e12)
         return max(computing, self.bytes / gpu.bandwidth.value)
