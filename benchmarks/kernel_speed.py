@@ -133,7 +133,7 @@ def _entries(spec: OpSpec, case: Case, dtype: torch.dtype, target: Target) -> It
             case,
             backend.name,
             dtype,
-            "; ".join(reasons_against(backend, target, [case], dtype)),
+            "; ".join(map(str, reasons_against(backend, target, [case], dtype))),
         )
     yield Entry(spec, case, COMPILED, dtype)
 

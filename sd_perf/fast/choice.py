@@ -57,7 +57,7 @@ def _require_fp8(config: Config, target: Target, native: Choice) -> None:
             against = reasons_against(all_ops()["fp8_linear"].backend("te"), target)
             right = (
                 f"fp8_native or bf16, since fp8_te cannot be had on {target.name}: "
-                f"{'; '.join(against)}"
+                f"{'; '.join(map(str, against))}"
             )
             config.precision.require(not against, key, right)
         elif target.device == "cuda" and native.wanted == AUTO:

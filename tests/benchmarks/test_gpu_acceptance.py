@@ -463,7 +463,7 @@ def test_without_an_estimate_there_are_measurements(monkeypatch: pytest.MonkeyPa
     def fail(*_: object) -> dict[str, Any]:
         raise RuntimeError("odd")
 
-    monkeypatch.setattr(gpu_acceptance, "estimate", fail)
+    monkeypatch.setattr(gpu_acceptance, "predict", fail)
     gpu_acceptance.predictions.cache_clear()
     row = make_row(H100, Rung(FAST_BF16, 8, True), MEASURED)
     gpu_acceptance.predictions.cache_clear()

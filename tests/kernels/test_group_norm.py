@@ -12,10 +12,10 @@ import torch.nn.functional as F
 
 from sd_kernels import harness
 from sd_kernels.errors import KernelError
-from sd_kernels.group_norm import SPEC, tiles
+from sd_kernels.group_norm import NOTHING, SPEC, tiles
 from sd_kernels.group_norm import triton as kernels
 from sd_kernels.group_norm.aten import group_norm as torchs
-from sd_kernels.spec import Case, Inputs
+from sd_kernels.spec import Case, Draw, Inputs
 from tests.kernels.faults import assert_caught
 
 CASES = {case.name: case for case in SPEC.small_cases}
@@ -73,7 +73,7 @@ def test_planted_faults_are_red(case: str, fault: tuple[str, str]) -> None:
 
 def test_one_pass_variance_is_red() -> None:
     case = replace(
-        CASES["pixels apart"], name="far mean", data={"added": "", "mean": 30.0, "std": 0.5}
+        CASES["pixels apart"], name="far mean", draw=Draw(mean=30.0, std=0.5), extras=NOTHING
     )
     one_pass = "to_groups(tl.sum(value * value, axis=0), member) - elements * own_mean * own_mean"
     assert_caught(

@@ -5,17 +5,18 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from sd_kernels.errors import KernelError
-from sd_kernels.layer_norm import SPEC
+from sd_kernels.layer_norm import SPEC, Extras
 from sd_kernels.layer_norm.aten import layer_norm as torchs
 from sd_kernels.layer_norm.triton import WIDEST, layer_norm
-from sd_kernels.spec import Case, Inputs
+from sd_kernels.spec import Case, Draw, Inputs
 from tests.kernels.faults import assert_caught
 
 # There E[x^2] - E[x]^2 has no right digit; torch's own kernel for CPUs is beyond the rule too.
 FAR = Case(
     "far from zero",
     {"B": 1, "L": 33, "C": 320},
-    data={"residual": False, "mean": 300.0, "std": 0.5},
+    draw=Draw(mean=300.0, std=0.5),
+    extras=Extras(residual=False),
 )
 CASES = {case.name: case for case in (*SPEC.small_cases, FAR)}
 
@@ -165,6 +166,6 @@ def test_a_row_that_is_too_wide() -> None:
 
 
 def test_the_widest_row() -> None:
-    case = Case("widest", {"B": 1, "L": 2, "C": WIDEST}, data={"residual": False})
+    case = Case("widest", {"B": 1, "L": 2, "C": WIDEST}, extras=Extras(residual=False))
     inputs = SPEC.inputs(case, Inputs(case, torch.float32))
     torch.testing.assert_close(layer_norm(**inputs), SPEC.reference()(**inputs))

@@ -11,6 +11,7 @@ import torch
 
 from sd_kernels import geglu, registry, selection
 from sd_kernels.errors import KernelError
+from sd_kernels.reasons import Reason, refusal
 from sd_kernels.selection import Choice, choose
 from sd_kernels.spec import Backend, Case
 from sd_kernels.targets import GPUS, Target
@@ -22,8 +23,8 @@ HERE = REFERENCE.module
 """a module that can be imported"""
 
 
-def no_half(case: Case, dtype: torch.dtype) -> str:
-    return "takes no float16" if dtype == torch.float16 else ""
+def no_half(case: Case, dtype: torch.dtype) -> Reason | None:
+    return refusal("takes no float16") if dtype == torch.float16 else None
 
 
 BACKENDS = (

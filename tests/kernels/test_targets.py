@@ -13,7 +13,7 @@ from sd_perf.config import Config, UNetConfig
 from sd_perf.errors import ConfigError
 from sd_perf.tools.doctor import examine
 from sd_perf.tools.estimate.dry_run import dry_run
-from sd_perf.tools.estimate.estimate import estimate
+from sd_perf.tools.estimate.predict import predict
 
 CONFIG = Config(model=UNetConfig(implementation="fast"))
 
@@ -33,14 +33,14 @@ def test_another_gpu_is_another_entry(monkeypatch: pytest.MonkeyPatch, tmp_path:
     facts = dry_run(CONFIG, 1, "h999")
     assert facts["target"] == "H999" and facts["kernels"]["geglu"]["backend"] == "triton"
     assert examine("h999", tmp_path)["target"] == {"name": "H999", "declared": True}
-    hopper, figures = estimate(CONFIG, "h100", 8), estimate(CONFIG, "h999", 8)
+    hopper, figures = predict(CONFIG, "h100", 8), predict(CONFIG, "h999", 8)
     assert figures["samples_per_second"] == hopper["samples_per_second"]
     assert figures["largest_batch"] > 3 * hopper["largest_batch"]
     assert key_of_driver("NVIDIA H999") == "h999" and key_of_driver("NVIDIA H999 PCIe") is None
     assert peak_of_driver("NVIDIA H999") == peak_of_driver("NVIDIA H999 PCIe") == card.peak
     monkeypatch.setitem(GPUS, "h999", replace(card, attention={}))
     with pytest.raises(ConfigError, match=r"H999 has no rate of FlashAttention 2; .*targets\.py"):
-        estimate(CONFIG, "h999", 8)
+        predict(CONFIG, "h999", 8)
 
 
 def test_a_name_that_is_not_there() -> None:

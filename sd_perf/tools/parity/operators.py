@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from sd_kernels import harness
+from sd_kernels.reasons import Reason
 from sd_kernels.registry import all_ops
 from sd_kernels.selection import reasons_against
 from sd_kernels.spec import Case, OpSpec, Target
@@ -39,10 +40,10 @@ def _dtypes(spec: OpSpec, backend: str) -> list[torch.dtype]:
     float64, where they take it, an error can only be one of how they are called."""
     ours = [dtype for dtype in spec.dtypes if dtype != torch.float16]
     takes_wide = not all(_against(spec, backend, case, torch.float64) for case in spec.small_cases)
-    return [torch.float64] if backend != "triton" and takes_wide else ours
+    return [torch.float64] if takes_wide and not spec.backend(backend).ours else ours
 
 
-def _against(spec: OpSpec, backend: str, case: Case, dtype: torch.dtype) -> list[str]:
+def _against(spec: OpSpec, backend: str, case: Case, dtype: torch.dtype) -> list[Reason]:
     return reasons_against(spec.backend(backend), Target.here(), [case], dtype)
 
 

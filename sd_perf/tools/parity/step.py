@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sd_kernels.adamw.reference import adamw as textbook_adamw
 from sd_kernels.adamw.reference import join_master, split_master
+from sd_kernels.registry import all_ops
 from sd_perf.config import Config, PrecisionConfig
 from sd_perf.data.batch import Batch, LoaderOptions
 from sd_perf.data.loaders.synthetic import draw_inputs
@@ -42,7 +43,8 @@ def compare_steps(subject: Subject) -> Iterator[Row]:
     yield from _draws(subject)
     yield _ranks(subject)
     yield from _optimizer(subject.light)
-    if subject.choices["adamw"].backend in ("triton", "reference"):  # others keep no remainders
+    adamw = all_ops()["adamw"].backend(subject.choices["adamw"].backend)
+    if adamw.exact:  # others keep no remainders
         yield _masters(subject)
     if subject.where != "interpreter":
         yield from _whole_step(subject.light)

@@ -48,12 +48,8 @@ class Subject:
         it."""
         if where != "interpreter":
             return cls(config, where)
-        tritons = {
-            op: "triton"
-            for op, spec in all_ops().items()
-            if any(backend.name == "triton" for backend in spec.backends)
-        }
-        kernels = dataclasses.replace(config.kernels, **tritons, strict=False)
+        ours = {op: spec.ours for op, spec in all_ops().items() if spec.ours}
+        kernels = dataclasses.replace(config.kernels, strict=False, **ours)
         data = dataclasses.replace(config.data, latent_size=4, context_tokens=5)
         return cls(
             dataclasses.replace(config, model=tiny(config.model), data=data, kernels=kernels), where
