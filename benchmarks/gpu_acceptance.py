@@ -34,7 +34,7 @@ from benchmarks.gpu_environment import describe, measure_ceilings, software
 from benchmarks.gpu_fast import FAST_BF16
 from benchmarks.gpu_throughput import ThroughputRow
 from benchmarks.timing import Budget
-from sd_kernels.spec import Target
+from sd_kernels.targets import Target
 from sd_perf.tools.results import KernelRow, Provenance, Result, write
 
 PARTS = ("environment", "correctness", "kernels", "profile", "throughput")

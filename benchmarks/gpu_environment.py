@@ -18,28 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.timing import CudaClock, timed
-
-DENSE_BF16_PEAK = {
-    "NVIDIA A100-SXM4-40GB": (312e12, "NVIDIA A100 datasheet"),
-    "NVIDIA A100-SXM4-80GB": (312e12, "NVIDIA A100 datasheet"),
-    "NVIDIA A100 80GB PCIe": (312e12, "NVIDIA A100 datasheet"),
-    "NVIDIA H100 80GB HBM3": (989e12, "NVIDIA H100 datasheet, SXM, half of the rate with sparsity"),
-    "NVIDIA H200": (989e12, "NVIDIA H200 datasheet, SXM, half of the rate with sparsity"),
-    "NVIDIA B200": (
-        2250e12,
-        "NVIDIA HGX B200 datasheet, one of eight GPUs, half of the rate with sparsity",
-    ),
-}
-"""FLOP/s and source by the exact name the driver gives, since PCIe and NVL cards of these chips are
-slower"""
-
-ESTIMATED_AS = {
-    "NVIDIA A100-SXM4-80GB": "a100",
-    "NVIDIA H100 80GB HBM3": "h100",
-    "NVIDIA H200": "h200",
-    "NVIDIA B200": "b200",
-}
-"""names of `sd-perf estimate`, which knows these cards and not their slower namesakes"""
+from sd_kernels.targets import peak_of_driver
 
 CLOCK_EVENT_REASONS = {
     0x1: "idle",
@@ -59,17 +38,6 @@ TELEMETRY_KEYS = ("sm_clock_mhz", "power_w", "temperature_c", "clock_event_reaso
 
 GEMM_SIZE = 8192
 COPY_BYTES = 2**31
-
-
-def peak_flops(gpu: str) -> float | None:
-    """Dense bf16 FLOP/s of a GPU by the driver's name; None: not in the table, never guessed."""
-    entry = DENSE_BF16_PEAK.get(gpu)
-    return None if entry is None else entry[0]
-
-
-def estimate_name(gpu: str) -> str | None:
-    """Name by which `sd-perf estimate` knows a GPU; None: it does not know this very card."""
-    return ESTIMATED_AS.get(gpu)
 
 
 def nvidia_smi(fields: Sequence[str]) -> list[str] | None:
@@ -118,7 +86,7 @@ def describe() -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(0)
     fields = ("driver_version", "power.limit", "clocks.max.sm", "clocks.max.mem")
     driver, power_limit, sm_clock, memory_clock = nvidia_smi(fields) or ("",) * len(fields)
-    peak, source = DENSE_BF16_PEAK.get(properties.name, (None, None))
+    peak, source = peak_of_driver(properties.name) or (None, None)
     return {
         "gpu": properties.name,
         "compute_capability": f"{properties.major}.{properties.minor}",

@@ -14,7 +14,7 @@ import torch
 from benchmarks.attempts import attempt, release_memory
 from benchmarks.checks import Check
 from benchmarks.gpu_checks import blocking
-from benchmarks.gpu_environment import Telemetry, estimate_name, peak_flops
+from benchmarks.gpu_environment import Telemetry
 from benchmarks.gpu_fast import FAST_BF16, FAST_TIMED
 from benchmarks.gpu_workload import (
     AUTOCAST,
@@ -26,6 +26,7 @@ from benchmarks.gpu_workload import (
 )
 from benchmarks.timing import Budget, CudaClock, rates, repetitions, timed
 from sd_kernels.conv.cudnn import tuned
+from sd_kernels.targets import key_of_driver, peak_of_driver
 from sd_perf.config import Config, UNetConfig
 from sd_perf.tools.estimate.estimate import estimate
 from sd_perf.tools.results import Status
@@ -140,7 +141,7 @@ def predictions(gpu: str, batch: int) -> dict[str, Any]:
 
     Empty where it does not know the GPU, and, with a line printed, where it fails.
     """
-    name = estimate_name(gpu)
+    name = key_of_driver(gpu)
     if name is None:
         return {}
     figures = attempt(partial(estimate, Config(), name, batch))
@@ -152,8 +153,7 @@ def predictions(gpu: str, batch: int) -> dict[str, Any]:
 def make_row(gpu: str, entry: TimedRecipe, measured: dict[str, Any]) -> ThroughputRow:
     """A row from the measured columns: `time_iterations`', or `status` and `reason`."""
     recipe = entry.recipe
-    rate, peak = measured.get("samples_per_second"), peak_flops(gpu)
-    known = rate is not None and peak is not None
+    rate, peak = measured.get("samples_per_second"), peak_of_driver(gpu)
     predicted = predictions(gpu, entry.batch).get(recipe.way) if recipe.way else None
     columns: dict[str, Any] = {
         **dict.fromkeys(ThroughputRow.__annotations__),
@@ -165,7 +165,7 @@ def make_row(gpu: str, entry: TimedRecipe, measured: dict[str, Any]) -> Throughp
         "implementation": recipe.implementation + ("" if entry.graph else "_eager"),
         "graph": entry.graph,
         "attention": recipe.attention.name if recipe.attention else None,
-        "mfu": rate * FLOPS_PER_SAMPLE / peak if known else None,
+        "mfu": rate * FLOPS_PER_SAMPLE / peak.value if rate and peak else None,
         "predicted_samples_per_second": predicted and predicted["samples_per_second"],
         "predicted_memory_bytes": predicted and predicted["memory_bytes"]["total"],
         "notes": ROW_NOTE,

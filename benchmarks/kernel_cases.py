@@ -11,7 +11,8 @@ import torch
 from sd_kernels.registry import all_ops
 from sd_kernels.sd_v2_shapes import BATCH
 from sd_kernels.selection import reasons_against
-from sd_kernels.spec import Case, Function, OpSpec, Target
+from sd_kernels.spec import Case, Function, OpSpec
+from sd_kernels.targets import Target
 
 COMPILED = "torch.compile"
 """backend name of the op's reference under torch.compile"""

@@ -195,8 +195,17 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure, write, print; returns the exit code."""
     options = parse(arguments)
     has_gpu = torch.cuda.is_available()
-from sd_kernels.targets import GPUS, Target
-from sd_perf.tools.results import KernelRow, Provenance, Result, write
+    candidates = plan(
+        Target.here() if has_gpu else GPUS["h100"].target,
+        ops=options.ops,
+        case_filter=options.cases,
+        dtype=getattr(torch, options.dtype),
+        batch=options.batch,
+        heaviest_only=options.quick,
+    )
+    if not candidates:
+        names = f"{', '.join(options.ops)} in {options.dtype}"
+        print(f"no case of {names} contains {options.cases!r}", file=sys.stderr)
         return 2
     if options.dry:
         print("\n".join(map(plan_line, candidates)))
