@@ -160,7 +160,7 @@ def measure(
             )
             return time_direction(candidate, direction, calls, copy_rate, seconds)
 
-    measured = {}
+    measured: dict[str, dict[str, Any]] = {}
     for direction in candidate.directions():
         measured[direction] = {"parity": parity, **attempt(partial(on_side_stream, direction))}
         attempt(release_memory)
