@@ -172,9 +172,9 @@ def _kernels_of(op: str) -> set[str]:
 
 def check_inputs(workload: FastWorkload, name: str) -> list[Check]:
     """The fused draws of the current samples against the plain diffusion step's, on one device."""
-    schedule = workload.diffusion.schedule
-    noisy, target, timesteps = workload.training_inputs()
-    latents, noise, right = workload.diffusion.draw(workload.moments, workload.sample_indices)
+    schedule, samples = workload.diffusion.schedule, (workload.moments, workload.sample_indices)
+    noisy, target, timesteps = workload.step.draw(*samples)
+    latents, noise, right = workload.diffusion.draw(*samples)
     right_noisy = schedule.add_noise(latents, noise, right)
     target_error = relative_error(target, schedule.v_target(latents, noise, right))
     noisy_error = relative_error(noisy, right_noisy)
