@@ -37,6 +37,7 @@ from benchmarks.timing import Budget
 from sd_kernels.targets import Target
 from sd_perf.tools.results import KernelRow, Provenance, Result, write
 
+NAME = "gpu_acceptance"
 PARTS = ("environment", "correctness", "kernels", "profile", "throughput")
 TIMED_PARTS = {"profile", "throughput"}
 """that need correctness in the same run"""
@@ -67,12 +68,22 @@ class Report:
         """Name of the GPU as the driver gives it."""
         return self.provenance.machine["gpu"]
 
-    def save(self) -> None:
-        """Write gpu_acceptance.json: the throughput is its rows."""
+    @classmethod
+    def begun(cls, options: argparse.Namespace) -> Report:
+        """A report without findings, of this GPU and these options."""
+        machine, versions = describe(), software()
+        provenance = Provenance.of_this_run(NAME, machine, versions, options.git_sha)
+        return cls(options.output, provenance)
+
+    def result(self) -> Result[ThroughputRow]:
+        """The report as it is written: the throughput is its rows."""
         names = ("ceilings", "correctness", "kernels", "profile", "notes", "seconds")
         details = {name: getattr(self, name) for name in names}
-        result = Result("gpu_acceptance", self.provenance, self.throughput, details)
-        write(self.folder / "gpu_acceptance.json", result)
+        return Result(NAME, self.provenance, self.throughput, details)
+
+    def save(self) -> None:
+        """Write gpu_acceptance.json."""
+        write(self.folder / f"{NAME}.json", self.result())
 
     def save_kernels(self, rows: list[KernelRow]) -> None:
         """Keep the rows, and write them into a file of their own that can be committed."""
@@ -231,9 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(words, file=sys.stderr)
         return 2
     options.output.mkdir(parents=True, exist_ok=True)
-    name = "gpu_acceptance"
-    provenance = Provenance.of_this_run(name, describe(), software(), options.git_sha)
-    report = Report(options.output, provenance)
+    report = Report.begun(options)
     run_parts(report, options, budget)
     report.seconds = round(budget.seconds - budget.left(), 1)
     report.save()

@@ -34,7 +34,6 @@ CLOCK_EVENT_REASONS = {
 """bits of clocks_event_reasons.active"""
 
 TELEMETRY_FIELDS = ("clocks.sm", "power.draw", "temperature.gpu", "clocks_event_reasons.active")
-TELEMETRY_KEYS = ("sm_clock_mhz", "power_w", "temperature_c", "clock_event_reasons")
 
 GEMM_SIZE = 8192
 COPY_BYTES = 2**31
@@ -152,8 +151,8 @@ def reason_names(mask: str) -> list[str]:
 def summarise_telemetry(samples: list[list[str]]) -> dict[str, Any]:
     """Clock, power, temperature and throttling of a run, from its second half.
 
-    samples: values of TELEMETRY_FIELDS, oldest first. Returns TELEMETRY_KEYS: median clock (MHz)
-    and power (W), highest temperature (C), and all reasons for lower clocks. None: no sample tells.
+    samples: values of TELEMETRY_FIELDS, oldest first. Returns columns of a row: median clock
+    (MHz) and power (W), highest temperature (C), all reasons for lower clocks. None: unknown.
     """
     settled = samples[len(samples) // 2 :]
     clock, power, temperature = (
