@@ -220,7 +220,9 @@ def compile_all(
             continue
         key, source, options = compile_for(launch, capability)
         if (key, capability) not in rows:
-            rows[key, capability] = inspect(op, case, launch, source, options, capability)
+            rows[key, capability] = inspect(
+                op, case, launch, source=source, options=options, capability=capability
+            )
     return list(rows.values())
 
 

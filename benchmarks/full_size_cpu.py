@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
@@ -179,7 +180,13 @@ def load_batches(shards: Path, sizes: Sizes, stages: Stages) -> list[Batch]:
 def synthetic_batch(sizes: Sizes) -> Batch:
     """One random sample of the right shapes."""
     indices = torch.zeros(1, dtype=torch.int64)
-    moments, context = make_inputs(sizes.unet, indices, sizes.latent, sizes.context_tokens, SEED)
+    moments, context = make_inputs(
+        sizes.unet,
+        indices,
+        latent_size=sizes.latent,
+        context_tokens=sizes.context_tokens,
+        seed=SEED,
+    )
     return Batch(indices, moments, ["random"], context)
 
 
@@ -216,10 +223,9 @@ def train(shards: Path, sizes: Sizes, stages: Stages) -> tuple[UNet, dict[str, f
         optimizer = build_optimizer(unet, Config())
     # The rate after the warm-up, so that a step moves the weights.
     optimizer.param_groups[0]["lr"] = Config().learning_rate
-    random = [synthetic_batch(sizes)]
-    losses = {"random sample": optimizer_step(unet, optimizer, random, stages, "random sample")}
-    batches = load_batches(shards, sizes, stages)
-    losses["photographs"] = optimizer_step(unet, optimizer, batches, stages, "photograph")
+    step = partial(optimizer_step, unet, optimizer, stages=stages)
+    losses = {"random sample": step([synthetic_batch(sizes)], name="random sample")}
+    losses["photographs"] = step(load_batches(shards, sizes, stages), name="photograph")
     return unet, losses
 
 

@@ -27,29 +27,23 @@ Group = tuple[str, Callable[[], list[Check]]]
 
 def check_groups() -> list[Group]:
     """All groups of checks, in the order in which they run."""
-    recipes = (
-        *(
-            fast.yardstick
-            for fast in FAST_CHECKED
-            if fast.yardstick and fast.yardstick not in CHECKED
-        ),
-        *CHECKED,
-    )
-    precisions = partial(check_precisions, recipes=recipes, device="cuda", gradients=True)
-    small = partial(precisions, config=SMALL, latent_size=SMALL_LATENTS, reference_device="cpu")
-    full = partial(precisions, config=FULL, latent_size=FULL_LATENTS, reference_device="cuda")
+    yardsticks = [fast.yardstick for fast in FAST_CHECKED if fast.yardstick]
+    recipes = [*(recipe for recipe in yardsticks if recipe not in CHECKED), *CHECKED]
+    small = {"config": SMALL, "latent_size": SMALL_LATENTS, "device": "cuda"}
+    full = {"config": FULL, "latent_size": FULL_LATENTS, "device": "cuda"}
+    precisions = partial(check_precisions, recipes=recipes, gradients=True)
     groups: list[Group] = [
         ("draws", partial(check_draws, "cuda")),
-        ("small network", small),
-        ("full network", full),
+        ("small network", partial(precisions, **small, reference_device="cpu")),
+        ("full network", partial(precisions, **full, reference_device="cuda")),
     ]
     for recipe in CHECKED:
         groups.append((f"{recipe.implementation}: capture", partial(check_captures, recipe)))
     for fast in FAST_CHECKED:
-        steps = partial(check_steps, fast, SMALL, SMALL_LATENTS, "cuda", iterations=ITERATIONS)
+        steps = partial(check_steps, fast, **small, iterations=ITERATIONS)
         groups.append((f"{fast.implementation}: steps of the small network", steps))
     for fast in FAST_TIMED:
-        step = partial(check_steps, fast, FULL, FULL_LATENTS, "cuda", iterations=1)
+        step = partial(check_steps, fast, **full, iterations=1)
         groups.append((f"{fast.implementation}: a step of the full network", step))
     return groups
 
@@ -57,7 +51,7 @@ def check_groups() -> list[Group]:
 def check_captures(recipe: Recipe) -> list[Check]:
     """`check_replay` of the small network on the GPU, on a side stream."""
     with torch.cuda.stream(torch.cuda.Stream()):
-        workload = recipe.workload(SMALL, 4, "cuda", latent_size=SMALL_LATENTS)
+        workload = recipe.workload(SMALL, batch=4, device="cuda", latent_size=SMALL_LATENTS)
         return check_replay(workload, lambda: workload.capture().replay, recipe)
 
 

@@ -166,10 +166,14 @@ def run(
         torch._dynamo.reset()
         # Buffers donated to a compiled backward would be gone at its second call.
         with torch._functorch.config.patch(donated_buffer=False):
-            return measure(candidate, checker, copy_rate, l2_bytes, seconds)
+            return measure(
+                candidate, checker, copy_rate=copy_rate, l2_bytes=l2_bytes, seconds=seconds
+            )
 
     with tuned():  # all convolutions alike, torch's own too: cuDNN times its algorithms
-        return measure_all(candidates, machine, budget, measure_candidate, save)
+        return measure_all(
+            candidates, machine, budget, measure_candidate=measure_candidate, save=save
+        )
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -223,7 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
             write(options.output, Result("kernel_speed", provenance, rows))
 
     seconds = QUICK_SECONDS if options.quick else SECONDS
-    rows = run(candidates, Budget(options.seconds), seconds, save)
+    rows = run(candidates, Budget(options.seconds), seconds=seconds, save=save)
     print("\n".join(step_lines(rows)))
     return int(any(map(is_bad, rows)))
 

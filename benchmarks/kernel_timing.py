@@ -158,7 +158,7 @@ def measure(
                 if direction == "forward"
                 else backwards(function, sets, direction)
             )
-            return time_direction(candidate, direction, calls, copy_rate, seconds)
+            return time_direction(candidate, direction, calls, copy_rate=copy_rate, seconds=seconds)
 
     measured: dict[str, dict[str, Any]] = {}
     for direction in candidate.directions():

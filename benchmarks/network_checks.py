@@ -71,7 +71,9 @@ def check_precisions(
         randomize(unet, seed=0)
     batch = 2 if gradients else 1
     indices = torch.arange(batch)
-    moments, context = make_inputs(config, indices, latent_size, CONTEXT_TOKENS, seed=0)
+    moments, context = make_inputs(
+        config, indices, latent_size=latent_size, context_tokens=CONTEXT_TOKENS, seed=0
+    )
     latents = moments.chunk(2, dim=1)[0] * DiffusionConfig().latent_scale
     inputs = (latents, 500 + 37 * indices, context)
     float64 = dataclasses.replace(FP32, weights=torch.float64)

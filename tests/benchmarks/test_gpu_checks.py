@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 
 from benchmarks.checks import differing, make_check, passed
+from benchmarks.gpu_checks import CHECKED, check_groups
+from benchmarks.gpu_fast import FAST_CHECKED, FAST_TIMED
 from benchmarks.gpu_workload import PlainWorkload, Recipe
 from benchmarks.network_checks import check_draws, check_precisions
 from benchmarks.training_checks import check_replay
@@ -73,3 +77,12 @@ def test_bits_are_compared_not_values() -> None:
     nan = torch.tensor([float("nan"), 0.0, 1.0])
     assert differing([nan], [nan.clone()]) == 0
     assert differing([nan], [torch.tensor([float("nan"), -0.0, 1.0])]) == 1
+
+
+def test_every_group_gets_the_arguments_it_needs() -> None:
+    groups = check_groups()
+    assert len(groups) == 3 + len(CHECKED) + len(FAST_CHECKED) + len(FAST_TIMED)
+    assert len({name for name, _ in groups}) == len(groups)
+    for _, group in groups:
+        assert isinstance(group, partial)
+        inspect.signature(group.func).bind(*group.args, **group.keywords)
