@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -29,8 +30,8 @@ def check_groups() -> list[Group]:
     """All groups of checks, in the order in which they run."""
     yardsticks = [fast.yardstick for fast in FAST_CHECKED if fast.yardstick]
     recipes = [*(recipe for recipe in yardsticks if recipe not in CHECKED), *CHECKED]
-    small = {"config": SMALL, "latent_size": SMALL_LATENTS, "device": "cuda"}
-    full = {"config": FULL, "latent_size": FULL_LATENTS, "device": "cuda"}
+    small: dict[str, Any] = {"config": SMALL, "latent_size": SMALL_LATENTS, "device": "cuda"}
+    full: dict[str, Any] = {"config": FULL, "latent_size": FULL_LATENTS, "device": "cuda"}
     precisions = partial(check_precisions, recipes=recipes, gradients=True)
     groups: list[Group] = [
         ("draws", partial(check_draws, "cuda")),
