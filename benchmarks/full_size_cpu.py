@@ -8,6 +8,9 @@ photographs, draws latents by DDIM and decodes them into pictures.
 The images' DIR holds photographs and, in it or beside it, their captions.jsonl. Weights and text
 states are random and seeded: the run shows that the full size works and what it costs; its pictures
 show nothing. Prints a table; writes full_size_cpu.json, the moments shard and the pictures.
+
+Shape letters: B samples, C latent channels, S latent rows and columns, L text tokens, D context
+channels.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from sd_kernels.spec import Function, Inputs
 Call = Callable[[], Any]
 
 PARAMETERS = ("weight", "bias")
+"""inputs whose gradients wgrad computes"""
 GRAPH_SECONDS = 5e-4
 """least duration of a graph; the gap between two replays, some microseconds, is lost in it"""
 MOST_INPUT_SETS = 32
