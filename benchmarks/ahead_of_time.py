@@ -17,7 +17,6 @@ Must run without TRITON_INTERPRET. Exit code 0: all is green; 1: something is re
 
 from __future__ import annotations
 
-import argparse
 import re
 import subprocess
 import sys
@@ -37,6 +36,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from benchmarks.command import command_parser
 from sd_kernels.launch import Launch, interpreted, recording
 from sd_kernels.registry import all_ops
 from sd_kernels.spec import Inputs, OpSpec
@@ -274,9 +274,10 @@ def main() -> int:
         name for name, spec in all_ops().items() if any(b.name == "triton" for b in spec.backends)
     ]
     targets = list(MATRIX_INSTRUCTIONS)
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser = command_parser("ahead_of_time", __doc__)
     add = parser.add_argument
-    add("--ops", nargs="+", choices=with_triton, default=with_triton, help="default: all")
+    names = f"default: all of {', '.join(with_triton)}"
+    add("--ops", nargs="+", metavar="OP", choices=with_triton, default=with_triton, help=names)
     add("--targets", nargs="+", type=int, choices=targets, default=targets, help="default: all")
     add("--markdown", type=Path, help="write the table here")
     add("--output", type=Path, help="JSON file of all rows")

@@ -9,7 +9,6 @@ the sizes of configs/smoke.yaml. Needs webdataset and diffusers.
 
 from __future__ import annotations
 
-import argparse
 import platform
 import statistics
 import sys
@@ -23,6 +22,7 @@ from typing import TypedDict
 import numpy as np
 import torch
 
+from benchmarks.command import command_parser
 from sd_perf.config import Config, DataConfig, UNetConfig
 from sd_perf.data.batch import Batch, LoaderOptions
 from sd_perf.data.loaders.portable import PortableLoader
@@ -176,7 +176,7 @@ def measure() -> list[ComparisonRow]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, write; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser = command_parser("cpu_comparisons", __doc__)
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     options = parser.parse_args(arguments)
     rows = measure()

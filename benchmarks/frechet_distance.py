@@ -10,7 +10,6 @@ Needs scipy. Exit code 1: the distances differ.
 
 from __future__ import annotations
 
-import argparse
 import platform
 import statistics
 import sys
@@ -25,6 +24,7 @@ import scipy
 import scipy.linalg
 import torch
 
+from benchmarks.command import command_parser
 from sd_perf.evaluation.fid import FeatureStatistics, Gaussian, frechet_distance
 from sd_perf.tools.results import Provenance, Result, write
 
@@ -99,7 +99,7 @@ def compare(case: str, features: int, repeats: int) -> DistanceRow:
 
 def main() -> int:
     """Measure, print, write; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser = command_parser("frechet_distance", __doc__)
     parser.add_argument("--features", type=int, default=2048, help="features per sample")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each way")
     parser.add_argument("--output", type=Path, help="JSON file for the results")

@@ -15,7 +15,6 @@ channels.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import math
 import platform
@@ -32,6 +31,7 @@ from typing import TypedDict
 import numpy as np
 import torch
 
+from benchmarks.command import command_parser
 from benchmarks.gpu_workload import make_inputs, randomize
 from sd_perf.config import Config, DataConfig, DiffusionConfig, UNetConfig
 from sd_perf.data.batch import Batch, LoaderOptions
@@ -304,7 +304,7 @@ def table(result: Result[StageRow]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, write, print; returns the exit code: 2 where images or output cannot be used."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser = command_parser("full_size_cpu", __doc__)
     add = parser.add_argument
     add("--images", type=Path, required=True, help="folder of photographs with captions.jsonl")
     add("--output", type=Path, required=True, help="folder that receives the results")

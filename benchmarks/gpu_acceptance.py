@@ -29,6 +29,7 @@ import torch
 from benchmarks import gpu_profile, gpu_throughput, kernel_cases, kernel_speed
 from benchmarks.attempts import attempt, release_memory
 from benchmarks.checks import Check, guarded, passed
+from benchmarks.command import command_parser
 from benchmarks.gpu_checks import Group, blocking, check_groups
 from benchmarks.gpu_environment import describe, measure_ceilings, software
 from benchmarks.gpu_fast import FAST_BF16
@@ -206,7 +207,7 @@ def exit_code(report: Report, parts: list[str]) -> int:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Options of the command line; SystemExit with code 2 where they make no sense."""
     parts = ",".join(PARTS)
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser = command_parser(NAME, __doc__)
     add = parser.add_argument
     add("--output", type=Path, required=True, help="folder that receives the results")
     add("--batches", default="8,16,32,64", help="batch sizes (default: 8,16,32,64)")

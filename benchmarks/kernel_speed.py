@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from benchmarks.attempts import attempt
+from benchmarks.command import command_parser
 from benchmarks.gpu_environment import describe, measure_copy, software
 from benchmarks.kernel_cases import BATCH, COMPILED, Candidate, Direction, plan
 from benchmarks.kernel_parity import UNCHECKED, ParityChecker
@@ -178,9 +179,11 @@ def run(
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Options of the command line; SystemExit with code 2 where one makes no sense."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser = command_parser("kernel_speed", __doc__)
     add = parser.add_argument
-    add("--ops", nargs="+", choices=list(all_ops()), default=list(all_ops()), help="default: all")
+    ops = list(all_ops())
+    names = f"default: all of {', '.join(ops)}"
+    add("--ops", nargs="+", metavar="OP", choices=ops, default=ops, help=names)
     add("--cases", default="", help="only cases whose name contains this")
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     add("--batch", type=int, default=BATCH, help=f"samples (default: {BATCH})")
