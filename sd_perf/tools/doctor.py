@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Iterable
 from importlib import metadata
@@ -20,9 +19,8 @@ from sd_kernels.registry import all_ops, source_digest
 from sd_kernels.selection import choose, reasons_against
 from sd_kernels.spec import Backend, OpSpec
 from sd_kernels.targets import Target
-from sd_perf.errors import UserError
 from sd_perf.fast.choice import REFERENCE, target_named
-from sd_perf.files import one_line
+from sd_perf.tools.results import KernelRow, read
 
 RESULTS = Path(sd_perf.__file__).parents[1] / "benchmarks/results"
 """of a source checkout; an installed package has none, and then no kernel has a proof"""
@@ -91,7 +89,7 @@ def _devices() -> list[dict[str, Any]]:
     return [cpu, *gpus]
 
 
-def _kernel(spec: OpSpec, target: Target, runs: list[dict[str, Any]]) -> dict[str, Any]:
+def _kernel(spec: OpSpec, target: Target, runs: list[KernelRow]) -> dict[str, Any]:
     return {
         "op": spec.name,
         "summary": spec.summary,
@@ -101,7 +99,7 @@ def _kernel(spec: OpSpec, target: Target, runs: list[dict[str, Any]]) -> dict[st
 
 
 def _backend(
-    spec: OpSpec, backend: Backend, target: Target, runs: list[dict[str, Any]]
+    spec: OpSpec, backend: Backend, target: Target, runs: list[KernelRow]
 ) -> dict[str, Any]:
     against = reasons_against(backend, target, spec.cases)
     mine = [run for run in runs if (run["op"], run["backend"]) == (spec.name, backend.name)]
@@ -119,21 +117,12 @@ def _backend(
     }
 
 
-def _runs(folder: Path) -> list[dict[str, Any]]:
+def _runs(folder: Path) -> list[KernelRow]:
     """Rows of all committed kernel benchmarks that ran on a GPU with green parity."""
-    rows = []
-    for path in sorted(folder.glob("kernels_*.json")):
-        try:
-            rows += [
-                row
-                for row in json.loads(path.read_text(encoding="utf-8"))["rows"]
-                if row["parity"]["ok"]
-            ]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{path}: is no result of kernel_speed.py ({one_line(error)}); restore it"
-            ) from error
-    return rows
+    results = (
+        read(path, "kernel_speed", KernelRow) for path in sorted(folder.glob("kernels_*.json"))
+    )
+    return [row for result in results for row in result.rows if row["parity"]["ok"]]
 
 
 def screen(report: dict[str, Any]) -> Iterable[Any]:
