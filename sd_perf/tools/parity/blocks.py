@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sd_perf.fast import unet as fast
+from sd_perf.fast.ops import Ops
 from sd_perf.models.text_encoder import OpenClipTextEncoder
 from sd_perf.reference import unet as plain
 from sd_perf.tools.parity.comparison import Comparison
@@ -99,7 +100,7 @@ def _skip_channels(unet: Any) -> dict[str, int]:
     return {f"output_blocks.{index}.0": width for index, width in enumerate(reversed(widths))}
 
 
-def _apply(block: Any, args: list[Tensor], *, skip_channels: int, ops: fast.Ops) -> Tensor:
+def _apply(block: Any, args: list[Tensor], *, skip_channels: int, ops: Ops) -> Tensor:
     """The fast block's result (B, C, H, W) for what the plain block takes.
 
     Plain blocks take the concatenation of input and skip, and the time before its projection.

@@ -14,6 +14,7 @@ import torch
 from sd_perf.config import Config
 from sd_perf.data.loaders.build import build_loader
 from sd_perf.distributed.world import World
+from sd_perf.fast.ops import Ops
 from sd_perf.models.build import build_text_encoder, build_unet
 from sd_perf.tools.parity.comparison import Comparison
 from sd_perf.tools.parity.parity_case import SEED, ParityCase
@@ -32,11 +33,17 @@ def compare_loss_curves(case: ParityCase, curves: dict[str, list[float]]) -> Ite
     """
     fast = case.config
     plain = dataclasses.replace(fast, model=dataclasses.replace(fast.model, implementation="plain"))
-    runs = {"plain": (plain, 0), "fast": (fast, 0), MOVED[0]: (plain, 1), MOVED[1]: (plain, 2)}
-    for name, (config, moved) in runs.items():
-        losses = _losses(config, case.device, moved)
-        curves[name] = losses.unflatten(0, (-1, WINDOW)).mean(dim=1).tolist()
-    as_tensors = {name: [torch.tensor(curves[name], dtype=torch.float64)] for name in runs}
+    # Not `case.ops`: calls that are counted cannot be compiled, which the config may ask for.
+    ops = Ops.chosen(case.choices)
+    losses = {
+        "plain": _losses(plain, case.device, ops=None),
+        "fast": _losses(fast, case.device, ops=ops),
+        MOVED[0]: _losses(plain, case.device, ops=None, moved=1),
+        MOVED[1]: _losses(plain, case.device, ops=None, moved=2),
+    }
+    for name, of_steps in losses.items():
+        curves[name] = of_steps.unflatten(0, (-1, WINDOW)).mean(dim=1).tolist()
+    as_tensors = {name: [torch.tensor(curves[name], dtype=torch.float64)] for name in losses}
     dtype = "bfloat16" if fast.training.precision == "bf16" else "float32"
     yield case.comparer("trajectory", dtype).tensors(
         f"loss over {STEPS} steps",
@@ -46,16 +53,18 @@ def compare_loss_curves(case: ParityCase, curves: dict[str, list[float]]) -> Ite
     )
 
 
-def _losses(config: Config, device: torch.device, moved: int) -> torch.Tensor:
-    """Loss of every step (STEPS,) float64; `moved` above 0 is the seed of moved initial weights."""
+def _losses(
+    config: Config, device: torch.device, *, ops: Ops | None, moved: int | None = None
+) -> torch.Tensor:
+    """Loss of every step (STEPS,) float64; `moved` says which way initial weights are moved."""
     seed = config.training.seed or 0
-    world = World(0, 1, device)
-    unet = build_unet(config, seed, device)
-    if moved:
+    world = World(rank=0, size=1, device=device)
+    unet = build_unet(config, seed, device, ops)
+    if moved is not None:
         _move_by_half_an_ulp(unet, seed=SEED + moved)
     captions_only = config.data.format == "moments" and config.data.context == "open_clip"
     text_encoder = build_text_encoder(config, device) if captions_only else None
-    step = TrainStep(unet, config, seed, world, text_encoder)
+    step = TrainStep(unet, config, seed, world, text_encoder, ops)
     batches = build_loader(config, seed, world).batches(0)
     losses = [step(batches, index)[0] for index in range(STEPS)]
     return torch.stack(losses).cpu().double()

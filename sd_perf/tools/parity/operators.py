@@ -54,7 +54,7 @@ def _takes(backend: Backend, small: Case, dtype: torch.dtype) -> bool:
 def _closest_to_limit(
     case: ParityCase, spec: OpSpec, backend: Backend, smalls: list[Case], dtype: torch.dtype
 ) -> Comparison:
-    function, verdicts = case.function(spec.name), []
+    function, verdicts = getattr(case.ops, spec.name), []
     for small in smalls:
         verdicts += harness.check(
             spec, backend.name, small, dtype, device=case.device.type, function=function

@@ -143,7 +143,7 @@ def compare_masters(case: ParityCase) -> Comparison:
         master = weights if remainders is None else join_master(weights, remainders)
         return master.double() - start.double()
 
-    with_remainders = change(case.function("adamw"), *split_master(start), torch.float32)
+    with_remainders = change(case.ops.adamw, *split_master(start), torch.float32)
     in_float32, in_float64 = (
         change(textbook_adamw, start.to(dtype).clone(), None, dtype)
         for dtype in (torch.float32, torch.float64)

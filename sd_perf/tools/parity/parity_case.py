@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -22,7 +21,9 @@ from sd_kernels.spec import Target
 from sd_perf.config import Config, PrecisionConfig, UNetConfig
 from sd_perf.diffusion.randomness import Stream, normal
 from sd_perf.fast.choice import choose_kernels
-from sd_perf.fast.unet import FastUNet, Ops
+from sd_perf.fast.ops import Op, Ops
+from sd_perf.fast.unet import FastUNet
+from sd_perf.models.build import build_unet
 from sd_perf.reference.unet import UNet
 from sd_perf.runs.parity_record import Level, Where
 from sd_perf.tools.parity.comparison import Comparer
@@ -113,12 +114,14 @@ class ParityCase:
         """What makes this case's comparisons of a level at a dtype."""
         return Comparer(level=level, where=self.where, dtype=dtype)
 
-    def function(self, op: str) -> Callable[..., Any]:
-        """The operator by its chosen backend, whose calls are counted."""
-        choice = self.choices[op]
-        return self._counting(choice.function(), op, choice.backend)
+    @cached_property
+    def ops(self) -> Ops:
+        """Every operator by its chosen backend; calls are counted in `executed`."""
+        return Ops.chosen(self.choices, self._counting)
 
-    def _counting(self, function: Callable[..., Any], op: str, backend: str) -> Callable[..., Any]:
+    def _counting(self, op: str, function: Op) -> Op:
+        backend = self.choices[op].backend
+
         def call(*args: Any, **options: Any) -> Any:
             self.executed[op, backend] += 1
             return function(*args, **options)
@@ -126,7 +129,10 @@ class ParityCase:
         return call
 
     def plain_network(self, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-        """The plain network in NCHW with weights of `randomise`; in float64 it is the truth."""
+        """The plain network with weights of `randomise`; in float64 it is the truth.
+
+        It is in NCHW on a GPU, too, where a training run builds it in channels-last.
+        """
         with torch.device(self.device):
             unet = UNet(self.config.model)
         randomise(unet, SEED)
@@ -135,19 +141,18 @@ class ParityCase:
     def fast_network(self, dtype: str) -> FastUNet:
         """The fast network with the plain one's weights (float32), whose operators are counted.
 
-        `dtype` is what it will compute in: FP8 layers are part of bfloat16, not of float32.
+        A training run's own builder makes it. `dtype` is what it will compute in: FP8 layers are
+        part of bfloat16, not of float32.
         """
-        ops = Ops.chosen(self.choices)
-        names = [part.name for part in dataclasses.fields(ops)]
-        counted = {
-            name: self._counting(getattr(ops, name), name, self.choices[name].backend)
-            for name in names
-        }
-        with torch.device(self.device):
-            precision = self.config.precision if dtype == "bfloat16" else PrecisionConfig()
-            unet = FastUNet(self.config.model, Ops(**counted), precision)
+        config = dataclasses.replace(
+            self.config,
+            # Calls that are counted cannot be compiled.
+            model=dataclasses.replace(self.config.model, compile=False),
+            precision=self.config.precision if dtype == "bfloat16" else PrecisionConfig(),
+        )
+        unet = build_unet(config, seed=SEED, device=self.device, ops=self.ops)
         randomise(unet, SEED)
-        return unet
+        return cast(FastUNet, unet)
 
     def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Latents (B, C, S, S), timesteps (B,) int64 and context (B, T, D); floats are float32."""

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from sd_perf.config import Config, PrecisionConfig
 from sd_perf.data.batch import Batch, LoaderOptions
 from sd_perf.data.loaders.synthetic import draw_inputs
 from sd_perf.distributed.world import World
+from sd_perf.fast.ops import Ops
 from sd_perf.fast.step import FusedDiffusionStep
 from sd_perf.reference.step import DiffusionStep
 from sd_perf.tools.parity.comparison import Comparison, relative_errors
@@ -66,10 +67,8 @@ def _compare_draws(case: ParityCase) -> Iterator[Comparison]:
         schedule.add_noise(latents, noise, timesteps),
         schedule.v_target(latents, noise, timesteps),
     ]
-    options = FusedDiffusionStep(case.config, SEED, case.choices).options | {"dtype": torch.float32}
-    tables = schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod
-    draw = case.function("diffusion_inputs")
-    noisy, target, drawn = draw(batch.moments, batch.sample_indices, *tables, **options)
+    fused = FusedDiffusionStep(_trained_in("float32", case.config), SEED, case.ops).to(case.device)
+    noisy, target, drawn = fused.draw(batch.moments, batch.sample_indices)
     yield case.comparer("step", "int64").equal(
         "timesteps drawn", different=_share(drawn != timesteps)
     )
@@ -88,7 +87,7 @@ def _compare_draws(case: ParityCase) -> Iterator[Comparison]:
 
     yield comparer.tensors(
         "loss and its gradient",
-        fast=loss_and_gradient(case.function("v_mse_loss"), torch.float32),
+        fast=loss_and_gradient(case.ops.v_mse_loss, torch.float32),
         torch_results=[loss_and_gradient(F.mse_loss, torch.float32)],
         truth=loss_and_gradient(F.mse_loss, torch.float64),
     )
@@ -128,9 +127,10 @@ def _compare_whole_step(case: ParityCase) -> Iterator[Comparison]:
         comparer = case.comparer("step", dtype)
         config = _trained_in(dtype, case.config)
         plain = dataclasses.replace(config, model=config.model.network, precision=PrecisionConfig())
-        fast = _train_one_step(case.fast_network(dtype), config, batch, case)
+        fast = _train_one_step(case.fast_network(dtype), config, batch, ops=case.ops)
         by_torch = [
-            _train_one_step(unet, plain, batch, case) for unet in plain_torch_networks(case, dtype)
+            _train_one_step(unet, plain, batch, ops=None)
+            for unet in plain_torch_networks(case, dtype)
         ]
         truth = _exact_step(case, config, batch)
         # In 16 bits the error of a loss, a single number, is a matter of chance.
@@ -151,10 +151,16 @@ def _compare_whole_step(case: ParityCase) -> Iterator[Comparison]:
         )
 
 
-def _train_one_step(unet: Any, config: Config, batch: Batch, case: ParityCase) -> list[Tensor]:
-    """The loss of a step after warm-up, then the change (float64) of every weight."""
+def _train_one_step(
+    unet: nn.Module, config: Config, batch: Batch, *, ops: Ops | None
+) -> list[Tensor]:
+    """The loss of a step after warm-up, then the change (float64) of every weight.
+
+    `ops` are the fast network's operators, None for the plain one.
+    """
     start = [parameter.detach().clone() for parameter in unet.parameters()]
-    step = TrainStep(unet, config, SEED, World(0, 1, case.device), None)
+    world = World(rank=0, size=1, device=batch.moments.device)
+    step = TrainStep(unet, config, SEED, world, text_encoder=None, ops=ops)
     loss, _ = step(iter([batch]), config.optimizer.warmup_steps)
     weights = zip(unet.parameters(), start, strict=True)
     return [loss, *(now.detach().double() - before.double() for now, before in weights)]

@@ -18,13 +18,13 @@ from sd_kernels.registry import all_ops
 from sd_kernels.spec import Backend, Function
 from sd_perf.config import Config
 from sd_perf.data import order
+from sd_perf.models import build
 from sd_perf.presets import load_preset
 from sd_perf.runs.parity_record import Level, Where
 from sd_perf.tools.parity import (
     blocks,
     operators,
     optimizer_updates,
-    parity_case,
     sampler,
     training_step,
     whole_network,
@@ -81,8 +81,7 @@ def in_unet(*replacements: tuple[str, str]) -> Plant:
     def plant(patch: pytest.MonkeyPatch, stack: ExitStack) -> None:
         faulty = stack.enter_context(replaced("sd_perf.fast.unet", *replacements))
         patch.setattr(blocks, "fast", faulty)
-        for name in ("FastUNet", "Ops"):
-            patch.setattr(parity_case, name, getattr(faulty, name))
+        patch.setattr(build, "FastUNet", faulty.FastUNet)
 
     return plant
 
@@ -153,8 +152,8 @@ FAULTS: dict[str, tuple[Level, Where, str, Plant]] = {
         "SpatialTransformer",
         in_unet(
             (
-                "return Pending(as_image(out, total), residual=total)",
-                "return Pending(as_image(out, total))",
+                "return Pending(as_image(out, summed), residual=summed)",
+                "return Pending(as_image(out, summed))",
             )
         ),
     ),
@@ -179,7 +178,7 @@ FAULTS: dict[str, tuple[Level, Where, str, Plant]] = {
         "grad",
         "structure",
         "",
-        in_unet(("skips.append(total)", "skips.append(total.detach())")),
+        in_unet(("skips.append(summed)", "skips.append(summed.detach())")),
     ),
     "weight decay forgotten on biases": (
         "step",
