@@ -52,7 +52,7 @@ from sd_kernels.conv.cudnn import tuned
 from sd_kernels.spec import Target
 from sd_perf.config import Config, UNetConfig
 from sd_perf.files import write_json
-from sd_perf.tools.estimate.estimate import estimate
+from sd_perf.tools.estimate.predict import predict
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PARTS = ("environment", "correctness", "kernels", "profile", "throughput")
@@ -134,14 +134,14 @@ def plan_rungs(batches: list[int], rival_batch: int) -> list[Rung]:
 
 @cache
 def predictions(gpu: str, batch: int) -> dict[str, Any]:
-    """What `sd-perf estimate` says of a GPU and a batch, by way of working; empty where it says
+    """What `sd-perf estimate` says of a GPU and a batch, by recipe; empty where it says
     nothing."""
     if gpu not in ESTIMATED_AS:
         return {}
-    facts = attempt(partial(estimate, Config(), ESTIMATED_AS[gpu], batch))
-    if "ways" not in facts:  # what is measured is worth having without it
+    facts = attempt(partial(predict, Config(), ESTIMATED_AS[gpu], batch))
+    if "recipes" not in facts:  # what is measured is worth having without it
         print(f"no estimate for batch {batch}: {facts['reason']}", flush=True)
-    return facts.get("ways", {})
+    return facts.get("recipes", {})
 
 
 def make_row(gpu: str, rung: Rung, measured: dict[str, Any]) -> dict[str, Any]:

@@ -229,8 +229,8 @@ def estimate(
         png: file to draw the ms per sample to, by op
         json: print JSON
     """
-    from sd_perf.tools.estimate.estimate import draw, tables
-    from sd_perf.tools.estimate.estimate import estimate as predict
+    from sd_perf.tools.estimate.page import draw, tables
+    from sd_perf.tools.estimate.predict import predict
 
     facts = predict(settings, gpu, batch, ranks)
     if png is not None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
-from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_type_hints
 
+from sd_kernels import op_help, op_names
 from sd_perf.errors import ConfigError
 
 
@@ -390,40 +391,33 @@ class EvaluationConfig(Section):
     """also count the pictures that show their caption, as a program reads them (tiny world only)"""
 
 
+def _with_ops(section: type) -> type:
+    """The section with a field for each op of sd_kernels before its own: another op is no edit
+    here."""
+    names = op_names()
+    section.__annotations__ = {**dict.fromkeys(names, "str"), **section.__annotations__}
+    for name in names:
+        setattr(section, name, "auto")
+    # Help for the command line, which reads it where it finds no text below a field.
+    helps = "".join(f"    {name}: {op_help(name)}\n" for name in names)
+    section.__doc__ = f"{section.__doc__}\n\nAttributes:\n{helps}"
+    return section
+
+
 @dataclass(frozen=True)
+@_with_ops
 class KernelsConfig(Section):
     """Which implementation runs each operator: auto, or a backend that `sd-perf doctor` lists."""
 
     section = "kernels"
 
-    adamw: str = "auto"
-    """the optimizer's update"""
-    attention: str = "auto"
-    """attention of the transformers, to themselves and to the text"""
-    conv: str = "auto"
-    """3x3 convolutions"""
-    diffusion_inputs: str = "auto"
-    """latents, noise and target from moments"""
-    fp8_linear: str = "auto"
-    """linear layers in FP8"""
-    geglu: str = "auto"
-    """gated activation of the feed-forwards"""
-    group_norm: str = "auto"
-    """GroupNorm with what surrounds it"""
-    layer_norm: str = "auto"
-    """LayerNorm of the transformers"""
-    linear: str = "auto"
-    """linear layers in 16 or 32 bits"""
-    residual_add: str = "auto"
-    """sum of a block's branch and its input"""
-    skip_conv: str = "auto"
-    """1x1 convolutions of the skips, over two sources"""
-    upsample_conv: str = "auto"
-    """upsampling with the convolution that follows"""
-    v_mse_loss: str = "auto"
-    """mean squared error of the prediction"""
     strict: bool = False
     """make auto fail where it would pass over a faster backend"""
+
+    if TYPE_CHECKING:  # the ops' fields
+
+        def __init__(self, strict: bool = False, **backends: str) -> None: ...
+        def __getattr__(self, op: str) -> str: ...
 
 
 @dataclass(frozen=True)

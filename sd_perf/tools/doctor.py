@@ -1,5 +1,4 @@
-"""What is installed here, what is not and what that costs, what torch can compute on, and which
-kernels can be had."""
+"""What is installed here, what is missing and for what, and which kernels can be had."""
 
 from __future__ import annotations
 
@@ -19,7 +18,8 @@ from rich.text import Text
 import sd_perf
 from sd_kernels.registry import all_ops, source_digest
 from sd_kernels.selection import choose, reasons_against
-from sd_kernels.spec import Backend, OpSpec, Target
+from sd_kernels.spec import Backend, OpSpec
+from sd_kernels.targets import Target
 from sd_perf.errors import UserError
 from sd_perf.fast.choice import REFERENCE, target_named
 from sd_perf.files import one_line
@@ -46,8 +46,7 @@ _PACKAGES = (
 
 
 def examine(target: str = "here", results: Path = RESULTS) -> dict[str, Any]:
-    """Versions, devices, packages, and the kernels that can be had on the target, as JSON takes
-    them."""
+    """Versions, devices, packages and kernels for the target, as JSON takes them."""
     device = target_named(target)
     runs = _runs(results)
     return {
@@ -104,13 +103,15 @@ def _kernel(spec: OpSpec, target: Target, runs: list[dict[str, Any]]) -> dict[st
 def _backend(
     spec: OpSpec, backend: Backend, target: Target, runs: list[dict[str, Any]]
 ) -> dict[str, Any]:
+    against = reasons_against(backend, target, spec.cases)
     mine = [run for run in runs if (run["op"], run["backend"]) == (spec.name, backend.name)]
     return {
         "backend": backend.name,
         "package": backend.package,
         "installed": _version(backend.package.split()[0]) if backend.package else None,
         "install": backend.install,
-        "against": reasons_against(backend, target, spec.cases),
+        "against": list(map(str, against)),
+        "against_in_short": against[0].short if against else "",
         "automatic": backend.automatic,
         "ran_on": sorted({run["gpu"] for run in mine}),
         "changed_since": bool(mine)
@@ -174,7 +175,8 @@ def _described(device: dict[str, Any]) -> str:
 
 
 def _kernels_table(kernels: list[dict[str, Any]]) -> Table:
-    """An op's backends by what is to be said of them; the reference can always be had."""
+    """A row for the backends of an op of which the same is said; the reference, which can always
+    be had, has none."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for column in ("op", "auto takes", "backends", "can they be had", "ran on"):
         table.add_column(column, no_wrap=column != "can they be had")
@@ -199,12 +201,9 @@ def _kernels_table(kernels: list[dict[str, Any]]) -> Table:
 
 
 def _availability(row: dict[str, Any], taken: bool) -> str:
-    """In few words; of a reason what comes before the target's own facts, which the title names."""
-    if row["against"] and row["against"][0].startswith("No module named"):
-        return "no: not installed"
-    if row["against"]:
-        reason = row["against"][0].removesuffix(row["install"]).partition(", ")[0].rstrip("; ")
-        return "no: " + reason.replace("compute capability", "capability")
+    """In few words; --json has all reasons in full."""
+    if row["against_in_short"]:
+        return f"no: {row['against_in_short']}"
     return "yes, taken" if taken else "yes" if row["automatic"] else "yes, when named"
 
 

@@ -463,7 +463,7 @@ def test_without_an_estimate_there_are_measurements(monkeypatch: pytest.MonkeyPa
     def fail(*_: object) -> dict[str, Any]:
         raise RuntimeError("odd")
 
-    monkeypatch.setattr(gpu_acceptance, "estimate", fail)
+    monkeypatch.setattr(gpu_acceptance, "predict", fail)
     gpu_acceptance.predictions.cache_clear()
     row = make_row(H100, Rung(FAST_BF16, 8, True), MEASURED)
     gpu_acceptance.predictions.cache_clear()
@@ -570,7 +570,7 @@ for package in (sd_kernels, sd_perf):  # of this checkout, installed or not
     assert place.startswith(checkout + os.sep), place
 gpu_acceptance.parse(["--output", "unused"])
 assert gpu_acceptance.predictions("NVIDIA H100 80GB HBM3", 64)["fused"]["by_op"]
-assert kernel_speed.plan(kernel_speed.parse([]), kernel_speed.DECLARED_TARGETS["h100"])
+assert kernel_speed.plan(kernel_speed.parse([]), kernel_speed.GPUS["h100"].target)
 """
 
 

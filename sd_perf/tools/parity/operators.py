@@ -42,7 +42,7 @@ def _dtypes(spec: OpSpec, backend: Backend) -> list[torch.dtype]:
     from how they are called.
     """
     takes_wide = any(_takes(backend, small, torch.float64) for small in spec.small_cases)
-    if backend.name != "triton" and takes_wide:
+    if takes_wide and not backend.ours:
         return [torch.float64]
     return [dtype for dtype in spec.dtypes if dtype != torch.float16]
 

@@ -55,16 +55,12 @@ class ParityCase:
         """
         if where != "interpreter":
             return cls(config, where)
-        tritons = {
-            op: "triton"
-            for op, spec in all_ops().items()
-            if any(backend.name == "triton" for backend in spec.backends)
-        }
+        ours = {op: spec.ours for op, spec in all_ops().items() if spec.ours}
         tiny = dataclasses.replace(
             config,
             model=tiny_network(config.model),
             data=dataclasses.replace(config.data, latent_size=4, context_tokens=5),
-            kernels=dataclasses.replace(config.kernels, **tritons, strict=False),
+            kernels=dataclasses.replace(config.kernels, **ours, strict=False),
         )
         return cls(tiny, where)
 

@@ -70,7 +70,7 @@ def in_op(op: str, *replacements: tuple[str, str]) -> Plant:
         faulty, original = stack.enter_context(planted(op, *replacements)), Backend.function
 
         def function(self: Backend, name: str) -> Function:
-            return faulty if (name, self.name) == (op, "triton") else original(self, name)
+            return faulty if self.ours and name == op else original(self, name)
 
         patch.setattr(Backend, "function", function)
 
