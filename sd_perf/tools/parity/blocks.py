@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sd_perf.fast import unet as fast
 from sd_perf.fast.ops import Ops
+from sd_perf.fast.pending import Pending
 from sd_perf.models.text_encoder import OpenClipTextEncoder
 from sd_perf.reference import unet as plain
 from sd_perf.tools.parity.comparison import Comparison
@@ -113,12 +114,12 @@ def _apply(block: Any, args: list[Tensor], *, skip_channels: int, ops: Ops) -> T
         skip = None
         if skip_channels:
             x, skip = x.split([x.shape[1] - skip_channels, skip_channels], dim=1)
-        return block(fast.Pending(x), skip, time, ops)[0].written(ops)
+        return block(Pending(x), skip, time, ops)[0].written(ops)
     if isinstance(block, fast.SpatialTransformer):
-        return block(fast.Pending(x), args[1], ops)[0].written(ops)
+        return block(Pending(x), args[1], ops)[0].written(ops)
     if isinstance(block, fast.Downsample):
-        return fast.Pending(ops.conv(x, block.op.weight, stride=2), block.op.bias).written(ops)
-    return fast.Pending(ops.upsample_conv(x, block.conv.weight), block.conv.bias).written(ops)
+        return Pending(ops.conv(x, block.op.weight, stride=2), block.op.bias).written(ops)
+    return Pending(ops.upsample_conv(x, block.conv.weight), block.conv.bias).written(ops)
 
 
 def _compare_text_encoder(case: ParityCase) -> Iterator[Comparison]:
