@@ -39,13 +39,17 @@ def plain_torch_networks(case: ParityCase, dtype: str) -> Iterator[torch.nn.Modu
     for like_cudnn in (False, True):
         unet = case.plain_network()
         if like_cudnn:
-            unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            for layer in unet.modules():
-                if isinstance(layer, torch.nn.Conv2d):
-                    layer.forward = partial(_bias_added_last, layer)  # type: ignore[method-assign]
+            _compute_as_cudnn(unet)
         if dtype == "bfloat16":
             round_to_fp8(unet, case.config.precision)
         yield unet
+
+
+def _compute_as_cudnn(unet: torch.nn.Module) -> None:
+    unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for layer in unet.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.forward = partial(_bias_added_last, layer)  # type: ignore[method-assign]
 
 
 def _bias_added_last(layer: Any, x: torch.Tensor) -> torch.Tensor:
