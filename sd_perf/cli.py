@@ -260,18 +260,22 @@ def parity(
             whole runs)
         json: print the record as JSON
     """
-    from sd_perf.runs.parity_record import USUAL
-    from sd_perf.tools.parity.page import screen
-    from sd_perf.tools.parity.run import run_parity
+    from sd_perf.runs.parity_record import DEFAULT_LEVELS
+    from sd_perf.tools.parity.run_parity import run_parity
+    from sd_perf.tools.parity.terminal_report import terminal_report
 
     record, folder = run_parity(
-        settings, level or USUAL, functools.partial(print, file=sys.stderr, flush=True)
+        settings, level or DEFAULT_LEVELS, functools.partial(print, file=sys.stderr, flush=True)
     )
     if json:
         _print_json(record)
     else:
         _page().print(
-            *screen(record), f"{folder}/parity.html", sep="\n", highlight=False, soft_wrap=True
+            *terminal_report(record),
+            f"{folder}/parity.html",
+            sep="\n",
+            highlight=False,
+            soft_wrap=True,
         )
     return 0 if record["ok"] else 1
 

@@ -13,8 +13,8 @@ from typing import Any
 from sd_perf.config import Config
 from sd_perf.files import disk_errors, write_text
 from sd_perf.optional import optional
+from sd_perf.runs.parity_record import closest_to_limit, rows_by_level, verdict
 from sd_perf.tools.html import document, figure, quiet, table
-from sd_perf.tools.parity.page import levels_of, verdict, worst
 from sd_perf.tools.report.charts import Panel, chart, median_window
 from sd_perf.tools.report.pictures import newest_grid, progress_strip
 from sd_perf.tools.report.record import RunRecord, as_dict, read_record
@@ -230,8 +230,8 @@ def _parity(record: RunRecord) -> str:
             else "No parity record belongs to this run (parity.json)."
         )
     rows = (
-        [level, len(some), sum(not row["ok"] for row in some), worst(some)]
-        for level, some in levels_of(record.parity)
+        [level, len(some), sum(not row["ok"] for row in some), closest_to_limit(some)]
+        for level, some in rows_by_level(record.parity)
     )
     head = "level", "comparisons", "red", "closest to its limit"
     facts = (

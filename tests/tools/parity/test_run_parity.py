@@ -9,25 +9,20 @@ from typing import Any
 import pytest
 
 from sd_perf.config import Config
-from sd_perf.runs.parity_record import NAME, record_folder
-from sd_perf.tools.parity import run
-from sd_perf.tools.parity.page import page, screen, verdict
-from sd_perf.tools.parity.rows import FLOOR, Row, compared, exact
+from sd_perf.runs.parity_record import RECORD_NAME, record_folder
+from sd_perf.tools.parity import run_parity
+from sd_perf.tools.parity.comparison import Comparison
 from tests.runs.test_parity_record import config, preset, sd_perf
+from tests.tools.parity.comparisons import GOOD, WRONG
 
 __all__ = ["config", "preset", "sd_perf"]
 
-GOOD = Row("unet", "prediction", "structure", "float32", 1e-7, 1e-7, 1e-7, 1e-7, 7e-7, 7e-7)
-WRONG = Row(
-    "block", "input_blocks.1.0 (ResBlock)", "structure", "float32", 1.0, 1.0, 1e-7, 1e-7, 7e-7, 7e-7
-)
 
-
-def part(*rows: Row, launches: dict[str, int] | None = None) -> dict[str, Any]:
+def part(*lines: Comparison, launches: dict[str, int] | None = None) -> dict[str, Any]:
     """What one process answers."""
     return {
         "where": "structure",
-        "rows": [row.as_dict() for row in rows],
+        "rows": [line.as_dict() for line in lines],
         "executed": {"geglu": {"triton": 3}},
         "triton_launches": {"geglu_forward_kernel": 3} if launches is None else launches,
         "notes": ["a note"],
@@ -39,7 +34,7 @@ def test_a_level_in_both_processes(preset: Path, config: Config, sd_perf: Any) -
     code, output, errors = sd_perf("parity", "--config", preset, "--level", "unet")
     assert code == 0, output + errors
     assert "green: 2 comparisons at 1 levels" in output and "group_norm_forward_kernel" in output
-    record = json.loads((record_folder(config) / NAME).read_text())
+    record = json.loads((record_folder(config) / RECORD_NAME).read_text())
     assert {row["where"] for row in record["rows"]} == {"interpreter", "structure"}
     assert record["executed"]["interpreter"]["group_norm"].keys() == {"triton"}
     assert record["executed"]["structure"]["group_norm"].keys() == {"torch"}
@@ -57,11 +52,11 @@ def test_bad_input_of_a_child_is_its_sentence(preset: Path, config: Config, sd_p
     ]
     code, _, errors = sd_perf("parity", "--config", preset, *options)
     assert code == 2 and "ended with 2: it said why above" in errors
-    assert not (record_folder(config) / NAME).exists()
+    assert not (record_folder(config) / RECORD_NAME).exists()
 
 
 def answered(monkeypatch: pytest.MonkeyPatch, *parts: dict[str, Any]) -> None:
-    monkeypatch.setattr(run, "_children", lambda *_: list(parts))
+    monkeypatch.setattr(run_parity, "_run_children", lambda *_: list(parts))
 
 
 def test_red_is_exit_code_1_and_names_the_row(
@@ -74,7 +69,7 @@ def test_red_is_exit_code_1_and_names_the_row(
         "red: 1 of 2 comparisons (block: input_blocks.1.0 (ResBlock))" in output
         and "a note" in output
     )
-    assert json.loads((record_folder(config) / NAME).read_text())["ok"] is False
+    assert json.loads((record_folder(config) / RECORD_NAME).read_text())["ok"] is False
     code, output, _ = sd_perf("parity", "--config", preset, "--json")
     assert code == 1 and json.loads(output)["rows"][1]["ok"] is False
 
@@ -85,31 +80,17 @@ def test_no_triton_kernel_is_red(preset: Path, sd_perf: Any, monkeypatch: Any) -
     assert code == 1 and "Triton kernels that ran" in output
 
 
-def test_nan_is_red() -> None:
-    import torch
-
-    values = torch.tensor([1.0, float("nan")])
-    row = compared(
-        "unet", "prediction", "gpu", "float32", [values], [[torch.ones(2)]], [torch.ones(2)]
-    )
-    assert not row.ok and row.as_dict()["max_error"] == "nan"
-    assert json.loads(json.dumps(row.as_dict()))["ok"] is False
-    assert (
-        compared(
-            "unet", "p", "gpu", "float32", [torch.ones(2)], [[torch.ones(2)]], [torch.ones(2)]
-        ).max_budget
-        == FLOOR
-    )
-    assert not exact("step", "timesteps", "gpu", "int64", 0.1).ok
-
-
-def test_the_page_shows_curves_and_what_is_red(config: Config) -> None:
-    curve = Row("trajectory", "loss over 200 steps", "structure", "float32", *[1e-3] * 6)
-    record = run._record(
-        config,
-        ("trajectory",),
-        [{**part(curve, WRONG), "curves": {"plain": [0.5], "fast": [0.25]}}],
-    )
-    text = page(record, config)
-    assert "0.250000" in text and "WRONG" in text and verdict(record) in text
-    assert list(screen(record))
+def test_an_earlier_record_keeps_its_other_levels(
+    preset: Path, config: Config, sd_perf: Any, monkeypatch: Any
+) -> None:
+    answered(monkeypatch, part(WRONG))
+    assert sd_perf("parity", "--config", preset, "--level", "block")[0] == 1
+    answered(monkeypatch, part(GOOD, launches={}))
+    code, output, _ = sd_perf("parity", "--config", preset, "--level", "trajectory")
+    assert code == 1 and "red: 1 of 2 comparisons" in output
+    path = record_folder(config) / RECORD_NAME
+    record = json.loads(path.read_text())
+    assert record["levels"] == ["block", "trajectory"] and len(record["rows"]) == 2
+    path.write_text(json.dumps({**record, "code": "another"}))
+    assert sd_perf("parity", "--config", preset, "--level", "trajectory")[0] == 0
+    assert json.loads(path.read_text())["levels"] == ["trajectory"]
