@@ -41,7 +41,8 @@ from sd_kernels.conv.cudnn import tuned
 from sd_kernels.registry import all_ops, source_digest
 from sd_kernels.sd_v2_shapes import BATCH
 from sd_kernels.selection import reasons_against
-from sd_kernels.spec import DECLARED_TARGETS, Case, Function, Inputs, OpSpec, Target
+from sd_kernels.spec import Case, Function, Inputs, OpSpec
+from sd_kernels.targets import GPUS, Target
 from sd_perf.files import write_json
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -464,7 +465,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure, write, print; returns the exit code."""
     options = parse(arguments)
     has_gpu = torch.cuda.is_available()
-    entries = plan(options, Target.here() if has_gpu else DECLARED_TARGETS["h100"])
+    entries = plan(options, Target.here() if has_gpu else GPUS["h100"].target)
     if not entries:
         print(
             f"no case of {', '.join(options.ops)} in {options.dtype} contains {options.cases!r}",

@@ -36,17 +36,17 @@ def column_sum_kernel(
 ):
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     stripe = tl.program_id(1)
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    sums_by_row = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in tl.range(stripe * ROWS, M, tl.num_programs(1) * ROWS):
         rows = start + tl.arange(0, ROWS).to(tl.int64)[:, None]
         inside = rows < M
         if N % COLUMNS != 0:
             inside = inside & (columns < N)[None, :]
-        total += tl.load(x + rows * stride + columns[None, :], mask=inside, other=0.0).to(
+        sums_by_row += tl.load(x + rows * stride + columns[None, :], mask=inside, other=0.0).to(
             tl.float32
         )
     tl.store(
-        sums + stripe * N + columns, tl.sum(total, 0), mask=columns < N
+        sums + stripe * N + columns, tl.sum(sums_by_row, 0), mask=columns < N
     )  # narrow: one row a program
 
 

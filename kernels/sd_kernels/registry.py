@@ -14,7 +14,7 @@ from sd_kernels.spec import OpSpec
 
 _IMPORT = re.compile(r"^ *from sd_kernels\.([\w.]+) import ", re.MULTILINE)
 """the one form of import of this package that its modules use"""
-_DESCRIBING = ("spec", "sd_v2_shapes")
+_DESCRIBING = ("spec", "sd_v2_shapes", "targets")
 """modules that tell of calls and targets; they compute nothing"""
 
 

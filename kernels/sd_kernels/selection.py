@@ -11,7 +11,8 @@ import torch
 
 from sd_kernels.errors import KernelError
 from sd_kernels.registry import all_ops
-from sd_kernels.spec import Backend, Case, Function, OpSpec, Target
+from sd_kernels.spec import Backend, Case, Function, OpSpec
+from sd_kernels.targets import Target
 
 AUTO = "auto"
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sd_kernels.targets import Target
+
 if TYPE_CHECKING:
     from sd_kernels.sd_v2_shapes import Architecture
 
@@ -100,41 +102,6 @@ class Inputs:
         return torch.randint(
             low, high, shape, generator=self.generator, dtype=dtype, device=self.device
         )
-
-
-@dataclass(frozen=True)
-class Target:
-    """What kernels are chosen for: this machine, or a declared one."""
-
-    device: str
-    """cpu or cuda"""
-    name: str
-    capability: tuple[int, int] = (0, 0)
-    interpreted: bool = False
-    """whether Triton's interpreter runs kernels on CPU tensors"""
-
-    @classmethod
-    def here(cls) -> Target:
-        """The GPU of this process, or the CPU where there is none."""
-        if torch.cuda.is_available():
-            properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-            return cls("cuda", properties.name, (properties.major, properties.minor))
-        from sd_kernels.launch import interpreted
-
-        return cls(
-            "cpu",
-            "cpu, in Triton's interpreter" if interpreted() else "cpu",
-            interpreted=interpreted(),
-        )
-
-
-DECLARED_TARGETS = {
-    "a100": Target("cuda", "A100", (8, 0)),
-    "h100": Target("cuda", "H100", (9, 0)),
-    "h200": Target("cuda", "H200", (9, 0)),
-    "b200": Target("cuda", "B200", (10, 0)),
-}
-"""GPUs that a dry run can choose for"""
 
 
 def anything(case: Case, dtype: torch.dtype) -> str:

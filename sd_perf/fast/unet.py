@@ -133,7 +133,7 @@ class Norm(nn.Module):
             "num_groups": self.num_groups,
             "eps": self.eps,
             "silu": self.silu,
-            "hand_on": hand_on,
+            "return_sum": hand_on,
         }
         return ops.group_norm(x, self.weight, self.bias, shift, residual, other, **options)
 

@@ -19,7 +19,8 @@ from rich.text import Text
 import sd_perf
 from sd_kernels.registry import all_ops, source_digest
 from sd_kernels.selection import choose, reasons_against
-from sd_kernels.spec import Backend, OpSpec, Target
+from sd_kernels.spec import Backend, OpSpec
+from sd_kernels.targets import Target
 from sd_perf.errors import UserError
 from sd_perf.fast.choice import REFERENCE, target_named
 from sd_perf.files import one_line

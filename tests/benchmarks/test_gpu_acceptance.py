@@ -570,7 +570,7 @@ for package in (sd_kernels, sd_perf):  # of this checkout, installed or not
     assert place.startswith(checkout + os.sep), place
 gpu_acceptance.parse(["--output", "unused"])
 assert gpu_acceptance.predictions("NVIDIA H100 80GB HBM3", 64)["fused"]["by_op"]
-assert kernel_speed.plan(kernel_speed.parse([]), kernel_speed.DECLARED_TARGETS["h100"])
+assert kernel_speed.plan(kernel_speed.parse([]), kernel_speed.GPUS["h100"].target)
 """
 
 

@@ -30,11 +30,12 @@ from benchmarks.kernel_speed import (
 from benchmarks.timing import Budget
 from sd_kernels import geglu
 from sd_kernels.registry import all_ops, source_digest
-from sd_kernels.spec import DECLARED_TARGETS, Case, Target
+from sd_kernels.spec import Case
+from sd_kernels.targets import GPUS, Target
 from tests.benchmarks.test_gpu_acceptance import FakeClock
 from tests.kernels.faults import planted
 
-H100 = DECLARED_TARGETS["h100"]
+H100 = GPUS["h100"].target
 MACHINE = {"gpu": "a CPU", "torch": "2", "triton": "3", "copy_gb_per_second": 1.0}
 SMALL = dataclasses.replace(geglu.SPEC.small_cases[2], calls=3)
 MEASURED = {
@@ -144,7 +145,7 @@ def test_the_products_of_a_backward_are_apart(op: str, monkeypatch: pytest.Monke
     assert [item.flops(way) for way in item.directions()] == [work.flops] * 3
     assert [item.work(way) for way in item.directions()] == [work.forward_bytes] * 3
     [inputs] = kernel_speed.input_sets(item, 1, "cpu")
-    for way, names in (("dgrad", {"x", "other"}), ("wgrad", {"weight", "bias"})):
+    for way, names in (("dgrad", {"x", "skip"}), ("wgrad", {"weight", "bias"})):
         [call] = kernel_speed.backwards(spec.reference(), [inputs], way)
         expected = [
             inputs[name].shape for name in inputs if name in names and inputs[name] is not None

@@ -11,7 +11,8 @@ from sd_kernels import harness
 from sd_kernels.attention import SPEC, _make
 from sd_kernels.errors import KernelError
 from sd_kernels.selection import choose
-from sd_kernels.spec import DECLARED_TARGETS, Case, Inputs, Target
+from sd_kernels.spec import Case, Inputs
+from sd_kernels.targets import GPUS, Target
 from tests.kernels.attention_fakes import FAKES, install
 from tests.kernels.faults import assert_caught
 
@@ -271,9 +272,9 @@ def test_other_errors_of_torch_pass(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("target", "dtype", "backend"),
     [
-        (DECLARED_TARGETS["h100"], torch.bfloat16, "cudnn"),
-        (DECLARED_TARGETS["b200"], torch.float16, "cudnn"),
-        (DECLARED_TARGETS["h100"], torch.float32, "efficient"),
+        (GPUS["h100"].target, torch.bfloat16, "cudnn"),
+        (GPUS["b200"].target, torch.float16, "cudnn"),
+        (GPUS["h100"].target, torch.float32, "efficient"),
         (Target("cpu", "cpu"), torch.float32, "flash_sdpa"),
     ],
 )
@@ -287,8 +288,7 @@ def test_what_auto_takes_where_packages_are(monkeypatch: pytest.MonkeyPatch) -> 
     for backend in ("fa3", "fa4"):
         install(backend, monkeypatch)
     taken = {
-        name: choose("attention", target=target, cases=SPEC.cases)
-        for name, target in DECLARED_TARGETS.items()
+        name: choose("attention", target=gpu.target, cases=SPEC.cases) for name, gpu in GPUS.items()
     }
     assert {name: choice.backend for name, choice in taken.items()} == {
         "a100": "cudnn",
@@ -317,7 +317,7 @@ def test_refusals() -> None:
     with pytest.raises(
         KernelError, match=r"takes torch.bfloat16 or torch.float16 on a GPU, not torch.float32"
     ):
-        choose("attention", "cudnn", DECLARED_TARGETS["h100"], dtype=torch.float32)
+        choose("attention", "cudnn", GPUS["h100"].target, dtype=torch.float32)
 
 
 def test_a_step_has_the_known_work() -> None:

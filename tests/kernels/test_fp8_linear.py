@@ -161,11 +161,11 @@ def test_backward_of_the_sum_alone(with_residual: bool) -> None:
     )
     leaves = [x.requires_grad_(), residual.requires_grad_()][: 1 + with_residual]
     parts = {"residual": residual} if with_residual else {}
-    _, total = fp8_linear(
+    _, summed = fp8_linear(
         x, weight, None, **parts, norm_weight=norm[0], norm_bias=norm[1], producer="layer_norm"
     )
     grad = torch.randn(4, 32).bfloat16()
-    assert all(torch.equal(given, grad) for given in torch.autograd.grad(total, leaves, grad))
+    assert all(torch.equal(given, grad) for given in torch.autograd.grad(summed, leaves, grad))
 
 
 @pytest.mark.parametrize("name", ["77 tokens", "after GEGLU", "after LayerNorm"])

@@ -15,9 +15,9 @@ CASES = {case.name: case for case in SPEC.small_cases}
 @pytest.mark.parametrize(
     ("case", "fault"),
     [
-        ("tokens, ragged", ("total += tl.load(residual", "total += 0.0 * tl.load(residual")),
+        ("tokens, ragged", ("summed += tl.load(residual", "summed += 0.0 * tl.load(residual")),
         ("pixels apart", ("residual + rows * residual_stride", "residual + rows * C")),
-        ("pixels apart", ("total += tl.load(bias", "total -= tl.load(bias")),
+        ("pixels apart", ("summed += tl.load(bias", "summed -= tl.load(bias")),
         (
             "two stages of sums",
             ("column_sum(_rows(dy), dy.dtype)", "column_sum(_rows(dy)[1:], dy.dtype)"),

@@ -119,6 +119,6 @@ SPEC = OpSpec(
     ),
     inputs=_inputs,
     work=_work,
-    outputs=("y", "sum"),
+    outputs=("y", "summed"),
     dtypes=(bfloat16, float16),
 )

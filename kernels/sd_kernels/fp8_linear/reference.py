@@ -73,8 +73,8 @@ def fp8_linear(
     is rounded at all.
     """
     exact = x.dtype == torch.float64
-    total = x if residual is None else x + residual
-    produced = _wide(total)
+    summed = x if residual is None else x + residual
+    produced = _wide(summed)
     if norm_weight is not None and norm_bias is not None:
         produced = F.layer_norm(
             produced, produced.shape[-1:], _wide(norm_weight), _wide(norm_bias), eps
@@ -84,4 +84,4 @@ def fp8_linear(
     rows, weights = produced.reshape(-1, weight.shape[1]), _wide(weight)
     product = F.linear(rows, weights) if exact else _Rounded.apply(rows, weights)
     y = (product if bias is None else product + _wide(bias)).to(x.dtype).view(*x.shape[:-1], -1)
-    return (y, total) if producer == "layer_norm" else y
+    return (y, summed) if producer == "layer_norm" else y

@@ -140,11 +140,11 @@ def fp8_linear(
     number is drawn.
     """
     check(x, weight, bias, residual, norm_weight, norm_bias, producer)
-    total = x if residual is None else x + residual
-    produced = geglu(total) if producer == "geglu" else total
+    summed = x if residual is None else x + residual
+    produced = geglu(summed) if producer == "geglu" else summed
     if norm_weight is not None:
-        produced = F.layer_norm(total, total.shape[-1:], norm_weight, norm_bias, eps)
+        produced = F.layer_norm(summed, summed.shape[-1:], norm_weight, norm_bias, eps)
     N, K = weight.shape
     layer = Linear(K, N, bias is not None, "current", x.dtype, "meta")
     y = layer.with_weights(produced, weight, bias)
-    return (y, total) if producer == "layer_norm" else y
+    return (y, summed) if producer == "layer_norm" else y

@@ -54,14 +54,14 @@ class _Fp8Linear(torch.autograd.Function):
         eps: float,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         kept: tuple[Any, ...] = (x,) if producer == "geglu" else ()
-        total, mean, rstd, amax = x, None, None, None
+        summed, mean, rstd, amax = x, None, None, None
         if producer == "layer_norm":
             added, mean, rstd, amax = layer_norm_statistics(
                 x, norm_weight, norm_bias, residual, eps
             )
-            total = x if residual is None else added
-            kept = total, norm_weight, mean, rstd
-        operands = total, FORWARD, producer, mean, rstd, amax, norm_weight, norm_bias
+            summed = x if residual is None else added
+            kept = summed, norm_weight, mean, rstd
+        operands = summed, FORWARD, producer, mean, rstd, amax, norm_weight, norm_bias
         numbers, transposed, scale = fp8_quantise(*operands)
         weights, weights_transposed, weight_scale = fp8_quantise(weight, FORWARD)
         ctx.save_for_backward(transposed, scale, weights_transposed, weight_scale, *kept)
@@ -73,7 +73,7 @@ class _Fp8Linear(torch.autograd.Function):
         # A gradient that is not there is None, not zeros that are written and read.
         ctx.set_materialize_grads(False)
         y = _product(numbers, weights, (scale, weight_scale), x.dtype, bias, fast=True)
-        return y, total if producer == "layer_norm" else None
+        return y, summed if producer == "layer_norm" else None
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -118,6 +118,6 @@ def fp8_linear(
     require(x.dtype != torch.float32, "fp8_linear", str(x.dtype), "bfloat16 or float16")
     is_norm, width = producer == "layer_norm", x.shape[-1]
     rows, added = (None if part is None else part.reshape(-1, width) for part in (x, residual))
-    y, total = _Fp8Linear.apply(rows, weight, bias, added, norm_weight, norm_bias, producer, eps)
+    y, summed = _Fp8Linear.apply(rows, weight, bias, added, norm_weight, norm_bias, producer, eps)
     y = y.view(*x.shape[:-1], -1)
-    return (y, total.view(x.shape)) if is_norm else y
+    return (y, summed.view(x.shape)) if is_norm else y

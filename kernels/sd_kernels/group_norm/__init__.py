@@ -28,7 +28,7 @@ class _Call:
     num_groups: int
     eps: float
     silu: bool
-    hand_on: bool
+    return_sum: bool
 
 
 def _calls(unet: Architecture) -> list[_Call]:
@@ -45,7 +45,7 @@ def _calls(unet: Architecture) -> list[_Call]:
                     unet.block_groups,
                     1e-5,
                     silu=True,
-                    hand_on=True,
+                    return_sum=True,
                 )
             )
             calls.append(
@@ -56,7 +56,7 @@ def _calls(unet: Architecture) -> list[_Call]:
                     unet.block_groups,
                     1e-5,
                     silu=True,
-                    hand_on=False,
+                    return_sum=False,
                 )
             )
             added = "shift and residual"
@@ -69,14 +69,16 @@ def _calls(unet: Architecture) -> list[_Call]:
                     unet.transformer_groups,
                     1e-6,
                     silu=False,
-                    hand_on=True,
+                    return_sum=True,
                 )
             )
             added = "residual"
         else:
             added = "shift"
     last = (unet.widths[0],)
-    calls.append(_Call(unet.side, last, added, unet.block_groups, 1e-5, silu=True, hand_on=False))
+    calls.append(
+        _Call(unet.side, last, added, unet.block_groups, 1e-5, silu=True, return_sum=False)
+    )
     return calls
 
 
@@ -85,14 +87,14 @@ def _case(call: _Call) -> Case:
         "num_groups": call.num_groups,
         "eps": call.eps,
         "silu": call.silu,
-        "hand_on": call.hand_on,
+        "return_sum": call.return_sum,
     }
     channels = "+".join(map(str, call.sources))
     name = (
         f"{call.side}x{call.side}x{channels} in {call.num_groups}, adds {call.added or 'nothing'}"
     )
     return _make(
-        name + (", hands on" if call.hand_on else ""),
+        name + (", hands on" if call.return_sum else ""),
         BATCH,
         call.side,
         call.side,
@@ -124,11 +126,11 @@ def _small(
     sources: tuple[int, ...],
     added: str = "",
     G: int = 16,
-    hand_on: bool = False,
+    return_sum: bool = False,
     silu: bool = True,
     **data: Any,
 ) -> Case:
-    options = {"num_groups": G, "eps": 1e-5, "silu": silu, "hand_on": hand_on}
+    options = {"num_groups": G, "eps": 1e-5, "silu": silu, "return_sum": return_sum}
     return _make(name, B, H, W, sources, added, options, **data)
 
 
@@ -141,7 +143,7 @@ def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
         "bias": make.tensor(C1 + C2, std=0.3),
         "shift": make.tensor(B, C1, std=0.5) if "shift" in added else None,
         "residual": make.image(B, C1, H, W) if "residual" in added else None,
-        "other": make.image(B, C2, H, W) if C2 else None,
+        "skip": make.image(B, C2, H, W) if C2 else None,
         **case.options,
     }
 
@@ -149,10 +151,10 @@ def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
 def _work(case: Case, dtype: torch.dtype) -> Work:
     B, H, W, C1, C2 = case.shape.values()
     first, both = (B * H * W * channels * dtype.itemsize for channels in (C1, C1 + C2))
-    residual, hand_on = "residual" in case.data["added"], case.options["hand_on"]
-    reads_again = 0 if hand_on else residual * first
+    residual, return_sum = "residual" in case.data["added"], case.options["return_sum"]
+    reads_again = 0 if return_sum else residual * first
     return Work(
-        0.0, 2 * both + (residual + hand_on) * first, 3 * both + hand_on * first + reads_again
+        0.0, 2 * both + (residual + return_sum) * first, 3 * both + return_sum * first + reads_again
     )
 
 
@@ -182,22 +184,36 @@ SPEC = OpSpec(
     cases=counted(_calls(SD_V2), _case),
     cases_of=lambda unet: counted(_calls(unet), _case),
     small_cases=(
-        _small("tiny", 1, 2, 1, (32,), "shift and residual", hand_on=True),
+        _small("tiny", 1, 2, 1, (32,), "shift and residual", return_sum=True),
         _small(
-            "two sources, groups astride", 2, 3, 5, (320, 640), "shift and residual", hand_on=True
+            "two sources, groups astride",
+            2,
+            3,
+            5,
+            (320, 640),
+            "shift and residual",
+            return_sum=True,
         ),
         _small(
-            "transformer's", 2, 5, 5, (320,), "shift and residual", G=32, hand_on=True, silu=False
+            "transformer's",
+            2,
+            5,
+            5,
+            (320,),
+            "shift and residual",
+            G=32,
+            return_sum=True,
+            silu=False,
         ),
         _small("shifted mean", 2, 9, 16, (320,), "shift", mean=-2.3, std=0.5),
-        _small("several tiles", 2, 15, 20, (320,), "shift and residual", hand_on=True),
+        _small("several tiles", 2, 15, 20, (320,), "shift and residual", return_sum=True),
         _small("one pixel", 1, 1, 1, (2560,), "residual"),
-        _small("2560 channels in 32", 1, 3, 3, (1280, 1280), "shift", G=32, hand_on=True),
-        _small("ragged channels", 3, 7, 3, (48, 80), "residual", hand_on=True),
+        _small("2560 channels in 32", 1, 3, 3, (1280, 1280), "shift", G=32, return_sum=True),
+        _small("ragged channels", 3, 7, 3, (48, 80), "residual", return_sum=True),
         _small("pixels apart", 2, 4, 6, (64,), "shift and residual", padding=16),
         _small("nothing added", 2, 4, 4, (96,), G=32, silu=False),
     ),
     inputs=_inputs,
     work=_work,
-    outputs=("y", "sum"),
+    outputs=("y", "summed"),
 )

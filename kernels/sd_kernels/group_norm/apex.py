@@ -23,17 +23,17 @@ def group_norm(
     bias: torch.Tensor,
     shift: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
-    other: torch.Tensor | None = None,
+    skip: torch.Tensor | None = None,
     *,
     num_groups: int,
     eps: float,
     silu: bool = False,
-    hand_on: bool = False,
+    return_sum: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """See `reference.group_norm`; what Apex normalises must be dense in channels-last memory."""
-    check(x, weight, bias, shift, residual, other, num_groups)
-    total = prologue(x, shift, residual)
-    source = total if other is None else torch.cat((total, other), dim=1)
+    check(x, weight, bias, shift, residual, skip, num_groups)
+    summed = prologue(x, shift, residual)
+    source = summed if skip is None else torch.cat((summed, skip), dim=1)
     why = refusal(source.shape[1], num_groups, source.dtype)
     require(not why, "group_norm/apex", why, "what Apex's kernels compute; choose triton")
     # Pixels apart, which our kernels read, make Apex's C++ raise.
@@ -45,4 +45,4 @@ def group_norm(
     y, _ = torch.ops.apex.group_norm_nhwc_fprop(
         source, num_groups, weight, bias, eps, act, passes, False
     )
-    return (y, total) if hand_on else y
+    return (y, summed) if return_sum else y

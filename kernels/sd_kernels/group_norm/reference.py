@@ -24,22 +24,22 @@ def group_norm(
     bias: torch.Tensor,
     shift: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
-    other: torch.Tensor | None = None,
+    skip: torch.Tensor | None = None,
     *,
     num_groups: int,
     eps: float,
     silu: bool = False,
-    hand_on: bool = False,
+    return_sum: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Normalise (x + shift + residual), concatenated with `other` along the channels, then scale,
+    """Normalise (x + shift + residual), concatenated with `skip` along the channels, then scale,
     shift and SiLU.
 
     Wu and He, "Group Normalization" (2018); biased variance. Returns y (B, C, H, W), in the memory
-    order of x, and with `hand_on` also the sum x + shift + residual (B, C1, H, W), which a skip
+    order of x, and with `return_sum` also the sum x + shift + residual (B, C1, H, W), which a skip
     connection needs.
     """
-    total = prologue(x, shift, residual)
-    source = total if other is None else torch.cat((total, other), dim=1)
+    summed = prologue(x, shift, residual)
+    source = summed if skip is None else torch.cat((summed, skip), dim=1)
     B, C = source.shape[:2]
     wide = source if source.dtype == torch.float64 else source.float()
     statistics = torch.var_mean(wide.reshape(B, num_groups, -1), dim=-1, correction=0)
@@ -50,4 +50,4 @@ def group_norm(
     normalised = (wide - mean) * torch.rsqrt(variance + eps)
     y = (normalised * weight[:, None, None] + bias[:, None, None]).to(x.dtype)
     y = F.silu(y) if silu else y
-    return (y, total) if hand_on else y
+    return (y, summed) if return_sum else y

@@ -67,5 +67,5 @@ SPEC = OpSpec(
     ),
     inputs=_inputs,
     work=_work,
-    outputs=("y", "sum"),
+    outputs=("y", "summed"),
 )

@@ -19,10 +19,10 @@ def layer_norm(
     Ba, Kiros and Hinton, "Layer Normalization" (2016); weight and bias (C,); all of one dtype,
     statistics in float32.
     """
-    total = x if residual is None else x + residual
+    summed = x if residual is None else x + residual
     wide, weight, bias = (
-        t if t.dtype == torch.float64 else t.float() for t in (total, weight, bias)
+        t if t.dtype == torch.float64 else t.float() for t in (summed, weight, bias)
     )
     centred = wide - wide.mean(-1, keepdim=True)
     rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
-    return (centred * rstd * weight + bias).to(x.dtype), total
+    return (centred * rstd * weight + bias).to(x.dtype), summed

@@ -10,7 +10,7 @@ def residual_add(
 ) -> torch.Tensor:
     """x + residual + bias (C,) for images (B, C, H, W) or, where there are not four axes, tokens
     (..., C)."""
-    total = x + residual
+    summed = x + residual
     if bias is None:
-        return total
-    return total + (bias[:, None, None] if x.dim() == 4 else bias)
+        return summed
+    return summed + (bias[:, None, None] if x.dim() == 4 else bias)

@@ -39,15 +39,15 @@ def residual_add_kernel(
     inside = rows < M
     if C % COLUMNS != 0:
         inside = inside & (columns < C)
-    total = tl.load(x + rows * stride + columns, mask=inside, other=0.0).to(tl.float32)
-    total += tl.load(residual + rows * residual_stride + columns, mask=inside, other=0.0).to(
+    summed = tl.load(x + rows * stride + columns, mask=inside, other=0.0).to(tl.float32)
+    summed += tl.load(residual + rows * residual_stride + columns, mask=inside, other=0.0).to(
         tl.float32
     )
     if bias is not None:
         # In the layout of the tile: 16 bytes a thread.
         everywhere = tl.broadcast_to(columns, (ROWS, COLUMNS))
-        total += tl.load(bias + everywhere, mask=everywhere < C, other=0.0).to(tl.float32)
-    tl.store(y + rows * C + columns, total, mask=inside)
+        summed += tl.load(bias + everywhere, mask=everywhere < C, other=0.0).to(tl.float32)
+    tl.store(y + rows * C + columns, summed, mask=inside)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

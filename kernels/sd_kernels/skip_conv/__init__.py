@@ -28,8 +28,8 @@ def _make(name: str, B: int, H: int, W: int, sources: tuple[int, ...], K: int, *
 
 def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
     B, H, W, C1, C2, K = case.shape.values()
-    other = make.image(B, C2, H, W) if C2 else None
-    return {"x": make.image(B, C1, H, W), "weight": make.kernel(K, C1 + C2, 1), "other": other}
+    skip = make.image(B, C2, H, W) if C2 else None
+    return {"x": make.image(B, C1, H, W), "weight": make.kernel(K, C1 + C2, 1), "skip": skip}
 
 
 def _work(case: Case, dtype: torch.dtype) -> Work:

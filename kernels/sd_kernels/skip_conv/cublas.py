@@ -32,12 +32,12 @@ def _images(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 @torch.library.custom_op("sd_kernels::skip_conv_forward", mutates_args=())
 def skip_conv_forward(
-    x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor | None
+    x: torch.Tensor, weight: torch.Tensor, skip: torch.Tensor | None
 ) -> torch.Tensor:
     C1, weights = x.shape[1], weight.flatten(1)
     y = torch.mm(_rows(x), weights[:, :C1].t())
-    if other is not None:
-        y.addmm_(_rows(other), weights[:, C1:].t())
+    if skip is not None:
+        y.addmm_(_rows(skip), weights[:, C1:].t())
     return _images(y, x)
 
 
@@ -54,13 +54,13 @@ def skip_conv_dgrad(
 
 
 @torch.library.custom_op("sd_kernels::skip_conv_wgrad", mutates_args=())
-def skip_conv_wgrad(dy: torch.Tensor, x: torch.Tensor, other: torch.Tensor | None) -> torch.Tensor:
+def skip_conv_wgrad(dy: torch.Tensor, x: torch.Tensor, skip: torch.Tensor | None) -> torch.Tensor:
     """Gradient of the weight (K, C1 + C2, 1, 1)."""
     C1, grad = x.shape[1], _rows(dy.contiguous(memory_format=torch.channels_last))
-    dweight = x.new_empty(grad.shape[1], C1 + (0 if other is None else other.shape[1]))
+    dweight = x.new_empty(grad.shape[1], C1 + (0 if skip is None else skip.shape[1]))
     torch.mm(grad.t(), _rows(x), out=dweight[:, :C1])
-    if other is not None:
-        torch.mm(grad.t(), _rows(other), out=dweight[:, C1:])
+    if skip is not None:
+        torch.mm(grad.t(), _rows(skip), out=dweight[:, C1:])
     return dweight[:, :, None, None]
 
 
@@ -70,7 +70,7 @@ def _channels_last(like: torch.Tensor, channels: int) -> torch.Tensor:
 
 
 @skip_conv_forward.register_fake
-def _(x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor | None) -> torch.Tensor:
+def _(x: torch.Tensor, weight: torch.Tensor, skip: torch.Tensor | None) -> torch.Tensor:
     return _channels_last(x, weight.shape[0])
 
 
@@ -81,32 +81,32 @@ def _(dy: torch.Tensor, weight: torch.Tensor, C1: int) -> tuple[torch.Tensor, to
 
 
 @skip_conv_wgrad.register_fake
-def _(dy: torch.Tensor, x: torch.Tensor, other: torch.Tensor | None) -> torch.Tensor:
-    return x.new_empty(dy.shape[1], x.shape[1] + (0 if other is None else other.shape[1]), 1, 1)
+def _(dy: torch.Tensor, x: torch.Tensor, skip: torch.Tensor | None) -> torch.Tensor:
+    return x.new_empty(dy.shape[1], x.shape[1] + (0 if skip is None else skip.shape[1]), 1, 1)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, weight, other = inputs
-    ctx.save_for_backward(x, weight, *(() if other is None else (other,)))
+    x, weight, skip = inputs
+    ctx.save_for_backward(x, weight, *(() if skip is None else (skip,)))
 
 
 def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     x, weight, *others = ctx.saved_tensors
-    wants_x, wants_weight, wants_other = ctx.needs_input_grad
-    dx, dother = skip_conv_dgrad(dy, weight, x.shape[1]) if wants_x or wants_other else (None, None)
+    wants_x, wants_weight, wants_skip = ctx.needs_input_grad
+    dx, dskip = skip_conv_dgrad(dy, weight, x.shape[1]) if wants_x or wants_skip else (None, None)
     dweight = skip_conv_wgrad(dy, x, others[0] if others else None) if wants_weight else None
-    return dx, dweight, dother if others else None
+    return dx, dweight, dskip if others else None
 
 
 skip_conv_forward.register_autograd(_backward, setup_context=_save)
 
 
 def skip_conv(
-    x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor | None = None
+    x: torch.Tensor, weight: torch.Tensor, skip: torch.Tensor | None = None
 ) -> torch.Tensor:
     """See `reference.skip_conv`; sources in channels-last memory (pixels may be apart), and so is
     what comes out."""
-    sources = {"x": x} if other is None else {"x": x, "other": other}
+    sources = {"x": x} if skip is None else {"x": x, "skip": skip}
     for name, image in sources.items():
         what = f"{name} of shape {tuple(image.shape)}"
         require(
@@ -136,7 +136,7 @@ def skip_conv(
     )
     strides = f"weight of shape {tuple(weight.shape)} with strides {weight.stride()}"
     require(suitable, OP, strides, f"weight (K, {C}, 1, 1), channels adjacent")
-    return skip_conv_forward(x, weight, other)
+    return skip_conv_forward(x, weight, skip)
 
 
 def _has_rows(image: torch.Tensor) -> bool:

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 
 def skip_conv(
-    x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor | None = None
+    x: torch.Tensor, weight: torch.Tensor, skip: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """x (B, C1, H, W) and `other` (B, C2, H, W) with weight (K, C1 + C2, 1, 1), without bias: (B,
+    """x (B, C1, H, W) and `skip` (B, C2, H, W) with weight (K, C1 + C2, 1, 1), without bias: (B,
     K, H, W)."""
-    return F.conv2d(x if other is None else torch.cat((x, other), dim=1), weight)
+    return F.conv2d(x if skip is None else torch.cat((x, skip), dim=1), weight)

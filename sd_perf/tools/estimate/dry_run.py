@@ -19,7 +19,7 @@ from sd_perf.tools.estimate.ways import kept
 
 
 def dry_run(config: Config, world_size: int, target: str = "here") -> dict[str, Any]:
-    """Facts of a run on a GPU of `sd_kernels.spec.DECLARED_TARGETS` or here, as JSON takes them.
+    """Facts of a run on a GPU of `sd_kernels.targets` or here, as JSON takes them.
 
     Raises ConfigError where the batch does not divide, or a kernel that is asked for cannot be had
     there.

@@ -8,17 +8,17 @@ on: docs/performance.md.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from sd_kernels.targets import GPU, GPUS, AttentionRates, named
 from sd_perf.config import Config
 from sd_perf.errors import ConfigError
 from sd_perf.fast.architecture import architecture
 from sd_perf.files import disk_errors, written_aside
 from sd_perf.optional import optional
 from sd_perf.tools.estimate.eager import plain
-from sd_perf.tools.estimate.kernels import GPU, GPUS, Kernel
+from sd_perf.tools.estimate.kernels import Kernel
 from sd_perf.tools.estimate.ways import fused, kept, refusals, submission
 
 WAYS = {
@@ -41,6 +41,12 @@ _OPS = [op for ops in _FAMILIES.values() for op in ops]
 _GAP = {"plain": 0.9e-6, "submission": 0.5e-6, "fused": 0.5e-6}
 """seconds between a kernel and the next, in a stream or in a graph (NVIDIA, "Getting Started with
 CUDA Graphs")"""
+_ATTENTION = {
+    "plain": ("FlashAttention 2",),
+    "submission": ("cuDNN", "FlashAttention 4", "FlashAttention 2"),
+    "fused": ("FlashAttention 3", "FlashAttention 4", "FlashAttention 2"),
+}
+"""whose attention kernels, the first of which the GPU's entry has a rate"""
 _HOST = 5e-6
 """seconds in which the host issues one eager kernel (assumed); the GPU waits where the host is
 slower"""
@@ -55,14 +61,14 @@ def estimate(config: Config, gpu: str, batch: int, ranks: int = 1) -> dict[str, 
     `fused` is what the ops amount to in one CUDA graph, not a step that the trainer has yet.
     ranks: GPUs that share the submission's optimizer state.
     """
-    if gpu not in GPUS:
-        close = get_close_matches(gpu, GPUS, 1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise ConfigError(f"--gpu: {gpu!r} is not known{hint}; choose {', '.join(GPUS)}")
+    try:
+        chosen = named(gpu)
+    except LookupError as error:
+        raise ConfigError(f"--gpu: {error}") from error
     for name, value in (("--batch", batch), ("--ranks", ranks)):
         if value < 1:
             raise ConfigError(f"{name}: {value} cannot be used; it must be at least 1")
-    unet, chosen = architecture(config), GPUS[gpu]
+    unet = architecture(config)
     N = unet.parameters
     eager, eager_kept = plain(config, batch)
     kernels = {
@@ -97,7 +103,7 @@ def estimate(config: Config, gpu: str, batch: int, ranks: int = 1) -> dict[str, 
     for way, figures in ways.items():
         if batch > (largest := figures["largest_batch"]):
             notes.append(
-                f"{way}: batch {batch} does not fit into {chosen.name}; the largest that does is "
+                f"{way}: batch {batch} does not fit into {chosen.title}; the largest that does is "
                 f"{largest}"
             )
     return {
@@ -110,15 +116,27 @@ def estimate(config: Config, gpu: str, batch: int, ranks: int = 1) -> dict[str, 
     }
 
 
+def _attention_rates(gpu: GPU, way: str) -> AttentionRates:
+    """Of the first library of the way that the GPU's entry has."""
+    known = [library for library in _ATTENTION[way] if library in gpu.attention]
+    if not known:
+        raise ConfigError(
+            f"{gpu.name} has no rate of {' or '.join(_ATTENTION[way])}; add one to its entry in "
+            "sd_kernels/targets.py"
+        )
+    return gpu.attention[known[0]]
+
+
 def _figures(
     way: str, kernels: list[Kernel], held: dict[str, float], gpu: GPU, batch: int
 ) -> dict[str, Any]:
     by_op: dict[str, dict[str, float]] = {
         op: {"ms_per_sample": 0.0, "gflop": 0.0, "gigabytes": 0.0, "kernels": 0} for op in _OPS
     }
+    rates = _attention_rates(gpu, way)
     for kernel in kernels:
         row, each = by_op[kernel.op], kernel.calls / batch
-        row["ms_per_sample"] += each * 1e3 * (kernel.seconds(gpu, way) + _GAP[way])
+        row["ms_per_sample"] += each * 1e3 * (kernel.seconds(gpu, rates) + _GAP[way])
         row["gflop"] += each * kernel.flops / 1e9
         row["gigabytes"] += each * kernel.bytes / 1e9
         row["kernels"] += kernel.calls
@@ -147,7 +165,7 @@ def tables(facts: dict[str, Any]) -> Iterable[Any]:
     from rich.table import Table  # the figures themselves need no terminal
 
     ways = facts["ways"]
-    title = f"{GPUS[facts['gpu']].name}, batch {facts['batch']}: ms and GB per sample, at least"
+    title = f"{GPUS[facts['gpu']].title}, batch {facts['batch']}: ms and GB per sample, at least"
     times = Table(
         "",
         *(f"{way}\nms" for way in ways),
@@ -201,7 +219,7 @@ def draw(facts: dict[str, Any], path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, 1.3 * max(ends))
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel(f"ms per sample, at least: {GPUS[facts['gpu']].name}, batch {facts['batch']}")
+    axes.set_xlabel(f"ms per sample, at least: {GPUS[facts['gpu']].title}, batch {facts['batch']}")
     figure.legend(loc="outside upper left", ncols=4, frameon=False)
     with disk_errors(path, "choose another --png"):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ import torch
 
 from sd_kernels.registry import all_ops
 from sd_kernels.sd_v2_shapes import SD_V2
+from sd_kernels.targets import GPUS
 from sd_perf.cli import main
 from sd_perf.config import Config, UNetConfig
 from sd_perf.errors import ConfigError
@@ -25,7 +26,7 @@ from sd_perf.tools.estimate import estimate as module
 from sd_perf.tools.estimate.dry_run import dry_run
 from sd_perf.tools.estimate.eager import plain
 from sd_perf.tools.estimate.estimate import WAYS, estimate
-from sd_perf.tools.estimate.kernels import GPUS, Kernel, Product
+from sd_perf.tools.estimate.kernels import Kernel, Product
 from sd_perf.tools.estimate.ways import cases, fused, kept, submission
 
 ROOT = Path(__file__).parents[3]
@@ -115,7 +116,7 @@ def test_a_product_fills_whole_waves() -> None:
     assert flops / Product(8192, 8192, 8192).seconds(gpu) == pytest.approx(798e12, rel=1e-6)
     # One tile more than a wave: smaller tiles and split sums share it out, but not for nothing.
     one, more = (Product(128 * n, 256, 64).seconds(gpu) for n in (132, 133))
-    assert one == pytest.approx(2.0 * 132 * 128 * 256 * 64 / (gpu.tflops * 1e12))
+    assert one == pytest.approx(2.0 * 132 * 128 * 256 * 64 / (gpu.full_wave_flops))
     assert more == pytest.approx(1.5 * one)
     # A weight's gradient has few outputs and a long sum, which is split.
     assert Product(320, 2880, 262144).seconds(gpu) < 2.0 * 320 * 2880 * 262144 / 798e12 * 1.5
