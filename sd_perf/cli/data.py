@@ -35,7 +35,9 @@ def prepare(
     """
     from sd_perf.data.prepare.prepare_shards import prepare_shards
 
-    require_option("--captions-per-image", captions_per_image, captions_per_image >= 1, "at least 1")
+    require_option(
+        "--captions-per-image", captions_per_image, captions_per_image >= 1, "at least 1"
+    )
     fits = 1 <= samples_per_shard <= 10_000
     require_option("--samples-per-shard", samples_per_shard, fits, "1 to 10000")
     count, pixels = prepare_shards(
