@@ -18,7 +18,7 @@ def report(run: RunFolder) -> int:
     Args:
         run: run folder
     """
-    from sd_perf.tools.report.page import write_report
+    from sd_perf.tools.report.write_report import write_report
 
     print_plain(write_report(run))
     return 0

@@ -1,4 +1,4 @@
-"""Pictures of a user's prompts are those of the run's weights and of the options that were given."""
+"""Pictures of a user's prompts are those of the run's weights and of the given options."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_pictures(options, sampling, run, tmp_path):
 
 
 def test_what_cannot_be_drawn(run, tmp_path):
-    with pytest.raises(UserError, match="^--prompt: give one or more prompts$"):
+    with pytest.raises(UserError, match=r"^--prompt: give one or more prompts$"):
         draw_prompts(run, [], AUTOENCODER, tmp_path / "pictures")
     with pytest.raises(ConfigError, match=r"^sampling\.steps: 2000 .* at most diffusion"):
         draw_prompts(run, PROMPTS, AUTOENCODER, tmp_path / "pictures", steps=2000)
