@@ -43,7 +43,7 @@ class UNetConfig(Section):
     activation_checkpointing: bool = False
     """recompute each block in the backward pass to save memory (fast only)"""
     compile: bool = False
-    """torch.compile the forward pass around the operators, as one graph (fast only)"""
+    """torch.compile the code between the operators, as one graph (fast only)"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,7 +102,7 @@ class DiffusionConfig(Section):
     beta_end: float = 0.0120
     """variance of the noise added at the last timestep"""
     latent_scale: Positive = 0.18215
-    """factor between a sample of the autoencoder's moments and the latents"""
+    """latents = this x a sample of the autoencoder's moments"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -36,7 +36,7 @@ class CheckpointConfig(Section):
 
 @dataclass(frozen=True)
 class LoggingConfig(Section):
-    """What the run tells while it trains."""
+    """How often the run reports while it trains."""
 
     section = "logging"
 
