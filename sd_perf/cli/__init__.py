@@ -9,8 +9,9 @@ import sys
 try:
     from sd_perf.cli.dispatch import main
 except ModuleNotFoundError as missing:
-    if missing.name not in ("rich", "tyro", "yaml"):
+    package = (missing.name or "").partition(".")[0]
+    if package not in ("rich", "tyro", "yaml"):
         raise
-    sys.exit(f"sd-perf: the command line needs {missing.name}; pip install 'sd-perf[cli]'")
+    sys.exit(f"sd-perf: the command line needs {package}; pip install 'sd-perf[cli]'")
 
 __all__ = ["main"]

@@ -36,13 +36,16 @@ _DESCRIPTION = (
 
 
 def _group(name: str, about: str, commands: dict[str, Command]) -> Command:
-    """The command `sd-perf NAME` without a second word: it prints the help of its group."""
+    """The entry of a group in `sd-perf --help`.
 
-    def show_help() -> int:
-        return _run([name, "--help"])
+    It is listed and never called: `_run` looks for the group's commands first.
+    """
 
-    show_help.__doc__ = f"{about}: `sd-perf {name} {' | '.join(commands)}`."
-    return show_help
+    def listed() -> int:
+        raise AssertionError(f"sd-perf {name} is a group of commands")
+
+    listed.__doc__ = f"{about}: `sd-perf {name} {' | '.join(commands)}`."
+    return listed
 
 
 _DATA: dict[str, Command] = {"prepare": prepare, "scenes": scenes, "statistics": statistics}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from sd_perf.config import Config, DataConfig, TextEncoderConfig
+from sd_perf.config import Config, DataConfig, TextEncoderConfig, UNetConfig
 from sd_perf.data.prepare.photographs import load_image
 from sd_perf.data.prepare.prepare_shards import prepare_shards
 from sd_perf.data.prepare.scenes import write_scenes
@@ -45,7 +45,8 @@ def scenes(tmp_path: Path) -> Path:
 
 def config_of(shards: Path, **changes: object) -> Config:
     data = DataConfig(path=str(shards), latent_size=8, allow_empty_captions=True)
-    return Config(data=dataclasses.replace(data, **changes), text_encoder=TEXT)
+    model = UNetConfig(context_dim=128)  # the width of TEXT
+    return Config(model=model, data=dataclasses.replace(data, **changes), text_encoder=TEXT)
 
 
 def test_moments_and_files(scenes, tmp_path):
