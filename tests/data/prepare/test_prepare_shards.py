@@ -26,15 +26,15 @@ TEXT = TextEncoderConfig(model=str(ROOT / "configs" / "text_tiny.json"), weights
 
 def read_arrays(folder: Path, extension: str) -> np.ndarray:
     """Arrays of that extension in the shards' order, stacked."""
-    arrays = []
-    for path in sorted(folder.glob("*.tar")):
-        with tarfile.open(path) as tar:
-            for member in tar:
-                if member.name.partition(".")[2] == extension:
-                    content = tar.extractfile(member)
-                    assert content is not None
-                    arrays.append(np.load(io.BytesIO(content.read())))
-    return np.stack(arrays)
+    shards = sorted(folder.glob("*.tar"))
+    return np.stack([array for shard in shards for array in in_shard(shard, extension)])
+
+
+def in_shard(path: Path, extension: str) -> list[np.ndarray]:
+    with tarfile.open(path) as tar:
+        members = [member for member in tar if member.name.partition(".")[2] == extension]
+        files = [tar.extractfile(member) for member in members]
+        return [np.load(io.BytesIO(file.read())) for file in files if file is not None]
 
 
 @pytest.fixture
