@@ -23,7 +23,7 @@ H100 = GPUS["h100"].target
 def test_every_op_has_a_field() -> None:
     missing = all_ops().keys() - {field.name for field in fields(KernelsConfig)}
     assert not missing, (
-        f"KernelsConfig of sd_perf/config.py lacks the registered ops {sorted(missing)}"
+        f"KernelsConfig of sd_perf/config/kernels.py lacks the registered ops {sorted(missing)}"
     )
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_bad_input import AUTOENCODER, matches
+from tests.cli.bad_input import AUTOENCODER, matches
 
-SMOKE = Path(__file__).parent.parent / "configs" / "smoke.yaml"
+SMOKE = Path(__file__).parents[2] / "configs" / "smoke.yaml"
 
 
 @pytest.mark.parametrize("shards", [[], ["--shards"]], ids=["pictures", "shards"])

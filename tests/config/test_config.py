@@ -17,7 +17,7 @@ from sd_perf.config import (
     KernelsConfig,
     OptimizerConfig,
     PrecisionConfig,
-    Rule,
+    Section,
     TrainingConfig,
     UNetConfig,
 )
@@ -51,10 +51,9 @@ def test_a_count_is_at_least_one(section, field, value):
 
 
 @pytest.mark.parametrize("section", SECTIONS)
-def test_sections_with_rules_know_their_name(section):
-    hints = get_type_hints(SECTIONS[section], include_extras=True).values()
-    if any(isinstance(rule, Rule) for hint in hints for rule in getattr(hint, "__metadata__", ())):
-        assert SECTIONS[section].section == section
+def test_sections_obey_rules_under_their_name(section):
+    assert issubclass(SECTIONS[section], Section) and SECTIONS[section].section == section
+    assert "section" not in get_type_hints(SECTIONS[section])  # no key of a preset
 
 
 @pytest.mark.parametrize(
