@@ -110,7 +110,7 @@ def sample(
 
     from sd_perf.evaluation.generate import generate, picture_paths, save_pictures
     from sd_perf.models.build import build_sampling_unet, build_text_encoder
-    from sd_perf.models.sources import newest_checkpoint, read_decoder, read_unet
+    from sd_perf.models.readers import newest_checkpoint, read_decoder, read_unet
     from sd_perf.models.weight_files import load_into
     from sd_perf.runs.folder import read_run_config
 
@@ -128,7 +128,8 @@ def sample(
     load_into(unet, read_unet(checkpoint)[0], "the UNet", checkpoint)
     decode, text_encoder = read_decoder(autoencoder), build_text_encoder(config, device)
     paths = picture_paths(list(prompt), output)
-    save_pictures(generate(unet, text_encoder, decode, list(prompt), config, seed), paths)
+    pictures = generate(unet, text_encoder, decode, list(prompt), config=config, seed=seed)
+    save_pictures(pictures, paths)
     _console.print(*paths, sep="\n", highlight=False, soft_wrap=True)
     return 0
 
@@ -143,7 +144,7 @@ def export(source: Path, output: Path, format: Literal["ldm", "diffusers"] = "ld
         format: ldm: one safetensors file in the names of Stable Diffusion checkpoints; diffusers: a
             folder with unet/
     """
-    from sd_perf.models.sources import read_unet
+    from sd_perf.models.readers import read_unet
     from sd_perf.models.weight_files import export_diffusers, export_ldm
 
     state, model = read_unet(source)
@@ -197,7 +198,7 @@ def check(run: _Run) -> int:
     Args:
         run: run folder, or an MLPerf log
     """
-    from sd_perf.mlperf.check import check as check_log
+    from sd_perf.mlperf.compliance import check_log
     from sd_perf.mlperf.log import LOG_NAME
 
     verdict = check_log(run / LOG_NAME if run.is_dir() else run)
@@ -320,10 +321,10 @@ def prepare(
     """
     import torch
 
-    from sd_perf.data.prepare.photographs import prepare_moments
+    from sd_perf.data.prepare.moments import prepare_moments
     from sd_perf.data.prepare.raw_shards import read_images
     from sd_perf.models.build import build_text_encoder
-    from sd_perf.models.sources import read_encoder
+    from sd_perf.models.readers import read_encoder
 
     _require("--captions-per-image", captions_per_image, captions_per_image >= 1, "at least 1")
     _require(
@@ -340,8 +341,8 @@ def prepare(
         encode,
         folder,
         pixels,
-        samples_per_shard,
-        text_encoder,
+        samples_per_shard=samples_per_shard,
+        text_encoder=text_encoder,
         captions_per_image=captions_per_image,
     )
     _console.print(f"{count} samples of {pixels}x{pixels} pixels -> {folder}", highlight=False)

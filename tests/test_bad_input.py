@@ -19,7 +19,7 @@ import yaml
 from sd_kernels.errors import KernelError
 from sd_perf.data.order import SampleOrder
 from sd_perf.data.prepare.scenes import write_scenes
-from sd_perf.data.shards import ShardWriter
+from sd_perf.data.shard_writer import ShardWriter
 from sd_perf.runs.checkpoints import CheckpointStore, load_component
 from tests.conftest import only_sentence
 from tests.data.test_samples import Bomb, npy
@@ -709,7 +709,7 @@ def test_disk_full_in_the_metrics(mount_tmpfs, preset, refused):
 def test_pictures_are_not_overwritten(tmp_path, run, refused, sd_perf, monkeypatch):
     """The autoencoder alone is made up. The second time is refused before anything is drawn."""
     monkeypatch.setattr(
-        "sd_perf.models.sources.read_decoder", lambda path: lambda latents: latents[:, :3].tanh()
+        "sd_perf.models.readers.read_decoder", lambda path: lambda latents: latents[:, :3].tanh()
     )
     text = {"text_encoder": {"model": TEXT_TINY, "weights": "random"}, "sampling": {"steps": 2}}
     preset = write_preset(tmp_path / "text.yaml", **text, model={"context_dim": 128})

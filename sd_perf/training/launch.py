@@ -12,7 +12,7 @@ from rich.console import Console
 from sd_kernels.conv.cudnn import tuned
 from sd_kernels.spec import Target
 from sd_perf.config import Config
-from sd_perf.data.loaders.build import build_loader
+from sd_perf.data.loaders.build_loader import build_loader
 from sd_perf.distributed.world import World
 from sd_perf.fast.choice import choose_kernels, require_used, used_ops
 from sd_perf.mlperf.rules import require_closed

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sd_perf.config import DataConfig
-from sd_perf.data.shards import ShardWriter
+from sd_perf.data.shard_writer import ShardWriter
 
 SIDE, TOKENS, CONTEXT_DIM = 2, 3, 5
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from sd_perf.errors import ConfigError, DataError, UserError
-from sd_perf.mlperf.log import MLPerfLog, read_log, scores_of
+from sd_perf.mlperf.log import MLPerfLog, logged_scores, read_log
 
 pytest.importorskip("mlperf_logging")
 
@@ -142,7 +142,7 @@ def test_launchers_prefix_is_ignored(closed, tmp_path):
 def test_last_score_of_a_checkpoint_counts(write_log, closed):
     path = write_log()
     MLPerfLog(path, closed()).add_evaluation(512_000, 70.0, 0.2, 1, 2)
-    assert scores_of(read_log(path))[512_000] == {"FID": 70.0, "CLIP": 0.2}
+    assert logged_scores(read_log(path))[512_000] == {"FID": 70.0, "CLIP": 0.2}
 
 
 def test_bad_use(closed, tmp_path):

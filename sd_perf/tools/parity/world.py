@@ -19,7 +19,7 @@ from typing import Any
 from sd_perf.config import Config
 from sd_perf.errors import UserError
 from sd_perf.files import write_json
-from sd_perf.runs.folder import read_scores
+from sd_perf.runs.scores import read_scores
 from sd_perf.tools.parity.rows import Row
 
 SEEDS = (0, 1, 2)

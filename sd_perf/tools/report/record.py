@@ -10,7 +10,8 @@ from typing import Any
 from sd_perf.errors import UserError
 from sd_perf.files import read_json
 from sd_perf.runs.checkpoints import CheckpointStore
-from sd_perf.runs.folder import are_objects, read_lines, read_manifest, read_scores
+from sd_perf.runs.folder import are_objects, read_manifest
+from sd_perf.runs.scores import read_json_lines, read_scores
 
 _METRICS = ("samples", "loss", "lr", "samples_per_second", "data_wait")
 
@@ -66,7 +67,7 @@ def read_record(folder: Path) -> RunRecord:
     """Read a run folder. UserError for a folder that is no run and for files that cannot be
     understood."""
     manifest = read_manifest(folder)
-    metrics, torn = read_lines(folder / "metrics.jsonl", _METRICS)
+    metrics, torn = read_json_lines(folder / "metrics.jsonl", _METRICS)
     verdict, kernels = read_json(folder / "mlperf_verdict.json"), read_json(folder / "kernels.json")
     if not (
         verdict is None or (isinstance(verdict, dict) and isinstance(verdict.get("passed"), bool))

@@ -3,7 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from sd_perf.data.prepare.photographs import load_image, read_captioned_images
+from sd_perf.data.images import load_image
+from sd_perf.data.prepare.captioned_images import read_captioned_images
 from sd_perf.data.prepare.scenes import (
     BACKGROUND,
     COLOURS,
