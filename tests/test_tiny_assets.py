@@ -1,5 +1,4 @@
-"""The committed files of the tiny world: small, readable by the product's own loaders, and as good
-as they claim."""
+"""The committed files of the tiny world: small, readable, and as good as they claim."""
 
 import json
 from pathlib import Path

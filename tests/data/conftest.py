@@ -1,5 +1,7 @@
-"""Small shards for the data tests: sample i has moments full of i, caption "caption i", context
-full of -i."""
+"""Small shards for the data tests.
+
+Sample i has moments full of i, caption "caption i" and context full of -i.
+"""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path

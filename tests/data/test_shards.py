@@ -46,7 +46,7 @@ def test_index_finds_every_part(make_shards):
 
 
 def test_shards_made_by_taring_a_folder(tmp_path):
-    """As the benchmark's converter does: a nameless directory entry, then sorted files."""
+    """The benchmark's converter writes a nameless directory entry, then sorted files."""
     source = tmp_path / "extracted"
     source.mkdir()
     for key in ("000310042", "000310007"):

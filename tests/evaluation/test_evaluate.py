@@ -1,5 +1,4 @@
-"""Evaluation of a run of the tiny world from end to end: scores, grid, MLPerf log, report; and bad
-input."""
+"""Evaluation of a run of the tiny world: scores, grid, MLPerf log, report, and bad input."""
 
 from __future__ import annotations
 
@@ -35,8 +34,10 @@ PROMPTS = 12
 
 
 def small_run(folder: Path) -> Config:
-    """The smoke preset with a smaller UNet, random latents, 64 samples and few prompts, inside
-    `folder`."""
+    """The smoke preset inside `folder`, made small.
+
+    It has a smaller UNet, synthetic latents, 64 samples and few prompts.
+    """
     config = load_preset(ROOT / "configs" / "smoke.yaml")
     asset = {
         key: str(ROOT / getattr(config.evaluation, key))
@@ -174,7 +175,7 @@ def test_grid_of_pictures_keeps_their_places(tmp_path):
 
 @pytest.fixture(scope="module")
 def evaluator(config) -> Evaluator:
-    """Of 100 scenes with prompts, two thirds of which are those of the scene before."""
+    """An evaluator of 100 prompts, two thirds of which repeat the prompt before."""
     prompts = Path(config.evaluation.prompts).parent.parent / "more"
     write_scenes(prompts, 100, seed=5)
     options = {"prompts": str(prompts / "captions.jsonl"), "num_prompts": 100, "batch_size": 13}

@@ -1,3 +1,5 @@
+"""Verdicts of the official checker: our logs, faulty ones, published ones."""
+
 import logging
 from pathlib import Path
 
@@ -35,7 +37,7 @@ REQUIRED = [
 
 
 def without(path: Path, *parts: str) -> Path:
-    """The log without the lines that hold all the parts."""
+    """A copy of the log without the lines that contain all the given parts."""
     lines = path.read_text().splitlines(keepends=True)
     left = [line for line in lines if not all(part in line for part in parts)]
     assert len(left) < len(lines)
@@ -143,7 +145,7 @@ def test_bad_input(write_log, tmp_path):
 
 
 def test_published_logs(real_data, monkeypatch):
-    """Our verdict on every published log is the official library's, called as a library."""
+    """Our verdict on each published log equals that of the checker called as a library."""
     from mlperf_logging.compliance_checker import mlp_compliance
 
     monkeypatch.setattr(logging.root, "handlers", [logging.NullHandler()])

@@ -1,3 +1,5 @@
+"""The MLPerf log: its lines and their order, resumed runs, damaged files."""
+
 import json
 import sys
 from pathlib import Path
@@ -111,7 +113,7 @@ def test_resume_repeats_nothing(closed, tmp_path):
 
 @pytest.mark.parametrize("length", [5, 40, None], ids=["token", "middle", "all but the line's end"])
 def test_line_cut_off_by_a_kill(closed, tmp_path, length):
-    """A resumed run writes it again, whole; the rest stays."""
+    """A resumed run writes the line again, whole, and the others stay."""
     path = tmp_path / "result_0.txt"
     begin(path, closed())
     whole = keys(path)
