@@ -87,6 +87,6 @@ def micro_batches(
         part
         for step in count()
         for part in rank_positions(
-            position + step * global_batch, global_batch, rank, world_size
+            position + step * global_batch, global_batch, rank=rank, world_size=world_size
         ).reshape(-1, micro_batch)
     )

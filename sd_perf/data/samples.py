@@ -160,7 +160,9 @@ class SampleReader:
         row, config = self._index.samples[sample], self._config
         moments = parse_moments(self._part(row, "moments"), self._in_channels, config.latent_size)
         caption = parse_caption(
-            self._part(row, "caption"), config.max_caption_bytes, config.allow_empty_captions
+            self._part(row, "caption"),
+            max_bytes=config.max_caption_bytes,
+            allow_empty=config.allow_empty_captions,
         )
         context = None
         if config.context == "precomputed":

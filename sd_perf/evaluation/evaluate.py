@@ -216,7 +216,11 @@ def _evaluate(evaluator: Evaluator, run: Path, checkpoint: Path, samples: int) -
     if config.mlperf.division != "none":
         log = MLPerfLog(run / LOG_NAME, config)
         log.add_evaluation(
-            samples, scores["fid"], scores["clip"], int(1000 * start), int(1000 * time.time())
+            samples,
+            fid=scores["fid"],
+            clip=scores["clip"],
+            start_ms=int(1000 * start),
+            stop_ms=int(1000 * time.time()),
         )
     path = run / "scores.jsonl"
     with disk_errors(path, _MAKE_ROOM):

@@ -54,7 +54,7 @@ _FREE_KEYS = (
 _PACKAGES = ("torch", "triton", "numpy", "open-clip-torch", "safetensors")
 
 
-def settle_run(config: Config, resume: bool, fresh: bool = False) -> Config:
+def settle_run(config: Config, *, resume: bool, fresh: bool = False) -> Config:
     """Decide whether this run may start in `config.run.dir`; returns the config with its seed.
 
     Writes nothing. The seed is the config's, else that of the run to resume, else a new one from
@@ -80,7 +80,7 @@ def settle_run(config: Config, resume: bool, fresh: bool = False) -> Config:
 
 
 def open_run(
-    config: Config, resume: bool, fresh: bool = False, records: Mapping[str, Any] | None = None
+    config: Config, *, resume: bool, fresh: bool = False, records: Mapping[str, Any] | None = None
 ) -> Config:
     """Claim the folder for this run: write its manifest; returns what `settle_run` returns.
 
@@ -88,7 +88,7 @@ def open_run(
     content}, such as the choice of kernels; those with content None are left out. Raises UserError
     where `settle_run` does, and for a folder that cannot be written or moved.
     """
-    config = settle_run(config, resume, fresh)
+    config = settle_run(config, resume=resume, fresh=fresh)
     folder = Path(config.run.dir)
     if fresh and _holds_run(folder):
         print(f"{folder}: the earlier run is now {_move_aside(folder)}")

@@ -43,7 +43,7 @@ def launch(config: Config, world: World, resume: bool, fresh: bool, console: Con
     choices = world.on_main(lambda: choose_kernels(config, target))
     parity = world.on_main(lambda: _parity_record(config, console))
     world.on_main(lambda: config.micro_batch_size(world.size))
-    settled = world.on_main(lambda: settle_run(config, resume, fresh))
+    settled = world.on_main(lambda: settle_run(config, resume=resume, fresh=fresh))
     torch.use_deterministic_algorithms(settled.training.deterministic)
     if settled.training.cpu_threads is not None:
         torch.set_num_threads(settled.training.cpu_threads)
@@ -63,7 +63,7 @@ def launch(config: Config, world: World, resume: bool, fresh: bool, console: Con
     if kernels:
         console.print(*kernels_table(target.name, kernels), sep="\n")
     records = {"kernels.json": list(kernels.values()), "parity.json": parity}
-    world.on_main(lambda: open_run(settled, resume, fresh, records))
+    world.on_main(lambda: open_run(settled, resume=resume, fresh=fresh, records=records))
     # Convolutions have the same shapes for the whole run, so cuDNN may try its algorithms once per
     # shape. A deterministic run takes the algorithm that cuDNN's heuristics choose.
     with contextlib.nullcontext() if settled.training.deterministic else tuned(algorithms=10):

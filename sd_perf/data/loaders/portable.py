@@ -35,7 +35,9 @@ class PortableLoader:
         self._index = ShardIndex.open(
             config.path, config.index, need_context=config.context == "precomputed"
         )
-        self._reader = SampleReader(self._index, config, options.in_channels, options.context_dim)
+        self._reader = SampleReader(
+            self._index, config, in_channels=options.in_channels, context_dim=options.context_dim
+        )
         self.num_samples = len(self._index)
         self.fingerprint = self._index.fingerprint
         self._order = SampleOrder(options.seed, self.num_samples)

@@ -56,7 +56,7 @@ def read_captioned_images(
             f"{path} cannot be read ({error.strerror}); name the captions file"
         ) from error
     images = [
-        _parse_line(line, images_dir, f"{path} line {number}", allow_empty)
+        _parse_line(line, images_dir, where=f"{path} line {number}", allow_empty=allow_empty)
         for number, line in enumerate(lines, 1)
         if line.strip()
     ]
@@ -66,6 +66,7 @@ def read_captioned_images(
 
 
 def _find_captions(images_dir: Path) -> Path:
+    """captions.jsonl in the folder, else beside it."""
     for folder in (images_dir, images_dir.absolute().parent):
         if (folder / "captions.jsonl").is_file():
             return folder / "captions.jsonl"
@@ -75,7 +76,8 @@ def _find_captions(images_dir: Path) -> Path:
     )
 
 
-def _parse_line(line: bytes, images_dir: Path, where: str, allow_empty: bool) -> CaptionedImage:
+def _parse_line(line: bytes, images_dir: Path, *, where: str, allow_empty: bool) -> CaptionedImage:
+    """The image of one line; `where` names file and line."""
     try:
         entry = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -95,20 +97,24 @@ def _parse_line(line: bytes, images_dir: Path, where: str, allow_empty: bool) ->
             "`caption`"
         )
     for caption in captions:
-        _check_caption(caption, f"{where} ({entry['file']})", allow_empty)
+        _check_caption(caption, where=f"{where} ({entry['file']})", allow_empty=allow_empty)
     path = images_dir / entry["file"]
     if not path.is_file():
         raise DataError(f"{where} names {entry['file']}, which is not in {images_dir}")
     return CaptionedImage(
-        path, tuple(captions), where, {name: entry[name] for name in _KEPT if name in entry}
+        path=path,
+        captions=tuple(captions),
+        where=where,
+        metadata={name: entry[name] for name in _KEPT if name in entry},
     )
 
 
-def _check_caption(caption: object, where: str, allow_empty: bool) -> None:
+def _check_caption(caption: object, *, where: str, allow_empty: bool) -> None:
+    """DataError for a caption that shards could not hold or a loader would refuse."""
     if not isinstance(caption, str):
         raise DataError(f"{where}: caption {caption!r} is not a string")
     try:
-        parse_caption(caption.encode("utf-8"), MAX_CAPTION_BYTES, allow_empty)
+        parse_caption(caption.encode("utf-8"), max_bytes=MAX_CAPTION_BYTES, allow_empty=allow_empty)
     except UnicodeEncodeError as error:  # JSON can hold half of a surrogate pair, UTF-8 cannot
         raise DataError(f"{where}: caption cannot be written as UTF-8") from error
     except BadSampleError as error:

@@ -29,8 +29,8 @@ def read_images(
     DataError as `read_raw_shards` and `read_captioned_images` do.
     """
     if captions is None and any(folder.glob("*.tar")):
-        return read_raw_shards(folder, allow_empty)
-    return read_captioned_images(folder, captions or "", allow_empty)
+        return read_raw_shards(folder, allow_empty=allow_empty)
+    return read_captioned_images(folder, captions or "", allow_empty=allow_empty)
 
 
 def read_raw_shards(folder: str | Path, allow_empty: bool = False) -> list[CaptionedImage]:
@@ -44,15 +44,16 @@ def read_raw_shards(folder: str | Path, allow_empty: bool = False) -> list[Capti
     for path in sorted(Path(folder).glob("*.tar")):
         with path.open("rb") as shard:
             for key, files in group_by_key(path).items():
-                images.append(_image(path, shard, key, files, allow_empty))
+                images.append(_image(path, shard, key, files=files, allow_empty=allow_empty))
     if not images:
         raise DataError(f"{folder} holds no raw shards with images in them")
     return images
 
 
 def _image(
-    path: Path, shard: BinaryIO, key: str, files: dict[str, tuple[int, int]], allow_empty: bool
+    path: Path, shard: BinaryIO, key: str, *, files: dict[str, tuple[int, int]], allow_empty: bool
 ) -> CaptionedImage:
+    """One sample of a raw shard; `files` are its files as {extension: (byte offset, size)}."""
     where = f"{path}: sample {key}"
     place = next((files[extension] for extension in IMAGE_EXTENSIONS if extension in files), None)
     if place is None or "txt" not in files:
@@ -63,7 +64,15 @@ def _image(
     offset, size = files["txt"]
     shard.seek(offset)
     try:
-        caption = parse_caption(shard.read(size), MAX_CAPTION_BYTES, allow_empty)
+        caption = parse_caption(
+            shard.read(size), max_bytes=MAX_CAPTION_BYTES, allow_empty=allow_empty
+        )
     except BadSampleError as error:
         raise DataError(f"{where}: {error}") from error
-    return CaptionedImage(path, (caption,), where, {"file": f"{path.name}/{key}"}, place)
+    return CaptionedImage(
+        path=path,
+        captions=(caption,),
+        where=where,
+        metadata={"file": f"{path.name}/{key}"},
+        place=place,
+    )
