@@ -55,6 +55,8 @@ def separate(ops: Ops, linear: Callable[..., Tensor], scales: Any = None) -> Lin
 def fused(fp8_linear: Callable[..., Any]) -> LinearLayer:
     """The op `fp8_linear`: LayerNorm or GEGLU quantises its result to FP8 before writing it."""
 
+    # A norm that wrote bfloat16 would be followed by a pass that reads it again to find the scale
+    # and write FP8. Fused, the normalised row is written once, in FP8.
     def after_layer_norm(
         x: Tensor,
         residual: Tensor | None,
@@ -85,6 +87,7 @@ class LinearPrecision:
             return fused(self.ops.fp8_linear)
         from sd_kernels.fp8_linear.te import Linear
 
+        # Its weights are on the meta device and replaced at every call: the UNet's are used.
         recipe = self.config.fp8_recipe
         scales = Linear(in_features, out_features, bias, recipe, torch.bfloat16, "meta")
         return separate(self.ops, scales.with_weights, scales)
@@ -118,6 +121,7 @@ def load_precision_state(unet: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def _layers_with_state(unet: nn.Module) -> dict[str, Any]:
+    # A LinearLayer is no submodule, so that state dicts hold weights alone: look at attributes.
     return {
         f"{name}.{attribute}".lstrip("."): value.scales
         for name, module in unet.named_modules()

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,78 +32,8 @@ from torch.utils.checkpoint import checkpoint
 from sd_perf.config import PrecisionConfig, UNetConfig
 from sd_perf.fast.linear import LinearPrecision
 from sd_perf.fast.ops import Ops, with_weights_cast
+from sd_perf.fast.pending import Norm, Pending, as_image, as_tokens
 from sd_perf.reference.unet import MAX_PERIOD, zeroed
-
-
-@dataclass(frozen=True)
-class Pending:
-    """The sum x (B, C, H, W) + bias (C,) + residual (B, C, H, W), not yet written to memory."""
-
-    x: Tensor
-    bias: Tensor | None = None
-    residual: Tensor | None = None
-
-    @property
-    def shift(self) -> Tensor | None:
-        """The bias as a norm takes it, (B, C): an expanded view, without memory of its own."""
-        return None if self.bias is None else self.bias.expand(len(self.x), -1)
-
-    def written(self, ops: Ops) -> Tensor:
-        """The sum (B, C, H, W), for where no norm follows."""
-        if self.residual is None:
-            return (
-                self.x if self.bias is None else self.x + self.bias[:, None, None].to(self.x.dtype)
-            )
-        return ops.residual_add(self.x, self.residual, self.bias)
-
-
-def as_tokens(x: Tensor) -> Tensor:
-    """(B, C, H, W) in channels-last memory as (B, H*W, C), without a copy."""
-    return x.permute(0, 2, 3, 1).flatten(1, 2)
-
-
-def as_image(tokens: Tensor, like: Tensor) -> Tensor:
-    """(B, H*W, C) as (B, C, H, W) in channels-last memory, without a copy."""
-    return tokens.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
-
-
-class Norm(nn.Module):
-    """GroupNorm, optionally followed by SiLU, with the sums before it and the skip beside it."""
-
-    def __init__(self, groups: int, channels: int, eps: float, silu: bool) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-        self.num_groups, self.eps, self.silu = groups, eps, silu
-
-    def normalize(
-        self,
-        ops: Ops,
-        x: Tensor,
-        *,
-        shift: Tensor | None = None,
-        residual: Tensor | None = None,
-        skip: Tensor | None = None,
-        return_sum: bool = False,
-    ) -> Any:
-        """Norm of x + shift + residual, concatenated with skip; with `return_sum` also that sum.
-
-        x and residual are (B, C, H, W), shift (B, C), skip (B, C', H, W).
-        """
-        tensors = x, self.weight, self.bias, shift, residual, skip
-        options = {"num_groups": self.num_groups, "eps": self.eps, "silu": self.silu}
-        return ops.group_norm(*tensors, **options, hand_on=return_sum)
-
-    def forward(
-        self, pending: Pending, ops: Ops, skip: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The norm, and the pending sum (B, C, H, W) that was normalised."""
-        if pending.bias is None and pending.residual is None:
-            return self.normalize(ops, pending.x, skip=skip), pending.x
-        shift, residual = pending.shift, pending.residual
-        return self.normalize(
-            ops, pending.x, shift=shift, residual=residual, skip=skip, return_sum=True
-        )
 
 
 class ResBlock(nn.Module):
@@ -117,9 +46,9 @@ class ResBlock(nn.Module):
     def __init__(self, channels: int, out_channels: int, emb_channels: int, groups: int) -> None:
         super().__init__()
         conv = nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.in_layers: Any = nn.Sequential(
-            Norm(groups, channels, 1e-5, silu=True), nn.Identity(), conv
-        )
+        # The places of SiLU and dropout in LDM's Sequentials are kept, for the parameters' names.
+        norm = Norm(groups, channels, 1e-5, silu=True)
+        self.in_layers: Any = nn.Sequential(norm, nn.Identity(), conv)
         self.emb_layers: Any = nn.Sequential(nn.Identity(), nn.Linear(emb_channels, out_channels))
         last = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         norm = Norm(groups, out_channels, 1e-5, silu=True)
@@ -133,13 +62,16 @@ class ResBlock(nn.Module):
         """time (B, C') is the projected time embedding plus the first convolution's bias."""
         normal, summed = self.in_layers[0](pending, ops, skip)
         h = ops.conv(normal, self.in_layers[2].weight)
+        # The first convolution has no bias of its own here: `time` brings it.
         h = self.out_layers[0].normalize(ops, h, shift=time)
         h = ops.conv(h, self.out_layers[3].weight)
+        # The second convolution's bias waits with the residual for the next norm.
         bias, residual = self.out_layers[3].bias, summed
         if isinstance(self.skip_connection, nn.Conv2d):
             bias = bias + self.skip_connection.bias
             residual = ops.skip_conv(summed, self.skip_connection.weight, skip)
         elif skip is not None:
+            # As many channels out as in, of two sources: no SD v2 layer, but configs may have it.
             residual = torch.cat((summed, skip), dim=1)
         return Pending(h, bias, residual), summed
 
@@ -180,6 +112,8 @@ class TransformerBlock(nn.Module):
         self.narrow = precision.layer("feed_forward", 4 * channels, channels)
 
     def forward(self, tokens: Tensor, text: Tensor, ops: Ops) -> Tensor:
+        # One matmul for q, k and v reads the normalised tokens once instead of three times. Each
+        # LayerNorm first adds what came before it, so no residual sum is a pass of its own.
         packed = torch.cat([self.attn1.to_q.weight, self.attn1.to_k.weight, self.attn1.to_v.weight])
         h, tokens = self.qkv.after_layer_norm(tokens, None, self.norm1, packed)
         h = self.attn1.out(ops.attention(h, num_heads=self.num_heads))
@@ -187,6 +121,7 @@ class TransformerBlock(nn.Module):
         h = self.attn2.out(ops.attention(h, text, num_heads=self.num_heads))
         into, out = self.ff.net[0].proj, self.ff.net[2]
         h, tokens = self.widen.after_layer_norm(h, tokens, self.norm3, into.weight, into.bias)
+        # No norm follows: the sum must be written.
         return ops.residual_add(self.narrow.after_geglu(h, out.weight, out.bias), tokens)
 
 
@@ -324,6 +259,7 @@ class FastUNet(nn.Module):
         # Biases are added before they are packed. If two packed biases were added, autograd would
         # hand both the same slice as gradient, and accumulating into one would change the other.
         bias = torch.cat([block.emb_layers[1].bias + block.in_layers[2].bias for block in blocks])
+        # Angles stay float32: they reach 999 radians, of which bfloat16 keeps three digits.
         half = self.config.model_channels // 2
         steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
         angles = timesteps[:, None].float() * torch.exp(-math.log(MAX_PERIOD) * steps / half)
