@@ -62,7 +62,7 @@ def make_trainer() -> Callable[..., Trainer]:
     """A trainer in this process, at sample 0 or at the newest checkpoint."""
 
     def make(config: Config, callbacks: list | None = None, resume: bool = False) -> Trainer:
-        settled, choices = open_run(config, resume), choose_kernels(config, Target.here())
+        settled, choices = open_run(config, resume=resume), choose_kernels(config, Target.here())
         trainer = build_trainer(settled, start_world("cpu"), choices, callbacks or [])
         newest = trainer.store.newest()
         if resume and newest:

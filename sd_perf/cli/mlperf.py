@@ -12,7 +12,7 @@ def check(run: RunFolder) -> int:
     Args:
         run: run folder, or an MLPerf log
     """
-    from sd_perf.mlperf.check import check as check_log
+    from sd_perf.mlperf.compliance import check_log
     from sd_perf.mlperf.log import LOG_NAME
 
     verdict = check_log(run / LOG_NAME if run.is_dir() else run)

@@ -18,7 +18,7 @@ def export(source: Path, output: Path, format: Literal["ldm", "diffusers"] = "ld
         format: ldm: one safetensors file in the names of Stable Diffusion checkpoints; diffusers: a
             folder with unet/
     """
-    from sd_perf.models.sources import read_unet
+    from sd_perf.models.readers import read_unet
     from sd_perf.models.weight_files import export_diffusers, export_ldm
 
     state, model = read_unet(source)

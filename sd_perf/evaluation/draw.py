@@ -11,7 +11,7 @@ from sd_perf.config import SamplingConfig
 from sd_perf.errors import UserError
 from sd_perf.evaluation.generate import generate, picture_paths, save_pictures
 from sd_perf.models.build import build_sampling_unet, build_text_encoder
-from sd_perf.models.sources import newest_checkpoint, read_decoder, read_unet
+from sd_perf.models.readers import newest_checkpoint, read_decoder, read_unet
 from sd_perf.models.weight_files import load_into
 from sd_perf.runs.folder import read_run_config
 
@@ -47,5 +47,5 @@ def draw_prompts(
     load_into(unet, read_unet(checkpoint)[0], "the UNet", checkpoint)
     decode, text_encoder = read_decoder(autoencoder), build_text_encoder(config, device)
     paths = picture_paths(prompts, output)
-    save_pictures(generate(unet, text_encoder, decode, prompts, config, seed), paths)
+    save_pictures(generate(unet, text_encoder, decode, prompts, config=config, seed=seed), paths)
     return paths

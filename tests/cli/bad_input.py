@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from sd_perf.data.shards import ShardWriter
+from sd_perf.data.shard_writer import ShardWriter
 from sd_perf.runs.checkpoints import CheckpointStore
 from tests.conftest import only_sentence
 from tests.data.test_samples import npy

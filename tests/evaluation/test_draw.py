@@ -16,7 +16,7 @@ from sd_perf.errors import ConfigError, UserError
 from sd_perf.evaluation.draw import draw_prompts
 from sd_perf.evaluation.generate import generate
 from sd_perf.models.build import build_sampling_unet, build_text_encoder
-from sd_perf.models.sources import read_decoder
+from sd_perf.models.readers import read_decoder
 from sd_perf.runs.checkpoints import CheckpointStore, load_component
 from sd_perf.runs.folder import read_run_config
 from tests.small_run import TREE, train

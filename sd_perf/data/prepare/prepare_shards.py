@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 
 from sd_perf.config import Config
-from sd_perf.data.prepare.photographs import FACTOR, prepare_moments
+from sd_perf.data.prepare.moments import prepare_moments
 from sd_perf.data.prepare.raw_shards import read_images
 from sd_perf.models.build import build_text_encoder
-from sd_perf.models.sources import read_encoder
+from sd_perf.models.readers import read_encoder
+from sd_perf.models.vae import PIXELS_PER_LATENT
 
 
 def prepare_shards(
@@ -25,7 +26,7 @@ def prepare_shards(
     """Encode captioned images into shards of moments in data.path, as the config will read them.
 
     `images` and `captions` are those of `read_images`; `autoencoder` is the file of an encoder.
-    Images are resized to FACTOR pixels per latent pixel of data.latent_size. Where data.context is
+    Images are resized to PIXELS_PER_LATENT pixels per latent pixel of data.latent_size. Where data.context is
     precomputed, the shards hold text states, too. Returns the number of samples written and the
     images' side in pixels. ConfigError where data.path is not set; DataError for images or captions
     that cannot be used, and for shards that exist already.
@@ -35,7 +36,7 @@ def prepare_shards(
     text_encoder = None
     if config.data.context == "precomputed":
         text_encoder = build_text_encoder(config, torch.device("cpu"))
-    pixels = FACTOR * config.data.latent_size
+    pixels = PIXELS_PER_LATENT * config.data.latent_size
     count = prepare_moments(
         samples,
         read_encoder(autoencoder),

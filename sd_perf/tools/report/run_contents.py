@@ -10,7 +10,8 @@ from typing import Any
 from sd_perf.errors import UserError
 from sd_perf.files import read_json
 from sd_perf.runs.checkpoints import CheckpointStore
-from sd_perf.runs.folder import are_objects, read_lines, read_manifest, read_scores
+from sd_perf.runs.folder import are_objects, read_manifest
+from sd_perf.runs.scores import read_json_lines, read_scores
 
 _METRICS = ("samples", "loss", "lr", "samples_per_second", "data_wait")
 
@@ -69,7 +70,7 @@ def read_run(folder: Path) -> RunContents:
     UserError for a folder that is no run, and for a file in it that cannot be understood.
     """
     manifest = read_manifest(folder)
-    metrics, torn = read_lines(folder / "metrics.jsonl", _METRICS)
+    metrics, torn = read_json_lines(folder / "metrics.jsonl", _METRICS)
     checkpoints = CheckpointStore(folder / "checkpoints").complete()
     return RunContents(
         folder=folder,

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from sd_perf.config import Config, DataConfig, TextEncoderConfig, UNetConfig
-from sd_perf.data.prepare.photographs import load_image
+from sd_perf.data.images import load_image
 from sd_perf.data.prepare.prepare_shards import prepare_shards
 from sd_perf.data.prepare.scenes import write_scenes
 from sd_perf.errors import ConfigError
 from sd_perf.models.build import build_text_encoder
-from sd_perf.models.sources import read_encoder
+from sd_perf.models.readers import read_encoder
 
 ROOT = Path(__file__).parents[3]
 AUTOENCODER = ROOT / "assets" / "tiny" / "autoencoder.safetensors"

@@ -1,10 +1,12 @@
+"""Verdicts of the official checker: our logs, faulty ones, published ones."""
+
 import logging
 from pathlib import Path
 
 import pytest
 
 from sd_perf.errors import DataError
-from sd_perf.mlperf.check import check
+from sd_perf.mlperf.compliance import check_log
 
 pytest.importorskip("mlperf_logging")
 
@@ -35,7 +37,7 @@ REQUIRED = [
 
 
 def without(path: Path, *parts: str) -> Path:
-    """The log without the lines that hold all the parts."""
+    """A copy of the log without the lines that contain all the given parts."""
     lines = path.read_text().splitlines(keepends=True)
     left = [line for line in lines if not all(part in line for part in parts)]
     assert len(left) < len(lines)
@@ -44,14 +46,14 @@ def without(path: Path, *parts: str) -> Path:
 
 
 def test_our_log_passes_in_the_closed_division(write_log):
-    verdict = check(write_log(), "closed")
+    verdict = check_log(write_log(), "closed")
     assert verdict.passed and verdict.findings == () and verdict.status == "success", str(verdict)
     assert "passes the official compliance checker (ruleset 5.0.0, closed division)" in str(verdict)
 
 
 @pytest.mark.parametrize("ruleset", ["4.0.0", "4.1.0"])
 def test_our_log_passes_older_rulesets(write_log, ruleset):
-    verdict = check(write_log(), "closed", ruleset)
+    verdict = check_log(write_log(), "closed", ruleset)
     assert verdict.passed, str(verdict)
 
 
@@ -60,22 +62,24 @@ def test_our_log_of_the_open_division(write_log, closed):
         mlperf={"division": "open"}, evaluation={"num_prompts": 256}, optimizer={"beta_2": 0.95}
     )
     path = write_log(config, scores={512_000: (300.0, 0.1), 1_024_000: (200.0, -0.1)})
-    verdict = check(path, "open")
+    verdict = check_log(path, "open")
     assert verdict.passed and verdict.status == "aborted", str(verdict)
     assert "did not converge" in str(verdict)
-    refused = check(path, "closed")
+    refused = check_log(path, "closed")
     assert not refused.passed and "declares open division, not closed" in str(refused)
 
 
 @pytest.mark.parametrize("key", REQUIRED)
 def test_every_required_key_is_missed(write_log, key):
-    verdict = check(without(write_log(), f'"key": "{key}"'), "closed")
+    verdict = check_log(without(write_log(), f'"key": "{key}"'), "closed")
     assert not verdict.passed
     assert key in str(verdict)
 
 
 def test_findings_are_words(write_log, closed):
-    text = str(check(write_log(closed(optimizer={"beta_1": 0.8}), scores={512_000: (91.0, 0.2)})))
+    text = str(
+        check_log(write_log(closed(optimizer={"beta_1": 0.8}), scores={512_000: (91.0, 0.2)}))
+    )
     assert "opt_adamw_beta_1 = 0.8: breaks the rule v['value'] == 0.9" in text
     assert "evaluations with both FID and CLIP: must stand at least twice, found 1" in text
     assert "no evaluation passes: the target is FID <= 90 and CLIP >= 0.15" in text
@@ -86,14 +90,14 @@ def test_findings_are_words(write_log, closed):
 
 
 def test_fid_without_clip(write_log):
-    verdict = check(without(write_log(), '"metric": "CLIP"', "1536000"))
+    verdict = check_log(without(write_log(), '"metric": "CLIP"', "1536000"))
     assert not verdict.passed and "FID without CLIP" in str(verdict)
 
 
 def test_run_stop_without_status(write_log):
     path = write_log()
     path.write_text(path.read_text().replace('"status": "success"', '"state": "success"'))
-    verdict = check(path)
+    verdict = check_log(path)
     assert not verdict.passed and "run_stop = null: its metadata must hold a status" in str(verdict)
 
 
@@ -104,7 +108,7 @@ def test_order_is_told(write_log):
             sorted(path.read_text().splitlines(keepends=True), key=lambda line: "run_start" in line)
         )
     )
-    verdict = check(path)
+    verdict = check_log(path)
     assert (
         not verdict.passed and "run_stop = null: run_start must come before it" in verdict.findings
     ), str(verdict)
@@ -116,32 +120,32 @@ def test_slow_init_is_told(write_log):
     place = next(i for i, line in enumerate(lines) if '"init_start"' in line)
     lines[place] = lines[place].replace('"time_ms": ', '"time_ms": -')
     path.write_text("\n".join(lines) + "\n")
-    assert "initialisation must take less than 30 minutes" in str(check(path))
+    assert "initialisation must take less than 30 minutes" in str(check_log(path))
 
 
 def test_warnings_are_told_of_a_log_that_passes(write_log):
     path = write_log()
     twice = next(line for line in path.read_text().splitlines() if '"opt_name"' in line)
     path.write_text(path.read_text() + twice + "\n")
-    verdict = check(path)
+    verdict = check_log(path)
     assert verdict.passed and "warning: opt_name: must stand exactly once, found 2" in str(verdict)
 
 
 def test_bad_input(write_log, tmp_path):
     with pytest.raises(DataError, match="no such MLPerf log"):
-        check(tmp_path / "absent.txt")
+        check_log(tmp_path / "absent.txt")
     with pytest.raises(DataError, match=r"ruleset 6\.0\.0"):
-        check(write_log(), ruleset="6.0.0")
+        check_log(write_log(), ruleset="6.0.0")
     empty = tmp_path / "empty.txt"
     empty.write_text("no log line\n")
-    assert not check(empty).passed
+    assert not check_log(empty).passed
     damaged = tmp_path / "damaged.txt"
     damaged.write_text(":::MLLOG {not json\n")
-    assert "line 1 is damaged" in str(check(damaged))
+    assert "line 1 is damaged" in str(check_log(damaged))
 
 
 def test_published_logs(real_data, monkeypatch):
-    """Our verdict on every published log is the official library's, called as a library."""
+    """Our verdict on each published log equals that of the checker called as a library."""
     from mlperf_logging.compliance_checker import mlp_compliance
 
     monkeypatch.setattr(logging.root, "handlers", [logging.NullHandler()])
@@ -152,7 +156,7 @@ def test_published_logs(real_data, monkeypatch):
         ruleset = RULESETS[round_name]
         official = mlp_compliance.make_checker("training", ruleset, quiet=False, werror=False)
         expected = official.check_file(str(path), f"training_{ruleset}/common.yaml")
-        verdict = check(path, "closed", ruleset)
+        verdict = check_log(path, "closed", ruleset)
         assert verdict.passed == bool(expected), str(verdict)
         assert len(verdict.findings) == len(official.warnings) + len(official.overwritable)
         assert verdict.status == "success"
@@ -162,5 +166,5 @@ def test_published_log_made_bad(real_data, tmp_path):
     path = next((real_data / "mlperf_logs" / "v5.0").glob("**/result_0.txt"))
     copy = tmp_path / "result_0.txt"
     copy.write_text(path.read_text())
-    assert check(copy, "closed").passed
-    assert not check(without(copy, '"key": "opt_name"'), "closed").passed
+    assert check_log(copy, "closed").passed
+    assert not check_log(without(copy, '"key": "opt_name"'), "closed").passed

@@ -1,5 +1,4 @@
-"""Networks read from whatever a user points at: a run, a checkpoint, a foreign file, an
-autoencoder."""
+"""Reads networks from whatever a user names: a run, a checkpoint, a weight file, an ONNX file."""
 
 from __future__ import annotations
 
@@ -26,11 +25,11 @@ from sd_perf.runs.folder import read_run_config
 
 
 def read_unet(source: Path) -> tuple[dict[str, torch.Tensor], UNetConfig]:
-    """UNet weights in LDM names and their config.
+    """UNet weights, under LDM's names, and their config.
 
-    `source` is a run folder (its newest checkpoint), one of its checkpoints, a folder exported for
-    diffusers, or a .ckpt or .safetensors file in LDM names, which is taken to be the benchmark's
-    UNet. CheckpointError where the weights are not those of the config.
+    `source` is one of: a run folder, whose newest checkpoint is read; a checkpoint folder; a folder
+    exported for diffusers; a .ckpt or .safetensors file with LDM's names, which must hold the
+    benchmark's UNet. Raises CheckpointError where the weights do not fit the config.
     """
     if source.suffix in (".ckpt", ".safetensors"):
         state, config = split_components(read_ldm_checkpoint(source))["unet"], UNetConfig()
@@ -43,14 +42,18 @@ def read_unet(source: Path) -> tuple[dict[str, torch.Tensor], UNetConfig]:
     else:
         source, run = newest_checkpoint(source)
         state, config = load_component(source, "model"), read_run_config(run).model
-    with torch.device("meta"):
+    with torch.device("meta"):  # names and shapes only, no memory
         unet = UNet(config)
     require_fit(unet, state, "the UNet", source)
     return state, config
 
 
 def newest_checkpoint(source: Path) -> tuple[Path, Path]:
-    """The checkpoint that a run folder or a checkpoint folder stands for, and its run folder."""
+    """The checkpoint folder that `source` means, and its run folder.
+
+    `source` is a run folder, of which the newest checkpoint is meant, or a checkpoint folder.
+    Raises CheckpointError where there is no checkpoint.
+    """
     if (source / "state.json").is_file():
         return source, source.parent.parent
     if not source.exists():
@@ -64,9 +67,11 @@ def newest_checkpoint(source: Path) -> tuple[Path, Path]:
 
 
 def read_autoencoder(path: Path) -> AutoencoderKL:
-    """An autoencoder, frozen: Stable Diffusion's from a .ckpt or .safetensors file in LDM names, or
-    one of other sizes from a .safetensors file that holds nothing else and whose metadata carries
-    an AutoencoderConfig as JSON.
+    """The autoencoder in a weight file with LDM's names, frozen.
+
+    A .ckpt or .safetensors file holds Stable Diffusion's. An autoencoder of other sizes is a
+    .safetensors file of its own, with an AutoencoderConfig as JSON in its metadata. Raises
+    CheckpointError for a file without one.
     """
     state = read_ldm_checkpoint(path)
     config = safetensors_config(path, AutoencoderConfig) if path.suffix == ".safetensors" else None
@@ -80,19 +85,20 @@ def read_autoencoder(path: Path) -> AutoencoderKL:
 
 
 def read_encoder(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Images (B, 3, H, W) to moments (B, 8, H/8, W/8), from an .onnx encoder or an LDM file."""
-    return (
-        OnnxEncoder(path)
-        if path.suffix == ".onnx"
-        else torch.no_grad()(read_autoencoder(path).encode)
-    )
+    """The encoder in an .onnx file, or in a file that `read_autoencoder` takes.
+
+    It is a function from images (B, 3, H, W) to unscaled moments (B, 8, H/8, W/8).
+    """
+    if path.suffix == ".onnx":
+        return OnnxEncoder(path)
+    return torch.no_grad()(read_autoencoder(path).encode)
 
 
 def read_decoder(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Unscaled latents (B, 4, H/8, W/8) to images (B, 3, H, W) in [-1, 1], from an .onnx decoder or
-    an LDM file."""
-    return (
-        OnnxDecoder(path)
-        if path.suffix == ".onnx"
-        else torch.no_grad()(read_autoencoder(path).decode)
-    )
+    """The decoder in an .onnx file, or in a file that `read_autoencoder` takes.
+
+    It is a function from unscaled latents (B, 4, H/8, W/8) to images (B, 3, H, W) in [-1, 1].
+    """
+    if path.suffix == ".onnx":
+        return OnnxDecoder(path)
+    return torch.no_grad()(read_autoencoder(path).decode)

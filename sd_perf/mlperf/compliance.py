@@ -1,4 +1,4 @@
-"""The official compliance checker's verdict on a log, in words."""
+"""Runs the official compliance checker on an MLPerf log and puts its findings into words."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from sd_perf.mlperf.log import import_mlperf, read_log
 from sd_perf.mlperf.rules import CLIP_TARGET, FID_TARGET, RULESET
 
 _SEPARATOR = "-" * 30
+"""stands between two findings in the checker's output"""
 _COUNTS = {
     "EXACTLY_ONE": "exactly once",
     "AT_LEAST_ONE": "at least once",
@@ -31,22 +32,22 @@ _RULES = {
     "submission_division must come before init_stop",
     "'status' in v['metadata']": "its metadata must hold a status",
 }
-"""what the checker's tests mean"""
+"""meaning of each test of the checker, which prints it as Python source"""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the official checker says of a log."""
+    """The official checker's verdict on a log."""
 
     path: Path
     passed: bool
     division: str
-    """what the log declares; empty where it declares none"""
+    """the division that the log declares; empty where it declares none"""
     ruleset: str
     status: str
-    """of run_stop: success, aborted, or empty where there is none"""
+    """that of run_stop, success or aborted; empty where there is none"""
     findings: tuple[str, ...]
-    """what is wrong, a sentence each; where the log passed, what the checker warns of"""
+    """a sentence per violation; where the log passed, per warning"""
 
     def __str__(self) -> str:
         verdict = "passes" if self.passed else "fails"
@@ -63,13 +64,14 @@ class Verdict:
         return "\n".join([text, *(f"  - {kind}{finding}" for finding in self.findings)])
 
 
-def check(
+def check_log(
     path: Path, division: Literal["closed", "open"] | None = None, ruleset: str = RULESET
 ) -> Verdict:
     """Run `python -m mlperf_logging.compliance_checker` on a log, as a submitter would.
 
-    A log of another division than asked for fails. ConfigError where mlperf-logging is missing,
-    DataError where the log is, or where the installed version does not know the ruleset.
+    Where `division` is given, a log of another division fails. Raises ConfigError where
+    mlperf-logging is missing, and DataError where the log is missing or the installed version does
+    not know the ruleset.
     """
     checker = Path(str(import_mlperf("compliance_checker").__file__)).parent
     if not (checker / f"training_{ruleset}" / "closed_stable_diffusion.yaml").is_file():
@@ -84,19 +86,24 @@ def check(
         events = read_log(path)
     except DataError as error:
         events, findings = [], [str(error), *findings]
-    declared = next(
-        (str(event.value) for event in events if event.key == "submission_division"), ""
-    )
-    status = next(
-        (str(event.metadata.get("status", "")) for event in events if event.key == "run_stop"), ""
-    )
+    divisions = (str(event.value) for event in events if event.key == "submission_division")
+    stops = (event.metadata.get("status", "") for event in events if event.key == "run_stop")
+    declared, status = next(divisions, ""), str(next(stops, ""))
     if division and declared != division:
         passed = False
         findings = [f"the log declares {declared or 'no'} division, not {division}", *findings]
-    return Verdict(path, passed, declared, ruleset, status, tuple(findings))
+    return Verdict(
+        path=path,
+        passed=passed,
+        division=declared,
+        ruleset=ruleset,
+        status=status,
+        findings=tuple(findings),
+    )
 
 
 def _run_checker(path: Path, ruleset: str) -> tuple[bool, list[str]]:
+    """Whether the log passed, and the checker's findings in words."""
     with TemporaryDirectory() as folder:
         output = Path(folder) / "checker.log"  # the checker insists on writing one
         options = ["--usage", "training", "--ruleset", ruleset, "--log_output", str(output)]
@@ -104,6 +111,7 @@ def _run_checker(path: Path, ruleset: str) -> tuple[bool, list[str]]:
         done = subprocess.run(command, capture_output=True, text=True)
         text = output.read_text(encoding="utf-8", errors="replace") if output.is_file() else ""
     findings = [_in_words(finding) for finding in _findings(text)]
+    # Some logs make the checker itself raise: it fails without having printed its verdict.
     if done.returncode and "ERROR - FAILED" not in text:
         last = (done.stderr.strip() or "no message").splitlines()[-1]
         cause = (
@@ -116,7 +124,7 @@ def _run_checker(path: Path, ruleset: str) -> tuple[bool, list[str]]:
 
 
 def _findings(text: str) -> list[str]:
-    """The checker's messages: one warning record, cut by lines of dashes."""
+    """The checker's findings: the parts of its one warning, separated by lines of dashes."""
     _, _, after = text.partition("WARNING -  ")
     body = re.split(
         r"^(?:ERROR|INFO) - (?:FAILED|SUCCESS)$", after, maxsplit=1, flags=re.MULTILINE
@@ -125,6 +133,7 @@ def _findings(text: str) -> list[str]:
 
 
 def _in_words(finding: str) -> str:
+    """One sentence for one finding; its first line where the finding is of no known kind."""
     lines = finding.splitlines()
     count = re.match(r"Required (\S+) occurrence of (.+?)(?: but found (\d+)(.*))?$", finding)
     if count:
@@ -139,14 +148,8 @@ def _in_words(finding: str) -> str:
         )
     failed = re.match(r"CHECK for '(\S+)' failed", finding)
     if failed:
-        test = next(
-            (
-                line.removeprefix("failed test: ")
-                for line in lines
-                if line.startswith("failed test: ")
-            ),
-            "?",
-        )
+        tests = (line for line in lines if line.startswith("failed test: "))
+        test = next(tests, "?").removeprefix("failed test: ")
         value = re.search(r'"value": (.+?), "metadata"', finding)
         return (
             f"{failed[1]} = {value[1] if value else '?'}: "

@@ -1,4 +1,4 @@
-"""The loader of a config."""
+"""Builds the loader that a config asks for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from sd_perf.distributed.world import World
 
 
 def build_loader(config: Config, seed: int, world: World) -> Loader:
-    """This rank's loader. The main rank builds the byte-offset index, the others read it."""
+    """This rank's loader. Every rank of the world must call it.
+
+    Raises DataError for shards that cannot be used.
+    """
     data = config.data
     options = LoaderOptions(
         seed=seed,
@@ -25,5 +28,6 @@ def build_loader(config: Config, seed: int, world: World) -> Loader:
     )
     if data.format == "synthetic":
         return SyntheticLoader(data, options, config.diffusion.latent_scale)
+    # The main rank builds the index file first; then every rank, the main one too, reads it.
     world.on_main(lambda: len(ShardIndex.open(data.path, data.index)))
     return world.together(lambda: PortableLoader(data, options))

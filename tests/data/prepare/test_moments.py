@@ -1,17 +1,21 @@
-import json
+"""From captioned images to moments shards, with a stand-in and with a real autoencoder."""
+
+from __future__ import annotations
+
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from sd_perf.config import DataConfig
 from sd_perf.data.batch import LoaderOptions
+from sd_perf.data.images import load_image
 from sd_perf.data.loaders.portable import PortableLoader
-from sd_perf.data.prepare.photographs import load_image, prepare_moments, read_captioned_images
+from sd_perf.data.prepare.captioned_images import read_captioned_images
+from sd_perf.data.prepare.moments import prepare_moments
 from sd_perf.data.shards import ShardIndex
-from sd_perf.errors import DataError, UserError
+from sd_perf.errors import DataError
 from sd_perf.models.onnx_autoencoder import OnnxDecoder, OnnxEncoder
 
 Image = pytest.importorskip("PIL.Image", reason="needs Pillow")
@@ -33,114 +37,6 @@ def batch_of(folder: Path, size: int, count: int, **fields):
     )
     split = {"global_batch_size": count, "micro_batch_size": count}
     return next(PortableLoader(config, LoaderOptions(seed=0, context_dim=4, **split)).batches(0))
-
-
-@pytest.fixture
-def photographs(tmp_path: Path) -> Path:
-    """Three pictures of one colour each, of different sizes, with two captions each."""
-    folder = tmp_path / "images"
-    folder.mkdir()
-    lines = []
-    for number, (name, extent) in enumerate(
-        [("a.png", (40, 30)), ("b.jpg", (30, 50)), ("c.png", (32, 32))]
-    ):
-        Image.new("RGB", extent, (50 * number, 100, 200)).save(folder / name)
-        captions = [f"picture {number}", f"other words for {number}"]
-        lines.append(
-            json.dumps(
-                {
-                    "file": name,
-                    "captions": captions,
-                    "width": extent[0],
-                    "flickr_url": "u",
-                    "sha256": "x",
-                }
-            )
-        )
-    (tmp_path / "captions.jsonl").write_text("\n".join(lines) + "\n")
-    return folder
-
-
-def test_reading_captions(photographs):
-    images = read_captioned_images(photographs)
-    assert [image.path.name for image in images] == ["a.png", "b.jpg", "c.png"]
-    assert images[1].captions == ("picture 1", "other words for 1")
-    assert images[1].metadata == {"file": "b.jpg", "width": 30, "flickr_url": "u"}
-    inside = photographs / "captions.jsonl"
-    inside.write_text('{"file": "c.png", "caption": "one"}\n\n')
-    assert [image.captions for image in read_captioned_images(photographs)] == [("one",)]
-    assert len(read_captioned_images(photographs, photographs.parent / "captions.jsonl")) == 3
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        (b"{'file': 'a.png'}", "line 2 is not JSON"),
-        (b'["a.png"]', "line 2 does not name an image"),
-        (b'{"captions": ["x"]}', "line 2 does not name an image"),
-        (b'{"file": "a.png"}', r"line 2 \(a.png\) has no captions"),
-        (b'{"file": "a.png", "captions": []}', r"line 2 \(a.png\) has no captions"),
-        (b'{"file": "a.png", "captions": "x"}', r"line 2 \(a.png\) has no captions"),
-        (
-            b'{"file": "a.png", "captions": ["x", 3]}',
-            r"line 2 \(a.png\): caption 3 is not a string",
-        ),
-        (b'{"file": "a.png", "caption": "  "}', r"line 2 \(a.png\): caption is empty"),
-        (b'{"file": "a.png", "caption": "caf\xe9"}', "line 2 is not UTF-8"),
-        (
-            b'{"file": "a.png", "caption": "\\ud800"}',
-            r"line 2 \(a.png\): caption cannot be written as UTF-8",
-        ),
-        (
-            b'{"file": "a.png", "caption": "' + b"\xc3\xa9" * 2049 + b'"}',
-            "line 2 .* 4098 bytes, more than 4096",
-        ),
-        (b'{"file": "gone.png", "caption": "x"}', "line 2 names gone.png, which is not in"),
-    ],
-)
-def test_bad_lines(photographs, line, message):
-    file = photographs / "captions.jsonl"
-    file.write_bytes(b'{"file": "a.png", "caption": "x"}\n' + line)
-    with pytest.raises(DataError, match=message) as error:
-        read_captioned_images(photographs)
-    assert str(file) in str(error.value) and "\n" not in str(error.value)
-
-
-def test_bad_folders(tmp_path):
-    with pytest.raises(DataError, match="not a folder"):
-        read_captioned_images(tmp_path / "absent")
-    (tmp_path / "images").mkdir()
-    with pytest.raises(DataError, match=r"has no captions\.jsonl"):
-        read_captioned_images(tmp_path / "images")
-    with pytest.raises(DataError, match="cannot be read"):
-        read_captioned_images(tmp_path, tmp_path / "absent.jsonl")
-    (tmp_path / "captions.jsonl").write_text("\n")
-    with pytest.raises(DataError, match="no lines"):
-        read_captioned_images(tmp_path)
-
-
-def test_crop_is_centred_and_resize_antialiased(tmp_path):
-    ramp = np.zeros((10, 25, 3), np.uint8)
-    ramp[:] = np.arange(25)[None, :, None] * 10
-    Image.fromarray(ramp).save(tmp_path / "ramp.png")
-    image = load_image(tmp_path / "ramp.png", 10)
-    assert image.shape == (3, 10, 10) and image.dtype == torch.float32
-    # 15 columns too many: 7 go on the left
-    assert torch.equal(image[0, 0], torch.arange(7, 17) * 10 / 255)
-    stripes = np.zeros((64, 64, 3), np.uint8)
-    stripes[:, ::2] = 255
-    Image.fromarray(stripes).save(tmp_path / "stripes.png")
-    assert float((load_image(tmp_path / "stripes.png", 16) - 0.5).abs().max()) < 0.05
-
-
-def test_orientation_and_modes(tmp_path):
-    pixels = np.zeros((16, 16), np.uint8)
-    pixels[:8] = 255
-    exif = Image.Exif()
-    exif[0x0112] = 3  # upside down
-    Image.fromarray(pixels).save(tmp_path / "grey.png", exif=exif)
-    image = load_image(tmp_path / "grey.png", 16)
-    assert image.shape == (3, 16, 16) and (image[:, 0] == 1).all() and (image[:, -1] == 0).all()
 
 
 def test_moments_of_photographs(photographs, tmp_path):
@@ -210,18 +106,6 @@ def test_unusable_encoders_and_options(photographs, tmp_path, options, message):
     with pytest.raises(DataError, match=message):
         prepare_moments(read_captioned_images(photographs), folder=tmp_path / "out", **options)
     assert not list(tmp_path.glob("out/*"))
-
-
-def test_unusable_onnx_files(tmp_path, monkeypatch):
-    pytest.importorskip("onnxruntime", reason="needs onnxruntime")
-    with pytest.raises(DataError, match="not a file"):
-        OnnxEncoder(tmp_path / "absent.onnx")
-    (tmp_path / "bad.onnx").write_bytes(b"no model")
-    with pytest.raises(DataError, match=r"bad\.onnx cannot be loaded"):
-        OnnxDecoder(tmp_path / "bad.onnx")
-    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
-    with pytest.raises(UserError, match=r"pip install 'sd-perf\[onnx\]'"):
-        OnnxEncoder(tmp_path / "bad.onnx")
 
 
 def test_photographs_through_a_real_autoencoder(real_data, tmp_path):

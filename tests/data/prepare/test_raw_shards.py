@@ -8,10 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from sd_perf.data.prepare.photographs import load_image, load_sample, read_captioned_images
+from sd_perf.data.images import load_image
+from sd_perf.data.prepare.captioned_images import load_captioned_image, read_captioned_images
 from sd_perf.data.prepare.raw_shards import read_images, read_raw_shards
 from sd_perf.data.prepare.scenes import write_scene_shards, write_scenes
-from sd_perf.data.shards import ShardWriter
+from sd_perf.data.shard_writer import ShardWriter
 from sd_perf.errors import DataError
 
 
@@ -35,12 +36,12 @@ def test_shards_hold_what_the_folder_holds(tmp_path):
     assert [image.captions for image in shards] == [image.captions for image in folder]
     assert shards[0].captions == ("",) and shards[1].captions != ("",)
     for ours, theirs in zip(shards, folder, strict=True):
-        assert torch.equal(load_sample(ours, 64), load_image(theirs.path, 64))
+        assert torch.equal(load_captioned_image(ours, 64), load_image(theirs.path, 64))
 
 
 def test_jpeg_with_metadata_of_img2dataset(tmp_path):
     [image] = read_raw_shards(write(tmp_path, jpg=jpeg(), txt=b"a colour", json=b'{"NSFW": "?"}'))
-    assert image.captions == ("a colour",) and load_sample(image, 16).shape == (3, 16, 16)
+    assert image.captions == ("a colour",) and load_captioned_image(image, 16).shape == (3, 16, 16)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_bad_sample(files, sentence, tmp_path):
 def test_undecodable_image_is_named(tmp_path):
     [image] = read_raw_shards(write(tmp_path, jpg=b"no jpeg", txt=b"a"))
     with pytest.raises(DataError, match="sample 000000000: the image cannot be decoded"):
-        load_sample(image, 8)
+        load_captioned_image(image, 8)
 
 
 def test_a_folder_is_read_as_what_it_holds(tmp_path):

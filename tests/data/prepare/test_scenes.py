@@ -1,9 +1,12 @@
+"""The scenes of the tiny world: pictures, captions and how they are written."""
+
 import json
 
 import numpy as np
 import pytest
 
-from sd_perf.data.prepare.photographs import load_image, read_captioned_images
+from sd_perf.data.images import load_image
+from sd_perf.data.prepare.captioned_images import read_captioned_images
 from sd_perf.data.prepare.scenes import (
     BACKGROUND,
     COLOURS,
@@ -27,8 +30,7 @@ def test_a_scene_is_a_function_of_seed_and_index():
 
 
 def test_scenes_are_the_same_on_every_machine():
-    """Numbers of the first scene of seed 0, so that a change of numpy or of the renderer cannot
-    pass unseen."""
+    """Fixed numbers of one scene, so that a change of numpy or of the renderer shows."""
     scene = render(0, 0)
     assert scene.caption == "a red square above a green square"
     assert scene.image[0, 0].tolist() == [178] * 3
