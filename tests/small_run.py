@@ -41,32 +41,38 @@ TREE = {
 }
 
 
+def small_config(folder: Path, **changes: dict) -> Config:
+    """The small run in this folder, with keys changed: training={...}, ..."""
+    tree = {
+        section: {**TREE.get(section, {}), **changes.get(section, {})}
+        for section in {**TREE, **changes}
+    }
+    return config_from_dict({**tree, "run": {"dir": str(folder)}})
+
+
+def small_trainer(config: Config, callbacks: list | None = None, resume: bool = False) -> Trainer:
+    """A trainer in this process, at sample 0 or at the newest checkpoint."""
+    trainer = build_trainer(open_run(config, resume), start_world("cpu"), callbacks or [])
+    newest = trainer.store.newest()
+    if resume and newest:
+        trainer.load(newest)
+    return trainer
+
+
 @pytest.fixture
 def make_config(tmp_path: Path) -> Callable[..., Config]:
     """make_config(name, training={...}, ...): the small run in tmp_path/name with keys changed."""
 
     def make(name: str = "run", **changes: dict) -> Config:
-        tree = {
-            section: {**TREE.get(section, {}), **changes.get(section, {})}
-            for section in {**TREE, **changes}
-        }
-        return config_from_dict({**tree, "run": {"dir": str(tmp_path / name)}})
+        return small_config(tmp_path / name, **changes)
 
     return make
 
 
 @pytest.fixture
 def make_trainer() -> Callable[..., Trainer]:
-    """A trainer in this process, at sample 0 or at the newest checkpoint."""
-
-    def make(config: Config, callbacks: list | None = None, resume: bool = False) -> Trainer:
-        trainer = build_trainer(open_run(config, resume), start_world("cpu"), callbacks or [])
-        newest = trainer.store.newest()
-        if resume and newest:
-            trainer.load(newest)
-        return trainer
-
-    return make
+    """See `small_trainer`."""
+    return small_trainer
 
 
 @pytest.fixture
