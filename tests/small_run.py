@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sd_perf.cli import main
 from sd_perf.config import Config
 from sd_perf.distributed.world import start_world
 from sd_perf.presets import config_from_dict
@@ -81,6 +82,13 @@ def preset(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(TREE))
     return path
+
+
+def train_here(preset: Path, run: Path, *options: str) -> None:
+    """`sd-perf train` in this process, for fixtures that need no more than what a run leaves."""
+    with pytest.raises(SystemExit) as left:
+        main(["train", "--config", str(preset), "--run.dir", str(run), *options])
+    assert left.value.code == 0
 
 
 def start_train(preset: Path, run: Path, *options: str, processes: int = 1) -> subprocess.Popen:

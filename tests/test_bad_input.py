@@ -23,7 +23,7 @@ from sd_perf.data.shards import ShardWriter
 from sd_perf.runs.checkpoints import CheckpointStore, load_component
 from tests.conftest import only_sentence
 from tests.data.test_samples import Bomb, npy
-from tests.small_run import TREE, start_train, train
+from tests.small_run import TREE, start_train, train_here
 
 SHORT = {"training": {**TREE["training"], "max_samples": 8}, "checkpoint": {"every_samples": 4}}
 AUTOENCODER = Path(__file__).parent.parent / "assets" / "tiny" / "autoencoder.safetensors"
@@ -478,7 +478,7 @@ def test_shards_are_written_to_a_named_folder(
 def whole_run(tmp_path_factory) -> Path:
     """A run of two steps, with a checkpoint after each."""
     folder = tmp_path_factory.mktemp("whole")
-    train(write_preset(folder / "tiny.yaml"), folder / "run")
+    train_here(write_preset(folder / "tiny.yaml"), folder / "run")
     return folder / "run"
 
 
@@ -486,7 +486,7 @@ def whole_run(tmp_path_factory) -> Path:
 def other_checkpoint(tmp_path_factory) -> Path:
     """A checkpoint of another model on the same data."""
     folder = tmp_path_factory.mktemp("other")
-    train(write_preset(folder / "other.yaml", model={"channel_mult": [1, 1]}), folder / "run")
+    train_here(write_preset(folder / "other.yaml", model={"channel_mult": [1, 1]}), folder / "run")
     return newest(folder / "run")
 
 
@@ -663,12 +663,18 @@ def test_read_only_disk(mount_tmpfs, preset, whole_run, refused):
     matches(refused(*command_on(whole_run, "export", preset, disk)), "cannot be written")
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_disk_full_in_a_checkpoint(processes, mount_tmpfs, preset, sd_perf):
+REAL = [pytest.param(number, marks=pytest.mark.slow) for number in (1, 2)]
+
+
+@pytest.mark.parametrize("processes", [0, *REAL])
+def test_disk_full_in_a_checkpoint(processes, mount_tmpfs, preset, sd_perf, refused):
     """The first of two checkpoints fits. The run stops, keeps it, and goes on once there is
     space."""
     disk = mount_tmpfs("size=20m")
-    sentence = fail(preset, disk / "run", processes=processes)
+    if processes:
+        sentence = fail(preset, disk / "run", processes=processes)
+    else:
+        sentence = refused("train", "--config", preset, "--run.dir", disk / "run")
     matches(
         sentence,
         "a checkpoint could not be written (",
@@ -800,6 +806,7 @@ def test_process(preset, run, tmp_path):
     assert not run.exists()
 
 
+@pytest.mark.slow
 def test_two_processes_and_a_batch_that_does_not_divide(preset, run):
     sentence = fail(preset, run, "--training.global-batch-size", 5, processes=2)
     matches(
