@@ -1,4 +1,4 @@
-"""The config's UNet in the terms of sd_kernels, which tell what calls its operators get."""
+"""The config's UNet as an `Architecture` of sd_kernels, from which ops derive their calls."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sd_perf.reference.unet import UNet
 
 @cache  # asked by every choice of kernels
 def architecture(config: Config) -> Architecture:
-    """Its sizes; the parameters are counted, not allocated."""
+    """The sizes of the config's UNet; parameters are counted on the meta device."""
     model = config.model
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in UNet(model).parameters())

@@ -1,5 +1,7 @@
-"""Which backend runs each operator: the config's section `kernels` resolved for a GPU, in the words
-of its keys."""
+"""Which backend runs each operator: the config's section `kernels` resolved for a device.
+
+Errors name the config's keys. `training.launch` asks once per run.
+"""
 
 from __future__ import annotations
 
@@ -44,8 +46,7 @@ def choose_kernels(config: Config, target: Target) -> dict[str, Choice]:
 
 
 def _require_fp8(config: Config, target: Target, native: Choice) -> None:
-    """ConfigError where a layer is to be in FP8 and the target has none: that is no speed that is
-    passed over."""
+    """ConfigError where a layer is configured in FP8 and the target cannot compute FP8."""
     for _, arithmetic, key in config.precision.in_fp8():
         if arithmetic == "fp8_te":
             against = reasons_against(all_ops()["fp8_linear"].backend("te"), target)
@@ -55,6 +56,8 @@ def _require_fp8(config: Config, target: Target, native: Choice) -> None:
             )
             config.precision.require(not against, key, right)
         elif target.device == "cuda" and native.wanted == AUTO:
+            # Who asks for FP8 on a GPU asks for speed, and the reference only emulates it. On a
+            # CPU the reference is how such a run is tried out.
             reasons = "; ".join(f"{name}: {why}" for name, why in native.passed_over.items())
             right = (
                 f"bf16 on {target.name} ({reasons}), or set kernels.fp8_linear to {REFERENCE}, "
@@ -64,8 +67,10 @@ def _require_fp8(config: Config, target: Target, native: Choice) -> None:
 
 
 def used_ops(config: Config) -> tuple[str, ...]:
-    """The operators that the config's training runs: none with the plain network. AdamW is torch's
-    own."""
+    """The operators that the config's training runs; none with the plain network.
+
+    `adamw` is not among them, since the trainer updates weights by torch's fused AdamW.
+    """
     idle = {"adamw"} | (set() if config.precision.uses("fp8_native") else {"fp8_linear"})
     is_fast = config.model.implementation == "fast"
     return tuple(op for op in all_ops() if is_fast and op not in idle)

@@ -78,8 +78,7 @@ def in_unet(*replacements: tuple[str, str]) -> Plant:
     def plant(patch: pytest.MonkeyPatch, stack: ExitStack) -> None:
         faulty = stack.enter_context(replaced("sd_perf.fast.unet", *replacements))
         patch.setattr(network, "fast", faulty)
-        for name in ("FastUNet", "Ops"):
-            patch.setattr(subject, name, getattr(faulty, name))
+        patch.setattr(subject, "FastUNet", faulty.FastUNet)
 
     return plant
 
@@ -150,8 +149,8 @@ FAULTS: dict[str, tuple[str, Where, str, Plant]] = {
         "SpatialTransformer",
         in_unet(
             (
-                "return Pending(as_image(out, total), residual=total)",
-                "return Pending(as_image(out, total))",
+                "return Pending(as_image(out, summed), residual=summed)",
+                "return Pending(as_image(out, summed))",
             )
         ),
     ),
@@ -176,7 +175,7 @@ FAULTS: dict[str, tuple[str, Where, str, Plant]] = {
         "grad",
         "structure",
         "",
-        in_unet(("skips.append(total)", "skips.append(total.detach())")),
+        in_unet(("skips.append(summed)", "skips.append(summed.detach())")),
     ),
     "weight decay forgotten on biases": (
         "step",

@@ -1,0 +1,71 @@
+"""Hooks are called where the docstrings say, and a callback's state passes through a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sd_perf.training.callbacks.base import Callback, TrainerView
+from sd_perf.training.callbacks.checkpointer import Checkpointer
+
+
+class Recorder(Callback):
+    """Notes every hook with the position; its state is the number of steps it has seen."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, int]] = []
+        self.steps = 0
+
+    def on_start(self, trainer: TrainerView) -> None:
+        self.seen.append(("start", trainer.samples))
+
+    def before_step(self, trainer: TrainerView) -> None:
+        self.seen.append(("before", trainer.samples))
+
+    def on_step(self, trainer: TrainerView) -> None:
+        self.seen.append(("step", trainer.samples))
+        self.steps += 1
+
+    def checkpoint_saved(self, trainer: TrainerView, path: Path) -> None:
+        assert json.loads((path / "state.json").read_text())["samples"] <= trainer.samples
+        self.seen.append(("saved", int(path.name.removeprefix("samples_"))))
+
+    def on_end(self, trainer: TrainerView) -> None:
+        self.seen.append(("end", trainer.samples))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps} if self.steps else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = state["steps"]
+
+
+def test_each_step_is_told_before_and_after(make_config, make_trainer) -> None:
+    recorder = Recorder()
+    make_trainer(make_config(training={"max_samples": 8}), [recorder]).fit()
+    steps = [("before", 0), ("step", 4), ("before", 4), ("step", 8)]
+    assert recorder.seen == [("start", 0), *steps, ("end", 8)]
+
+
+def test_every_checkpoint_is_told_once_and_complete(make_config, make_trainer) -> None:
+    recorder = Recorder()
+    config = make_config(training={"max_samples": 100}, checkpoint={"every_samples": 40})
+    make_trainer(config, [Checkpointer(), recorder]).fit()
+    assert [place for hook, place in recorder.seen if hook == "saved"] == [40, 80, 100]
+    assert recorder.seen[-1] == ("saved", 100)  # the last is complete after on_end has waited
+
+
+def test_state_is_kept_in_checkpoints(make_config, make_trainer) -> None:
+    first = make_config(training={"max_samples": 40})
+    make_trainer(first, [Recorder(), Checkpointer()]).fit()
+    resumed = Recorder()
+    make_trainer(make_config(training={"max_samples": 80}), [resumed], resume=True)
+    assert resumed.steps == 10
+
+
+def test_a_checkpoint_without_the_state_leaves_it_as_it_is(make_config, make_trainer) -> None:
+    make_trainer(make_config(training={"max_samples": 40}), [Checkpointer()]).fit()
+    resumed = Recorder()
+    make_trainer(make_config(training={"max_samples": 80}), [resumed], resume=True)
+    assert resumed.steps == 0
