@@ -26,7 +26,7 @@ def prepare_shards(
     """Encode captioned images into shards of moments in data.path, as the config will read them.
 
     `images` and `captions` are those of `read_images`; `autoencoder` is the file of an encoder.
-    Images are resized to PIXELS_PER_LATENT pixels per latent pixel of data.latent_size. Where data.context is
+    Images are resized to 8 pixels per latent pixel of data.latent_size. Where data.context is
     precomputed, the shards hold text states, too. Returns the number of samples written and the
     images' side in pixels. ConfigError where data.path is not set; DataError for images or captions
     that cannot be used, and for shards that exist already.
