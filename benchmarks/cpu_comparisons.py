@@ -25,7 +25,7 @@ from sd_perf.data.batch import Batch, LoaderOptions
 from sd_perf.data.loaders.portable import PortableLoader
 from sd_perf.data.shards import ShardWriter
 from sd_perf.distributed.world import World
-from sd_perf.models.build import build_unet
+from sd_perf.models.build import build_unet, choose_ops
 from sd_perf.models.key_maps import diffusers_unet_config, to_diffusers
 from sd_perf.models.torchvision_schemas import define_missing_torchvision_ops
 from sd_perf.presets import load_preset
@@ -118,7 +118,9 @@ def compare_steps(smoke: Config) -> dict[str, float]:
     batch = Batch(torch.arange(BATCH), torch.randn(BATCH, 8, side, side), [""] * BATCH, context)
 
     def side_of(config: Config) -> Callable[[], None]:
-        step = TrainStep(build_unet(config, 0, world.device), config, 0, world, None)
+        ops = choose_ops(config)
+        unet = build_unet(config, seed=0, device=world.device, ops=ops)
+        step = TrainStep(unet, config, seed=0, world=world, text_encoder=None, ops=ops)
 
         def steps() -> None:
             for _ in range(STEPS):

@@ -48,7 +48,7 @@ from benchmarks.gpu_workload import (
     Recipe,
 )
 from benchmarks.timing import Budget, CudaClock, rates, repetitions, timed
-from sd_kernels.conv.cudnn import tuned
+from sd_kernels.conv.aten import tuned
 from sd_kernels.spec import Target
 from sd_perf.config import Config, UNetConfig
 from sd_perf.files import write_json

@@ -366,7 +366,7 @@ def check_inputs(workload: FastWorkload, name: str) -> list[Check]:
     """The fused draws of the current samples against the plain diffusion step's, on the same
     device."""
     diffusion, indices = workload.diffusion, workload.sample_indices
-    noisy, target, timesteps = workload.training_inputs()
+    noisy, target, timesteps = workload.step.draw(workload.moments, indices)
     latents, noise, right = diffusion.draw(workload.moments, indices)
     right_noisy = diffusion.schedule.add_noise(latents, noise, right)
     right_target = diffusion.schedule.v_target(latents, noise, right)

@@ -4,8 +4,7 @@ fused AdamW."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,16 +15,13 @@ from sd_kernels.registry import all_ops
 from sd_kernels.selection import Choice, choose
 from sd_kernels.spec import Target
 from sd_perf.config import Config, UNetConfig
-from sd_perf.diffusion.randomness import Stream
 from sd_perf.fast.choice import choose_kernels
+from sd_perf.fast.ops import Op, Ops, Wrap
+from sd_perf.fast.step import FusedDiffusionStep
 from sd_perf.models.build import build_unet
 from sd_perf.reference.unet import UNet
-from sd_perf.training.flat import FlatAdamW, FlatParameters
-
-Op = Callable[..., Any]
-Wrap = Callable[[str, Op], Op]
-"""gives what is called instead of an operator, from its name and the operator: the profile marks
-them"""
+from sd_perf.training.flat import FlatParameters
+from sd_perf.training.optimizer import FlatAdamW
 
 
 @dataclass(frozen=True)
@@ -61,11 +57,14 @@ class FastRecipe(Recipe):
         )
         return {**choose_kernels(whole, target), "adamw": adamw}
 
-    def unet(self, config: UNetConfig, device: str) -> torch.nn.Module:
-        """Made where it will live: 866 million numbers take a GPU milliseconds and a CPU
-        seconds."""
+    def fast_unet(self, config: UNetConfig, device: str, ops: Ops) -> torch.nn.Module:
+        """The network, made where it will live.
+
+        To draw 866 million initial weights takes milliseconds on a GPU and seconds on a CPU.
+        """
         with torch.device(device):
-            return build_unet(self.fast_config(config), 0, torch.device(device))
+            whole = self.fast_config(config)
+            return build_unet(whole, seed=0, device=torch.device(device), ops=ops)
 
     def workload(self, config: UNetConfig, batch: int, device: str, **sizes: Any) -> Workload:
         return FastWorkload(self, config, batch, device, **sizes)
@@ -111,21 +110,6 @@ def unwrapped(name: str, op: Op) -> Op:
     return op
 
 
-@contextmanager
-def wrapped_operators(wrap: Wrap) -> Iterator[None]:
-    """Whatever takes an operator's chosen function within is given `wrap(name, function)`.
-
-    A network may bind functions while it is made, so that to exchange them afterwards would miss
-    some.
-    """
-    chosen = Choice.function
-    Choice.function = lambda choice: wrap(choice.op, chosen(choice))  # type: ignore[assignment,method-assign]
-    try:
-        yield
-    finally:
-        Choice.function = chosen  # type: ignore[method-assign]
-
-
 class FastWorkload(Workload):
     """Draws, network, loss and AdamW by sd_kernels' operators; weights, remainders, gradients in a
     flat buffer each.
@@ -145,51 +129,31 @@ class FastWorkload(Workload):
         """Other sizes as `Workload` has them. `wrap` is called once for every operator."""
         super().__init__(config, batch, device, **sizes)
         whole = recipe.fast_config(config)
-        self.choices = recipe.choices(config)
         self.kernels: dict[str, str] = {}
-        with wrapped_operators(lambda name, op: wrap(name, self._noted(name, op))):
-            self.unet = recipe.unet(config, device)
-            self.draw, self.loss_of, adamw = (
-                self.choices[name].function()
-                for name in ("diffusion_inputs", "v_mse_loss", "adamw")
-            )
-        self.dtype = recipe.weights
+        choices = recipe.choices(config)
+
+        def noted(name: str, op: Op) -> Op:
+            """The operator, which leaves its backend in `kernels` when it is called."""
+
+            def call(*arguments: Any, **options: Any) -> Any:
+                self.kernels[name] = choices[name].backend
+                return op(*arguments, **options)
+
+            return wrap(name, call)
+
+        ops = Ops.chosen(choices, noted)
+        self.unet = recipe.fast_unet(config, device, ops)
+        self.step = FusedDiffusionStep(whole, self.seed, ops).to(device)
         self.flat = FlatParameters(self.unet, recipe.weights)
         self.collect = wrap("collect_gradients", self.flat.collect_gradients)
-        self.optimizer = FlatAdamW(self.flat, whole.optimizer, whole.learning_rate, adamw)
+        self.optimizer = FlatAdamW(self.flat, whole.optimizer, whole.learning_rate, ops.adamw)
         self.reset()
-
-    def _noted(self, name: str, op: Op) -> Op:
-        """The operator, which leaves its backend in `kernels` when it is called."""
-
-        def call(*arguments: Any, **options: Any) -> Any:
-            self.kernels[name] = self.choices[name].backend
-            return op(*arguments, **options)
-
-        return call
 
     def masters(self) -> list[torch.Tensor]:
         return list(self.flat.masters().values())
 
-    def training_inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Noised latents, v-target (B, C, S, S) and timesteps (B,) int64 of the current samples."""
-        schedule, diffusion = self.diffusion.schedule, self.diffusion.config
-        return self.draw(
-            self.moments,
-            self.sample_indices,
-            schedule.sqrt_alphas_cumprod,
-            schedule.sqrt_one_minus_alphas_cumprod,
-            seed=self.seed,
-            latent_scale=diffusion.latent_scale,
-            timestep_stream=Stream.TIMESTEP,
-            noise_stream=Stream.NOISE,
-            moments_stream=Stream.MOMENTS,
-            dtype=self.dtype,
-        )
-
     def training_loss(self) -> torch.Tensor:
-        noisy, target, timesteps = self.training_inputs()
-        return self.loss_of(self.unet(noisy, timesteps, self.context), target)
+        return self.step(self.unet, self.moments, self.context, self.sample_indices)
 
     def update(self) -> None:
         self.optimizer.step(self.collect())

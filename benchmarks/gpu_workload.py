@@ -23,6 +23,7 @@ from sd_perf.models.key_maps import diffusers_unet_config
 from sd_perf.models.torchvision_schemas import define_missing_torchvision_ops
 from sd_perf.reference.step import DiffusionStep
 from sd_perf.reference.unet import UNet
+from sd_perf.training.graph import capture
 from sd_perf.training.optimizer import build_optimizer
 
 
@@ -245,25 +246,9 @@ class Workload(ABC):
             self.loss.copy_(loss.detach())
 
     def capture(self) -> torch.cuda.CUDAGraph:
-        """The iteration as one CUDA graph; nothing runs, so the state stays as it is.
-
-        The current stream must be a side stream on which the workload was made and a few iterations
-        have run: they load kernels, choose convolution algorithms and create what libraries keep,
-        none of which may happen in a capture. Replay on the same stream, and keep the workload
-        alive as long.
-        """
-        stream = torch.cuda.current_stream()
-        if stream == torch.cuda.default_stream():
-            raise RuntimeError(
-                "a capture needs a side stream; enter torch.cuda.stream(torch.cuda.Stream()) first"
-            )
-        self.unet.zero_grad(
-            set_to_none=True
-        )  # gives the warm-up's gradients back before the graph takes memory
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            self.iteration()
-        return graph
+        """The iteration as one CUDA graph; see `sd_perf.training.graph.capture`."""
+        self.unet.zero_grad(set_to_none=True)
+        return capture(self.iteration)
 
 
 class PlainWorkload(Workload):

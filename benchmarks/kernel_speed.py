@@ -37,7 +37,7 @@ from benchmarks.attempts import attempt, release_memory
 from benchmarks.gpu_environment import describe, git_sha, measure_copy
 from benchmarks.timing import Budget, CudaClock, repetitions, timed
 from sd_kernels import harness
-from sd_kernels.conv.cudnn import tuned
+from sd_kernels.conv.aten import tuned
 from sd_kernels.registry import all_ops, source_digest
 from sd_kernels.sd_v2_shapes import BATCH
 from sd_kernels.selection import reasons_against

@@ -505,7 +505,8 @@ def _preset_of(arguments: list[str]) -> Config:
 
 
 def _dry_run(settings: Config, ranks: int, target: _Target, as_json: bool) -> int:
-    from sd_perf.tools.estimate.dry_run import as_table, dry_run, kernels_table
+    from sd_perf.tools.estimate.dry_run import as_table, dry_run
+    from sd_perf.training.kernels_table import kernels_table
     from sd_perf.training.launch import require_allowed
 
     _require("--ranks", ranks, ranks >= 1, "at least 1")
@@ -513,7 +514,7 @@ def _dry_run(settings: Config, ranks: int, target: _Target, as_json: bool) -> in
     facts = dry_run(settings, ranks, target)
     if as_json:
         return _print_json(facts)
-    _page().print(as_table(facts), *kernels_table(facts))
+    _page().print(as_table(facts), *kernels_table(facts["target"], facts["kernels"]))
     return 0
 
 

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sd_kernels.spec import Target
 from sd_perf.config import Config
 from sd_perf.distributed.world import start_world
+from sd_perf.fast.choice import choose_kernels
 from sd_perf.presets import config_from_dict
 from sd_perf.runs.folder import open_run
 from sd_perf.training.launch import build_trainer
@@ -60,7 +62,8 @@ def make_trainer() -> Callable[..., Trainer]:
     """A trainer in this process, at sample 0 or at the newest checkpoint."""
 
     def make(config: Config, callbacks: list | None = None, resume: bool = False) -> Trainer:
-        trainer = build_trainer(open_run(config, resume), start_world("cpu"), callbacks or [])
+        settled, choices = open_run(config, resume), choose_kernels(config, Target.here())
+        trainer = build_trainer(settled, start_world("cpu"), choices, callbacks or [])
         newest = trainer.store.newest()
         if resume and newest:
             trainer.load(newest)

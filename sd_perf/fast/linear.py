@@ -1,11 +1,10 @@
-"""How the linear layers of the fast UNet's transformers are multiplied: what the section
-`precision` chooses.
+"""The number format of the linear layers in the fast UNet's transformers (config `precision`).
 
-A layer's weights stay in the UNet, under their names, and come with every call. A layer of
-Transformer Engine has none: it keeps scales, if its recipe is delayed, which are the precision
-state that checkpoints hold beside the weights.
+A layer's weights stay in the UNet under their own names and are passed with every call, so state
+dicts do not depend on the format. A layer of Transformer Engine has no weights of its own. With
+delayed scaling it has scales, which checkpoints keep as the precision state beside the weights.
 
-Shape letters: K columns in, N columns out.
+Shape letters: K input features, N output features.
 """
 
 from __future__ import annotations
@@ -14,88 +13,84 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sd_perf.config import PrecisionConfig
-
-if TYPE_CHECKING:
-    from sd_perf.fast.unet import Ops
+from sd_perf.fast.ops import Ops
 
 
 @dataclass(frozen=True)
-class Product:
-    """A linear layer's product: alone, or with what makes its input."""
+class LinearLayer:
+    """The functions that compute a linear layer, alone or together with what makes its input."""
 
     linear: Callable[..., Tensor]
-    """x (..., K), weight (N, K) and perhaps bias (N,) to (..., N)"""
-    after_norm: Callable[..., tuple[Tensor, Tensor]]
-    """x (..., K), residual or None, the LayerNorm, weight, perhaps bias to (..., N), and to the sum
-    that is normed"""
+    """x (..., K), weight (N, K), optional bias (N,) -> (..., N)"""
+    after_layer_norm: Callable[..., tuple[Tensor, Tensor]]
+    """x (..., K), residual or None, the LayerNorm, weight, optional bias -> (..., N) and the sum
+    x + residual that was normalised"""
     after_geglu: Callable[..., Tensor]
-    """x (..., 2K), weight, perhaps bias to (..., N)"""
-    layer: Any = None
-    """what keeps scales between steps, `sd_kernels.fp8_linear.te.Linear`"""
+    """x (..., 2K), weight, optional bias -> (..., N)"""
+    scales: Any = None
+    """the `sd_kernels.fp8_linear.te.Linear` whose scales outlive a step, where there is one"""
 
 
-def in_turn(ops: Ops, linear: Callable[..., Tensor], layer: Any = None) -> Product:
-    """Norm or GEGLU, then the product."""
+def separate(ops: Ops, linear: Callable[..., Tensor], scales: Any = None) -> LinearLayer:
+    """LayerNorm or GEGLU first, then the matmul, each a kernel of its own."""
 
-    def after_norm(
+    def after_layer_norm(
         x: Tensor, residual: Tensor | None, norm: nn.LayerNorm, *weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        normal, total = ops.layer_norm(x, norm.weight, norm.bias, residual, eps=norm.eps)
-        return linear(normal, *weights), total
+        normal, summed = ops.layer_norm(x, norm.weight, norm.bias, residual, eps=norm.eps)
+        return linear(normal, *weights), summed
 
     def after_geglu(x: Tensor, *weights: Tensor) -> Tensor:
         return linear(ops.geglu(x), *weights)
 
-    return Product(linear, after_norm, after_geglu, layer)
+    return LinearLayer(linear, after_layer_norm, after_geglu, scales)
 
 
-def fused(fp8_linear: Callable[..., Any]) -> Product:
-    """The op `fp8_linear`, which rounds what norm and GEGLU make before it is written."""
+def fused(fp8_linear: Callable[..., Any]) -> LinearLayer:
+    """The op `fp8_linear`: LayerNorm or GEGLU quantises its result to FP8 before writing it."""
 
-    def after_norm(
+    def after_layer_norm(
         x: Tensor,
         residual: Tensor | None,
         norm: nn.LayerNorm,
         weight: Tensor,
         bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        return fp8_linear(
-            x, weight, bias, residual, norm.weight, norm.bias, producer="layer_norm", eps=norm.eps
-        )
+        tensors = x, weight, bias, residual, norm.weight, norm.bias
+        return fp8_linear(*tensors, producer="layer_norm", eps=norm.eps)
 
-    return Product(fp8_linear, after_norm, partial(fp8_linear, producer="geglu"))
+    return LinearLayer(fp8_linear, after_layer_norm, partial(fp8_linear, producer="geglu"))
 
 
-class Products:
-    """Makes the product of each layer of one UNet."""
+class LinearPrecision:
+    """Gives each linear layer of one UNet the functions of its configured number format."""
 
     def __init__(self, ops: Ops, config: PrecisionConfig) -> None:
         self.ops, self.config = ops, config
 
-    def __call__(
+    def layer(
         self, layers: str, in_features: int, out_features: int, bias: bool = True
-    ) -> Product:
-        """The product of a layer of this class, K and N features."""
+    ) -> LinearLayer:
+        """A layer of the class `layers` (a key of the config section) with K and N features."""
         arithmetic = self.config.of(layers)
         if arithmetic == "bf16":
-            return in_turn(self.ops, self.ops.linear)
+            return separate(self.ops, self.ops.linear)
         if arithmetic == "fp8_native":
             return fused(self.ops.fp8_linear)
         from sd_kernels.fp8_linear.te import Linear
 
-        layer = Linear(
-            in_features, out_features, bias, self.config.fp8_recipe, torch.bfloat16, "meta"
-        )
-        return in_turn(self.ops, layer.with_weights, layer)
+        recipe = self.config.fp8_recipe
+        scales = Linear(in_features, out_features, bias, recipe, torch.bfloat16, "meta")
+        return separate(self.ops, scales.with_weights, scales)
 
     def step(self) -> AbstractContextManager[None]:
-        """What surrounds a forward pass."""
+        """The context of one forward pass: Transformer Engine updates its scales when it ends."""
         if not self.config.uses("fp8_te"):
             return nullcontext()
         from sd_kernels.fp8_linear.te import scaling_step
@@ -104,8 +99,7 @@ class Products:
 
 
 def precision_state(unet: nn.Module) -> dict[str, Tensor]:
-    """Scales and histories (bytes) by the layer's place in the UNet; empty where none outlives a
-    step."""
+    """Scales and amax histories (bytes) by layer name; empty where none outlives a step."""
     layers = _layers_with_state(unet)
     if not layers:
         return {}
@@ -115,8 +109,7 @@ def precision_state(unet: nn.Module) -> dict[str, Tensor]:
 
 
 def load_precision_state(unet: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Put back what `precision_state` gave, in the memory it was in; KernelError where the layers
-    differ."""
+    """Restore what `precision_state` gave, in place; KernelError where the layers differ."""
     layers = _layers_with_state(unet)
     if layers:
         from sd_kernels.fp8_linear import te
@@ -126,8 +119,8 @@ def load_precision_state(unet: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 def _layers_with_state(unet: nn.Module) -> dict[str, Any]:
     return {
-        f"{name}.{attribute}".lstrip("."): value.layer
+        f"{name}.{attribute}".lstrip("."): value.scales
         for name, module in unet.named_modules()
         for attribute, value in vars(module).items()
-        if isinstance(value, Product) and value.layer is not None and value.layer.has_state
+        if isinstance(value, LinearLayer) and value.scales is not None and value.scales.has_state
     }

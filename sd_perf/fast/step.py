@@ -1,27 +1,29 @@
-"""The diffusion step of the fast path: draws, latents, noising and target in one operator, the loss
-in another."""
+"""The diffusion step from fused operators: one makes the network's inputs, one the loss.
+
+It computes what `reference.step.DiffusionStep` computes.
+
+Shape letters: B samples, C latent channels, H and W latent rows and columns, T text tokens, D
+context channels.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
+from torch import Tensor
 
-from sd_kernels.selection import Choice
 from sd_perf.config import Config
 from sd_perf.diffusion.randomness import Stream
 from sd_perf.diffusion.schedule import Schedule
+from sd_perf.fast.ops import Ops
 
 
 class FusedDiffusionStep(torch.nn.Module):
-    """What `reference.step.DiffusionStep` computes: `step(unet, moments, context, sample_indices)
-    -> loss`."""
+    """`step(unet, moments, context, sample_indices) -> loss`; holds the schedule, no weights."""
 
-    def __init__(self, config: Config, seed: int, choices: Mapping[str, Choice]) -> None:
+    def __init__(self, config: Config, seed: int, ops: Ops) -> None:
         super().__init__()
         self.schedule = Schedule(config.diffusion)
-        self.inputs = choices["diffusion_inputs"].function()
-        self.loss = choices["v_mse_loss"].function()
+        self.diffusion_inputs, self.v_mse_loss = ops.diffusion_inputs, ops.v_mse_loss
         self.options = {
             "seed": seed,
             "latent_scale": config.diffusion.latent_scale,
@@ -31,18 +33,24 @@ class FusedDiffusionStep(torch.nn.Module):
             "dtype": torch.bfloat16 if config.training.precision == "bf16" else torch.float32,
         }
 
+    def draw(self, moments: Tensor, sample_indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Noisy latents and v-target (B, C, H, W), timesteps (B,) int64.
+
+        moments is (B, 2C, H, W) float32, sample_indices (B,) int64. The noisy latents have the
+        training precision's dtype.
+        """
+        alphas, sigmas = (
+            self.schedule.sqrt_alphas_cumprod,
+            self.schedule.sqrt_one_minus_alphas_cumprod,
+        )
+        return self.diffusion_inputs(moments, sample_indices, alphas, sigmas, **self.options)
+
     def forward(
-        self,
-        unet: torch.nn.Module,
-        moments: torch.Tensor,
-        context: torch.Tensor,
-        sample_indices: torch.Tensor,
-    ) -> torch.Tensor:
+        self, unet: torch.nn.Module, moments: Tensor, context: Tensor, sample_indices: Tensor
+    ) -> Tensor:
         """Mean over the batch of the squared error of the v-prediction, a float32 scalar.
 
-        moments (B, 2C, H, W) float32, context (B, T, D), sample_indices (B,) int64.
+        context is (B, T, D); moments and sample_indices as in `draw`.
         """
-        schedule = self.schedule
-        tables = schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod
-        noisy, target, timesteps = self.inputs(moments, sample_indices, *tables, **self.options)
-        return self.loss(unet(noisy, timesteps, context), target)
+        noisy, target, timesteps = self.draw(moments, sample_indices)
+        return self.v_mse_loss(unet(noisy, timesteps, context), target)

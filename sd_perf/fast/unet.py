@@ -1,26 +1,28 @@
-"""The UNet of Stable Diffusion v2 from fused operators: what `reference.unet` computes, in fewer
-passes over memory.
+"""The UNet of Stable Diffusion v2 from fused operators: `reference.unet` in fewer memory passes.
 
-Everything is channels-last. A sum is not written where it arises: a convolution's bias, the time's
-shift and the residual wait in a `Pending` for the norm that reads them, which hands the sum on to
-the skips. Queries, keys and values come from one product; keys and values of the text for all
-transformers from one, once per step; the times of all residual blocks from one. Concatenations are
-read from their two sources, upsampling is part of its convolution. In which numbers a linear layer
-multiplies, and whether its norm or GEGLU is part of it, is `products`' to say.
+- All activations are channels-last (NHWC), the layout of the tensor cores.
+- A sum is not written where it arises. The bias of a convolution, the time shift and the residual
+  wait in a `Pending` until a norm reads them; the norm also returns the sum, for the skips.
+- One matmul makes queries, keys and values; one the keys and values of the text for all
+  transformers, once per step; one the time projections of all ResBlocks.
+- Concatenations are never written: norm and skip convolution read both sources. Upsampling is part
+  of the convolution that follows it.
+- The number format of a linear layer, and whether its LayerNorm or GEGLU is fused with it, is up to
+  `fast.linear`.
 
-Parameters have the names, shapes and order of `reference.unet`, so that weights, optimizer state
-and checkpoints pass between the two as they are; packed weights are put together in each step, a
-two-thousandth of its time.
+Parameters have the names, shapes and order of `reference.unet`, so weights, optimizer state and
+checkpoints pass between the two unchanged. Packed weights are concatenated in every step, which
+takes a two-thousandth of its time.
 
-Shape letters: B batch, C channels, H and W rows and columns, L tokens, T tokens of text, E channels
-of the time.
+Shape letters: B batch, C channels, H and W rows and columns, L tokens, T text tokens, E channels of
+the time embedding.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,57 +30,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sd_kernels.selection import Choice
 from sd_perf.config import PrecisionConfig, UNetConfig
-from sd_perf.fast.linear import Products
+from sd_perf.fast.linear import LinearPrecision
+from sd_perf.fast.ops import Ops, with_weights_cast
 from sd_perf.reference.unet import MAX_PERIOD, zeroed
-
-Op = Callable
-
-
-@dataclass(frozen=True)
-class Ops:
-    """The operators that the network is made of, each with the backend that was chosen for it."""
-
-    group_norm: Op
-    layer_norm: Op
-    geglu: Op
-    residual_add: Op
-    attention: Op
-    linear: Op
-    fp8_linear: Op
-    conv: Op
-    skip_conv: Op
-    upsample_conv: Op
-
-    @classmethod
-    def chosen(cls, choices: Mapping[str, Choice]) -> Ops:
-        """The functions of these choices, which see weights in the dtype of what they are applied
-        to.
-
-        Up-sampling convolutions see them as they are, to round them once, after they are merged.
-        """
-        functions = {field.name: choices[field.name].function() for field in fields(cls)}
-        cast = {
-            name: _in_dtype_of_first(op)
-            for name, op in functions.items()
-            if name != "upsample_conv"
-        }
-        return cls(**{**functions, **cast})
-
-
-def _in_dtype_of_first(op: Op) -> Op:
-    def call(x: Tensor, *others: Tensor | None, **options: Any) -> Any:
-        return op(
-            x, *(other if other is None else other.to(x.dtype) for other in others), **options
-        )
-
-    return call
 
 
 @dataclass(frozen=True)
 class Pending:
-    """The sum x (B, C, H, W) + bias (C,) + residual (B, C, H, W), not yet written."""
+    """The sum x (B, C, H, W) + bias (C,) + residual (B, C, H, W), not yet written to memory."""
 
     x: Tensor
     bias: Tensor | None = None
@@ -86,11 +46,11 @@ class Pending:
 
     @property
     def shift(self) -> Tensor | None:
-        """The bias for each sample (B, C), as a norm takes it; no memory of its own."""
+        """The bias as a norm takes it, (B, C): an expanded view, without memory of its own."""
         return None if self.bias is None else self.bias.expand(len(self.x), -1)
 
     def written(self, ops: Ops) -> Tensor:
-        """The sum, where no norm follows."""
+        """The sum (B, C, H, W), for where no norm follows."""
         if self.residual is None:
             return (
                 self.x if self.bias is None else self.x + self.bias[:, None, None].to(self.x.dtype)
@@ -109,46 +69,50 @@ def as_image(tokens: Tensor, like: Tensor) -> Tensor:
 
 
 class Norm(nn.Module):
-    """Group normalisation of a pending sum, perhaps beside a second source."""
+    """GroupNorm, optionally followed by SiLU, with the sums before it and the skip beside it."""
 
     def __init__(self, groups: int, channels: int, eps: float, silu: bool) -> None:
         super().__init__()
-        self.weight, self.bias = (
-            nn.Parameter(torch.ones(channels)),
-            nn.Parameter(torch.zeros(channels)),
-        )
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
         self.num_groups, self.eps, self.silu = groups, eps, silu
 
-    def apply_to(
+    def normalize(
         self,
         ops: Ops,
         x: Tensor,
-        shift: Tensor | None,
-        residual: Tensor | None,
-        other: Tensor | None,
-        hand_on: bool,
+        *,
+        shift: Tensor | None = None,
+        residual: Tensor | None = None,
+        skip: Tensor | None = None,
+        return_sum: bool = False,
     ) -> Any:
-        """The norm (B, C, H, W) alone, or with the sum."""
-        options = {
-            "num_groups": self.num_groups,
-            "eps": self.eps,
-            "silu": self.silu,
-            "return_sum": hand_on,
-        }
-        return ops.group_norm(x, self.weight, self.bias, shift, residual, other, **options)
+        """Norm of x + shift + residual, concatenated with skip; with `return_sum` also that sum.
+
+        x and residual are (B, C, H, W), shift (B, C), skip (B, C', H, W).
+        """
+        tensors = x, self.weight, self.bias, shift, residual, skip
+        options = {"num_groups": self.num_groups, "eps": self.eps, "silu": self.silu}
+        return ops.group_norm(*tensors, **options, return_sum=return_sum)
 
     def forward(
-        self, pending: Pending, ops: Ops, other: Tensor | None = None
+        self, pending: Pending, ops: Ops, skip: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The norm, and the sum (B, C, H, W) that it is of."""
+        """The norm, and the pending sum (B, C, H, W) that was normalised."""
         if pending.bias is None and pending.residual is None:
-            return self.apply_to(ops, pending.x, None, None, other, False), pending.x
-        return self.apply_to(ops, pending.x, pending.shift, pending.residual, other, True)
+            return self.normalize(ops, pending.x, skip=skip), pending.x
+        shift, residual = pending.shift, pending.residual
+        return self.normalize(
+            ops, pending.x, shift=shift, residual=residual, skip=skip, return_sum=True
+        )
 
 
 class ResBlock(nn.Module):
-    """Two convolutions around which the input is carried; (pending, other) to (pending, sum of the
-    input)."""
+    """Two convolutions with the input added to their result: (pending, skip) -> (pending, sum).
+
+    On the way up the input is the concatenation of `pending` and `skip`. The second result is the
+    written sum of `pending`, which a skip may need.
+    """
 
     def __init__(self, channels: int, out_channels: int, emb_channels: int, groups: int) -> None:
         super().__init__()
@@ -164,162 +128,176 @@ class ResBlock(nn.Module):
         self.skip_connection: Any = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
 
     def forward(
-        self, pending: Pending, other: Tensor | None, time: Tensor, ops: Ops
+        self, pending: Pending, skip: Tensor | None, time: Tensor, ops: Ops
     ) -> tuple[Pending, Tensor]:
-        """time (B, C') is the projected time with the first convolution's bias."""
-        normal, total = self.in_layers[0](pending, ops, other)
+        """time (B, C') is the projected time embedding plus the first convolution's bias."""
+        normal, summed = self.in_layers[0](pending, ops, skip)
         h = ops.conv(normal, self.in_layers[2].weight)
-        h = ops.conv(
-            self.out_layers[0].apply_to(ops, h, time, None, None, False), self.out_layers[3].weight
-        )
-        bias, skip = self.out_layers[3].bias, total
+        h = self.out_layers[0].normalize(ops, h, shift=time)
+        h = ops.conv(h, self.out_layers[3].weight)
+        bias, residual = self.out_layers[3].bias, summed
         if isinstance(self.skip_connection, nn.Conv2d):
             bias = bias + self.skip_connection.bias
-            skip = ops.skip_conv(total, self.skip_connection.weight, other)
-        elif other is not None:
-            skip = torch.cat((total, other), dim=1)
-        return Pending(h, bias, skip), total
+            residual = ops.skip_conv(summed, self.skip_connection.weight, skip)
+        elif skip is not None:
+            residual = torch.cat((summed, skip), dim=1)
+        return Pending(h, bias, residual), summed
 
 
 class Attention(nn.Module):
     """Parameters of an attention, in LDM's layout."""
 
-    def __init__(self, channels: int, context_channels: int, products: Products) -> None:
+    def __init__(self, channels: int, context_channels: int, precision: LinearPrecision) -> None:
         super().__init__()
-        self.product = products("attention", channels, channels)
+        self.layer = precision.layer("attention", channels, channels)
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(context_channels, channels, bias=False)
         self.to_v = nn.Linear(context_channels, channels, bias=False)
         self.to_out: Any = nn.Sequential(nn.Linear(channels, channels))
 
     def out(self, attended: Tensor) -> Tensor:
-        return self.product.linear(attended, self.to_out[0].weight, self.to_out[0].bias)
+        return self.layer.linear(attended, self.to_out[0].weight, self.to_out[0].bias)
 
 
 class TransformerBlock(nn.Module):
     """tokens (B, L, C), keys and values of the text (B, T, 2C) -> (B, L, C)."""
 
     def __init__(
-        self, channels: int, context_dim: int, head_channels: int, products: Products
+        self, channels: int, context_dim: int, head_channels: int, precision: LinearPrecision
     ) -> None:
         super().__init__()
         self.num_heads = channels // head_channels
-        self.attn1 = Attention(channels, channels, products)
+        self.attn1 = Attention(channels, channels, precision)
         gated: Any = nn.Module()
         gated.proj = nn.Linear(channels, 8 * channels)
         self.ff: Any = nn.Module()
         self.ff.net = nn.Sequential(gated, nn.Identity(), nn.Linear(4 * channels, channels))
-        self.attn2 = Attention(channels, context_dim, products)
+        self.attn2 = Attention(channels, context_dim, precision)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels, eps=1e-5) for _ in range(3))
-        self.qkv = products("attention", channels, 3 * channels, bias=False)
-        self.query = products("attention", channels, channels, bias=False)
-        self.widen = products("feed_forward", channels, 8 * channels)
-        self.narrow = products("feed_forward", 4 * channels, channels)
+        self.qkv = precision.layer("attention", channels, 3 * channels, bias=False)
+        self.query = precision.layer("attention", channels, channels, bias=False)
+        self.widen = precision.layer("feed_forward", channels, 8 * channels)
+        self.narrow = precision.layer("feed_forward", 4 * channels, channels)
 
     def forward(self, tokens: Tensor, text: Tensor, ops: Ops) -> Tensor:
         packed = torch.cat([self.attn1.to_q.weight, self.attn1.to_k.weight, self.attn1.to_v.weight])
-        h, tokens = self.qkv.after_norm(tokens, None, self.norm1, packed)
+        h, tokens = self.qkv.after_layer_norm(tokens, None, self.norm1, packed)
         h = self.attn1.out(ops.attention(h, num_heads=self.num_heads))
-        h, tokens = self.query.after_norm(h, tokens, self.norm2, self.attn2.to_q.weight)
+        h, tokens = self.query.after_layer_norm(h, tokens, self.norm2, self.attn2.to_q.weight)
         h = self.attn2.out(ops.attention(h, text, num_heads=self.num_heads))
         into, out = self.ff.net[0].proj, self.ff.net[2]
-        h, tokens = self.widen.after_norm(h, tokens, self.norm3, into.weight, into.bias)
+        h, tokens = self.widen.after_layer_norm(h, tokens, self.norm3, into.weight, into.bias)
         return ops.residual_add(self.narrow.after_geglu(h, out.weight, out.bias), tokens)
 
 
 class SpatialTransformer(nn.Module):
-    """A transformer over the pixels; (pending, text) to (pending, sum of the input)."""
+    """A transformer over the H*W pixels as tokens: (pending, text) -> (pending, sum).
+
+    text (B, T, 2C) holds keys and values; the second result is the written sum of `pending`.
+    """
 
     def __init__(
-        self, channels: int, context_dim: int, head_channels: int, groups: int, products: Products
+        self,
+        channels: int,
+        context_dim: int,
+        head_channels: int,
+        groups: int,
+        precision: LinearPrecision,
     ) -> None:
         super().__init__()
         self.norm = Norm(groups, channels, 1e-6, silu=False)
         self.proj_in = nn.Linear(channels, channels)
         self.transformer_blocks = nn.ModuleList(
-            [TransformerBlock(channels, context_dim, head_channels, products)]
+            [TransformerBlock(channels, context_dim, head_channels, precision)]
         )
         self.proj_out = zeroed(nn.Linear(channels, channels))
         self.entrance, self.exit = (
-            products("transformer_ends", channels, channels) for _ in range(2)
+            precision.layer("transformer_ends", channels, channels) for _ in range(2)
         )
 
     def forward(self, pending: Pending, text: Tensor, ops: Ops) -> tuple[Pending, Tensor]:
-        normal, total = self.norm(pending, ops)
+        normal, summed = self.norm(pending, ops)
         tokens = self.entrance.linear(as_tokens(normal), self.proj_in.weight, self.proj_in.bias)
         for block in self.transformer_blocks:
             tokens = block(tokens, text, ops)
         out = self.exit.linear(tokens, self.proj_out.weight, self.proj_out.bias)
-        return Pending(as_image(out, total), residual=total), total
+        return Pending(as_image(out, summed), residual=summed), summed
 
 
 class Downsample(nn.Module):
+    """Parameters of a 3x3 convolution of stride 2."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
 
 class Upsample(nn.Module):
+    """Parameters of a 3x3 convolution of the image enlarged twice."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
 
 class FastUNet(nn.Module):
-    """The denoiser; see `reference.unet.UNet`, whose parameters and results it shares."""
+    """The denoiser: parameters, arguments and results of `reference.unet.UNet`."""
 
     def __init__(
         self, config: UNetConfig, ops: Ops, precision: PrecisionConfig | None = None
     ) -> None:
         super().__init__()
-        self.config, self.ops = config, ops
-        self.products = products = Products(ops, precision or PrecisionConfig())
+        self.config, self.ops = config, with_weights_cast(ops)
+        self.precision = LinearPrecision(self.ops, precision or PrecisionConfig())
         model, E = config.model_channels, 4 * config.model_channels
         widths = [mult * model for mult in config.channel_mult]
 
-        def layers(channels: int, level: int) -> list[nn.Module]:
-            block = ResBlock(channels, widths[level], E, config.resblock_groups)
-            return [
-                block,
-                *([transformer(widths[level])] if 2**level in config.attention_resolutions else []),
-            ]
-
-        def transformer(channels: int) -> nn.Module:
-            sizes = config.context_dim, config.num_head_channels, config.transformer_groups
-            return SpatialTransformer(channels, *sizes, products)
-
+        # Layers are made in the plain UNet's order, because each draws its initial weights.
         self.time_embed: Any = nn.Sequential(nn.Linear(model, E), nn.SiLU(), nn.Linear(E, E))
+        first = nn.Conv2d(config.in_channels, model, 3, padding=1)
+        self.input_blocks: Any = nn.ModuleList([nn.ModuleList([first])])
         channels, skips = model, [model]
-        self.input_blocks: Any = nn.ModuleList(
-            [nn.ModuleList([nn.Conv2d(config.in_channels, model, 3, padding=1)])]
-        )
         for level, width in enumerate(widths):
             for _ in range(config.num_res_blocks):
-                self.input_blocks.append(nn.ModuleList(layers(channels, level)))
+                self.input_blocks.append(nn.ModuleList(self._layers(channels, width, level)))
                 channels = width
                 skips.append(channels)
             if level < len(widths) - 1:
                 self.input_blocks.append(nn.ModuleList([Downsample(channels)]))
                 skips.append(channels)
-        # One after the other: initial weights are drawn in the plain one's order.
-        self.middle_block: Any = nn.ModuleList(
-            [ResBlock(channels, channels, E, config.resblock_groups)]
-        )
-        self.middle_block.append(transformer(channels))
-        self.middle_block.append(ResBlock(channels, channels, E, config.resblock_groups))
+        self.middle_block: Any = nn.ModuleList([self._res_block(channels, channels)])
+        self.middle_block.append(self._transformer(channels))
+        self.middle_block.append(self._res_block(channels, channels))
         self.output_blocks: Any = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
             for block in range(config.num_res_blocks + 1):
-                ends = [Upsample(width)] if block == config.num_res_blocks and level > 0 else []
-                self.output_blocks.append(
-                    nn.ModuleList([*layers(channels + skips.pop(), level), *ends])
-                )
+                is_last = block == config.num_res_blocks
+                upsample = [Upsample(width)] if is_last and level > 0 else []  # drawn first
+                stage = [*self._layers(channels + skips.pop(), width, level), *upsample]
+                self.output_blocks.append(nn.ModuleList(stage))
                 channels = width
         norm = Norm(config.resblock_groups, channels, 1e-5, silu=True)
         last = zeroed(nn.Conv2d(channels, config.out_channels, 3, padding=1))
         self.out: Any = nn.Sequential(norm, nn.Identity(), last)
-        self.text = products("text", config.context_dim, sum(self._text_widths()), bias=False)
+
+        text_features = sum(self._text_widths())
+        self.text = self.precision.layer("text", config.context_dim, text_features, bias=False)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def _res_block(self, channels: int, out_channels: int) -> nn.Module:
+        emb_channels, groups = 4 * self.config.model_channels, self.config.resblock_groups
+        return ResBlock(channels, out_channels, emb_channels, groups)
+
+    def _transformer(self, channels: int) -> nn.Module:
+        config = self.config
+        sizes = config.context_dim, config.num_head_channels, config.transformer_groups
+        return SpatialTransformer(channels, *sizes, self.precision)
+
+    def _layers(self, channels: int, out_channels: int, level: int) -> list[nn.Module]:
+        layers = [self._res_block(channels, out_channels)]
+        if 2**level in self.config.attention_resolutions:
+            layers.append(self._transformer(out_channels))
+        return layers
 
     def _text_attentions(self) -> list[Attention]:
         return [module.attn2 for module in self.modules() if isinstance(module, TransformerBlock)]
@@ -328,25 +306,23 @@ class FastUNet(nn.Module):
         return [2 * attention.to_k.out_features for attention in self._text_attentions()]
 
     def project_text(self, context: Tensor) -> list[Tensor]:
-        """Keys and values (B, T, 2C) of context (B, T, D) for each transformer block, in one
-        product."""
-        weights = [
-            layer.weight
-            for attention in self._text_attentions()
-            for layer in (attention.to_k, attention.to_v)
-        ]
-        return list(
-            self.text.linear(context, torch.cat(weights)).split(self._text_widths(), dim=-1)
-        )
+        """Keys and values (B, T, 2C) for each transformer from context (B, T, D), by one matmul."""
+        weights: list[Tensor] = []
+        for attention in self._text_attentions():
+            weights += [attention.to_k.weight, attention.to_v.weight]
+        packed = self.text.linear(context, torch.cat(weights))
+        return list(packed.split(self._text_widths(), dim=-1))
 
     def project_time(self, timesteps: Tensor, dtype: torch.dtype) -> list[Tensor]:
-        """The shift (B, C') of each residual block's second norm: its projected time and its
-        convolution's bias."""
+        """The shift (B, C') that each ResBlock's second norm adds, by one matmul for all blocks.
+
+        A shift is the block's projected time embedding plus the bias of its first convolution.
+        """
         blocks = [module for module in self.modules() if isinstance(module, ResBlock)]
         layers = [block.emb_layers[1] for block in blocks]
         weight = torch.cat([layer.weight for layer in layers])
-        # Added before they are put together: the gradients of two sums of slices would share their
-        # memory.
+        # Biases are added before they are packed. If two packed biases were added, autograd would
+        # hand both the same slice as gradient, and accumulating into one would change the other.
         bias = torch.cat([block.emb_layers[1].bias + block.in_layers[2].bias for block in blocks])
         half = self.config.model_channels // 2
         steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
@@ -355,73 +331,68 @@ class FastUNet(nn.Module):
         into, out = self.time_embed[0], self.time_embed[2]
         hidden = F.silu(self.ops.linear(features, into.weight, into.bias))
         embedding = F.silu(self.ops.linear(hidden, out.weight, out.bias))
-        return list(
-            self.ops.linear(embedding, weight, bias).split(
-                [layer.out_features for layer in layers], dim=-1
-            )
-        )
+        shifts = self.ops.linear(embedding, weight, bias)
+        return list(shifts.split([layer.out_features for layer in layers], dim=-1))
 
     def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor | list[Tensor]) -> Tensor:
-        """Predicts v (B, 4, H, W) from noisy latents (B, 4, H, W), timesteps (B,) int64 and context
-        (B, T, D).
+        """Predicts v (B, 4, H, W) from noisy latents (B, 4, H, W), timesteps and context.
 
-        Instead of the context it takes what `project_text` made of it, once for all steps of a
-        sampler. Computes in autocast's dtype where that is on, else in that of the latents;
-        statistics are float32 anyway.
+        timesteps is (B,) int64. context is (B, T, D), or the list that `project_text` made of it:
+        a sampler projects the text once for all its steps. Computes in autocast's dtype where that
+        is on, else in that of the latents; statistics are float32 in both.
         """
         device = latents.device.type
-        is_cast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if is_cast else latents.dtype
-        with torch.autocast(device, enabled=False), self.products.step():
-            projected = (
-                context if isinstance(context, list) else self.project_text(context.to(dtype))
-            )
-            return self._predict(
-                latents.to(dtype), timesteps, [text.to(dtype) for text in projected]
-            )
+        is_autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if is_autocast else latents.dtype
+        with torch.autocast(device, enabled=False), self.precision.step():
+            if not isinstance(context, list):
+                context = self.project_text(context.to(dtype))
+            texts = [text.to(dtype) for text in context]
+            return self._predict(latents.to(dtype), timesteps, texts)
 
-    def _predict(self, latents: Tensor, timesteps: Tensor, projected: list[Tensor]) -> Tensor:
+    def _predict(self, latents: Tensor, timesteps: Tensor, texts: list[Tensor]) -> Tensor:
         ops = self.ops
-        times, texts = iter(self.project_time(timesteps, latents.dtype)), iter(projected)
+        next_time, next_text = iter(self.project_time(timesteps, latents.dtype)), iter(texts)
         first = self.input_blocks[0][0]
         latents = latents.contiguous(memory_format=torch.channels_last)
         pending, skips = Pending(ops.conv(latents, first.weight), first.bias), []
+        # A stage's input is a skip: its first layer writes the sum that is still pending there.
         for stage in [*self.input_blocks[1:], self.middle_block]:
             for place, layer in enumerate(stage):
                 if isinstance(layer, Downsample):
-                    total = pending.written(ops)
-                    pending = Pending(ops.conv(total, layer.op.weight, stride=2), layer.op.bias)
+                    summed = pending.written(ops)
+                    pending = Pending(ops.conv(summed, layer.op.weight, stride=2), layer.op.bias)
                 else:
-                    pending, total = self._layer(layer, pending, None, times, texts)
+                    pending, summed = self._layer(layer, pending, None, next_time, next_text)
                 if place == 0:
-                    skips.append(total)
+                    skips.append(summed)
         for stage in self.output_blocks:
-            other: Tensor | None = skips.pop()
+            skip: Tensor | None = skips.pop()
             for layer in stage:
                 if isinstance(layer, Upsample):
                     up = ops.upsample_conv(pending.written(ops), layer.conv.weight)
                     pending = Pending(up, layer.conv.bias)
                 else:
-                    pending, _ = self._layer(layer, pending, other, times, texts)
-                    other = None
+                    pending, _ = self._layer(layer, pending, skip, next_time, next_text)
+                    skip = None  # the stage's first layer has read it
         norm, last = self.out[0], self.out[2]
-        normal = norm.apply_to(ops, pending.x, pending.shift, pending.residual, None, False)
+        shift, residual = pending.shift, pending.residual
+        normal = norm.normalize(ops, pending.x, shift=shift, residual=residual)
         return Pending(ops.conv(normal, last.weight), last.bias).written(ops)
 
     def _layer(
         self,
         layer: nn.Module,
         pending: Pending,
-        other: Tensor | None,
-        times: Iterator,
-        texts: Iterator,
+        skip: Tensor | None,
+        times: Iterator[Tensor],
+        texts: Iterator[Tensor],
     ) -> tuple[Pending, Tensor]:
-        inputs = (
-            (pending, other, next(times)) if isinstance(layer, ResBlock) else (pending, next(texts))
-        )
+        """A ResBlock with its time shift, or a transformer with its text."""
+        is_res_block = isinstance(layer, ResBlock)
+        inputs = (pending, skip, next(times)) if is_res_block else (pending, next(texts))
         if self.config.activation_checkpointing:
-            # Nothing in the network is random.
-            return checkpoint(
-                layer, *inputs, self.ops, use_reentrant=False, preserve_rng_state=False
-            )
+            # Nothing in the network is random, so there is no generator state to preserve.
+            options: Any = {"use_reentrant": False, "preserve_rng_state": False}
+            return checkpoint(layer, *inputs, self.ops, **options)
         return layer(*inputs, self.ops)

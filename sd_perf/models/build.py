@@ -9,21 +9,23 @@ import torch
 from sd_kernels.spec import Target
 from sd_perf.config import Config, KernelsConfig, PrecisionConfig
 from sd_perf.fast.choice import choose_kernels
-from sd_perf.fast.unet import FastUNet, Ops
+from sd_perf.fast.ops import Ops
+from sd_perf.fast.unet import FastUNet
 from sd_perf.reference.unet import UNet
 
 
-def build_unet(config: Config, seed: int, device: torch.device) -> torch.nn.Module:
-    """The UNet with its initial weights, float32: a function of the seed alone, whatever device and
-    implementation."""
+def build_unet(config: Config, seed: int, device: torch.device, ops: Ops | None) -> torch.nn.Module:
+    """The UNet with its initial weights, float32.
+
+    Weights depend on the seed alone, not on device or implementation. `ops` are the chosen
+    operators of the fast network; the plain one takes none.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if config.model.implementation == "plain":
-            unet: torch.nn.Module = UNet(config.model)
-        else:
-            ops = Ops.chosen(choose_kernels(config, Target.here()))
-            unet = FastUNet(config.model, ops, config.precision)
-    # NHWC is what tensor cores want; memory_format is missing from torch's annotations of Module.to
+        unet: torch.nn.Module = (
+            UNet(config.model) if ops is None else FastUNet(config.model, ops, config.precision)
+        )
+    # NHWC is what tensor cores want. torch's annotations of Module.to lack memory_format.
     layout = {"memory_format": torch.channels_last} if device.type == "cuda" else {}
     unet = unet.to(device, **layout)  # type: ignore[call-overload]
     if config.model.compile:
@@ -31,12 +33,23 @@ def build_unet(config: Config, seed: int, device: torch.device) -> torch.nn.Modu
     return unet
 
 
+def choose_ops(config: Config, target: Target | None = None) -> Ops | None:
+    """The operators of the config's network, chosen for a target (this machine); None for plain.
+
+    For whoever runs the network outside a training run, whose kernels `training.launch` chooses.
+    """
+    if config.model.implementation == "plain":
+        return None
+    return Ops.chosen(choose_kernels(config, target or Target.here()))
+
+
 def build_sampling_unet(config: Config, device: torch.device) -> torch.nn.Module:
-    """The UNet that draws pictures, wherever it was trained: without FP8, on the kernels that can
-    be had here."""
-    return build_unet(
-        replace(config, precision=PrecisionConfig(), kernels=KernelsConfig()), 0, device
-    ).eval()
+    """The UNet that draws pictures, wherever it was trained.
+
+    It computes without FP8 and on the kernels that this machine has.
+    """
+    here = replace(config, precision=PrecisionConfig(), kernels=KernelsConfig())
+    return build_unet(here, seed=0, device=device, ops=choose_ops(here)).eval()
 
 
 def build_text_encoder(config: Config, device: torch.device) -> torch.nn.Module:

@@ -9,6 +9,7 @@ every folder of that name is complete.
 from __future__ import annotations
 
 import json
+import queue
 import re
 import shutil
 import threading
@@ -47,6 +48,7 @@ class CheckpointStore:
         self.keep = keep
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self._saved: queue.SimpleQueue[Path] = queue.SimpleQueue()
 
     def complete(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
@@ -98,6 +100,10 @@ class CheckpointStore:
                 f"{self.newest_in_words()}; {MAKE_ROOM}"
             )
 
+    def take_saved(self) -> list[Path]:
+        """Checkpoints that were completed since the last call, oldest first; does not block."""
+        return [self._saved.get() for _ in range(self._saved.qsize())]
+
     def _write(self, path: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -116,6 +122,7 @@ class CheckpointStore:
                     no_dist=True,
                 )
                 write_json(draft / "state.json", state)
+            self._saved.put(path)
             self._drop_old()
         except _ERRORS as error:  # handed to the training thread by raise_failure
             self._failure = error

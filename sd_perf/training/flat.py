@@ -1,40 +1,37 @@
-"""A network's parameters as views into one buffer, and AdamW over the whole buffer at once.
+"""A network's parameters as views into one flat buffer.
 
-One buffer is one optimizer launch and one collective instead of hundreds. Each parameter keeps its
-name, shape and memory order (channels-last stays so), hence the network's state dict is what it
-was. In bfloat16 the buffer holds the upper halves of float32 masters and a second one the lower:
-see `sd_kernels.adamw.reference.split_master`.
+With one buffer the optimizer is one kernel launch and the gradient mean one collective, instead of
+hundreds. Each parameter keeps its name, shape and memory order (channels-last stays so), so the
+network's state dict does not change. In bfloat16 the buffer holds the upper halves of float32
+masters and a second buffer the lower halves: see `sd_kernels.adamw.reference.split_master`.
 
-Shape letter: N elements of a buffer, the parameters' and what lies between them.
+Shape letter: N elements of a buffer, the parameters' and the padding between them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from sd_kernels.adamw.reference import join_master, split_master
-from sd_perf.config import OptimizerConfig
 
 ALIGNMENT = 64
-"""elements: every parameter begins at a multiple of 128 bytes or more, as kernels with wide loads
-want"""
+"""elements: every parameter begins at a multiple of 128 bytes in bfloat16, so that kernels can load
+16 bytes per thread and a warp's loads fill whole cache lines"""
 
 
 class FlatParameters:
-    """The parameters of `module`, moved into `weights` (N,); takes over their values as the
-    masters.
+    """The parameters of `module` as views into `weights` (N,); their values become the masters.
 
-    What lies between two parameters is zero in every buffer and AdamW leaves it so. A later
-    `module.to(...)` would move the parameters out again; `collect_gradients` refuses to go on then.
+    The padding between two parameters is zero in every buffer, and AdamW leaves it zero. A later
+    `module.to(...)` would move the parameters out again; `collect_gradients` then raises.
     """
 
     def __init__(self, module: torch.nn.Module, dtype: torch.dtype) -> None:
-        """`dtype` is bfloat16, with 16-bit `remainders`, or float32, without; parameters are
-        float32 until now."""
+        """`dtype` is bfloat16, with 16-bit `remainders`, or float32, without. Parameters must be
+        float32 and dense (ValueError)."""
         self._parameters = dict(module.named_parameters())
         self._offsets, size = {}, 0
         for name, parameter in self._parameters.items():
@@ -121,51 +118,6 @@ class FlatParameters:
             parameter.grad = None
         torch._foreach_copy_([target for target, _ in alike], [gradient for _, gradient in alike])
         return self.grads
-
-
-class FlatAdamW:
-    """AdamW on the buffers of `FlatParameters`, moments in float32, by one of the implementations
-    of `adamw`.
-
-    Step count and learning rate are tensors, so that a CUDA graph which holds a step reads them at
-    every replay.
-    """
-
-    def __init__(
-        self,
-        parameters: FlatParameters,
-        config: OptimizerConfig,
-        learning_rate: float,
-        adamw: Callable[..., Any],
-    ) -> None:
-        self.parameters = parameters
-        self.exp_avg, self.exp_avg_sq = (
-            torch.zeros_like(parameters.weights, dtype=torch.float32) for _ in range(2)
-        )
-        device = parameters.weights.device
-        self.step_count = torch.zeros((), dtype=torch.int64, device=device)
-        """steps taken"""
-        self.learning_rate = torch.tensor(learning_rate, dtype=torch.float32, device=device)
-        self._adamw = adamw
-        self._options = {
-            "beta1": config.beta_1,
-            "beta2": config.beta_2,
-            "eps": config.epsilon,
-            "weight_decay": config.weight_decay,
-        }
-
-    def step(self, grads: Tensor) -> None:
-        """Update weights, remainders and moments from gradients (N,), as `collect_gradients` gives
-        them."""
-        flat = self.parameters
-        self.step_count += 1
-        buffers = (flat.weights, flat.remainders, grads, self.exp_avg, self.exp_avg_sq)
-        self._adamw(*buffers, self.step_count, self.learning_rate, **self._options)
-
-    def reset(self) -> None:
-        """Moments and step count 0; weights and learning rate stay."""
-        for tensor in (self.exp_avg, self.exp_avg_sq, self.step_count):
-            tensor.zero_()
 
 
 def _require_dense(name: str, parameter: Tensor) -> None:

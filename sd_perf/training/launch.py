@@ -1,4 +1,4 @@
-"""From a config to a run: the pieces are built here, in the order they depend on each other."""
+"""From a config to a run: every part is built here, in the order of their dependence."""
 
 from __future__ import annotations
 
@@ -9,40 +9,45 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from sd_kernels.conv.cudnn import tuned
+from sd_kernels.conv.aten import tuned
+from sd_kernels.selection import Choice
 from sd_kernels.spec import Target
 from sd_perf.config import Config
 from sd_perf.data.loaders.build import build_loader
 from sd_perf.distributed.world import World
 from sd_perf.fast.choice import choose_kernels, require_used, used_ops
+from sd_perf.fast.ops import Ops
 from sd_perf.mlperf.rules import require_closed
 from sd_perf.models.build import build_text_encoder, build_unet
 from sd_perf.runs.folder import open_run, settle_run
 from sd_perf.runs.parity_record import require_green
-from sd_perf.tools.estimate.dry_run import kernels_table
 from sd_perf.training.callbacks.base import Callback
 from sd_perf.training.callbacks.checkpointer import Checkpointer
 from sd_perf.training.callbacks.metrics import MetricsFile
 from sd_perf.training.callbacks.mlperf import MLPerfLogger
 from sd_perf.training.callbacks.progress import ProgressDisplay
 from sd_perf.training.callbacks.signals import StopOnSignal
+from sd_perf.training.kernels_table import kernels_table
+from sd_perf.training.step import TrainStep
 from sd_perf.training.trainer import Trainer
 
 
 def launch(config: Config, world: World, resume: bool, fresh: bool, console: Console) -> str | None:
     """Train; returns why the run was asked to stop, or None where it came to its end.
 
-    Nothing is written to the run folder before all that the run needs has been found good.
+    Kernels are chosen here, once, and handed to network, diffusion step and optimizer. Nothing is
+    written to the run folder before all that the run needs has been found good.
     """
     world.on_main(lambda: require_allowed(config))
-    kernels = world.on_main(lambda: _kernels(config))
-    parity = world.on_main(lambda: _proof(config, console))
+    target = Target.here()
+    choices = world.on_main(lambda: choose_kernels(config, target))
+    parity = world.on_main(lambda: _parity_record(config, console))
     world.on_main(lambda: config.micro_batch_size(world.size))
     settled = world.on_main(lambda: settle_run(config, resume, fresh))
     torch.use_deterministic_algorithms(settled.training.deterministic)
     if settled.training.cpu_threads is not None:
         torch.set_num_threads(settled.training.cpu_threads)
-    trainer = build_trainer(settled, world, default_callbacks(config, console))
+    trainer = build_trainer(settled, world, choices, default_callbacks(config, console))
     newest = world.on_main(trainer.store.newest) if resume else None
     if newest is not None:
         world.together(lambda: trainer.load(newest))
@@ -54,58 +59,54 @@ def launch(config: Config, world: World, resume: bool, fresh: bool, console: Con
             f"{told}; to train on, resume it with a larger --training.max-samples", soft_wrap=True
         )
         return None
+    kernels = {op: dataclasses.asdict(choices[op]) for op in used_ops(config)}
     if kernels:
-        console.print(*kernels_table({"target": Target.here().name, "kernels": kernels}), sep="\n")
+        console.print(*kernels_table(target.name, kernels), sep="\n")
     records = {"kernels.json": list(kernels.values()), "parity.json": parity}
     world.on_main(lambda: open_run(settled, resume, fresh, records))
-    # Convolutions keep their shapes for the whole run; a deterministic one takes what cuDNN's
-    # heuristics say.
+    # Convolutions have the same shapes for the whole run, so cuDNN may try its algorithms once per
+    # shape. A deterministic run takes the algorithm that cuDNN's heuristics choose.
     with contextlib.nullcontext() if settled.training.deterministic else tuned(algorithms=10):
         return trainer.fit()
 
 
 def require_allowed(config: Config) -> None:
-    """ConfigError where the closed division's rules, or kernels that nothing would run, forbid the
-    config."""
+    """ConfigError where the closed division forbids the config, or kernels are named in vain."""
     if config.mlperf.division == "closed":
         require_closed(config)
     require_used(config)
 
 
-def build_trainer(config: Config, world: World, callbacks: list[Callback]) -> Trainer:
-    """A trainer at sample 0, for a config whose seed is settled."""
-    if config.training.seed is None:
+def build_trainer(
+    config: Config, world: World, choices: dict[str, Choice], callbacks: list[Callback]
+) -> Trainer:
+    """A trainer at sample 0, for a config whose seed is settled, with these kernels."""
+    seed = config.training.seed
+    if seed is None:
         raise ValueError("the config's seed must be settled (sd_perf.runs.folder.open_run)")
-    loader = build_loader(config, config.training.seed, world)
-    text_encoder = (
-        world.together(lambda: build_text_encoder(config, world.device))
-        if _captions_only(config)
-        else None
-    )
-    unet = build_unet(config, config.training.seed, world.device)
-    return Trainer(config, world, unet, loader, text_encoder, callbacks)
+    loader = build_loader(config, seed, world)
+    text_encoder = None
+    if config.data.format == "moments" and config.data.context == "open_clip":
+        text_encoder = world.together(lambda: build_text_encoder(config, world.device))
+    ops = Ops.chosen(choices) if config.model.implementation == "fast" else None
+    unet = build_unet(config, seed, world.device, ops)
+    step = TrainStep(unet, config, seed, world, text_encoder, ops)
+    return Trainer(config, world, step, loader, callbacks)
 
 
 def default_callbacks(config: Config, console: Console) -> list[Callback]:
-    """Signals before checkpoints, so that the step that sees a signal saves; checkpoints before the
-    last table.
+    """The callbacks of every run, in an order that matters.
 
-    The MLPerf log comes before checkpoints, since a block ends with its last update, not when its
-    state is copied.
+    Signals come before checkpoints, so that the step that sees a signal saves. The MLPerf log comes
+    before checkpoints, because a block ends with its last update, not when its state is copied.
+    Checkpoints come before the progress display, whose last table names the newest one.
     """
     log: list[Callback] = [] if config.mlperf.division == "none" else [MLPerfLogger(config)]
     return [StopOnSignal(), MetricsFile(), *log, Checkpointer(), ProgressDisplay(console)]
 
 
-def _kernels(config: Config) -> dict[str, Any]:
-    """The backend of every operator that training runs, as JSON takes it."""
-    choices = choose_kernels(config, Target.here())
-    return {op: dataclasses.asdict(choices[op]) for op in used_ops(config)}
-
-
-def _proof(config: Config, console: Console) -> dict[str, Any] | None:
-    """The parity record that an MLPerf recipe with the fast network needs; None where nothing needs
-    to be proven."""
+def _parity_record(config: Config, console: Console) -> dict[str, Any] | None:
+    """The green parity record that an MLPerf run of the fast network needs; else None."""
     if config.mlperf.division == "none" or config.model.implementation == "plain":
         return None
     if "parity" in config.mlperf.waive:
@@ -115,7 +116,3 @@ def _proof(config: Config, console: Console) -> dict[str, Any] | None:
         )
         return None
     return require_green(config)
-
-
-def _captions_only(config: Config) -> bool:
-    return config.data.format == "moments" and config.data.context == "open_clip"

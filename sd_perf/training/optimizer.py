@@ -1,15 +1,26 @@
-"""AdamW over every parameter, the learning-rate schedule, and their state by parameter name."""
+"""AdamW over every parameter, and the learning-rate schedule.
+
+Two implementations of the same update (Loshchilov and Hutter, arXiv 1711.05101): torch's fused
+AdamW, which the trainer runs, and `FlatAdamW`, one kernel over the buffers of `training.flat`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from sd_perf.config import Config, OptimizerConfig
+from sd_perf.training.flat import FlatParameters
 
 
 def build_optimizer(unet: torch.nn.Module, config: Config) -> torch.optim.AdamW:
-    """AdamW in one group: the benchmark decays norms and biases like everything else. State is made
-    at once."""
+    """torch's fused AdamW in one group: the benchmark decays norms and biases like all else.
+
+    The state is allocated here and not by the first step, so that a checkpoint can be loaded.
+    """
     options = config.optimizer
     optimizer = torch.optim.AdamW(
         unet.parameters(),
@@ -29,20 +40,18 @@ def build_optimizer(unet: torch.nn.Module, config: Config) -> torch.optim.AdamW:
 
 
 def learning_rate(config: OptimizerConfig, full_rate: float, step: int) -> float:
-    """Rate of optimizer step `step` (0 is the first): linear from warmup_start x full_rate, then
-    constant."""
+    """Rate of optimizer step `step`, counted from 0: a linear warm-up, then constant.
+
+    The first step has warmup_start x full_rate; warmup_steps later the rate is full_rate.
+    """
     if step >= config.warmup_steps:
         return full_rate
-    return full_rate * (
-        config.warmup_start + (1.0 - config.warmup_start) * step / config.warmup_steps
-    )
+    progress = step / config.warmup_steps
+    return full_rate * (config.warmup_start + (1.0 - config.warmup_start) * progress)
 
 
-def optimizer_tensors(
-    unet: torch.nn.Module, optimizer: torch.optim.AdamW
-) -> dict[str, torch.Tensor]:
-    """Both moments of every parameter as `exp_avg.<name>` and `exp_avg_sq.<name>`; the tensors
-    themselves."""
+def optimizer_tensors(unet: torch.nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+    """Both moments of every parameter as `exp_avg.<name>` and `exp_avg_sq.<name>`, not copied."""
     return {
         f"{moment}.{name}": optimizer.state[parameter][moment]
         for moment in ("exp_avg", "exp_avg_sq")
@@ -54,3 +63,44 @@ def set_step_count(optimizer: torch.optim.AdamW, step: int) -> None:
     """Set the number of steps taken, which the bias correction counts."""
     for state in optimizer.state.values():
         state["step"].fill_(step)
+
+
+class FlatAdamW:
+    """AdamW on the buffers of `FlatParameters`, moments in float32, by a backend of op `adamw`.
+
+    Step count and learning rate are tensors, so that a CUDA graph reads them at every replay.
+    """
+
+    def __init__(
+        self,
+        parameters: FlatParameters,
+        config: OptimizerConfig,
+        learning_rate: float,
+        adamw: Callable[..., Any],
+    ) -> None:
+        weights = parameters.weights
+        self.parameters = parameters
+        self.exp_avg = torch.zeros_like(weights, dtype=torch.float32)
+        self.exp_avg_sq = torch.zeros_like(weights, dtype=torch.float32)
+        self.step_count = torch.zeros((), dtype=torch.int64, device=weights.device)
+        """steps taken"""
+        self.learning_rate = torch.tensor(learning_rate, device=weights.device)
+        self._adamw = adamw
+        self._options = {
+            "beta1": config.beta_1,
+            "beta2": config.beta_2,
+            "eps": config.epsilon,
+            "weight_decay": config.weight_decay,
+        }
+
+    def step(self, grads: Tensor) -> None:
+        """Update weights, remainders and moments from the gradients (N,) of the flat buffer."""
+        flat = self.parameters
+        self.step_count += 1
+        buffers = (flat.weights, flat.remainders, grads, self.exp_avg, self.exp_avg_sq)
+        self._adamw(*buffers, self.step_count, self.learning_rate, **self._options)
+
+    def reset(self) -> None:
+        """Set moments and step count to 0; weights and learning rate stay."""
+        for tensor in (self.exp_avg, self.exp_avg_sq, self.step_count):
+            tensor.zero_()

@@ -27,20 +27,21 @@ from sd_perf.runs.checkpoints import (
 )
 from sd_perf.training.callbacks.base import Callback
 from sd_perf.training.optimizer import optimizer_tensors, set_step_count
-from sd_perf.training.step import TextEncoder, TrainStep
+from sd_perf.training.step import TrainStep
 
 
 class Trainer:
-    """One run: `fit` takes steps from `samples` to `total_samples`. Position is counted in
-    samples."""
+    """One run: `fit` takes steps from position `samples` to `total_samples`.
+
+    Positions are counted in samples, as the benchmark counts.
+    """
 
     def __init__(
         self,
         config: Config,
         world: World,
-        unet: torch.nn.Module,
+        step: TrainStep,
         loader: Loader,
-        text_encoder: TextEncoder | None,
         callbacks: list[Callback],
     ) -> None:
         if config.training.seed is None:
@@ -52,8 +53,8 @@ class Trainer:
         self.store = CheckpointStore(self.folder / "checkpoints", config.checkpoint.keep)
         self.loader = loader
         self.callbacks = callbacks
-        self.unet = unet
-        self.step = TrainStep(unet, config, self.seed, world, text_encoder)
+        self.step = step
+        self.unet = step.unet
         self.total_samples = (
             config.steps_of(config.training.max_samples) * config.training.global_batch_size
         )
@@ -85,6 +86,8 @@ class Trainer:
             window_start, window_samples = time.monotonic(), self.samples
             while not self.is_over:
                 ready = self.world.together(lambda: self._next_batches(batches))
+                for callback in self.callbacks:
+                    callback.before_step(self)
                 self.loss, replacements = self.step(iter(ready), self.steps)
                 self.samples += self.config.training.global_batch_size
                 self._new_bad_samples += replacements
@@ -97,19 +100,20 @@ class Trainer:
                 for callback in self.callbacks:
                     callback.on_step(self)
             self._each(lambda callback: callback.on_end(self))
+            self.world.together(self._tell_of_saved)
         return self.stop_reason
 
-    def check(self) -> float:
+    def checked_loss(self) -> float:
         """Mean loss of the last step over all ranks, called by all of them.
 
-        UserError where it is not a number, DataError where bad samples are more than the config
-        allows.
+        UserError where it is not finite, DataError where more samples were bad than the config
+        allows. Samples replaced since the last call are written to bad_samples.jsonl.
         """
         replaced = [bad for rank in self.world.gather(self._new_bad_samples) for bad in rank]
         self._new_bad_samples = []
         self.bad_samples += len(replaced)
         loss = self.world.sum([self.loss.item()])[0] / self.world.size
-        self.world.on_main(lambda: self._judge(loss, replaced))
+        self.world.on_main(lambda: self._stop_past_limits(loss, replaced))
         return loss
 
     def save(self) -> Path:
@@ -140,7 +144,12 @@ class Trainer:
             "seed": self.seed,
             "bad_samples": self.bad_samples,
             "dataset": {"samples": self.loader.num_samples, "fingerprint": self.loader.fingerprint},
+            "callbacks": {name: state for name, state in self._callback_states() if state},
         }
+
+    def _callback_states(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        for callback in self.callbacks:
+            yield type(callback).__name__, callback.state_dict()
 
     def load(self, path: Path) -> None:
         """Continue from a checkpoint of this run, written at any world size."""
@@ -158,10 +167,13 @@ class Trainer:
         if precision_state(self.unet):
             load_precision_state(self.unet, load_component(path, "precision_state"))
         set_step_count(self.step.optimizer, state["steps"])
+        for callback in self.callbacks:
+            if saved := state.get("callbacks", {}).get(type(callback).__name__):
+                callback.load_state_dict(saved)
         self.samples, self.bad_samples = state["samples"], state["bad_samples"]
 
     def _log(self, window_start: float, window_samples: int) -> None:
-        loss = self.check()
+        loss = self.checked_loss()
         seconds = time.monotonic() - window_start
         metrics = {
             "samples": self.samples,
@@ -182,18 +194,25 @@ class Trainer:
 
         self.world.together(call)
 
+    def _tell_of_saved(self) -> None:
+        for path in self.store.take_saved():
+            for callback in self.callbacks:
+                callback.checkpoint_saved(self, path)
+
     def _next_batches(self, batches: Iterator[Batch]) -> list[Batch]:
-        """The micro-batches of a step: all of them before it begins, so that a rank without data
-        can say so."""
-        self.store.raise_failure()  # of a checkpoint written meanwhile
+        """The micro-batches of a step, all before it begins, so that a rank without data says so.
+
+        A checkpoint that a thread wrote meanwhile is told of here, where ranks can still agree.
+        """
+        self.store.raise_failure()
+        self._tell_of_saved()
         start = time.monotonic()
         ready = [next(batches) for _ in range(self.config.training.accumulate_steps)]
         self._data_seconds += time.monotonic() - start
         return ready
 
-    def _judge(self, loss: float, replaced: list[Replacement]) -> None:
-        """Write down what was replaced since the last look, and stop a run that is past its
-        limits."""
+    def _stop_past_limits(self, loss: float, replaced: list[Replacement]) -> None:
+        """Record replaced samples; raise where they are too many or the loss is not finite."""
         path = self.folder / "bad_samples.jsonl"
         if replaced:
             with disk_errors(path, MAKE_ROOM), path.open("a", encoding="utf-8") as file:

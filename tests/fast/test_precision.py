@@ -19,7 +19,7 @@ from sd_kernels import launch
 from sd_kernels.targets import GPUS, Target
 from sd_perf.config import LINEAR_LAYERS, Config, KernelsConfig, PrecisionConfig, UNetConfig
 from sd_perf.fast.linear import load_precision_state, precision_state
-from sd_perf.fast.unet import FastUNet, Ops
+from sd_perf.fast.unet import FastUNet
 from sd_perf.models.build import build_sampling_unet
 from sd_perf.reference.unet import UNet
 from tests.fast.test_unet import REFERENCE, built, largest_difference, randomised, results
@@ -207,7 +207,7 @@ def test_a_key_is_for_the_layers_it_names(
 
         return call
 
-    ops: Ops = replace(unet.ops, **{op: recording(op) for op in calls})
+    ops = unet.ops.wrapped(lambda name, op: recording(name) if name in calls else op)
     recorded = FastUNet(unet.config, ops, precision)
     for name, parameter in recorded.named_parameters():
         names[id(parameter)] = name

@@ -16,7 +16,8 @@ from sd_kernels.spec import Target
 from sd_perf.config import Config, KernelsConfig, PrecisionConfig, UNetConfig
 from sd_perf.diffusion.ddim import ddim_sample
 from sd_perf.fast.choice import choose_kernels
-from sd_perf.fast.unet import FastUNet, Op, Ops
+from sd_perf.fast.ops import Op, Ops
+from sd_perf.fast.unet import FastUNet
 from sd_perf.reference.unet import UNet
 
 TINY = UNetConfig(model_channels=32, num_head_channels=16, context_dim=24)
@@ -150,18 +151,15 @@ def as_on_a_gpu(ops: Ops) -> Ops:
 
         return call
 
-    return Ops(
-        **{
-            field.name: checked(getattr(replace(ops, conv=conv), field.name))
-            for field in fields(Ops)
-        }
-    )
+    return ops.wrapped(lambda name, op: checked(conv if name == "conv" else op))
 
 
+NOT_OF_THE_UNET = {"diffusion_inputs", "v_mse_loss", "adamw"}
 OTHERS = [
-    (field.name, backend.name)
-    for field in fields(Ops)
-    for backend in all_ops()[field.name].backends
+    (op, backend.name)
+    for op, spec in all_ops().items()
+    if op not in NOT_OF_THE_UNET
+    for backend in spec.backends
 ]
 
 

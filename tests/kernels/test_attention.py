@@ -137,8 +137,10 @@ def test_flash_attention_4_as_registered_ops(name: str, monkeypatch: pytest.Monk
 
 
 class Passes(TorchDispatchMode):
-    """Keeps the operators that make as many numbers as the packed tensor has, other than views and
-    empty memory."""
+    """Keeps the operators whose results are as large as the packed tensor.
+
+    Views and empty tensors do not count.
+    """
 
     def __init__(self, numbers: int) -> None:
         super().__init__()
@@ -187,8 +189,7 @@ def test_passes_over_the_packed_gradient(
 @pytest.mark.parametrize("backend", [*ON_CPU, *PACKAGES])
 @pytest.mark.parametrize("name", ["self, rows apart", "cross, rows apart"])
 def test_layouts_change_nothing(backend: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inputs dense, with rows apart, or transposed; gradients dense, transposed, or one number seen
-    everywhere."""
+    """Inputs are dense, with rows apart, or transposed; gradients dense, transposed or expanded."""
     if backend in PACKAGES:
         install(backend, monkeypatch)
     function = SPEC.backend(backend).function("attention")

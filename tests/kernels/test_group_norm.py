@@ -171,7 +171,7 @@ def test_bad_input_is_one_sentence(changes: dict[str, Any], words: str) -> None:
 
 @pytest.fixture
 def fake_apex(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
-    """A stand-in with the signature of Apex's registered op; keeps the calls."""
+    """A stand-in with the signature of Apex's registered op; the list keeps its calls."""
     calls: list[tuple[Any, ...]] = []
 
     def group_norm_nhwc_fprop(

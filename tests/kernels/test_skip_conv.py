@@ -48,7 +48,7 @@ def test_rounding_between_the_products_is_within_the_rule(case: Case, dtype: tor
 
 
 class Names(TorchDispatchMode):
-    """Of the operators that were called."""
+    """Keeps the names of the operators that are called."""
 
     def __init__(self) -> None:
         super().__init__()

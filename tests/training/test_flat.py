@@ -9,7 +9,8 @@ import torch
 
 from sd_kernels.adamw.reference import adamw
 from sd_perf.config import OptimizerConfig
-from sd_perf.training.flat import ALIGNMENT, FlatAdamW, FlatParameters
+from sd_perf.training.flat import ALIGNMENT, FlatParameters
+from sd_perf.training.optimizer import FlatAdamW
 
 DTYPES = [torch.bfloat16, torch.float32]
 

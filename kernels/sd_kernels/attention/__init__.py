@@ -112,7 +112,7 @@ def _flash(
 
 
 def _sdpa(name: str, attribute: str, **limits: Any) -> Backend:
-    return Backend(name, f"{__name__}.sdpa", attribute=attribute, **limits)
+    return Backend(name, f"{__name__}.aten", attribute=attribute, **limits)
 
 
 SPEC = OpSpec(

@@ -66,7 +66,7 @@ SPEC = OpSpec(
     name="conv",
     summary="3x3 convolution in channels-last memory",
     backends=(
-        Backend("cudnn", f"{__name__}.cudnn", capability=(8, 0)),
+        Backend("cudnn", f"{__name__}.aten", capability=(8, 0)),
         Backend("reference", f"{__name__}.reference"),
     ),
     cases=counted(_calls(SD_V2), _case),

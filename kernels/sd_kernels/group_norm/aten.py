@@ -1,5 +1,7 @@
-"""Group normalisation by torch's own operators: each addition, concatenation and SiLU is a pass of
-its own."""
+"""Group normalisation by torch's own operators.
+
+Each addition, the concatenation and SiLU is a pass of its own. Shape letters: see `reference`.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ def group_norm(
     summed = prologue(x, shift, residual)
     source = summed if skip is None else torch.cat((summed, skip), dim=1)
     y = F.group_norm(source, num_groups, weight, bias, eps)
-    # On a GPU torch's kernel gives NCHW, whatever it is given.
+    # On a GPU torch's kernel returns NCHW memory for any input.
     y = dense(y) if is_channels_last(source) else y
     y = F.silu(y) if silu else y
     return (y, summed) if return_sum else y

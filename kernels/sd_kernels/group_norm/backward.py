@@ -68,6 +68,7 @@ def group_norm_backward_kernel(
     tile, block = item % PIXEL_TILES, item // PIXEL_TILES
     rows = tile * ROWS + tl.arange(0, ROWS)
     channels = block * BLOCK + tl.arange(0, BLOCK)
+    # Tiles at the last pixels and channels reach past the image.
     inside = (rows < N)[:, None] & (channels < C)[None, :]
     first, member = groups_of(block, CPG, C, TOUCHED, BLOCK)
     groups = first + tl.arange(0, TOUCHED)
@@ -93,16 +94,17 @@ def group_norm_backward_kernel(
     grad = _before_silu(value * scale + offset, grad, SILU)
     is_first = inside & (channels < C1)[None, :]
     # The first half of group_sums holds sums of w dz, the second those of w dz v.
-    product_sums = group_sums + B * G * PIXEL_TILES * SPAN
+    half = B * G * PIXEL_TILES * SPAN
     if is_result:
         wait(counters, sample, ITEMS)
         place, _, known = slots_of_groups(
             sample, first, N, G, CPG, PIXEL_TILES, SPAN, SLOTS, TOUCHED, ROWS, BLOCK
         )
-        plain = tl.sum(load_parts(group_sums + place, known), axis=1)
-        product = tl.sum(load_parts(product_sums + place, known), axis=1)
-        plain_mean = to_channels(plain / (N * CPG), member)
-        product_mean = to_channels(product / (N * CPG), member)
+        # Both are loaded before either is summed, so that both loads are in flight.
+        plain = load_parts(group_sums + place, known)
+        product = load_parts(group_sums + half + place, known)
+        plain_mean = to_channels(tl.sum(plain, axis=1) / (N * CPG), member)
+        product_mean = to_channels(tl.sum(product, axis=1) / (N * CPG), member)
         # The equation at the top of this file.
         grad = grad * scale - plain_mean - value * product_mean
         grad = grad * to_channels(group_rstd, member)
@@ -120,10 +122,10 @@ def group_norm_backward_kernel(
         slot, is_slot = slots_of_tile(
             sample, tile, block, first, G, CPG, PIXEL_TILES, SPAN, TOUCHED, BLOCK
         )
-        weighted = to_groups(grad_sum * parameter, member)
-        tl.store(group_sums + slot, weighted, mask=is_slot)  # narrow: few numbers
+        plain_place, product_place = group_sums + slot, group_sums + half + slot
+        tl.store(plain_place, to_groups(grad_sum * parameter, member), mask=is_slot)  # narrow: few
         weighted = to_groups(product_sum * parameter, member)
-        tl.store(product_sums + slot, weighted, mask=is_slot)  # narrow: few numbers
+        tl.store(product_place, weighted, mask=is_slot)  # narrow: few numbers
         sums = channel_sums + (sample.to(tl.int64) * PIXEL_TILES + tile) * SUMS * C + channels
         is_channel = channels < C
         tl.store(sums, grad_sum, mask=is_channel)  # narrow: 64 a program
@@ -133,6 +135,7 @@ def group_norm_backward_kernel(
             normalised_sum = tl.sum(tl.where(inside, value, 0.0), axis=0)
             tl.store(sums + 2 * C, normalised_sum, mask=is_channel)  # narrow: 64 a program
         if SUMS > 3:
+            # A shift is part of the sum, so it also gets the gradient of the sum.
             grad = load_pixels(dsummed, dsummed_stride, dsummed_pixel, at, is_first, "")
             tl.store(sums + 3 * C, tl.sum(grad, axis=0), mask=is_channel)  # narrow: 64 a program
         arrive(counters, sample)
@@ -170,7 +173,7 @@ def group_norm_backward(
     sums = (4 if dsummed is not None else 3) if shift_gradient else 2
     channel_sums = empty(x, (B, pixel_tiles, sums, C), torch.float32)
     dy, dsummed = dense(dy), None if dsummed is None else dense(dsummed)
-    sources = x, skip, shift, residual
+    sources, gradients = (x, skip, shift, residual), (dy, dsummed, dx, dskip)
     launch(
         group_norm_backward_kernel,
         (launch_plan.programs,),
@@ -179,10 +182,7 @@ def group_norm_backward(
         bias,
         mean,
         rstd,
-        dy,
-        dsummed,
-        dx,
-        dskip,
+        *gradients,
         counters,
         group_sums,
         channel_sums,

@@ -1,4 +1,4 @@
-"""What every backend of this op asks of its input; shape letters are those of `reference`."""
+"""The checks of inputs that all backends of this op share; shape letters as in `reference`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ def check(
     num_groups: int,
     double: bool = False,
 ) -> None:
-    """Raise KernelError unless shapes and dtypes fit; memory order is each backend's own to ask
-    for."""
+    """Raise KernelError unless shapes and dtypes fit; each backend checks memory order itself."""
     given = [tensor for tensor in (x, weight, bias, shift, residual, skip) if tensor is not None]
     require_floating(OP, *given, double=double)
     images = (

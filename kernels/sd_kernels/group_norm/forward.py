@@ -91,6 +91,7 @@ def group_norm_forward_kernel(
     tile, block = item % PIXEL_TILES, item // PIXEL_TILES
     rows = tile * ROWS + tl.arange(0, ROWS)
     channels = block * BLOCK + tl.arange(0, BLOCK)
+    # Tiles at the last pixels and channels reach past the image.
     inside = (rows < N)[:, None] & (channels < C)[None, :]
     first, member = groups_of(block, CPG, C, TOUCHED, BLOCK)
     groups = first + tl.arange(0, TOUCHED)

@@ -42,7 +42,7 @@ class Tuning:
     warps: int = 8
     """warps of a tile of `max_rows` pixels"""
     small_warps: int = 4
-    """warps of a smaller tile: more would leave threads without an element"""
+    """warps of a smaller tile: at 64 pixels a thread holds 32 elements, too"""
     window: int = 512
     """items between the statistics of a sample and its results: about as many as a Hopper GPU runs
     at a time (132 multiprocessors with 4 programs of 8 warps each)"""
@@ -236,16 +236,16 @@ def load_pixels(image, stride, pixel, at, inside, CACHE: tl.constexpr):
 
 @triton.jit
 def load_source(
-    x, skip, shift, residual, source_strides, at, inside, C1: tl.constexpr, CACHE: tl.constexpr
+    x, skip, shift, residual, layout, at, inside, C1: tl.constexpr, CACHE: tl.constexpr
 ):
     """The tile (ROWS, BLOCK) that is normalised, in float32: x + shift + residual, then skip.
 
-    Strides as `source_strides` gives them; `at` is (sample, rows, channels). CACHE is ".cg" where x
-    was written by another program of this launch; see `load_parts`.
+    `layout` has the strides in the order of `source_strides`, `at` is (sample, rows, channels).
+    CACHE is ".cg" where x was written by another program of this launch; see `load_parts`.
     """
     sample, rows, channels = at
     x_stride, x_pixel, skip_stride, skip_pixel, shift_stride, residual_stride, residual_pixel = (
-        source_strides
+        layout
     )
     # One block may hold the last channels of x and the first of skip: each source has its mask.
     first = inside & (channels < C1)[None, :]

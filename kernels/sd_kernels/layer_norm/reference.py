@@ -1,4 +1,7 @@
-"""Residual sum and LayerNorm in plain torch."""
+"""Residual sum and LayerNorm in plain torch.
+
+Shape letter: C columns.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,10 @@ def layer_norm(
     *,
     eps: float = 1e-5,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The norm of x + residual (..., C) over its last axis, and that sum (without a residual x
-    itself), handed on.
+    """LayerNorm of x + residual (..., C) over the last axis, and that sum.
 
-    Ba, Kiros and Hinton, "Layer Normalization" (2016); weight and bias (C,); all of one dtype,
-    statistics in float32.
+    Without a residual the sum is x itself. weight and bias are (C,); all have one dtype, and
+    statistics are float32 at least. Ba, Kiros and Hinton, "Layer Normalization" (2016).
     """
     summed = x if residual is None else x + residual
     wide, weight, bias = (

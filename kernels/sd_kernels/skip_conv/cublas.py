@@ -1,10 +1,10 @@
-"""The 1x1 convolution as a matrix product for each source, the second added to the first: torch.mm,
-on a GPU cuBLAS.
+"""The 1x1 convolution as one matmul for each source, by torch.mm, which is cuBLAS on a GPU.
 
-Sources are read where they are, and both slices of the weights' gradient are written into one
-tensor. The second product reads and writes the output once more, in its own epilogue: 2 * K numbers
-a pixel, where a concatenation would write and read 2 * (C1 + C2), up to three times as many at the
-UNet's widths. Between the two the output is rounded.
+The second matmul adds to the output of the first. Sources are read where they are, and both slices
+of the gradient of the weights are written into one tensor. The second matmul reads and writes the
+output once more, in its epilogue: 2 * K numbers a pixel. A concatenation would write and read 2 *
+(C1 + C2) numbers, up to three times as many at the widths of the UNet. The output is rounded
+between the two matmuls.
 
 Shape letters: M pixels (B * H * W), C1 and C2 channels of the sources, K of the output.
 """
@@ -26,6 +26,7 @@ def _rows(image: torch.Tensor) -> torch.Tensor:
 
 
 def _images(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Rows (M, C) as channels-last images with the samples, rows and columns of `like`."""
     B, _, H, W = like.shape
     return rows.view(B, H, W, rows.shape[1]).permute(0, 3, 1, 2)
 
@@ -34,6 +35,7 @@ def _images(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def skip_conv_forward(
     x: torch.Tensor, weight: torch.Tensor, skip: torch.Tensor | None
 ) -> torch.Tensor:
+    """The output (B, K, H, W) in channels-last memory."""
     C1, weights = x.shape[1], weight.flatten(1)
     y = torch.mm(_rows(x), weights[:, :C1].t())
     if skip is not None:
@@ -45,7 +47,7 @@ def skip_conv_forward(
 def skip_conv_dgrad(
     dy: torch.Tensor, weight: torch.Tensor, C1: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of the sources, C1 channels and the rest; no rest: empty."""
+    """Gradients of x (C1 channels) and of skip (the others; empty where there are none)."""
     weights, grad = weight.flatten(1), _rows(dy.contiguous(memory_format=torch.channels_last))
     dx = _images(torch.mm(grad, weights[:, :C1]), dy)
     if weights.shape[1] == C1:
@@ -104,8 +106,10 @@ skip_conv_forward.register_autograd(_backward, setup_context=_save)
 def skip_conv(
     x: torch.Tensor, weight: torch.Tensor, skip: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """See `reference.skip_conv`; sources in channels-last memory (pixels may be apart), and so is
-    what comes out."""
+    """See `reference.skip_conv`; sources in channels-last memory, pixels may be apart.
+
+    The result is dense in channels-last memory. KernelError for other inputs.
+    """
     sources = {"x": x} if skip is None else {"x": x, "skip": skip}
     for name, image in sources.items():
         what = f"{name} of shape {tuple(image.shape)}"
@@ -140,7 +144,8 @@ def skip_conv(
 
 
 def _has_rows(image: torch.Tensor) -> bool:
+    """Whether the image can be viewed as rows of adjacent channels."""
     try:
         return _rows(image).stride(1) == 1 or image.shape[1] == 1
-    except RuntimeError:  # pixels are not evenly apart, so that there is no such view
+    except RuntimeError:  # torch has no such view where pixels are not evenly apart
         return False

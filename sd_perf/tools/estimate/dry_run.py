@@ -108,20 +108,6 @@ def _format(config: Config, layers: str) -> str:
     return config.training.precision if arithmetic == "bf16" else arithmetic
 
 
-def kernels_table(facts: dict[str, Any]) -> tuple[Any, ...]:
-    """The backends that were chosen, and why no better one; nothing for the plain network."""
-    # The plain network runs no kernels of the section.
-    if not facts["kernels"]:
-        return ()
-    title = f"kernels on {facts['target']}"
-    table = Table("op", "backend", "why no better one")
-    for choice in facts["kernels"].values():
-        reasons = [f"{name}: {why}" for name, why in choice["passed_over"].items()]
-        named = [] if choice["wanted"] == "auto" else ["named in the config"]
-        table.add_row(choice["op"], choice["backend"], "; ".join([*named, *reasons]))
-    return f"[italic]{title}[/]", table
-
-
 def _activation_bytes(config: Config) -> float:
     """Bytes per sample that forward saves for backward, parameters aside."""
     if config.model.implementation == "plain" or config.training.precision == "fp32":

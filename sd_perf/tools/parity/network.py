@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sd_perf.fast import unet as fast
+from sd_perf.fast.ops import Ops
 from sd_perf.models.text_encoder import OpenClipTextEncoder
 from sd_perf.reference import unet as plain
 from sd_perf.tools.parity.rows import Errors, Row, compared, errors, judged
@@ -92,7 +93,7 @@ def _skip_channels(unet: Any) -> dict[str, int]:
     return {f"output_blocks.{number}.0": width for number, width in enumerate(reversed(widths))}
 
 
-def _applied(block: Any, args: list[Tensor], skip: int, ops: fast.Ops) -> Tensor:
+def _applied(block: Any, args: list[Tensor], skip: int, ops: Ops) -> Tensor:
     """The fast block's result (B, C, H, W)."""
     x = args[0].contiguous(memory_format=torch.channels_last)
     if isinstance(block, fast.ResBlock):

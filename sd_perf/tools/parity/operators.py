@@ -50,7 +50,7 @@ def _against(spec: OpSpec, backend: str, case: Case, dtype: torch.dtype) -> list
 def _worst(
     subject: Subject, spec: OpSpec, backend: str, cases: list[Case], dtype: torch.dtype
 ) -> Row:
-    function, verdicts = subject.function(spec.name), []
+    function, verdicts = getattr(subject.ops, spec.name), []
     for case in cases:
         verdicts += harness.check(
             spec, backend, case, dtype, subject.device.type, function=function

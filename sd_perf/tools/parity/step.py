@@ -21,6 +21,7 @@ from sd_perf.data.batch import Batch, LoaderOptions
 from sd_perf.data.loaders.synthetic import draw_inputs
 from sd_perf.diffusion.ddim import ddim_sample, ddim_timesteps
 from sd_perf.distributed.world import World
+from sd_perf.fast.ops import Ops
 from sd_perf.fast.step import FusedDiffusionStep
 from sd_perf.reference.step import DiffusionStep
 from sd_perf.tools.parity.rows import Row, compared, errors, exact, judged
@@ -68,11 +69,11 @@ def _draws(subject: Subject) -> Iterator[Row]:
         schedule.add_noise(latents, noise, timesteps),
         schedule.v_target(latents, noise, timesteps),
     )
-    options = FusedDiffusionStep(subject.config, SEED, subject.choices).options | {
+    options = FusedDiffusionStep(subject.config, SEED, subject.ops).options | {
         "dtype": torch.float32
     }
     tables = schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod
-    draw = subject.function("diffusion_inputs")
+    draw = subject.ops.diffusion_inputs
     noisy, target, drawn = draw(batch.moments, batch.sample_indices, *tables, **options)
     yield exact("step", "timesteps drawn", subject.where, "int64", _share(drawn != timesteps))
     wide = [value.double() for value in plain]
@@ -81,7 +82,7 @@ def _draws(subject: Subject) -> Iterator[Row]:
     )
     losses = []
     for loss_of, dtype in (
-        (subject.function("v_mse_loss"), torch.float32),
+        (subject.ops.v_mse_loss, torch.float32),
         (F.mse_loss, torch.float32),
         (F.mse_loss, torch.float64),
     ):
@@ -209,7 +210,7 @@ def _masters(subject: Subject) -> Row:
             weights if remainders is None else join_master(weights, remainders)
         ).double() - start.double()
 
-    ours = change(subject.function("adamw"), *split_master(start), torch.float32)
+    ours = change(subject.ops.adamw, *split_master(start), torch.float32)
     plain, truth = (
         change(textbook_adamw, start.to(dtype).clone(), None, dtype)
         for dtype in (torch.float32, torch.float64)
@@ -227,8 +228,10 @@ def _whole_step(subject: Subject) -> Iterator[Row]:
     for dtype in subject.dtypes:
         config = _trained_in(subject.config, dtype)
         plain = dataclasses.replace(config, model=config.model.network, precision=PrecisionConfig())
-        ours = _stepped(subject.fast(dtype), config, batch, subject)
-        by_torch = [_stepped(unet, plain, batch, subject) for unet in subject.plain_networks(dtype)]
+        ours = _stepped(subject.fast(dtype), config, batch, subject, ops=subject.ops)
+        by_torch = [
+            _stepped(unet, plain, batch, subject, None) for unet in subject.plain_networks(dtype)
+        ]
         truth = _exact_step(subject, config, batch)
         if dtype == "float32":  # of one number in 16 bits, chance says how near it comes
             yield compared(
@@ -254,10 +257,13 @@ def _whole_step(subject: Subject) -> Iterator[Row]:
         )
 
 
-def _stepped(unet: Any, config: Config, batch: Batch, subject: Subject) -> list[Tensor]:
-    """Loss of a step and changes of the weights."""
+def _stepped(
+    unet: Any, config: Config, batch: Batch, subject: Subject, ops: Ops | None
+) -> list[Tensor]:
+    """Loss of a step and changes of the weights; `ops` are those of the fast network."""
     start = [parameter.detach().clone() for parameter in unet.parameters()]
-    step = TrainStep(unet, config, SEED, World(0, 1, subject.device), None)
+    world = World(rank=0, size=1, device=subject.device)
+    step = TrainStep(unet, config, SEED, world, text_encoder=None, ops=ops)
     loss, _ = step(iter([batch]), config.optimizer.warmup_steps)
     return [
         loss,

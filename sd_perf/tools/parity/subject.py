@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, Literal
@@ -20,7 +20,8 @@ from sd_kernels.spec import Target
 from sd_perf.config import Config, PrecisionConfig, UNetConfig
 from sd_perf.diffusion.randomness import Stream, normal
 from sd_perf.fast.choice import choose_kernels
-from sd_perf.fast.unet import FastUNet, Ops
+from sd_perf.fast.ops import Op, Ops
+from sd_perf.fast.unet import FastUNet
 from sd_perf.reference.unet import UNet
 
 Where = Literal["interpreter", "structure", "gpu"]
@@ -93,12 +94,14 @@ class Subject:
         )
         return dataclasses.replace(self, config=dataclasses.replace(self.config, model=narrow))
 
-    def function(self, op: str) -> Callable[..., Any]:
-        """The operator by its chosen backend, whose calls are counted."""
-        choice = self.choices[op]
-        return self._counting(choice.function(), op, choice.backend)
+    @cached_property
+    def ops(self) -> Ops:
+        """Every operator by its chosen backend; calls are counted in `executed`."""
+        return Ops.chosen(self.choices, self._counting)
 
-    def _counting(self, function: Callable[..., Any], op: str, backend: str) -> Callable[..., Any]:
+    def _counting(self, op: str, function: Op) -> Op:
+        backend = self.choices[op].backend
+
         def call(*args: Any, **options: Any) -> Any:
             self.executed[op, backend] += 1
             return function(*args, **options)
@@ -134,15 +137,9 @@ class Subject:
     def fast(self, dtype: str = "float32") -> FastUNet:
         """The fast network with the plain one's weights, its operators counted; FP8 belongs to
         bfloat16."""
-        ops = Ops.chosen(self.choices)
-        names = [part.name for part in dataclasses.fields(ops)]
-        counted = {
-            name: self._counting(getattr(ops, name), name, self.choices[name].backend)
-            for name in names
-        }
         with torch.device(self.device):
             precision = self.config.precision if dtype == "bfloat16" else PrecisionConfig()
-            unet = FastUNet(self.config.model, Ops(**counted), precision)
+            unet = FastUNet(self.config.model, self.ops, precision)
         randomise(unet)
         return unet
 

@@ -15,7 +15,7 @@ import torch
 from sd_perf.config import Config
 from sd_perf.data.loaders.build import build_loader
 from sd_perf.distributed.world import World
-from sd_perf.models.build import build_text_encoder, build_unet
+from sd_perf.models.build import build_text_encoder, build_unet, choose_ops
 from sd_perf.tools.parity.rows import Row, compared
 from sd_perf.tools.parity.subject import SEED, Subject
 from sd_perf.training.step import TrainStep
@@ -52,12 +52,13 @@ def _losses(config: Config, device: torch.device, moved: int) -> torch.Tensor:
     """Loss of every step (STEPS,)."""
     seed = config.training.seed or 0
     world = World(0, 1, device)
-    unet = build_unet(config, seed, device)
+    ops = choose_ops(config)
+    unet = build_unet(config, seed, device, ops)
     if moved:
         _move(unet, moved)
     captions_only = config.data.format == "moments" and config.data.context == "open_clip"
     text_encoder = build_text_encoder(config, device) if captions_only else None
-    step = TrainStep(unet, config, seed, world, text_encoder)
+    step = TrainStep(unet, config, seed, world, text_encoder, ops)
     batches = build_loader(config, seed, world).batches(0)
     losses = [step(batches, number)[0] for number in range(STEPS)]
     return torch.stack(losses).cpu().double()

@@ -1,28 +1,82 @@
-"""What watches a run: each callback is told of four moments and may read the trainer."""
+"""What watches a run: callbacks, and what they see of the trainer."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from sd_perf.training.trainer import Trainer
+from sd_perf.config import Config
+from sd_perf.data.batch import Loader
+from sd_perf.distributed.world import World
+from sd_perf.runs.checkpoints import CheckpointStore
+
+
+class TrainerView(Protocol):
+    """The part of the trainer that callbacks use."""
+
+    config: Config
+    world: World
+    folder: Path
+    """the run folder"""
+    store: CheckpointStore
+    loader: Loader
+    seed: int
+    samples: int
+    """position: samples trained on so far"""
+    total_samples: int
+    """length of the run, whole steps"""
+    stop_reason: str | None
+    """set it on every rank at the same step to end training after that step"""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps taken since sample 0."""
+        ...
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the step just taken is the last of this process."""
+        ...
+
+    def checked_loss(self) -> float:
+        """Mean loss of the last step over all ranks, called by all of them; stops a bad run."""
+        ...
+
+    def save(self) -> Path:
+        """Begin to write a checkpoint; main rank alone."""
+        ...
 
 
 class Callback:
-    """Every hook does nothing; a callback overrides what it needs. Hooks run on every rank, in list
-    order."""
+    """Every hook does nothing; a callback overrides what it needs.
 
-    def on_start(self, trainer: Trainer) -> None:
+    Hooks run on every rank, in list order, except `checkpoint_saved`.
+    """
+
+    def on_start(self, trainer: TrainerView) -> None:
         """Before the first step, with state loaded."""
 
-    def on_step(self, trainer: Trainer) -> None:
+    def before_step(self, trainer: TrainerView) -> None:
+        """Before each optimizer step, when its batches are there."""
+
+    def on_step(self, trainer: TrainerView) -> None:
         """After each optimizer step; `trainer.samples` counts it."""
 
-    def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+    def on_log(self, trainer: TrainerView, metrics: dict[str, float]) -> None:
         """After each logged step, with its metrics over all ranks."""
 
-    def on_end(self, trainer: Trainer) -> None:
+    def checkpoint_saved(self, trainer: TrainerView, path: Path) -> None:
+        """On the main rank, when a checkpoint is complete on disk: at the next step or the end."""
+
+    def on_end(self, trainer: TrainerView) -> None:
         """After the last step, also when the run was asked to stop."""
 
-    def close(self, trainer: Trainer) -> None:
+    def close(self, trainer: TrainerView) -> None:
         """Last of all, also after an exception."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, as JSON takes it; kept in checkpoints by the class's name."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave; called only where the checkpoint holds such a state."""

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
 
-from sd_perf.training.callbacks.base import Callback
-
-if TYPE_CHECKING:
-    from sd_perf.training.trainer import Trainer
+from sd_perf.training.callbacks.base import Callback, TrainerView
 
 logger = logging.getLogger(__name__)
 
 
 class Checkpointer(Callback):
-    """Training waits for the host copy only; the trainer stops before the next step where a write
-    has failed."""
+    """Training waits for the copy to host memory only; a thread writes it to disk.
 
-    def on_step(self, trainer: Trainer) -> None:
+    Where that fails, the trainer stops before its next step.
+    """
+
+    def on_step(self, trainer: TrainerView) -> None:
         cadence = trainer.config.steps_of(trainer.config.checkpoint.every_samples)
         if trainer.steps % cadence == 0 or trainer.is_over:
-            trainer.check()
+            trainer.checked_loss()
             path = trainer.world.on_main(trainer.save)
             logger.info("saving %s", path)
 
-    def on_end(self, trainer: Trainer) -> None:
+    def on_end(self, trainer: TrainerView) -> None:
         trainer.store.wait()
 
-    def close(self, trainer: Trainer) -> None:
+    def close(self, trainer: TrainerView) -> None:
         trainer.store.wait()

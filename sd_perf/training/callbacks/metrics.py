@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
 from sd_perf.files import disk_errors, json_lines, write_text
 from sd_perf.runs.checkpoints import MAKE_ROOM
 from sd_perf.runs.folder import read_lines
-from sd_perf.training.callbacks.base import Callback
-
-if TYPE_CHECKING:
-    from sd_perf.training.trainer import Trainer
+from sd_perf.training.callbacks.base import Callback, TrainerView
 
 
 class MetricsFile(Callback):
@@ -20,19 +17,19 @@ class MetricsFile(Callback):
     def __init__(self) -> None:
         self._file: TextIO | None = None
 
-    def on_start(self, trainer: Trainer) -> None:
+    def on_start(self, trainer: TrainerView) -> None:
         if trainer.world.is_main:
             path = trainer.folder / "metrics.jsonl"
             with disk_errors(path, MAKE_ROOM):
                 _set_aside_lines_after(path, trainer.samples)
                 self._file = path.open("a", encoding="utf-8", buffering=1)
 
-    def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+    def on_log(self, trainer: TrainerView, metrics: dict[str, float]) -> None:
         if self._file:
             with disk_errors(Path(self._file.name), MAKE_ROOM):
                 self._file.write(json_lines([metrics]))
 
-    def close(self, trainer: Trainer) -> None:
+    def close(self, trainer: TrainerView) -> None:
         if self._file:
             with disk_errors(
                 Path(self._file.name), MAKE_ROOM

@@ -4,16 +4,12 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 import torch
 
 from sd_perf.config import Config
 from sd_perf.mlperf.log import LOG_NAME, MLPerfLog, import_mlperf
-from sd_perf.training.callbacks.base import Callback
-
-if TYPE_CHECKING:
-    from sd_perf.training.trainer import Trainer
+from sd_perf.training.callbacks.base import Callback, TrainerView
 
 
 class MLPerfLogger(Callback):
@@ -30,7 +26,7 @@ class MLPerfLogger(Callback):
         self._cadence = config.steps_of(config.checkpoint.every_samples)
         self._log: MLPerfLog | None = None
 
-    def on_start(self, trainer: Trainer) -> None:
+    def on_start(self, trainer: TrainerView) -> None:
         if (
             trainer.world.is_main
         ):  # the trainer lets no rank go on, and touch the data, before this one has
@@ -40,11 +36,11 @@ class MLPerfLogger(Callback):
             self._log.start_run()
             self._log.start_block(trainer.samples)
 
-    def on_step(self, trainer: Trainer) -> None:
+    def on_step(self, trainer: TrainerView) -> None:
         if trainer.steps % self._cadence == 0 or trainer.samples >= trainer.total_samples:
             trainer.world.on_main(lambda: self._end_block(trainer))
 
-    def _end_block(self, trainer: Trainer) -> None:
+    def _end_block(self, trainer: TrainerView) -> None:
         assert self._log is not None
         if trainer.world.device.type == "cuda":
             # A block ends when its last update is done, not when it is queued

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import datetime
 import time
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from sd_perf.training.callbacks.base import Callback
-
-if TYPE_CHECKING:
-    from sd_perf.training.trainer import Trainer
+from sd_perf.training.callbacks.base import Callback, TrainerView
 
 
 class ProgressDisplay(Callback):
@@ -26,7 +22,7 @@ class ProgressDisplay(Callback):
         self._start_samples = 0
         self._start_time = 0.0
 
-    def on_start(self, trainer: Trainer) -> None:
+    def on_start(self, trainer: TrainerView) -> None:
         if not trainer.world.is_main:
             return
         self._start_samples, self._start_time = trainer.samples, time.monotonic()
@@ -47,7 +43,7 @@ class ProgressDisplay(Callback):
             )
             self._bar.start()
 
-    def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+    def on_log(self, trainer: TrainerView, metrics: dict[str, float]) -> None:
         if not trainer.world.is_main:
             return
         self._losses.append(metrics["loss"])
@@ -57,17 +53,17 @@ class ProgressDisplay(Callback):
         else:
             self.console.print(line, highlight=False, soft_wrap=True)
 
-    def on_end(self, trainer: Trainer) -> None:
+    def on_end(self, trainer: TrainerView) -> None:
         self._stop_bar()
         if trainer.world.is_main and self._losses and trainer.samples >= trainer.total_samples:
             self.console.print(self._summary(trainer))
             if trainer.config.run.note:
                 self.console.print(trainer.config.run.note.strip(), highlight=False, width=100)
 
-    def close(self, trainer: Trainer) -> None:
+    def close(self, trainer: TrainerView) -> None:
         self._stop_bar()
 
-    def _line(self, trainer: Trainer, metrics: dict[str, float]) -> str:
+    def _line(self, trainer: TrainerView, metrics: dict[str, float]) -> str:
         left = (trainer.total_samples - trainer.samples) / metrics["samples_per_second"]
         return (
             f"{trainer.samples:,}/{trainer.total_samples:,} samples  loss {metrics['loss']:.4f}  "
@@ -75,7 +71,7 @@ class ProgressDisplay(Callback):
             f"{_clock(left)} left"
         )
 
-    def _summary(self, trainer: Trainer) -> Table:
+    def _summary(self, trainer: TrainerView) -> Table:
         tenth = max(1, len(self._losses) // 10)
         seconds = time.monotonic() - self._start_time
         samples = trainer.samples - self._start_samples

@@ -5,12 +5,9 @@ from __future__ import annotations
 
 import signal
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sd_perf.training.callbacks.base import Callback
-
-if TYPE_CHECKING:
-    from sd_perf.training.trainer import Trainer
+from sd_perf.training.callbacks.base import Callback, TrainerView
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _AGREE_EVERY_STEPS = (
@@ -25,18 +22,18 @@ class StopOnSignal(Callback):
         self._received: signal.Signals | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
-    def on_start(self, trainer: Trainer) -> None:
+    def on_start(self, trainer: TrainerView) -> None:
         for number in _SIGNALS:
             self._previous[number] = signal.signal(number, self._receive)
 
-    def on_step(self, trainer: Trainer) -> None:
+    def on_step(self, trainer: TrainerView) -> None:
         if trainer.world.size > 1 and trainer.steps % _AGREE_EVERY_STEPS:
             return
         received = trainer.world.max(self._received or 0)
         if received:
             trainer.stop_reason = signal.Signals(received).name
 
-    def close(self, trainer: Trainer) -> None:
+    def close(self, trainer: TrainerView) -> None:
         for number, previous in self._previous.items():
             signal.signal(number, previous)
 

@@ -3,7 +3,6 @@ says."""
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -12,7 +11,8 @@ import torch
 from sd_kernels.attention.packing import separate
 from sd_kernels.registry import all_ops
 from sd_perf.config import Config, UNetConfig
-from sd_perf.fast.unet import FastUNet, Ops
+from sd_perf.fast.ops import Ops
+from sd_perf.fast.unet import FastUNet
 from sd_perf.tools.estimate.predict import predict
 
 
@@ -33,11 +33,11 @@ def kept_bytes(batch: int) -> int:
     them."""
     named = {"linear": "torch", "skip_conv": "cublas"}
     ops: dict[str, Any] = {"attention": attention, "conv": conv}
-    for name in {field.name for field in fields(Ops)} - ops.keys():
+    for name in all_ops().keys() - ops.keys():
         ops[name] = all_ops()[name].backend(named.get(name, "triton")).function(name)
     kept: dict[int, torch.Tensor] = {}
     with torch.device("meta"):
-        unet = FastUNet(UNetConfig(), Ops(**ops)).bfloat16()
+        unet = FastUNet(UNetConfig(), Ops(ops)).bfloat16()
         own = {id(parameter) for parameter in unet.parameters()}
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:

@@ -70,8 +70,7 @@ def in_unet(*replacements: tuple[str, str]) -> Plant:
     def plant(patch: pytest.MonkeyPatch, stack: ExitStack) -> None:
         faulty = stack.enter_context(replaced("sd_perf.fast.unet", *replacements))
         patch.setattr(network, "fast", faulty)
-        for name in ("FastUNet", "Ops"):
-            patch.setattr(subject, name, getattr(faulty, name))
+        patch.setattr(subject, "FastUNet", faulty.FastUNet)
 
     return plant
 
@@ -142,8 +141,8 @@ FAULTS: dict[str, tuple[str, Where, str, Plant]] = {
         "SpatialTransformer",
         in_unet(
             (
-                "return Pending(as_image(out, total), residual=total)",
-                "return Pending(as_image(out, total))",
+                "return Pending(as_image(out, summed), residual=summed)",
+                "return Pending(as_image(out, summed))",
             )
         ),
     ),
@@ -168,7 +167,7 @@ FAULTS: dict[str, tuple[str, Where, str, Plant]] = {
         "grad",
         "structure",
         "",
-        in_unet(("skips.append(total)", "skips.append(total.detach())")),
+        in_unet(("skips.append(summed)", "skips.append(summed.detach())")),
     ),
     "weight decay forgotten on biases": (
         "step",

@@ -1,8 +1,10 @@
-"""Attention by torch's scaled_dot_product_attention, each of its kernels pinned by name.
+"""Attention by torch's scaled_dot_product_attention, with each of its kernels pinned by name.
 
-A pinned kernel that cannot run raises; torch chooses no other. Forward copies nothing: the kernels
-read heads where the linear wrote them. Backward writes dq, dk, dv apart and packs them in one more
-pass (2 * 3 * B*L*H*D elements moved).
+A pinned kernel that cannot run is an error; torch chooses no other. Forward copies nothing: the
+kernels read heads where the linear layer wrote them. Backward writes dq, dk and dv apart, and packs
+them in one more pass (2 * 3 * B*L*H*D elements moved).
+
+Shape letters: B samples, L queries, H heads, D head dim.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from sd_kernels.spec import Function
 
 
 def _pinned(name: str, kernel: SDPBackend) -> Function:
+    """The op on one of torch's kernels; KernelError where that kernel cannot run."""
     op = f"attention ({name})"
 
     def attention(
@@ -28,6 +31,8 @@ def _pinned(name: str, kernel: SDPBackend) -> Function:
             with sdpa_kernel(kernel):
                 y = F.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
         except RuntimeError as error:
+            # Torch says so where the pinned kernel does not take the inputs; anything else, such as
+            # too little memory, is another error.
             if "No available kernel" not in str(error) and "No viable backend" not in str(error):
                 raise
             got = f"{q.dtype} queries {tuple(q.shape)}, keys {tuple(k.shape)} on {q.device}"

@@ -1,18 +1,21 @@
-"""Convolutions by cuDNN, through torch: channels-last in, weights and out, so that nothing is
-transposed or copied.
+"""Convolutions by cuDNN, through torch's convolution.
 
-Which of cuDNN's algorithms is fastest is found by timing them, once a shape and direction. torch's
-flag for it is the whole process's, so no call sets it: backward passes come after the call has
-returned. Whoever owns the step enters `tuned` around warm-up and capture. What torch does
-(ATen/native/cudnn/Conv_v8.cpp) makes the rules:
+Input, weights and output are channels-last, so that nothing is transposed or copied.
 
-- It keeps what it chose, timed or not, by shape, strides and alignment of addresses. So the first
-  convolution of a shape must come within `tuned`: one that ran before has its heuristic choice
-  kept, and is never timed. What was timed stays chosen afterwards, also outside.
-- It keeps that for each thread. Forward runs in the caller's, backward in autograd's one for the
-  device: warm-up and capture must be called from the same thread.
-- Timing synchronises, which a capture forbids: warm-up runs every shape of the graph before it,
+The fastest of cuDNN's algorithms is found by timing them, once for each shape and direction. The
+flag of torch for this belongs to the whole process, and backward passes run after the call has
+returned, so no call sets it: the owner of the training step enters `tuned` around warm-up and
+capture. The rules follow from torch (aten/src/ATen/native/cudnn/Conv_v8.cpp):
+
+- Torch keeps its choice, timed or not, by shape, strides and alignment of addresses. So the first
+  convolution of a shape must run within `tuned`; for one that ran before, the heuristic choice is
+  kept, and it is never timed. A timed choice also holds outside `tuned` afterwards.
+- Torch keeps choices for each thread. Forward runs in the caller's thread and backward in
+  autograd's thread of the device, so warm-up and capture must be called from the same thread.
+- Timing synchronises, which a capture forbids. So the warm-up must run every shape of the graph,
   forward and backward.
+
+Shape letters: see `reference`.
 """
 
 from __future__ import annotations
@@ -30,8 +33,10 @@ OP = "conv/cudnn"
 
 @contextmanager
 def tuned(algorithms: int = 0) -> Iterator[None]:
-    """Time this many algorithms (0: all) for each convolution that is new to torch, and keep the
-    fastest."""
+    """Time `algorithms` algorithms (0: all) of each new convolution, and keep the fastest.
+
+    KernelError in a deterministic run, since timing may choose otherwise in each process.
+    """
     flags = torch.backends.cudnn
     deterministic = flags.deterministic or torch.are_deterministic_algorithms_enabled()
     takes = (
@@ -49,8 +54,10 @@ def tuned(algorithms: int = 0) -> Iterator[None]:
 def conv(
     x: torch.Tensor, weight: torch.Tensor, *, stride: int = 1, padding: int = 1
 ) -> torch.Tensor:
-    """See `reference.conv`; x and weight dense in channels-last memory, and so is what comes
-    out."""
+    """See `reference.conv`; x, weight and result are dense in channels-last memory.
+
+    KernelError where torch would not give the convolution to cuDNN.
+    """
     require_convolution(OP, x, weight)
     if not torch.compiler.is_compiling():
         _require_cudnn(x, weight, stride, padding)
