@@ -10,6 +10,7 @@ the stock model gets wrong. `save_pretrained` of the result drops the number: ke
 
 import json
 from pathlib import Path
+from typing import Any
 
 from diffusers import Transformer2DModel, UNet2DConditionModel
 
@@ -20,5 +21,6 @@ def load_unet(folder=Path(__file__).parent, **options):
     unet = UNet2DConditionModel.from_pretrained(folder, **options)
     for module in unet.modules():
         if isinstance(module, Transformer2DModel):
-            module.norm.num_groups = groups  # type: ignore[attr-defined]
+            norm: Any = module.get_submodule("norm")
+            norm.num_groups = groups
     return unet

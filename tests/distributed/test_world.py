@@ -30,7 +30,7 @@ print(json.dumps(results))
 stop_world()
 """
 FAILURE = """
-from sd_perf.distributed.world import start_world
+from sd_perf.distributed.world import start_world, stop_world
 from sd_perf.errors import UserError
 world = start_world("cpu")
 
@@ -42,7 +42,9 @@ try:
     world.together(fail_on_rank_1)
 except UserError as error:
     print(error)
-    raise SystemExit(2)
+    raise SystemExit(2) from error
+finally:
+    stop_world()
 """
 
 
