@@ -1,2 +1,5 @@
-"""What is measured: each module is a command, `python -m benchmarks.NAME`; results/ holds the
-measured JSON."""
+"""Benchmarks: each command is a module, `python -m benchmarks.NAME`; results/ holds measured JSON.
+
+Commands: kernel_speed, gpu_acceptance, ahead_of_time, cpu_comparisons, frechet_distance,
+full_size_cpu. The other modules are their parts.
+"""

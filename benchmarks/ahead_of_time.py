@@ -1,30 +1,29 @@
-"""Compile every Triton kernel for GPUs that are not here, and read what the compiler made of it.
+"""Every Triton kernel, compiled for GPUs that are not here, and what the compiler made of it.
 
     python -m benchmarks.ahead_of_time [--ops geglu ...] [--targets 80 90 100] [--markdown FILE]
 
-Each op's real calls (full size, bfloat16) are recorded where they would launch; Triton's own binder
-gives signature and hints from those arguments, so that what is compiled is what would run. A kernel
-is red where it
+The launches of each op's real calls (full size, bfloat16) are recorded instead of run. Triton's own
+binder derives signature and hints from their arguments, so that what is compiled is what would run.
+A kernel is red where it
 
-- has a stack frame, or spills (STL, LDL),
-- reads or writes global memory by less than 16 bytes a thread at a source line not marked `#
-  narrow: <why>`,
-- multiplies matrices without the target's matrix instructions (HMMA on 8.0, HGMMA on 9.0, UTC*MMA
-  on 10.0).
+- has a stack frame, or spills registers (STL, LDL),
+- reads or writes global memory by less than 16 bytes a thread, at a source line without a comment
+  `# narrow: <why>`,
+- has a matmul without the target's matrix instructions (HMMA on 8.0, HGMMA on 9.0, UTC*MMA on
+  10.0).
 
-Must run without TRITON_INTERPRET. Exit code 1 where something is red.
+Must run without TRITON_INTERPRET. Exit code 0: all is green; 1: something is red; 2: usage.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -37,9 +36,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from benchmarks.command import command_parser
 from sd_kernels.launch import Launch, interpreted, recording
 from sd_kernels.registry import all_ops
 from sd_kernels.spec import Inputs, OpSpec
+from sd_perf.tools.results import Provenance, Result, write
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 MATRIX_INSTRUCTIONS = {80: "HMMA", 90: "HGMMA", 100: r"UTC\w*MMA"}
@@ -50,7 +51,7 @@ GLOBAL_ACCESS = re.compile(r"\b(LDG|LDGSTS|STG)\.(\S+)")
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of one specialisation of one kernel."""
+    """One specialisation of one kernel, compiled for one target."""
 
     op: str
     kernel: str
@@ -65,61 +66,56 @@ class Compiled:
     narrow_lines: tuple[str, ...]
     """source lines with narrow accesses that do not say why"""
     matrix: str
-    """instructions found, `missing`, or an empty string where the kernel multiplies no matrices"""
+    """the matrix instruction found, or `missing`; empty: the kernel has no matmul"""
 
     @property
     def ok(self) -> bool:
-        """Nothing is red."""
+        """Whether nothing is red."""
         return not (
             self.stack_bytes or self.spills or self.narrow_lines or self.matrix == "missing"
         )
 
 
-class Untouched(TorchDispatchMode):
-    """Gives empty tensors in place of what torch's convolutions would compute, which at full size
-    takes hours here."""
+class SkipConvolutions(TorchDispatchMode):
+    """Torch's convolutions return empty tensors: to compute them at full size takes a CPU hours."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket not in CONVOLUTIONS:
             return func(*args, **(kwargs or {}))
+        tensors_only = partial(pytree.tree_map_only, torch.Tensor)
         results = func(
-            *pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), args),
+            *tensors_only(lambda tensor: tensor.to("meta"), args),
             **(kwargs or {}),
         )
-        return pytree.tree_map_only(
-            torch.Tensor, lambda result: torch.empty_like(result, device="cpu"), results
-        )
+        return tensors_only(lambda result: torch.empty_like(result, device="cpu"), results)
 
 
 def launches_of(spec: OpSpec, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
-    """The launches of every full-size case, forward and backward; tensors are allocated but never
-    touched."""
+    """Case name and launch of every Triton kernel in the op's full-size calls.
+
+    Forward and backward. The inputs are allocated and never touched.
+    """
     function = spec.backend("triton").function(spec.name)
     for case in spec.cases:
         inputs = spec.inputs(case, Inputs(case, dtype, empty=True))
-        with recording() as launches, Untouched():
+        with recording() as launches, SkipConvolutions():
             results = function(**inputs)
-            outputs = [
-                out
-                for out in (results if isinstance(results, tuple) else (results,))
-                if out.requires_grad
-            ]
-            leaves = [
-                value
-                for value in inputs.values()
-                if isinstance(value, torch.Tensor) and value.requires_grad
-            ]
+            results = results if isinstance(results, tuple) else (results,)
+            outputs = [out for out in results if out.requires_grad]
+            tensors = (value for value in inputs.values() if isinstance(value, torch.Tensor))
+            leaves = [tensor for tensor in tensors if tensor.requires_grad]
+            grads = [torch.empty_like(out) for out in outputs]
             if outputs:
-                torch.autograd.grad(
-                    outputs, leaves, [torch.empty_like(out) for out in outputs], allow_unused=True
-                )
+                torch.autograd.grad(outputs, leaves, grads, allow_unused=True)
         yield from ((case.name, launch) for launch in launches)
 
 
 def accesses_at_their_lines(*stage: Any) -> Any:
-    """A hook of Triton's compiler. Loads are inline assembly of several lines, which LLVM counts on
-    from the source line, so that a load would be found a few lines below itself; the lines within
-    are dropped."""
+    """Hook of Triton's compiler that drops line numbers within inline assembly.
+
+    Loads are inline assembly of several lines. LLVM counts on through them from the source line, so
+    that a load would be found a few lines below itself.
+    """
     if not stage:
         return "accesses at their lines", "1"  # part of the key of Triton's cache
     stages = stage[1]
@@ -131,8 +127,10 @@ def accesses_at_their_lines(*stage: Any) -> Any:
 
 
 def compile_for(launch: Launch, capability: int) -> tuple[str, Any, dict[str, Any]]:
-    """Key of the specialisation, its source for the compiler, and the options, as the launcher
-    would make them."""
+    """Key of the specialisation, its source for the compiler, and the compiler's options.
+
+    All three as Triton's launcher would make them. capability: 90 for compute capability 9.0.
+    """
     backend = make_backend(GPUTarget("cuda", capability, 32))
     kernel = launch.kernel
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
@@ -147,12 +145,10 @@ def compile_for(launch: Launch, capability: int) -> tuple[str, Any, dict[str, An
 def inspect(
     op: str, case: str, launch: Launch, source: Any, options: dict[str, Any], capability: int
 ) -> Compiled:
-    """Compile one specialisation and read registers, stack, spills, access widths and matrix
-    instructions."""
+    """Compile one specialisation, and read what matters from its machine code."""
     triton.knobs.runtime.add_stages_inspection_hook = accesses_at_their_lines
-    triton.knobs.compilation.always_compile = (
-        True  # a cached result may name the files of another checkout
-    )
+    # A cached result may name the files of another checkout.
+    triton.knobs.compilation.always_compile = True
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -179,10 +175,9 @@ def inspect(
 
 
 def _accesses(sass: str) -> tuple[set[str], int]:
-    """Source lines with unexplained narrow accesses to global memory, and the number of wide
-    accesses.
+    """Source lines of unexplained narrow accesses to global memory, and the number of wide ones.
 
-    The line of an inlined function's access is the one in that function, not its caller's.
+    An access in an inlined function counts for the line in that function, not for its caller's.
     """
     place, narrow, wide = ("", 0), set(), 0
     for line in sass.splitlines():
@@ -192,10 +187,7 @@ def _accesses(sass: str) -> tuple[set[str], int]:
             if re.search("128|256", access.group(2)):
                 wide += 1
             elif not _explained(*place):
-                narrow.add(
-                    f"{Path(place[0]).parent.name}/{Path(place[0]).name}:{place[1]} "
-                    f"{access.group()}"
-                )
+                narrow.add(f"{'/'.join(Path(place[0]).parts[-2:])}:{place[1]} {access.group()}")
     return narrow, wide
 
 
@@ -220,7 +212,7 @@ def _number(pattern: str, text: str) -> str:
 def compile_all(
     ops: list[str], targets: list[int], dtype: torch.dtype = torch.bfloat16
 ) -> list[Compiled]:
-    """One row per distinct specialisation and target, of those that the op's kernels are for."""
+    """One row per distinct specialisation and target, where the op's kernels support the target."""
     rows: dict[tuple[str, int], Compiled] = {}
     launches = [(op, *recorded) for op in ops for recorded in launches_of(all_ops()[op], dtype)]
     for (op, case, launch), capability in product(launches, targets):
@@ -228,45 +220,38 @@ def compile_all(
             continue
         key, source, options = compile_for(launch, capability)
         if (key, capability) not in rows:
-            rows[key, capability] = inspect(op, case, launch, source, options, capability)
+            rows[key, capability] = inspect(
+                op, case, launch, source=source, options=options, capability=capability
+            )
     return list(rows.values())
 
 
 def markdown(rows: list[Compiled]) -> str:
-    """A table for the documentation: a line per kernel, with what its specialisations need on each
-    target."""
+    """A table for the documentation: a line per kernel, with the range of its specialisations."""
     targets = sorted({row.target for row in rows})
-    head = [
-        "kernel",
-        *(f"registers sm_{target}" for target in targets),
-        "shared",
-        "stack",
-        "spills",
-        "verdict",
-    ]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    registers = [f"registers sm_{target}" for target in targets]
+    head = ["kernel", *registers, "shared", "stack", "spills", "verdict"]
     kernels: dict[str, list[Compiled]] = {}
     for row in rows:
         kernels.setdefault(row.kernel, []).append(row)
+    table = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for kernel, alike in kernels.items():
-        registers = [
-            _span([row.registers for row in alike if row.target == target]) for target in targets
+        red = {
+            reason
+            for row in alike
+            if not row.ok
+            for reason in (*row.narrow_lines, row.matrix, row.case)
+        }
+        line = [
+            f"`{kernel}`",
+            *(_span([row.registers for row in alike if row.target == each]) for each in targets),
+            _span([row.shared_bytes for row in alike]),
+            _span([row.stack_bytes for row in alike]),
+            _span([row.spills for row in alike]),
+            f"red: {'; '.join(sorted(filter(None, red)))}" if red else f"{len(alike)} green",
         ]
-        memory = (
-            _span([getattr(row, key) for row in alike])
-            for key in ("shared_bytes", "stack_bytes", "spills")
-        )
-        red = sorted(
-            {
-                reason
-                for row in alike
-                if not row.ok
-                for reason in (*row.narrow_lines, row.matrix, row.case)
-            }
-        )
-        verdict = f"{len(alike)} green" if not red else f"red: {'; '.join(filter(None, red))}"
-        lines.append(f"| {' | '.join((f'`{kernel}`', *registers, *memory, verdict))} |")
-    return "\n".join(lines) + "\n"
+        table.append(f"| {' | '.join(line)} |")
+    return "\n".join(table) + "\n"
 
 
 def _span(numbers: list[int]) -> str:
@@ -275,41 +260,42 @@ def _span(numbers: list[int]) -> str:
     return str(numbers[0]) if min(numbers) == max(numbers) else f"{min(numbers)} to {max(numbers)}"
 
 
+def row_line(row: Compiled) -> str:
+    """A row as one line of text."""
+    what = f"sm_{row.target} {row.op} {row.kernel} ({row.case})"
+    if row.ok:
+        return f"ok  {what}: {row.registers} registers, {row.wide_accesses} wide"
+    return f"RED {what}: {row}"
+
+
 def main() -> int:
-    """Compile, print a line per kernel, write what was asked for."""
+    """Compile, print, write; returns the exit code."""
     with_triton = [
         name for name, spec in all_ops().items() if any(b.name == "triton" for b in spec.backends)
     ]
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--ops", nargs="+", choices=with_triton, default=with_triton)
-    parser.add_argument(
-        "--targets", nargs="+", type=int, choices=list(MATRIX_INSTRUCTIONS), default=[80, 90, 100]
-    )
-    parser.add_argument("--markdown", type=Path, help="write the table here")
-    parser.add_argument("--json", type=Path, help="write all rows here")
+    targets = list(MATRIX_INSTRUCTIONS)
+    parser = command_parser("ahead_of_time", __doc__)
+    add = parser.add_argument
+    names = f"default: all of {', '.join(with_triton)}"
+    add("--ops", nargs="+", metavar="OP", choices=with_triton, default=with_triton, help=names)
+    add("--targets", nargs="+", type=int, choices=targets, default=targets, help="default: all")
+    add("--markdown", type=Path, help="write the table here")
+    add("--output", type=Path, help="JSON file of all rows")
     options = parser.parse_args()
     if interpreted():
-        parser.error(
-            "TRITON_INTERPRET is set; unset it, since only the compiler's path can be compiled"
-        )
+        words = "unset it, since only the compiler's path can be compiled"
+        parser.error(f"TRITON_INTERPRET is set; {words}")
     rows = compile_all(options.ops, options.targets)
     for row in rows:
-        what = f"sm_{row.target} {row.op} {row.kernel} ({row.case})"
-        print(
-            f"ok  {what}: {row.registers} registers, {row.wide_accesses} wide"
-            if row.ok
-            else f"RED {what}: {row}"
-        )
-    print(
-        f"triton {triton.__version__}: {sum(row.ok for row in rows)} of {len(rows)} "
-        "specialisations green"
-    )
+        print(row_line(row))
+    green = f"{sum(row.ok for row in rows)} of {len(rows)} specialisations green"
+    print(f"triton {triton.__version__}: {green}")
     if options.markdown:
         options.markdown.write_text(markdown(rows), encoding="utf-8")
-    if options.json:
-        options.json.write_text(
-            json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8"
-        )
+    if options.output:
+        versions = {"triton": triton.__version__, "torch": torch.__version__}
+        provenance = Provenance.of_this_run("ahead_of_time", {}, versions)
+        write(options.output, Result("ahead_of_time", provenance, [asdict(row) for row in rows]))
     return 0 if rows and all(row.ok for row in rows) else 1
 
 

@@ -1,4 +1,4 @@
-"""Measurements that may fail: what is measured before and after a failure is worth having."""
+"""Measurements that may fail without ending the run: other rows are worth having."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from sd_perf.files import one_line
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether GPU memory ran out, also where ending a broken capture raised a second error on
-    top."""
+    """Whether GPU memory ran out.
+
+    Looks along the chain of contexts: ending a broken capture raises a second error on top.
+    """
     while error is not None:
         if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower():
             return True
@@ -22,11 +24,13 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def attempt(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `measure` returns, or a status and the reason: `out of memory` is a result, `failed` is
-    not."""
+    """What `measure` returns; where it raises, the columns `status` and `reason`.
+
+    The status is `out of memory`, which is a finding, or else `failed`.
+    """
     try:
         return measure()
-    except Exception as error:  # whatever it is, the rows before and after it are worth having
+    except Exception as error:  # whatever it is: it must not cost the other rows
         return {
             "status": "out of memory" if is_out_of_memory(error) else "failed",
             "reason": one_line(error),
@@ -34,7 +38,7 @@ def attempt(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def release_memory() -> dict[str, Any]:
-    """Give all GPU memory that nothing refers to back to the driver."""
+    """Give unused GPU memory back to the driver. Returns no columns: made for `attempt`."""
     gc.collect()
     torch.cuda.empty_cache()
     return {}

@@ -1,25 +1,28 @@
-"""On a CPU: our loader beside webdataset, our plain UNet beside diffusers', fast training steps
-beside plain ones.
+"""Three pairs on a CPU: loader and webdataset, plain UNet and diffusers', fast and plain step.
 
-    python -m benchmarks.cpu_comparisons
+    python -m benchmarks.cpu_comparisons [--output FILE.json]
 
-Ratios are what counts: both sides run alternately on the same machine, on the same shards or
-weights. Shards are written to a temporary folder and read from the page cache.
+Ratios are what counts: the two sides of a pair run in turns on the same machine, on the same shards
+or weights. Shards are written to a temporary folder and read from the page cache. The networks have
+the sizes of configs/smoke.yaml. Needs webdataset and diffusers.
 """
 
 from __future__ import annotations
 
-import json
+import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import torch
 
+from benchmarks.command import command_parser
 from sd_perf.config import Config, DataConfig, UNetConfig
 from sd_perf.data.batch import Batch, LoaderOptions
 from sd_perf.data.loaders.portable import PortableLoader
@@ -30,6 +33,7 @@ from sd_perf.models.key_maps import diffusers_unet_config, to_diffusers
 from sd_perf.models.torchvision_schemas import define_missing_torchvision_ops
 from sd_perf.presets import load_preset
 from sd_perf.reference.unet import UNet
+from sd_perf.tools.results import REPOSITORY, Provenance, Result, write
 from sd_perf.training.step import TrainStep
 
 REPEATS = 5
@@ -38,8 +42,23 @@ SAMPLES = 1024
 STEPS = 10
 
 
+class ComparisonRow(TypedDict):
+    """Two sides that do the same work."""
+
+    work: str
+    """what is timed"""
+    threads: int
+    first: str
+    second: str
+    first_s: float
+    """median seconds"""
+    second_s: float
+    ratio: float
+    """`second_s` over `first_s`"""
+
+
 def alternate(sides: dict[str, Callable[[], None]]) -> dict[str, float]:
-    """Median seconds of each side, run in turns after one run of each to warm up."""
+    """Median seconds of each side: `REPEATS` runs in turns, after one of each to warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for repeat in range(REPEATS + 1):
         for name, side in sides.items():
@@ -51,7 +70,7 @@ def alternate(sides: dict[str, Callable[[], None]]) -> dict[str, float]:
 
 
 def write_moments(folder: Path) -> None:
-    """The benchmark's layout and sizes: 64x64 moments in shards of 256."""
+    """Write random moments (8, 64, 64) and captions in the benchmark's layout, 256 a shard."""
     rng = np.random.default_rng(0)
     with ShardWriter(folder, samples_per_shard=256) as writer:
         for sample in range(SAMPLES):
@@ -59,16 +78,13 @@ def write_moments(folder: Path) -> None:
 
 
 def compare_loaders() -> dict[str, float]:
-    """Seconds for an epoch of shuffled batches; both give float32 moments (B, 8, 64, 64) and
-    captions."""
+    """Seconds of an epoch of shuffled batches: float32 moments (B, 8, 64, 64) and captions."""
     import webdataset
 
     with tempfile.TemporaryDirectory() as folder:
         write_moments(Path(folder))
-        config = DataConfig(path=folder, workers=2)
-        loader = PortableLoader(
-            config, LoaderOptions(seed=0, global_batch_size=BATCH, micro_batch_size=BATCH)
-        )
+        options = LoaderOptions(seed=0, global_batch_size=BATCH, micro_batch_size=BATCH)
+        loader = PortableLoader(DataConfig(path=folder, workers=2), options)
         shards = sorted(str(path) for path in Path(folder).glob("*.tar"))
 
         def ours() -> None:
@@ -85,8 +101,7 @@ def compare_loaders() -> dict[str, float]:
 
 
 def compare_unets(config: UNetConfig, latent_size: int, tokens: int) -> dict[str, float]:
-    """Seconds of forward + backward at the smoke run's sizes, with the same weights and 32 groups
-    in both."""
+    """Seconds of forward and backward of a batch, with the same weights in both networks."""
     define_missing_torchvision_ops()
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
@@ -94,10 +109,8 @@ def compare_unets(config: UNetConfig, latent_size: int, tokens: int) -> dict[str
     other = UNet2DConditionModel.from_config(diffusers_unet_config(config))
     other.load_state_dict(to_diffusers(unet.state_dict(), config))
     latents = torch.randn(BATCH, config.in_channels, latent_size, latent_size)
-    context, timesteps = (
-        torch.randn(BATCH, tokens, config.context_dim),
-        torch.randint(0, 1000, (BATCH,)),
-    )
+    context = torch.randn(BATCH, tokens, config.context_dim)
+    timesteps = torch.randint(0, 1000, (BATCH,))
 
     def ours() -> None:
         unet(latents, timesteps, context).square().mean().backward()
@@ -109,8 +122,7 @@ def compare_unets(config: UNetConfig, latent_size: int, tokens: int) -> dict[str
 
 
 def compare_steps(smoke: Config) -> dict[str, float]:
-    """Seconds of a training step of the smoke run, draws and optimizer included, with both
-    networks."""
+    """Seconds of `STEPS` training steps of the smoke run, draws and optimizer included."""
     world = World(rank=0, size=1, device=torch.device("cpu"))
     plain = replace(smoke, model=smoke.model.network)
     side, tokens = smoke.data.latent_size, smoke.data.context_tokens
@@ -131,29 +143,56 @@ def compare_steps(smoke: Config) -> dict[str, float]:
     return alternate({"fast step": side_of(smoke), "plain step": side_of(plain)})
 
 
-def main() -> None:
-    smoke = load_preset(Path(__file__).resolve().parents[1] / "configs" / "smoke.yaml")
+def make_row(work: str, threads: int, seconds: dict[str, float]) -> ComparisonRow:
+    """A row of a pair's median seconds."""
+    (first, first_s), (second, second_s) = seconds.items()
+    return {
+        "work": work,
+        "threads": threads,
+        "first": first,
+        "second": second,
+        "first_s": first_s,
+        "second_s": second_s,
+        "ratio": second_s / first_s,
+    }
+
+
+def measure() -> list[ComparisonRow]:
+    """The three pairs."""
+    smoke = load_preset(REPOSITORY / "configs/smoke.yaml")
     torch.set_num_threads(2)
     steps = compare_steps(smoke)
     torch.set_num_threads(1)
-    sizes = {
-        **vars(smoke.model.network),
-        "resblock_groups": 32,
-    }  # diffusers has one number of groups for all norms
-    unets = compare_unets(UNetConfig(**sizes), smoke.data.latent_size, smoke.data.context_tokens)
-    results = {
-        "loader, seconds per 1,024 samples": compare_loaders(),
-        "smoke's UNet, forward and backward, seconds per batch of 32": unets,
-        f"smoke's training step on two threads, seconds per {STEPS}": steps,
-    }
-    for name, seconds in results.items():
-        (ours, our_time), (theirs, their_time) = seconds.items()
+    # diffusers has one number of groups for all norms.
+    network = UNetConfig(**{**vars(smoke.model.network), "resblock_groups": 32})
+    unets = compare_unets(network, smoke.data.latent_size, smoke.data.context_tokens)
+    loaders = compare_loaders()
+    return [
+        make_row(f"loader, {SAMPLES:,} samples", 1, loaders),
+        make_row(f"smoke's UNet, forward and backward, batch of {BATCH}", 1, unets),
+        make_row(f"smoke's training step, {STEPS} steps", 2, steps),
+    ]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print, write; returns the exit code."""
+    parser = command_parser("cpu_comparisons", __doc__)
+    parser.add_argument("--output", type=Path, help="JSON file for the results")
+    options = parser.parse_args(arguments)
+    rows = measure()
+    for row in rows:
+        first, second = f"{row['first']} {row['first_s']:.3f} s", f"{row['second_s']:.3f} s"
         print(
-            f"{name}: {ours} {our_time:.3f}, {theirs} {their_time:.3f}: ratio "
-            f"{their_time / our_time:.2f}"
+            f"{row['work']}, threads: {row['threads']}: {first}, {row['second']} {second}: "
+            f"ratio {row['ratio']:.2f}"
         )
-    print(json.dumps({"torch": torch.__version__, "results": results}))
+    if options.output:
+        machine = {"platform": platform.platform()}
+        versions = {"torch": torch.__version__}
+        provenance = Provenance.of_this_run("cpu_comparisons", machine, versions)
+        write(options.output, Result("cpu_comparisons", provenance, rows))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,34 +1,37 @@
-"""The benchmark's networks at full size, once, on a CPU: an optimizer step, and the chain from
-photographs to pictures.
+"""The benchmark's networks at full size, once, on a CPU: time and memory of every stage.
 
     python -m benchmarks.full_size_cpu --images DIR --output DIR
 
-DIR of the images holds photographs and, in it or beside it, their captions.jsonl. Weights and text
-states are random and seeded: this shows that the full size works, what it takes in time and memory,
-and nothing about pictures. Prints a table; writes full_size_cpu.json, the moments shard and the
-decoded pictures.
+Encodes photographs into a moments shard, takes an optimizer step on a random sample and one on the
+photographs, draws latents by DDIM and decodes them into pictures.
+
+The images' DIR holds photographs and, in it or beside it, their captions.jsonl. Weights and text
+states are random and seeded: the run shows that the full size works and what it costs; its pictures
+show nothing. Prints a table; writes full_size_cpu.json, the moments shard and the pictures.
+
+Shape letters: B samples, C latent channels, S latent rows and columns, L text tokens, D context
+channels.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
+import math
 import platform
 import resource
-import shlex
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
 
-from benchmarks.gpu_environment import git_sha
+from benchmarks.command import command_parser
 from benchmarks.gpu_workload import make_inputs, randomize
 from sd_perf.config import Config, DataConfig, DiffusionConfig, UNetConfig
 from sd_perf.data.batch import Batch, LoaderOptions
@@ -39,10 +42,10 @@ from sd_perf.data.shard_writer import ShardWriter
 from sd_perf.diffusion.ddim import ddim_sample
 from sd_perf.diffusion.randomness import Stream, normal
 from sd_perf.errors import DataError, UserError
-from sd_perf.files import write_json
 from sd_perf.models.vae import AutoencoderConfig, AutoencoderKL
 from sd_perf.reference.step import DiffusionStep
 from sd_perf.reference.unet import UNet
+from sd_perf.tools.results import Provenance, Result, write
 from sd_perf.training.optimizer import build_optimizer
 
 SEED = 0
@@ -73,17 +76,26 @@ class Sizes:
         return self.image // self.autoencoder.downsampling
 
 
+class StageRow(TypedDict):
+    """One stage of the run."""
+
+    stage: str
+    seconds: float
+    peak_memory_bytes: int
+    """peak of the process's resident memory"""
+    peak_of_stage_alone: bool
+    """false: Linux did not let the peak be reset, so it may be an earlier stage's"""
+
+
 class Stages:
-    """Times stages and keeps the peak of the process's resident memory in each; `rows` has one dict
-    per stage."""
+    """Measures stages one after the other; `rows` has one entry each."""
 
     def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[StageRow] = []
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Measure the block: seconds, and peak_memory_bytes, of the stage alone where Linux lets us
-        reset the mark."""
+        """Measure the block, and print its row."""
         gc.collect()
         alone = _reset_peak_memory()
         started = time.perf_counter()
@@ -103,9 +115,8 @@ class Stages:
 
 def _reset_peak_memory() -> bool:
     try:
-        Path("/proc/self/clear_refs").write_text(
-            "5"
-        )  # proc(5): sets the peak to what is resident now
+        # proc(5): 5 sets the peak to what is resident now.
+        Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return False
     return True
@@ -113,8 +124,10 @@ def _reset_peak_memory() -> bool:
 
 @torch.no_grad()
 def encode_photographs(images_dir: Path, shards: Path, sizes: Sizes, stages: Stages) -> None:
-    """Photographs -> moments (2C, S, S) and random text states (L, D) -> a shard. DataError without
-    photographs."""
+    """Encode photographs into a shard of moments (2C, S, S) and random text states (L, D).
+
+    DataError where there are fewer than `PHOTOGRAPHS` with captions.
+    """
     samples = read_captioned_images(images_dir)[:PHOTOGRAPHS]
     if len(samples) < PHOTOGRAPHS:
         raise DataError(
@@ -139,8 +152,10 @@ def _autoencoder(sizes: Sizes) -> AutoencoderKL:
 
 
 def _text_states(sizes: Sizes, samples: range) -> torch.Tensor:
-    """Standard normal text states (B, L, D) float32; sample numbers past the photographs' stand for
-    other prompts."""
+    """Standard normal text states (B, L, D) float32, one for each sample number.
+
+    Numbers past the photographs' stand for other prompts.
+    """
     indices = torch.tensor(list(samples))
     numbers = normal(SEED, Stream.SYNTHETIC, indices, sizes.context_tokens * sizes.unet.context_dim)
     return numbers.view(len(indices), sizes.context_tokens, sizes.unet.context_dim)
@@ -169,15 +184,23 @@ def load_batches(shards: Path, sizes: Sizes, stages: Stages) -> list[Batch]:
 def synthetic_batch(sizes: Sizes) -> Batch:
     """One random sample of the right shapes."""
     indices = torch.zeros(1, dtype=torch.int64)
-    moments, context = make_inputs(sizes.unet, indices, sizes.latent, sizes.context_tokens, SEED)
+    moments, context = make_inputs(
+        sizes.unet,
+        indices,
+        latent_size=sizes.latent,
+        context_tokens=sizes.context_tokens,
+        seed=SEED,
+    )
     return Batch(indices, moments, ["random"], context)
 
 
 def optimizer_step(
     unet: UNet, optimizer: torch.optim.AdamW, batches: list[Batch], stages: Stages, name: str
 ) -> float:
-    """One float32 optimizer step over micro-batches; returns the mean loss. Gradients are freed
-    afterwards."""
+    """One float32 optimizer step over micro-batches; returns the mean loss.
+
+    Gradients are freed afterwards.
+    """
     diffusion = DiffusionStep(DiffusionConfig(), SEED)
     losses = []
     for number, batch in enumerate(batches, 1):
@@ -196,23 +219,17 @@ def optimizer_step(
 
 
 def train(shards: Path, sizes: Sizes, stages: Stages) -> tuple[UNet, dict[str, float]]:
-    """A step on one random sample and a step on the photographs; returns the UNet and both
-    losses."""
+    """A step on a random sample, then one on the photographs; returns the UNet and both losses."""
     with stages("UNet: build"):
         unet = UNet(sizes.unet)
         randomize(unet, SEED)  # no layer at 0, so that every gradient is there
     with stages("AdamW: build"):
         optimizer = build_optimizer(unet, Config())
-    optimizer.param_groups[0]["lr"] = (
-        Config().learning_rate
-    )  # past the warm-up, so that a step moves the weights
-    losses = {
-        "random sample": optimizer_step(
-            unet, optimizer, [synthetic_batch(sizes)], stages, "random sample"
-        )
-    }
-    batches = load_batches(shards, sizes, stages)
-    losses["photographs"] = optimizer_step(unet, optimizer, batches, stages, "photograph")
+    # The rate after the warm-up, so that a step moves the weights.
+    optimizer.param_groups[0]["lr"] = Config().learning_rate
+    step = partial(optimizer_step, unet, optimizer, stages=stages)
+    losses = {"random sample": step([synthetic_batch(sizes)], name="random sample")}
+    losses["photographs"] = step(load_batches(shards, sizes, stages), name="photograph")
     return unet, losses
 
 
@@ -220,15 +237,11 @@ def train(shards: Path, sizes: Sizes, stages: Stages) -> tuple[UNet, dict[str, f
 def sample_latents(unet: UNet, sizes: Sizes, stages: Stages) -> torch.Tensor:
     """DDIM latents (B, 4, S, S) of the photographs' text states, with guidance."""
     unet.eval().requires_grad_(False)
-    config = sizes.unet
-    numbers = normal(
-        SEED, Stream.SAMPLER, torch.arange(PHOTOGRAPHS), config.in_channels * sizes.latent**2
-    )
-    noise = numbers.view(PHOTOGRAPHS, config.in_channels, sizes.latent, sizes.latent)
-    context, uncond = (
-        _text_states(sizes, range(PHOTOGRAPHS)),
-        _text_states(sizes, range(PHOTOGRAPHS, PHOTOGRAPHS + 1)),
-    )
+    shape = (sizes.unet.in_channels, sizes.latent, sizes.latent)
+    numbers = normal(SEED, Stream.SAMPLER, torch.arange(PHOTOGRAPHS), math.prod(shape))
+    noise = numbers.view(PHOTOGRAPHS, *shape)
+    context = _text_states(sizes, range(PHOTOGRAPHS))
+    uncond = _text_states(sizes, range(PHOTOGRAPHS, PHOTOGRAPHS + 1))
     with stages(f"DDIM: {DDIM_STEPS} steps with guidance, batch {PHOTOGRAPHS}"):
         return ddim_sample(unet, noise, context, uncond, DiffusionConfig(), steps=DDIM_STEPS)
 
@@ -249,8 +262,11 @@ def decode_pictures(latents: torch.Tensor, output: Path, sizes: Sizes, stages: S
     return names
 
 
-def measure(images_dir: Path, output: Path, sizes: Sizes) -> dict[str, Any]:
-    """All stages, each big thing freed before the next is made; the report as a dict."""
+def measure(images_dir: Path, output: Path, sizes: Sizes) -> Result[StageRow]:
+    """All stages; each network is freed before the next is made.
+
+    DataError where there are too few photographs.
+    """
     stages, shards = Stages(), output / "moments"
     encode_photographs(images_dir, shards, sizes, stages)
     unet, losses = train(shards, sizes, stages)
@@ -258,33 +274,23 @@ def measure(images_dir: Path, output: Path, sizes: Sizes) -> dict[str, Any]:
     latents = sample_latents(unet, sizes, stages)
     del unet
     pictures = decode_pictures(latents, output, sizes, stages)
-    return {
+    machine = {"machine": platform.machine(), "threads": torch.get_num_threads()}
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    provenance = Provenance.of_this_run("full_size_cpu", machine, versions)
+    details = {
         "unet_parameters": parameters,
         "image_size": sizes.image,
         "latent_size": sizes.latent,
-        "stages": stages.rows,
         "losses": losses,
         "pictures": pictures,
         "note": NOTE,
     }
+    return Result("full_size_cpu", provenance, stages.rows, details)
 
 
-def environment() -> dict[str, Any]:
-    """Machine and software of the run."""
-    return {
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "git_sha": git_sha(Path(__file__).resolve().parents[1]),
-        "command": shlex.join(["python", *sys.argv]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def table(report: dict[str, Any]) -> str:
+def table(result: Result[StageRow]) -> str:
     """The stages, their sum and the losses as text."""
-    rows = report["stages"]
+    rows, details = result.rows, result.details
     lines = [f"{'stage':60s} {'seconds':>9s} {'peak GiB':>9s}"]
     lines += [
         f"{row['stage']:60s} {row['seconds']:9.2f} {row['peak_memory_bytes'] / 2**30:9.2f}"
@@ -292,34 +298,26 @@ def table(report: dict[str, Any]) -> str:
     ]
     highest = max(row["peak_memory_bytes"] for row in rows)
     lines.append(f"{'all':60s} {sum(row['seconds'] for row in rows):9.2f} {highest / 2**30:9.2f}")
-    lines += [f"loss, {name}: {loss:.4f}" for name, loss in report["losses"].items()]
-    lines.append(
-        f"UNet of {report['unet_parameters']:,} parameters, {report['image_size']} px. "
-        f"{report['note']}"
-    )
-    return "\n".join(lines)
+    lines += [f"loss, {name}: {loss:.4f}" for name, loss in details["losses"].items()]
+    network = f"UNet of {details['unet_parameters']:,} parameters, {details['image_size']} px"
+    return "\n".join([*lines, f"{network}. {details['note']}"])
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, write, print; returns the exit code: 2 where images or output cannot be used."""
-    parser = argparse.ArgumentParser(
-        description="The full-size networks once on a CPU: time and memory."
-    )
-    parser.add_argument(
-        "--images", type=Path, required=True, help="folder of photographs with captions.jsonl"
-    )
-    parser.add_argument(
-        "--output", type=Path, required=True, help="folder that receives the results"
-    )
+    parser = command_parser("full_size_cpu", __doc__)
+    add = parser.add_argument
+    add("--images", type=Path, required=True, help="folder of photographs with captions.jsonl")
+    add("--output", type=Path, required=True, help="folder that receives the results")
     options = parser.parse_args(arguments)
     try:
         options.output.mkdir(parents=True, exist_ok=True)
-        report = environment() | measure(options.images, options.output, Sizes())
+        result = measure(options.images, options.output, Sizes())
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    write_json(options.output / "full_size_cpu.json", report)
-    print(table(report))
+    write(options.output / "full_size_cpu.json", result)
+    print(table(result))
     return 0
 
 

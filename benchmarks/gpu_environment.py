@@ -1,5 +1,8 @@
-"""What the numbers were measured on: the GPU, its two ceilings, its clocks under load, and the
-software."""
+"""The GPU and software that numbers are measured on.
+
+Its data sheet's peak, two rates measured in the same run (a device copy, a large matmul), and its
+clocks, power and temperature under load.
+"""
 
 from __future__ import annotations
 
@@ -9,35 +12,13 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import metadata
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 
 from benchmarks.timing import CudaClock, timed
-
-DENSE_BF16_PEAK = {
-    "NVIDIA A100-SXM4-40GB": (312e12, "NVIDIA A100 datasheet"),
-    "NVIDIA A100-SXM4-80GB": (312e12, "NVIDIA A100 datasheet"),
-    "NVIDIA A100 80GB PCIe": (312e12, "NVIDIA A100 datasheet"),
-    "NVIDIA H100 80GB HBM3": (989e12, "NVIDIA H100 datasheet, SXM, half of the rate with sparsity"),
-    "NVIDIA H200": (989e12, "NVIDIA H200 datasheet, SXM, half of the rate with sparsity"),
-    "NVIDIA B200": (
-        2250e12,
-        "NVIDIA HGX B200 datasheet, one of eight GPUs, half of the rate with sparsity",
-    ),
-}
-"""FLOP/s and source by the exact name the driver gives, since PCIe and NVL cards of these chips are
-slower"""
-
-ESTIMATED_AS = {
-    "NVIDIA A100-SXM4-80GB": "a100",
-    "NVIDIA H100 80GB HBM3": "h100",
-    "NVIDIA H200": "h200",
-    "NVIDIA B200": "b200",
-}
-"""names of `sd-perf estimate`, which knows these cards and not their slower namesakes"""
+from sd_kernels.targets import peak_of_driver
 
 CLOCK_EVENT_REASONS = {
     0x1: "idle",
@@ -53,53 +34,30 @@ CLOCK_EVENT_REASONS = {
 """bits of clocks_event_reasons.active"""
 
 TELEMETRY_FIELDS = ("clocks.sm", "power.draw", "temperature.gpu", "clocks_event_reasons.active")
-TELEMETRY_KEYS = ("sm_clock_mhz", "power_w", "temperature_c", "clock_event_reasons")
 
 GEMM_SIZE = 8192
 COPY_BYTES = 2**31
 
 
-def peak_flops(gpu: str) -> float | None:
-    """Dense bf16 FLOP/s of a GPU by name, or None where it is not in the table: a peak is never
-    guessed."""
-    entry = DENSE_BF16_PEAK.get(gpu)
-    return None if entry is None else entry[0]
-
-
 def nvidia_smi(fields: Sequence[str]) -> list[str] | None:
-    """Values of the fields for torch's GPU 0, as nvidia-smi prints them; None where it cannot be
-    asked. Only reads."""
-    uuid = torch.cuda.get_device_properties(
-        0
-    ).uuid  # an index would be another GPU's under CUDA_VISIBLE_DEVICES
-    query = [
-        "nvidia-smi",
-        f"--query-gpu={','.join(fields)}",
-        "--format=csv,noheader,nounits",
-        f"--id=GPU-{uuid}",
-    ]
-    output = _output_of(query)
+    """Values of nvidia-smi's query fields for torch's GPU 0, as it prints them.
+
+    None where nvidia-smi is absent, fails, or answers with another number of values. Only reads.
+    """
+    # Not by index: under CUDA_VISIBLE_DEVICES torch's GPU 0 may be another one of nvidia-smi's.
+    uuid = torch.cuda.get_device_properties(0).uuid
+    query = f"--query-gpu={','.join(fields)}"
+    output = _output_of(["nvidia-smi", query, "--format=csv,noheader,nounits", f"--id=GPU-{uuid}"])
     values = [value.strip() for value in (output or "").split(",")]
     return values if len(values) == len(fields) else None
 
 
-def _output_of(command: list[str], folder: Path | None = None) -> str | None:
+def _output_of(command: list[str]) -> str | None:
     try:
-        result = subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, timeout=20, check=True
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return result.stdout.strip()
-
-
-def git_sha(folder: Path) -> str | None:
-    """Commit of the working tree at `folder`, with "-dirty" where it differs; None where git cannot
-    say."""
-    return (
-        _output_of(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], folder)
-        or None
-    )
+    return done.stdout.strip()
 
 
 def _version(package: str) -> str | None:
@@ -109,12 +67,25 @@ def _version(package: str) -> str | None:
         return None
 
 
+def software() -> dict[str, Any]:
+    """Versions by name; None: not there."""
+    return {
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "triton": _version("triton"),
+    }
+
+
 def describe() -> dict[str, Any]:
-    """GPU, driver and software as they are. Needs a CUDA device."""
+    """GPU 0 and its driver: name, size, limits and data-sheet peak. Needs a CUDA device.
+
+    Memory in bytes, power in W, clocks in MHz, the peak in FLOP/s; None: unknown.
+    """
     properties = torch.cuda.get_device_properties(0)
     fields = ("driver_version", "power.limit", "clocks.max.sm", "clocks.max.mem")
     driver, power_limit, sm_clock, memory_clock = nvidia_smi(fields) or ("",) * len(fields)
-    peak, source = DENSE_BF16_PEAK.get(properties.name, (None, None))
+    peak, source = peak_of_driver(properties.name) or (None, None)
     return {
         "gpu": properties.name,
         "compute_capability": f"{properties.major}.{properties.minor}",
@@ -126,29 +97,26 @@ def describe() -> dict[str, Any]:
         "dense_bf16_peak_flops": peak,
         "dense_bf16_peak_source": source,
         "driver": driver or None,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-        "triton": _version("triton"),
     }
 
 
 def measure_copy() -> float:
-    """Bytes per second, read + written, of copying in device memory."""
+    """Bytes per second, read and written both counted, of a copy within device memory."""
     source = torch.randn(COPY_BYTES // 4, device="cuda")
     target = torch.empty_like(source)
     return 2 * COPY_BYTES / _median_seconds(partial(target.copy_, source), 20)
 
 
 def measure_ceilings() -> dict[str, float]:
-    """The two rates nothing runs past: copying in device memory and a bf16 matrix product."""
+    """The rates of a device copy (bytes per second) and of a large bf16 matmul (FLOP/s).
+
+    A memory-bound kernel comes no closer to the data sheet than the one, a matmul than the other.
+    """
     copy_rate = measure_copy()
-    # Random data: a product of zeros draws less power and runs faster than any real one.
-    a, b = (
-        torch.randn(GEMM_SIZE, GEMM_SIZE, device="cuda", dtype=torch.bfloat16) for _ in range(2)
-    )
-    product = torch.empty_like(a)
-    gemm_seconds = _median_seconds(partial(torch.mm, a, b, out=product), 200)
+    # Random data: a matmul of zeros draws less power and runs faster than any real one.
+    shape = (GEMM_SIZE, GEMM_SIZE)
+    a, b = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    gemm_seconds = _median_seconds(partial(torch.mm, a, b, out=torch.empty_like(a)), 200)
     return {
         "copy_bytes_per_second": copy_rate,
         "gemm_8192_bf16_flops": 2 * GEMM_SIZE**3 / gemm_seconds,
@@ -161,7 +129,7 @@ def _median_seconds(call: Callable[[], object], count: int) -> float:
 
 
 def _number(text: str) -> float | None:
-    """nvidia-smi writes [N/A] for what a card does not tell."""
+    """A value of nvidia-smi as a number; None for the [N/A] of a field that a card lacks."""
     try:
         return float(text)
     except ValueError:
@@ -169,8 +137,10 @@ def _number(text: str) -> float | None:
 
 
 def reason_names(mask: str) -> list[str]:
-    """Names of the bits of clocks_event_reasons.active, given as 0x...; none where it is not a
-    number."""
+    """Names of the bits set in clocks_event_reasons.active, a hexadecimal number.
+
+    None are set where the text is no number.
+    """
     try:
         bits = int(mask, 16)
     except ValueError:
@@ -179,36 +149,34 @@ def reason_names(mask: str) -> list[str]:
 
 
 def summarise_telemetry(samples: list[list[str]]) -> dict[str, Any]:
-    """Median clock and power, highest temperature and all reasons for lower clocks in the second
-    half of samples.
+    """Clock, power, temperature and throttling of a run, from its second half.
 
-    A sample is the values of TELEMETRY_FIELDS. Values are None where there is no sample that tells.
+    samples: values of TELEMETRY_FIELDS, oldest first. Returns columns of a row: median clock
+    (MHz) and power (W), highest temperature (C), all reasons for lower clocks. None: unknown.
     """
     settled = samples[len(samples) // 2 :]
-    columns = [
-        [value for row in settled if (value := _number(row[field])) is not None]
-        for field in range(3)
-    ]
-    clock, power, temperature = columns
-    reasons = sorted({name for row in settled for name in reason_names(row[3])})
-    values = (
-        statistics.median(clock) if clock else None,
-        statistics.median(power) if power else None,
-        max(temperature) if temperature else None,
-        reasons if settled else None,
+    clock, power, temperature = (
+        [value for row in settled if (value := _number(row[column])) is not None]
+        for column in range(3)
     )
-    return dict(zip(TELEMETRY_KEYS, values, strict=True))
+    reasons = sorted({name for row in settled for name in reason_names(row[3])})
+    return {
+        "sm_clock_mhz": statistics.median(clock) if clock else None,
+        "power_w": statistics.median(power) if power else None,
+        "temperature_c": max(temperature) if temperature else None,
+        "clock_event_reasons": reasons if settled else None,
+    }
 
 
 class Telemetry:
-    """Asks nvidia-smi about once a second, in a thread, while the block runs; `summary()`
-    afterwards."""
+    """Samples nvidia-smi in a thread while the block runs; `summary()` afterwards."""
 
     def __init__(
         self,
         query: Callable[[], list[str] | None] = lambda: nvidia_smi(TELEMETRY_FIELDS),
         period_seconds: float = 1.0,
     ) -> None:
+        """query: gives the values of TELEMETRY_FIELDS, or None where there are none."""
         self._query = query
         self._period = period_seconds
         self._samples: list[list[str]] = []
@@ -236,5 +204,5 @@ class Telemetry:
         self._thread.join()
 
     def summary(self) -> dict[str, Any]:
-        """`summarise_telemetry` of what was seen."""
+        """`summarise_telemetry` of the samples."""
         return summarise_telemetry(self._samples)

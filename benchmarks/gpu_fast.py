@@ -57,6 +57,10 @@ class FastRecipe(Recipe):
         )
         return {**choose_kernels(whole, target), "adamw": adamw}
 
+    def unet(self, config: UNetConfig, device: str) -> torch.nn.Module:
+        """The fast network with the chosen kernels."""
+        return self.fast_unet(config, device, Ops.chosen(self.choices(config)))
+
     def fast_unet(self, config: UNetConfig, device: str, ops: Ops) -> torch.nn.Module:
         """The network, made where it will live.
 

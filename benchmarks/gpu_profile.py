@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from benchmarks.gpu_fast import FastRecipe, FastWorkload
-from sd_kernels.conv.cudnn import tuned
+from sd_kernels.conv.aten import tuned
 from sd_kernels.registry import all_ops
 from sd_perf.config import UNetConfig
 from sd_perf.fast.ops import Op

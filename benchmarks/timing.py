@@ -1,4 +1,4 @@
-"""Time: the script's own budget, the intervals between calls, and the settled rate in them."""
+"""Timing: a budget of seconds, intervals between calls on a GPU, and the settled rate in them."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Budget:
 
 
 class Clock(Protocol):
-    """Marks moments in a stream of work."""
+    """Marks moments in a stream of GPU work."""
 
     def mark(self) -> None:
-        """Remember this moment."""
+        """Mark this moment."""
         ...
 
     def intervals(self) -> list[float]:
@@ -67,10 +67,10 @@ def repetitions(seconds: float, seconds_each: float, least: int, most: int) -> i
 
 
 def rates(intervals: list[float], batch: int) -> dict[str, float]:
-    """Rates of iterations that took so many milliseconds each.
+    """Training rates of iterations of `batch` samples, from their milliseconds.
 
-    The settled rate is the median of the second half, since clocks sink while the chip warms up;
-    the mean rate of the first tenth beside it shows by how much.
+    The rate is the median of the second half, since clocks sink while the chip warms up; the mean
+    rate of the first tenth beside it shows by how much.
     """
     settled = statistics.median(intervals[len(intervals) // 2 :])
     first = statistics.mean(intervals[: max(1, len(intervals) // 10)])

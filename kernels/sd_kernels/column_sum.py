@@ -1,12 +1,14 @@
-"""Sums over rows, the gradient of what was broadcast over them: one pass over the rows, always in
-the same order.
+"""Sums over rows, the gradient of a vector that was broadcast over them, in one pass.
 
-Programs sum stripes of rows into a row of partial sums each; the same kernel then sums those.
+Each program sums a stripe of rows into a row of partial sums; the same kernel then sums these. The
+order is fixed by the shape and the GPU, so that sums are repeatable.
 
-Shape letters: M rows, N columns, P stripes.
+Shape letters: M rows, N columns.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -14,17 +16,30 @@ import triton.language as tl
 
 from sd_kernels.launch import empty, interpreted, launch, rounded
 
-ROWS = 64
-"""rows of a tile, 128 bytes wide: 4 warps have four 16-byte loads a thread in flight"""
-SINGLE = 512
-"""up to so many rows one stripe is enough"""
-PER_PROCESSOR = 8
-"""programs a multiprocessor"""
+
+@dataclass(frozen=True)
+class Tuning:
+    """Launch constants."""
+
+    rows: int = 64
+    """rows of a tile: of 128 bytes each, so that each thread of 4 warps has four 16-byte loads in
+    flight"""
+    tile_bytes: int = 128
+    """bytes of a tile's row: a whole cache line"""
+    single_stripe_rows: int = 512
+    """most rows of a single stripe: eight turns of the loop; a second launch would take longer"""
+    programs_per_processor: int = 8
+    """programs on a multiprocessor: 32 warps, half of those that it holds, hide the latency"""
+
+
+TUNING = Tuning()
 
 
 def processors(tensor: torch.Tensor) -> int:
-    """Multiprocessors of the tensor's GPU; few in the interpreter, so that stripes take several
-    turns there."""
+    """Multiprocessors of the tensor's GPU, an H100's 132 where a launch is only recorded.
+
+    One in the interpreter, so that each stripe takes several turns of the loop there.
+    """
     if tensor.is_cuda:
         return torch.cuda.get_device_properties(tensor.device).multi_processor_count
     return 1 if interpreted() else 132
@@ -35,32 +50,35 @@ def column_sum_kernel(
     x, sums, M, stride, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    # Stripes are interleaved tile by tile, so that programs that run together read adjacent rows.
     stripe = tl.program_id(1)
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    # Each row of the tile has sums of its own, which are added across threads once, at the end.
+    tile_sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in tl.range(stripe * ROWS, M, tl.num_programs(1) * ROWS):
         rows = start + tl.arange(0, ROWS).to(tl.int64)[:, None]
         inside = rows < M
+        # Only ragged widths pay for a mask of columns, which would split the 16-byte accesses.
         if N % COLUMNS != 0:
             inside = inside & (columns < N)[None, :]
-        total += tl.load(x + rows * stride + columns[None, :], mask=inside, other=0.0).to(
-            tl.float32
-        )
-    tl.store(
-        sums + stripe * N + columns, tl.sum(total, 0), mask=columns < N
-    )  # narrow: one row a program
+        tile = tl.load(x + rows * stride + columns[None, :], mask=inside, other=0.0)
+        tile_sums += tile.to(tl.float32)
+    place = sums + stripe * N + columns
+    tl.store(place, tl.sum(tile_sums, 0), mask=columns < N)  # narrow: one row a program
 
 
 @torch.library.custom_op("sd_kernels::column_sum", mutates_args=())
 def column_sum(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The sum of x (M, N), rows of adjacent elements, over M in float32; (N,) of `dtype`."""
+    """The sum (N,) of x (M, N) over its rows, computed in float32 and rounded to `dtype`.
+
+    The elements of a row must be adjacent; rows may be apart.
+    """
     M, N = x.shape
-    columns = 128 // x.element_size()
+    columns = TUNING.tile_bytes // x.element_size()
     tiles = triton.cdiv(N, columns)
-    stripes = (
-        1
-        if M <= SINGLE
-        else min(triton.cdiv(M, ROWS), triton.cdiv(PER_PROCESSOR * processors(x), tiles))
-    )
+    stripes = 1
+    if TUNING.single_stripe_rows < M:
+        resident = TUNING.programs_per_processor * processors(x)
+        stripes = min(triton.cdiv(M, TUNING.rows), triton.cdiv(resident, tiles))
     sums = empty(x, (stripes, N), torch.float32 if stripes > 1 else dtype)
     launch(
         column_sum_kernel,
@@ -70,7 +88,7 @@ def column_sum(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         M,
         x.stride(0),
         N=N,
-        ROWS=ROWS,
+        ROWS=TUNING.rows,
         COLUMNS=columns,
     )
     return rounded(sums, dtype).flatten() if stripes == 1 else column_sum(sums, dtype)

@@ -1,9 +1,8 @@
-"""The one door through which Triton kernels run: launches are counted, and can be recorded instead
-of run.
+"""All Triton kernels run through `launch`, which counts launches, or records them instead.
 
-Under Triton's interpreter (TRITON_INTERPRET=1 when triton is imported) kernels take CPU tensors. It
-truncates where a GPU rounds when bfloat16 or FP8 is stored, so there outputs of low precision are
-allocated in float32 and rounded by torch.
+Under Triton's interpreter (TRITON_INTERPRET=1 when triton is imported) kernels take CPU tensors.
+The interpreter truncates where a GPU rounds, when it stores bfloat16 or FP8. So there `empty`
+allocates outputs of low precision in float32, and `rounded` rounds them with torch.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ import triton
 from sd_kernels.errors import KernelError
 
 executed: Counter[str] = Counter()
-"""launches of this process by kernel name"""
+"""number of launches in this process by kernel name"""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch that was recorded, not run: exactly what Triton's own binder would be given."""
+    """A recorded launch: the arguments that Triton's own binder would be given."""
 
     kernel: Any
     arguments: tuple[Any, ...]
@@ -48,7 +47,7 @@ def interpreted() -> bool:
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Record launches instead of running them; tensors may then be empty ones on any device."""
+    """Record launches instead of running them; tensors may be empty and on any device."""
     launches: list[Launch] = []
     _state.recorded = launches
     try:
@@ -58,15 +57,13 @@ def recording() -> Iterator[list[Launch]]:
 
 
 def is_recording() -> bool:
-    """Whether launches are recorded; then a product of torch's own between them need not be
-    computed either."""
+    """Whether launches are recorded; then a matmul of torch between them need not run either."""
     return _state.recorded is not None
 
 
 @contextmanager
 def poisoned_outputs() -> Iterator[None]:
-    """Fill what `empty` gives with NaN (integers: their least), so that an element never written is
-    seen."""
+    """Fill tensors of `empty` with NaN (integers: their minimum), to show unwritten elements."""
     _state.poison = True
     try:
         yield
@@ -77,9 +74,10 @@ def poisoned_outputs() -> Iterator[None]:
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """Run `kernel[grid](*arguments, **options)`; constexprs, num_warps and num_stages are options.
 
-    Multiplies and adds are fused unless an option says otherwise: Triton's default changes between
-    versions.
+    KernelError where tensors are not on a GPU and there is no interpreter.
     """
+    # Multiplications and additions are fused unless an option says otherwise: the default of Triton
+    # changes between versions.
     options.setdefault("enable_fp_fusion", True)
     if _state.recorded is not None:
         _state.recorded.append(Launch(kernel, arguments, options))
@@ -99,8 +97,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
 def empty(
     like: torch.Tensor, shape: tuple[int, ...] | None = None, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """An output: a dense tensor of `like`'s memory order, or of `shape`; `rounded` must follow the
-    launch."""
+    """An output tensor for a launch; `rounded` must follow the launch.
+
+    Without `shape` it has the shape of `like` and is dense, channels-last where `like` is; with
+    `shape` it is contiguous. The dtype is that of `like` unless given.
+    """
     dtype = dtype or like.dtype
     if interpreted() and dtype.is_floating_point and dtype.itemsize < 4:
         dtype = torch.float32
@@ -119,6 +120,5 @@ def _dense_format(tensor: torch.Tensor) -> torch.memory_format:
 
 
 def rounded(output: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What `empty` gave, in the dtype that was asked for: torch rounds where the interpreter would
-    truncate."""
+    """A tensor of `empty` in the dtype that was asked for: a copy in the interpreter only."""
     return output if output.dtype == dtype else output.to(dtype)

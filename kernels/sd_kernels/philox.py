@@ -1,12 +1,12 @@
-"""Counter-based randomness: every draw is a pure function of (seed, sample index, stream, element).
+"""Counter-based random numbers: a draw depends on (seed, sample index, stream, element) alone.
 
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The key is
-the 64-bit seed; the counter is (element // 4, stream, sample index low, sample index high). Rank,
-batch size and world size never enter, so any split of the same samples sees the same draws, and a
-captured graph needs no generator. Triton's `tl.philox` called with the same key and counter gives
-the same words.
+the 64-bit seed. The counter is (element // 4, stream, sample index low, sample index high). Rank,
+batch size and world size never enter: any split of the same samples sees the same draws, and a
+captured graph needs no generator. Triton's `tl.philox` gives the same words for the same key and
+counter.
 
-Shape letters: B samples, N numbers per sample.
+Shape letters: B samples, N numbers of a sample.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ _WORD = 0xFFFFFFFF
 
 
 def _multiply(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """High and low word of a 32 x 32 bit product, in int64 without overflow."""
+    """High and low word of a 32 x 32 bit product; in halves, since int64 is signed."""
     low_product = (a & 0xFFFF) * b
     high_product = (a >> 16) * b + (low_product >> 16)
     return high_product >> 16, ((high_product & 0xFFFF) << 16) | (low_product & 0xFFFF)
 
 
 def philox_4x32(key: tuple[int, int], counter: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Philox4x32-10 on four int64 tensors that hold uint32 words (broadcastable shapes); returns
-    four words."""
+    """Philox4x32-10: four words from a key and a counter of four words.
+
+    Words are int64 tensors that hold uint32; the shapes of the counter's words must broadcast.
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -41,8 +43,10 @@ def philox_4x32(key: tuple[int, int], counter: list[torch.Tensor]) -> list[torch
 
 
 def philox(seed: int, stream: int, indices: torch.Tensor, num_words: int) -> torch.Tensor:
-    """Random words (B, num_words), int64 tensors holding uint32, for sample indices (B,) int64 on
-    their device."""
+    """Random words (B, num_words), int64 holding uint32, of the samples `indices` (B,) int64.
+
+    They are on the device of `indices`.
+    """
     blocks = torch.arange(-(-num_words // 4), dtype=torch.int64, device=indices.device)
     index = indices[:, None]
     counter = [
@@ -56,11 +60,12 @@ def philox(seed: int, stream: int, indices: torch.Tensor, num_words: int) -> tor
 
 
 def normal(seed: int, stream: int, indices: torch.Tensor, num: int) -> torch.Tensor:
-    """Standard normals (B, num) float32 by Box-Muller; words 2i and 2i+1 give numbers 2i and 2i+1.
+    """Standard normals (B, num) float32; words 2i and 2i + 1 give numbers 2i and 2i + 1.
 
-    The uniforms have 24 bits, so they are exact in float32 wherever they are computed; the
-    transcendental functions run in float64, so that the rounded result does not depend on how a
-    device vectorises them.
+    Box and Muller, "A Note on the Generation of Random Normal Deviates" (1958). The uniform numbers
+    have 24 bits, so that they are exact in float32 on every device. Logarithm, root, sine and
+    cosine are computed in float64, so that the rounded result does not depend on how a device
+    vectorises them.
     """
     words = philox(seed, stream, indices, num + num % 2)
     first, second = (words >> 8).to(torch.float64).unflatten(1, (-1, 2)).unbind(-1)
@@ -71,5 +76,5 @@ def normal(seed: int, stream: int, indices: torch.Tensor, num: int) -> torch.Ten
 
 
 def uniform_integers(seed: int, stream: int, indices: torch.Tensor, high: int) -> torch.Tensor:
-    """One integer in [0, high) per sample, (B,) int64: the high word of a 32 x 32 bit product."""
+    """One integer in [0, high) for each sample, (B,) int64: the high word of word * high."""
     return (philox(seed, stream, indices, 1)[:, 0] * high) >> 32

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import pkgutil
 import re
 from functools import cache
 from pathlib import Path
@@ -14,15 +13,14 @@ from sd_kernels.spec import OpSpec
 
 _IMPORT = re.compile(r"^ *from sd_kernels\.([\w.]+) import ", re.MULTILINE)
 """the one form of import of this package that its modules use"""
-_DESCRIBING = ("spec", "sd_v2_shapes")
-"""modules that tell of calls and targets; they compute nothing"""
+_DESCRIBING = ("spec", "sd_v2_shapes", "targets", "reasons")
+"""modules that describe calls, GPUs and reasons; they compute nothing"""
 
 
 @cache
 def all_ops() -> dict[str, OpSpec]:
     """Every op's spec by name, in alphabetical order."""
-    folders = [module.name for module in pkgutil.iter_modules(sd_kernels.__path__) if module.ispkg]
-    return {name: importlib.import_module(f"sd_kernels.{name}").SPEC for name in sorted(folders)}
+    return {op: importlib.import_module(f"sd_kernels.{op}").SPEC for op in sd_kernels.op_names()}
 
 
 def sources(op: str) -> list[Path]:

@@ -1,5 +1,4 @@
-"""The blocks of a UNet from which ops tell their calls; the benchmark's by default (Stable
-Diffusion v2).
+"""The blocks of a UNet, from which every op counts its calls; by default the benchmark's.
 
 Residual blocks on every level, one more on the way up than on the way down; transformers at some
 levels and in the middle. The way up reads each level's output beside a skip.
@@ -7,12 +6,8 @@ levels and in the middle. The way up reads each level's output beside a skip.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
-
-from sd_kernels.spec import Case
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 BATCH = 64
 
@@ -22,11 +17,11 @@ class Architecture:
     """A UNet's sizes; sides and lengths in latent pixels and tokens, the rest in channels."""
 
     stem: int = 320
-    """of the first convolution; a quarter of the time embedding's"""
+    """channels after the first convolution; the time embedding has four times as many"""
     widths: tuple[int, ...] = (320, 640, 1280, 1280)
-    """of each level"""
+    """channels of each level"""
     side: int = 64
-    """of the latents, halved at each level after the first"""
+    """height and width of the latents, halved at each level after the first"""
     transformer_levels: tuple[int, ...] = (0, 1, 2)
     blocks: int = 2
     """residual blocks of a level on the way down"""
@@ -46,15 +41,16 @@ class Architecture:
 
 
 SD_V2 = Architecture()
-"""the benchmark's"""
+"""the benchmark's UNet (Stable Diffusion v2)"""
 
 
 @dataclass(frozen=True)
 class ResBlock:
-    """`sources` are the channel counts that its input is read from: one, or two on the way up."""
+    """Two 3x3 convolutions with norms, at `side` x `side` pixels."""
 
     side: int
     sources: tuple[int, ...]
+    """channels of its input, and on the way up of the skip that is read beside it"""
     channels: int
 
 
@@ -111,8 +107,3 @@ def transformers(unet: Architecture = SD_V2) -> list[Transformer]:
 def res_blocks(unet: Architecture = SD_V2) -> list[ResBlock]:
     """The residual blocks; the benchmark has twenty-two."""
     return [layer for layer in layers(unet) if isinstance(layer, ResBlock)]
-
-
-def counted(calls: Iterable[Any], make: Callable[[Any], Case]) -> tuple[Case, ...]:
-    """One case per distinct call, with the number of its calls, in order of first appearance."""
-    return tuple(replace(make(call), calls=count) for call, count in Counter(calls).items())

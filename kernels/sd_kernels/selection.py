@@ -1,5 +1,4 @@
-"""Which backend runs an op: named, or the first that can be had; decided once, when a model is
-built."""
+"""Which backend runs an op: the one that is named, or the first that can be had."""
 
 from __future__ import annotations
 
@@ -10,8 +9,10 @@ from difflib import get_close_matches
 import torch
 
 from sd_kernels.errors import KernelError
+from sd_kernels.reasons import ONLY_NAMED, Reason, of_case
 from sd_kernels.registry import all_ops
-from sd_kernels.spec import Backend, Case, Function, OpSpec, Target
+from sd_kernels.spec import Backend, Case, Function, OpSpec
+from sd_kernels.targets import Target
 
 AUTO = "auto"
 
@@ -35,25 +36,26 @@ def reasons_against(
     target: Target,
     cases: Iterable[Case] = (),
     dtype: torch.dtype = torch.bfloat16,
-) -> list[str]:
+) -> list[Reason]:
     """Everything that keeps a backend from running these cases on the target; empty where nothing
     does.
 
     A reason that several cases share is said once, of the first.
     """
-    missing = backend.missing(target)
-    if (
-        not missing
-        and target.device == "cuda"
-        and backend.gpu_dtypes
-        and dtype not in backend.gpu_dtypes
-    ):
-        missing = f"takes {' or '.join(map(str, backend.gpu_dtypes))} on a GPU, not {dtype}"
-    refusals: dict[str, str] = {}
+    missing = backend.missing(target) or _wrong_dtype(backend, target, dtype)
+    refusals: dict[Reason, str] = {}
     for case in cases:
         if why := backend.refuses(case, dtype):
             refusals.setdefault(why, case.name)
-    return [*([missing] if missing else []), *(f"{name}: {why}" for why, name in refusals.items())]
+    of_cases = [of_case(name, why) for why, name in refusals.items()]
+    return [missing, *of_cases] if missing else of_cases
+
+
+def _wrong_dtype(backend: Backend, target: Target, dtype: torch.dtype) -> Reason | None:
+    if target.device != "cuda" or not backend.gpu_dtypes or dtype in backend.gpu_dtypes:
+        return None
+    takes = f"takes {' or '.join(map(str, backend.gpu_dtypes))} on a GPU"
+    return Reason("dtype", f"{takes}, not {dtype}", takes)
 
 
 def choose(
@@ -81,10 +83,10 @@ def choose(
     for backend in spec.backends:
         against = reasons_against(backend, target, cases, dtype)
         if not backend.automatic:
-            against = ["only when named", *against]
+            against = [ONLY_NAMED, *against]
         if not against:
             break
-        passed_over[backend.name] = against[0]
+        passed_over[backend.name] = str(against[0])
     chosen = Choice(op, backend.name, wanted, passed_over)
     slower = [
         f"{name}: {why}"
@@ -101,8 +103,8 @@ def choose(
 
 
 def _may_be_had(backend: Backend, target: Target) -> bool:
-    is_for_others = target.device == "cuda" and bool(backend.unfit(target))
-    return backend.automatic and not is_for_others
+    is_for_another_gpu = target.device == "cuda" and backend.unfit(target) is not None
+    return backend.automatic and not is_for_another_gpu
 
 
 def _spec(op: str) -> OpSpec:
@@ -125,7 +127,7 @@ def _named(
         )
     against = reasons_against(spec.backend(wanted), target, cases, dtype)
     if against:
-        why = "; ".join(against)
+        why = "; ".join(map(str, against))
         raise KernelError(
             f"kernels.{spec.name}: {wanted!r} cannot be had on {target.name}: {why}; or choose auto"
         )

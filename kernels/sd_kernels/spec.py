@@ -1,19 +1,50 @@
-"""What there is to know of an op: its calls in the UNet, its inputs, its backends, its work.
+"""What an op says of itself: its calls in the UNet, its inputs, its backends, its work.
 
-Tests, benchmarks, `doctor` and parity iterate over these, so that adding an op is adding a folder.
+Tests, benchmarks, `doctor`, `estimate` and `parity` read the specs, so that adding an op is adding
+a folder. GEGLU's `__init__.py`, shortened; it makes (B, L, N) of x, which is (B, L, 2N):
+
+    def _inputs(case, make):                # the arguments of one call
+        B, L, N = case.sizes("B", "L", "N")
+        return {"x": make.data(B, L, 2 * N)}
+
+    def _work(case, dtype):                 # forward moves 2N + N numbers, backward 2N + N + 2N
+        B, L, N = case.sizes("B", "L", "N")
+        size = B * L * N * dtype.itemsize
+        return Work(0.0, forward_bytes=3 * size, backward_bytes=5 * size)
+
+    SPEC = OpSpec(
+        name="geglu",
+        summary="value * gelu(gate), exact erf",
+        backends=(                          # in the order in which `auto` prefers them
+            Backend("triton", f"{__name__}.triton", ours=True, capability=(8, 0)),
+            Backend("reference", f"{__name__}.reference"),      # the reference is the last
+        ),
+        cases=_cases(SD_V2),                # what one training step of the benchmark calls ...
+        cases_of=_cases,                    # ... and one of any other UNet
+        small_cases=(Case("tiny", {"B": 1, "L": 2, "N": 5}),),  # for the interpreter
+        inputs=_inputs,
+        work=_work,
+        family="activations",               # its colour in the chart of `estimate`
+        saved_bytes=lambda case, dtype: 3 * B * L * N * dtype.itemsize,
+    )
+
+docs/kernels.md writes a whole op from nothing.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
-if TYPE_CHECKING:
-    from sd_kernels.sd_v2_shapes import Architecture
+from sd_kernels.reasons import Reason
+from sd_kernels.sd_v2_shapes import Architecture
+from sd_kernels.targets import Target
 
 Function = Callable[..., Any]
 """a differentiable function of tensors and options, all by keyword; gives a tensor or a tuple of
@@ -21,21 +52,42 @@ them"""
 
 
 @dataclass(frozen=True)
+class Draw:
+    """How a case's input tensors are drawn: normal numbers, rows perhaps apart."""
+
+    mean: float = 0.0
+    std: float = 1.0
+    padding: int = 0
+    """elements between rows that belong to no row: the tensor is a view into a wider one"""
+
+
+@dataclass(frozen=True)
 class Case:
-    """One kind of call: sizes by shape letter, options of the op, and how often one training step
-    makes it."""
+    """One kind of call, and how often one training step makes it."""
 
     name: str
     shape: Mapping[str, int]
+    """sizes by letter, such as B samples"""
     options: Mapping[str, Any] = field(default_factory=dict)
-    data: Mapping[str, Any] = field(default_factory=dict)
-    """how inputs are drawn: `mean`, `std`, `padding` (elements skipped between rows: a view into a
-    wider tensor)"""
+    """arguments that are no tensors"""
+    draw: Draw = Draw()
+    extras: Any = None
+    """what else sets its inputs apart, such as an optional bias: the dataclass `Extras` of the
+    op's folder; None where the op has no such thing"""
     calls: int = 1
+
+    def sizes(self, *letters: str) -> tuple[int, ...]:
+        """The sizes of these letters."""
+        return tuple(self.shape[letter] for letter in letters)
 
     def at_batch(self, batch: int) -> Case:
         """The same call with another batch size."""
         return replace(self, shape={**self.shape, "B": batch})
+
+
+def counted(calls: Iterable[Any], make: Callable[[Any], Case]) -> tuple[Case, ...]:
+    """One case per distinct call, with the number of its calls, in order of first appearance."""
+    return tuple(replace(make(call), calls=count) for call, count in Counter(calls).items())
 
 
 class Inputs:
@@ -61,7 +113,7 @@ class Inputs:
     ) -> torch.Tensor:
         """Normal numbers that take gradients; rows of the last axis are adjacent unless the case
         says `padding`."""
-        padding = self.case.data.get("padding", 0) if len(shape) > 1 else 0
+        padding = self.case.draw.padding if len(shape) > 1 else 0
         full = torch.empty(
             *shape[:-1], shape[-1] + padding, dtype=dtype or self.dtype, device=self.device
         )
@@ -73,9 +125,7 @@ class Inputs:
 
     def data(self, *shape: int) -> torch.Tensor:
         """`tensor` with the mean and standard deviation that the case asks for."""
-        return self.tensor(
-            *shape, mean=self.case.data.get("mean", 0.0), std=self.case.data.get("std", 1.0)
-        )
+        return self.tensor(*shape, mean=self.case.draw.mean, std=self.case.draw.std)
 
     def image(self, batch: int, channels: int, height: int, width: int) -> torch.Tensor:
         """`data` of shape (B, C, H, W) in channels-last memory."""
@@ -102,44 +152,9 @@ class Inputs:
         )
 
 
-@dataclass(frozen=True)
-class Target:
-    """What kernels are chosen for: this machine, or a declared one."""
-
-    device: str
-    """cpu or cuda"""
-    name: str
-    capability: tuple[int, int] = (0, 0)
-    interpreted: bool = False
-    """whether Triton's interpreter runs kernels on CPU tensors"""
-
-    @classmethod
-    def here(cls) -> Target:
-        """The GPU of this process, or the CPU where there is none."""
-        if torch.cuda.is_available():
-            properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-            return cls("cuda", properties.name, (properties.major, properties.minor))
-        from sd_kernels.launch import interpreted
-
-        return cls(
-            "cpu",
-            "cpu, in Triton's interpreter" if interpreted() else "cpu",
-            interpreted=interpreted(),
-        )
-
-
-DECLARED_TARGETS = {
-    "a100": Target("cuda", "A100", (8, 0)),
-    "h100": Target("cuda", "H100", (9, 0)),
-    "h200": Target("cuda", "H200", (9, 0)),
-    "b200": Target("cuda", "B200", (10, 0)),
-}
-"""GPUs that a dry run can choose for"""
-
-
-def anything(case: Case, dtype: torch.dtype) -> str:
+def takes_anything(case: Case, dtype: torch.dtype) -> Reason | None:
     """Refuse nothing."""
-    return ""
+    return None
 
 
 @dataclass(frozen=True)
@@ -164,42 +179,50 @@ class Backend:
     """the only major versions of compute capability it is built for; empty: all"""
     gpu_dtypes: tuple[torch.dtype, ...] = ()
     """the only dtypes that it takes on a GPU; empty: all that the op takes"""
-    refuses: Callable[[Case, torch.dtype], str] = anything
-    """why it cannot compute a case, or an empty string"""
+    refuses: Callable[[Case, torch.dtype], Reason | None] = takes_anything
+    """why it cannot compute a case; None: it can"""
     automatic: bool = True
     """whether `auto` may choose it"""
+    ours: bool = False
+    """Triton kernels of this package: the interpreter runs them on a CPU, and the reference in the
+    same dtype is what they are measured against"""
+    yardstick: bool = False
+    """torch's own operator for the whole op: in 16 bits other people's kernels, and it itself, may
+    be as far off as it is"""
     exact: bool = True
     """whether the outputs that the spec calls exact must be so; otherwise they follow the rule of
     all others"""
 
-    def unfit(self, target: Target) -> str:
-        """Why this backend is not for such hardware, or an empty string."""
-        if (
-            self.capability > (0, 0)
-            and target.device != "cuda"
-            and not (self.name == "triton" and target.interpreted)
-        ):
-            return f"needs a CUDA GPU, this is {target.name}"
-        if target.device == "cuda" and self.capability > target.capability:
-            return "needs compute capability {}.{}, ".format(
-                *self.capability
-            ) + "{} has {}.{}".format(target.name, *target.capability)
-        if target.device == "cuda" and self.majors and target.capability[0] not in self.majors:
-            majors = " or ".join(f"{major}.x" for major in self.majors)
-            return "needs compute capability {}, {} has {}.{}".format(
-                majors, target.name, *target.capability
+    def unfit(self, target: Target) -> Reason | None:
+        """Why this backend is not for such hardware, or None."""
+        if target.device != "cuda":
+            runs_here = self.capability == (0, 0) or (self.ours and target.interpreted)
+            needs = "needs a CUDA GPU"
+            return (
+                None if runs_here else Reason("hardware", f"{needs}, this is {target.name}", needs)
             )
-        return ""
+        needed = ""
+        if self.capability > target.capability:
+            needed = "{}.{}".format(*self.capability)
+        elif self.majors and target.capability[0] not in self.majors:
+            needed = " or ".join(f"{major}.x" for major in self.majors)
+        if not needed:
+            return None
+        there = "{} has {}.{}".format(target.name, *target.capability)
+        text = f"needs compute capability {needed}, {there}"
+        return Reason("hardware", text, f"needs capability {needed}")
 
-    def missing(self, target: Target) -> str:
-        """Why this backend cannot be had on the target, or an empty string."""
+    def missing(self, target: Target) -> Reason | None:
+        """Why this backend cannot be had on the target, or None."""
         if unfit := self.unfit(target):
             return unfit
         try:
             importlib.import_module(self.requires or self.module)
         except ImportError as error:
-            return f"{error}; {self.install}" if self.install else str(error)
-        return ""
+            text = f"{error}; {self.install}" if self.install else str(error)
+            is_absent = isinstance(error, ModuleNotFoundError)
+            return Reason("package", text, "not installed" if is_absent else "cannot be imported")
+        return None
 
     def function(self, op: str) -> Function:
         """The op's implementation; ImportError where its package is absent."""
@@ -219,6 +242,71 @@ class Work:
     """with what is computed again; 0 stands for twice the forward's"""
 
 
+class Matmul(NamedTuple):
+    """A matrix product: (M, K) times (K, N)."""
+
+    M: int
+    N: int
+    K: int
+
+    @property
+    def flops(self) -> float:
+        """A multiply-add counts as two."""
+        return 2.0 * math.prod(self)
+
+
+@dataclass(frozen=True)
+class Matmuls:
+    """The three matmuls that a linear layer or a convolution (implicit GEMM) amounts to."""
+
+    rows: int
+    """outputs of the whole batch: tokens or pixels"""
+    columns: int
+    """output channels"""
+    channels: int
+    """input channels"""
+    taps: int = 1
+    """weights between an input and an output channel, such as 9"""
+    stride: int = 1
+    """in both directions"""
+    bias: bool = False
+    """whether torch sums the output's gradient over its rows besides"""
+
+    @property
+    def forward(self) -> Matmul:
+        return Matmul(self.rows, self.columns, self.taps * self.channels)
+
+    @property
+    def grad_input(self) -> Matmul:
+        """There are stride^2 inputs to an output, and each meets so many fewer taps."""
+        area = self.stride**2
+        return Matmul(self.rows * area, self.channels, self.taps * self.columns // area)
+
+    @property
+    def grad_weight(self) -> Matmul:
+        return Matmul(self.columns, self.taps * self.channels, self.rows)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What decides the rate of an attention kernel."""
+
+    queries: int
+    """of a sample"""
+
+
+Family = Literal[
+    "convolutions",
+    "linear",
+    "attention",
+    "norms",
+    "activations",
+    "sums, copies, casts",
+    "optimizer, inputs, loss",
+]
+"""what ops are drawn in one colour in the chart of `sd-perf estimate`"""
+
+
 @dataclass(frozen=True)
 class OpSpec:
     """An op. Backends are in the order in which `auto` prefers them; the last is the reference."""
@@ -233,8 +321,14 @@ class OpSpec:
     gradient"""
     inputs: Callable[[Case, Inputs], dict[str, Any]]
     work: Callable[[Case, torch.dtype], Work]
+    family: Family
     cases_of: Callable[[Architecture], tuple[Case, ...]] | None = None
     """the same of a UNet of other sizes; None: no op of a step in bfloat16"""
+    matmuls: Callable[[Case], Matmuls | Attention] | None = None
+    """what the matrix units compute in a case; None: nothing"""
+    saved_bytes: Callable[[Case, torch.dtype], int] | None = None
+    """bytes that a call keeps for the backward pass, of what it reads and writes; a tensor that two
+    ops keep is counted by one of them. None: nothing that another op does not count"""
     outputs: tuple[str, ...] = ("y",)
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     exact: tuple[str, ...] = ()
@@ -242,6 +336,16 @@ class OpSpec:
     differentiable: bool = True
     in_place: bool = False
     """whether it writes into its inputs and gives them back"""
+
+    def __post_init__(self) -> None:
+        if self.family not in get_args(Family):
+            families = ", ".join(map(repr, get_args(Family)))
+            raise ValueError(f"{self.name}: family {self.family!r} is none of {families}")
+
+    @property
+    def ours(self) -> str | None:
+        """Name of the backend with our Triton kernels; None where there is none."""
+        return next((backend.name for backend in self.backends if backend.ours), None)
 
     def backend(self, name: str) -> Backend:
         """The backend of that name; StopIteration where there is none."""

@@ -12,7 +12,7 @@ import torch
 from sd_kernels.errors import KernelError
 from sd_kernels.registry import all_ops
 from sd_kernels.selection import AUTO, Choice, choose, reasons_against
-from sd_kernels.spec import DECLARED_TARGETS, Target
+from sd_kernels.targets import Target, named
 from sd_perf.config import Config, KernelsConfig
 from sd_perf.errors import ConfigError
 from sd_perf.fast.architecture import architecture
@@ -21,8 +21,13 @@ REFERENCE = "reference"
 
 
 def target_named(name: str) -> Target:
-    """The declared GPU of that name, or with `here` this machine's device."""
-    return Target.here() if name == "here" else DECLARED_TARGETS[name]
+    """The GPU of `sd_kernels.targets` of that name, or with `here` this machine's device."""
+    if name == "here":
+        return Target.here()
+    try:
+        return named(name).target
+    except LookupError as error:
+        raise ConfigError(f"--target: {error}, or here") from error
 
 
 def choose_kernels(config: Config, target: Target) -> dict[str, Choice]:
@@ -52,7 +57,7 @@ def _require_fp8(config: Config, target: Target, native: Choice) -> None:
             against = reasons_against(all_ops()["fp8_linear"].backend("te"), target)
             right = (
                 f"fp8_native or bf16, since fp8_te cannot be had on {target.name}: "
-                f"{'; '.join(against)}"
+                f"{'; '.join(map(str, against))}"
             )
             config.precision.require(not against, key, right)
         elif target.device == "cuda" and native.wanted == AUTO:

@@ -74,7 +74,7 @@ class Norm(nn.Module):
         """
         tensors = x, self.weight, self.bias, shift, residual, skip
         options = {"num_groups": self.num_groups, "eps": self.eps, "silu": self.silu}
-        return ops.group_norm(*tensors, **options, hand_on=return_sum)
+        return ops.group_norm(*tensors, **options, return_sum=return_sum)
 
     def forward(
         self, pending: Pending, ops: Ops, skip: Tensor | None = None

@@ -1,6 +1,8 @@
-"""The record of a parity run, and whether one stands for a config, this code and this device.
+"""The record of a parity run, `parity.json`: its names, its place, what it says, what it proves.
 
-Shape of `parity.json`: digests of config and code, device, levels, `ok`, and the rows.
+A record has the digests of its config and code and the name of its device (`IDENTITY`), `levels`,
+`ok`, `rows` (a comparison each, see `sd_perf.tools.parity.comparison.Comparison.as_dict`), `notes`,
+`curves`, and the calls and launches that were counted (`executed`, `triton_launches`).
 """
 
 from __future__ import annotations
@@ -8,10 +10,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, Literal, get_args
 
 import sd_kernels
 import sd_perf
@@ -19,37 +21,37 @@ from sd_perf.config import Config
 from sd_perf.errors import ConfigError
 from sd_perf.files import read_json
 
-LEVELS = ("op", "block", "unet", "grad", "step", "trajectory", "world")
-USUAL = LEVELS[:5]
-"""levels that take seconds; a recipe needs them all"""
-NAME = "parity.json"
+Level = Literal["op", "block", "unet", "grad", "step", "trajectory", "world"]
+LEVELS: tuple[Level, ...] = get_args(Level)
+"""from the smallest part of a run to whole runs"""
+DEFAULT_LEVELS: tuple[Level, ...] = ("op", "block", "unet", "grad", "step")
+"""levels that take seconds; a run that needs a record needs them all"""
+Where = Literal["interpreter", "structure", "gpu"]
+"""interpreter: tiny shapes, Triton's kernels in its interpreter, on a CPU; structure: the config's
+own network on the operators that a CPU has; gpu: full size"""
+RECORD_NAME = "parity.json"
 IDENTITY = ("config", "code", "device")
-"""what a record must agree in to stand for a run"""
+"""keys in which a record must agree with a run that it stands for"""
 _SECTIONS = ("model", "diffusion", "optimizer", "kernels", "precision")
 
 
 def record_folder(config: Config) -> Path:
-    """Where the record of a run's parity lies: beside the run folder, unless mlperf.parity_record
-    names a file."""
+    """The folder of the record: beside the run folder, or that of `mlperf.parity_record`."""
     run = Path(config.run.dir)
     named = config.mlperf.parity_record
     return Path(named).parent if named else run.with_name(f"{run.name}.parity")
 
 
 def config_digest(config: Config) -> str:
-    """Of what decides how a step is computed."""
-    computed = {
-        name: dataclasses.asdict(getattr(config, name))
-        for name in _SECTIONS
-        if hasattr(config, name)
-    }
+    """Twelve hexadecimal digits of the sections that decide how a step is computed."""
+    computed = {name: dataclasses.asdict(getattr(config, name)) for name in _SECTIONS}
     computed["model"]["implementation"] = "fast"
     text = json.dumps({**computed, "training.precision": config.training.precision}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def code_digest() -> str:
-    """Of every source file of both packages."""
+    """Twelve hexadecimal digits of every Python file of sd_perf and sd_kernels."""
     digest = hashlib.sha256()
     for package in (sd_perf, sd_kernels):
         root = Path(package.__path__[0])
@@ -59,27 +61,30 @@ def code_digest() -> str:
 
 
 def device_name() -> str:
-    """What a record holds for: the GPU's name, or the CPU."""
+    """The GPU's name, or "cpu"."""
+    import torch  # takes seconds; the command line reads the names of levels from this module
+
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def identity(config: Config) -> dict[str, str]:
-    """What a record must agree in."""
+    """What a record for this config, code and device has under the keys of `IDENTITY`."""
     return {"config": config_digest(config), "code": code_digest(), "device": device_name()}
 
 
 def require_green(config: Config) -> dict[str, Any]:
-    """The record that proves the config's fast path here and now; ConfigError with the reason where
-    there is none."""
-    path = record_folder(config) / NAME
+    """The record that proves the config's fast path with this code on this device.
+
+    Raises ConfigError where there is none, or it is red, incomplete or of something else.
+    """
+    path = record_folder(config) / RECORD_NAME
     record = read_json(path)
     if reason := _reason_against(record, config):
         raise ConfigError(
             f"mlperf.division: {config.mlperf.division!r} with model.implementation 'fast' needs "
-            "a green parity "
-            f"record, and {path} {reason}; run `sd-perf parity` with the same --config and "
-            "options first, or waive it "
-            f"by name with --mlperf.waive parity, which the log will say"
+            f"a green parity record, and {path} {reason}; run `sd-perf parity` with the same "
+            "--config and options first, or waive it by name with --mlperf.waive parity, which "
+            "the log will say"
         )
     return record
 
@@ -94,7 +99,43 @@ def _reason_against(record: Any, config: Config) -> str:
     for key in IDENTITY:
         if record.get(key) != now[key]:
             return f"is of another {key} ({record.get(key)}, here {now[key]})"
-    missing = [level for level in USUAL if level not in record.get("levels", ())]
+    missing = [level for level in DEFAULT_LEVELS if level not in record.get("levels", ())]
     if missing:
         return f"lacks the level {missing[0]}"
     return "" if record.get("ok") is True else "is red"
+
+
+def verdict(record: Mapping[str, Any]) -> str:
+    """Green or red in one line, which names the first comparisons that are wrong."""
+    rows = record["rows"]
+    wrong = [row for row in rows if not row["ok"]]
+    if not wrong:
+        return f"green: {len(rows)} comparisons at {len(record['levels'])} levels"
+    named = "; ".join(f"{row['level']}: {row['name']}" for row in wrong[:3])
+    more = ", ..." if len(wrong) > 3 else ""
+    return f"red: {len(wrong)} of {len(rows)} comparisons ({named}{more})"
+
+
+def rows_by_level(record: Mapping[str, Any]) -> Iterator[tuple[Level, list[dict[str, Any]]]]:
+    """The rows of each level that has some, in the order of the levels."""
+    rows = sorted(record["rows"], key=lambda row: LEVELS.index(row["level"]))
+    for level, some in groupby(rows, key=lambda row: row["level"]):
+        yield level, list(some)
+
+
+def closest_to_limit(rows: list[dict[str, Any]]) -> str:
+    """The row that uses most of what it is allowed, in words."""
+    share, name = max((_share_used(row), row["name"]) for row in rows)
+    return f"{name}: {100 * share:.0f} % of what is allowed" if share else "all equal"
+
+
+def _share_used(row: dict[str, Any]) -> float:
+    pairs = ((row["max_error"], row["max_budget"]), (row["rms_error"], row["rms_budget"]))
+    return max(
+        (float(error) / float(budget) if budget else float(error != 0)) for error, budget in pairs
+    )
+
+
+def counts_in_words(counts: Mapping[str, int]) -> str:
+    """Names and their counts, by name: "adamw 46, geglu 1,100"."""
+    return ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items()))

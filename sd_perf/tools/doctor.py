@@ -1,9 +1,7 @@
-"""What is installed here, what is not and what that costs, what torch can compute on, and which
-kernels can be had."""
+"""What is installed here, what is missing and for what, and which kernels can be had."""
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Iterable
 from importlib import metadata
@@ -19,10 +17,10 @@ from rich.text import Text
 import sd_perf
 from sd_kernels.registry import all_ops, source_digest
 from sd_kernels.selection import choose, reasons_against
-from sd_kernels.spec import Backend, OpSpec, Target
-from sd_perf.errors import UserError
+from sd_kernels.spec import Backend, OpSpec
+from sd_kernels.targets import Target
 from sd_perf.fast.choice import REFERENCE, target_named
-from sd_perf.files import one_line
+from sd_perf.tools.results import KernelRow, read
 
 RESULTS = Path(sd_perf.__file__).parents[1] / "benchmarks/results"
 """of a source checkout; an installed package has none, and then no kernel has a proof"""
@@ -46,8 +44,7 @@ _PACKAGES = (
 
 
 def examine(target: str = "here", results: Path = RESULTS) -> dict[str, Any]:
-    """Versions, devices, packages, and the kernels that can be had on the target, as JSON takes
-    them."""
+    """Versions, devices, packages and kernels for the target, as JSON takes them."""
     device = target_named(target)
     runs = _runs(results)
     return {
@@ -92,7 +89,7 @@ def _devices() -> list[dict[str, Any]]:
     return [cpu, *gpus]
 
 
-def _kernel(spec: OpSpec, target: Target, runs: list[dict[str, Any]]) -> dict[str, Any]:
+def _kernel(spec: OpSpec, target: Target, runs: list[KernelRow]) -> dict[str, Any]:
     return {
         "op": spec.name,
         "summary": spec.summary,
@@ -102,15 +99,17 @@ def _kernel(spec: OpSpec, target: Target, runs: list[dict[str, Any]]) -> dict[st
 
 
 def _backend(
-    spec: OpSpec, backend: Backend, target: Target, runs: list[dict[str, Any]]
+    spec: OpSpec, backend: Backend, target: Target, runs: list[KernelRow]
 ) -> dict[str, Any]:
+    against = reasons_against(backend, target, spec.cases)
     mine = [run for run in runs if (run["op"], run["backend"]) == (spec.name, backend.name)]
     return {
         "backend": backend.name,
         "package": backend.package,
         "installed": _version(backend.package.split()[0]) if backend.package else None,
         "install": backend.install,
-        "against": reasons_against(backend, target, spec.cases),
+        "against": list(map(str, against)),
+        "against_in_short": against[0].short if against else "",
         "automatic": backend.automatic,
         "ran_on": sorted({run["gpu"] for run in mine}),
         "changed_since": bool(mine)
@@ -118,21 +117,12 @@ def _backend(
     }
 
 
-def _runs(folder: Path) -> list[dict[str, Any]]:
+def _runs(folder: Path) -> list[KernelRow]:
     """Rows of all committed kernel benchmarks that ran on a GPU with green parity."""
-    rows = []
-    for path in sorted(folder.glob("kernels_*.json")):
-        try:
-            rows += [
-                row
-                for row in json.loads(path.read_text(encoding="utf-8"))["rows"]
-                if row["parity"]["ok"]
-            ]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{path}: is no result of kernel_speed.py ({one_line(error)}); restore it"
-            ) from error
-    return rows
+    results = (
+        read(path, "kernel_speed", KernelRow) for path in sorted(folder.glob("kernels_*.json"))
+    )
+    return [row for result in results for row in result.rows if row["parity"]["ok"]]
 
 
 def screen(report: dict[str, Any]) -> Iterable[Any]:
@@ -174,7 +164,8 @@ def _described(device: dict[str, Any]) -> str:
 
 
 def _kernels_table(kernels: list[dict[str, Any]]) -> Table:
-    """An op's backends by what is to be said of them; the reference can always be had."""
+    """A row for the backends of an op of which the same is said; the reference, which can always
+    be had, has none."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for column in ("op", "auto takes", "backends", "can they be had", "ran on"):
         table.add_column(column, no_wrap=column != "can they be had")
@@ -199,12 +190,9 @@ def _kernels_table(kernels: list[dict[str, Any]]) -> Table:
 
 
 def _availability(row: dict[str, Any], taken: bool) -> str:
-    """In few words; of a reason what comes before the target's own facts, which the title names."""
-    if row["against"] and row["against"][0].startswith("No module named"):
-        return "no: not installed"
-    if row["against"]:
-        reason = row["against"][0].removesuffix(row["install"]).partition(", ")[0].rstrip("; ")
-        return "no: " + reason.replace("compute capability", "capability")
+    """In few words; --json has all reasons in full."""
+    if row["against_in_short"]:
+        return f"no: {row['against_in_short']}"
     return "yes, taken" if taken else "yes" if row["automatic"] else "yes, when named"
 
 

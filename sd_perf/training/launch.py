@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from sd_kernels.conv.cudnn import tuned
+from sd_kernels.conv.aten import tuned
 from sd_kernels.selection import Choice
 from sd_kernels.spec import Target
 from sd_perf.config import Config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ import pytest
 from benchmarks import full_size_cpu
 from sd_perf.config import UNetConfig
 from sd_perf.models.vae import AutoencoderConfig
+from sd_perf.tools.doctor import RESULTS
+from sd_perf.tools.results import read
 
 PIL_Image = pytest.importorskip("PIL.Image")
 
@@ -45,9 +48,9 @@ def test_every_stage_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[s
     write_photographs(tmp_path, count=3)
     output = tmp_path / "out"
     output.mkdir()
-    report = full_size_cpu.environment() | full_size_cpu.measure(tmp_path, output, SMALL)
-    json.dumps(report, allow_nan=False)
-    names = [row["stage"] for row in report["stages"]]
+    result = full_size_cpu.measure(tmp_path, output, SMALL)
+    json.dumps(asdict(result), allow_nan=False)
+    names = [row["stage"] for row in result.rows]
     for part in (
         "encode",
         "shard: write",
@@ -59,11 +62,11 @@ def test_every_stage_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[s
         "decode",
     ):
         assert any(part in name for name in names), part
-    assert all(row["seconds"] > 0 and row["peak_memory_bytes"] > 2**20 for row in report["stages"])
-    assert all(0 < loss < 100 for loss in report["losses"].values())
-    for name in report["pictures"]:
+    assert all(row["seconds"] > 0 and row["peak_memory_bytes"] > 2**20 for row in result.rows)
+    assert all(0 < loss < 100 for loss in result.details["losses"].values())
+    for name in result.details["pictures"]:
         assert PIL_Image.open(output / name).size == (64, 64)
-    assert "random, seeded" in full_size_cpu.table(report)
+    assert "random, seeded" in full_size_cpu.table(result)
     capsys.readouterr()
 
 
@@ -71,3 +74,9 @@ def test_too_few_photographs(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     write_photographs(tmp_path, count=1)
     assert full_size_cpu.main(["--images", str(tmp_path), "--output", str(tmp_path / "out")]) == 2
     assert "2 are needed" in capsys.readouterr().err
+
+
+def test_the_committed_result_has_every_stage() -> None:
+    result = read(RESULTS / "full_size_cpu.json", "full_size_cpu", full_size_cpu.StageRow)
+    assert len(result.rows) == 18
+    assert "random sample: AdamW" in full_size_cpu.table(result)

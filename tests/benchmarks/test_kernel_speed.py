@@ -14,27 +14,20 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_acceptance, kernel_speed
-from benchmarks.kernel_speed import (
-    COMPILED,
-    Entry,
-    Parity,
-    is_bad,
-    make_row,
-    measure_all,
-    parse,
-    plan,
-    reduced,
-    step_lines,
-)
+from benchmarks import gpu_acceptance, kernel_speed, kernel_timing
+from benchmarks.kernel_cases import COMPILED, MATMUL_OPS, Candidate, plan
+from benchmarks.kernel_parity import MOST_BYTES, ParityChecker, reduced, share_of_budget
+from benchmarks.kernel_speed import is_bad, make_row, measure_all, parse, step_lines
 from benchmarks.timing import Budget
-from sd_kernels import geglu
+from sd_kernels import geglu, harness
 from sd_kernels.registry import all_ops, source_digest
-from sd_kernels.spec import DECLARED_TARGETS, Case, Target
-from tests.benchmarks.test_gpu_acceptance import FakeClock
+from sd_kernels.spec import Case
+from sd_kernels.targets import GPUS, Target
+from sd_perf.tools.results import KernelRow, read
+from tests.benchmarks.tiny import FakeClock
 from tests.kernels.faults import planted
 
-H100 = DECLARED_TARGETS["h100"]
+H100 = GPUS["h100"].target
 MACHINE = {"gpu": "a CPU", "torch": "2", "triton": "3", "copy_gb_per_second": 1.0}
 SMALL = dataclasses.replace(geglu.SPEC.small_cases[2], calls=3)
 MEASURED = {
@@ -46,8 +39,8 @@ MEASURED = {
 }
 
 
-def entry(backend: str, against: str = "", case: Case = SMALL) -> Entry:
-    return Entry(geglu.SPEC, case, backend, torch.float32, against)
+def candidate(backend: str, unavailable: str = "") -> Candidate:
+    return Candidate(geglu.SPEC, SMALL, backend, torch.float32, unavailable)
 
 
 @pytest.fixture
@@ -61,34 +54,28 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         def __enter__(self) -> None: ...
         def __exit__(self, *_: object) -> None: ...
 
-    monkeypatch.setattr(kernel_speed, "capture", capture)
-    monkeypatch.setattr(kernel_speed, "CudaClock", lambda: FakeClock([2.0] * 1000))
+    monkeypatch.setattr(kernel_timing, "capture", capture)
+    monkeypatch.setattr(kernel_timing, "CudaClock", lambda: FakeClock([2.0] * 1000))
     monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: Stream())
 
 
 def test_the_plan_has_every_backend_and_the_compiled_reference() -> None:
-    entries = plan(parse(["--ops", "geglu"]), H100)
-    assert [entry.backend for entry in entries[:3]] == ["triton", "reference", COMPILED]
-    assert len(entries) == 3 * len(geglu.SPEC.cases)
-    assert all(entry.case.shape["B"] == 64 and not entry.against for entry in entries)
-    on_cpu = plan(
-        parse(["--ops", "geglu", "--batch", "2", "--cases", "64 tokens"]), Target("cpu", "cpu")
-    )
-    assert [bool(entry.against) for entry in on_cpu] == [True, False, False]
+    items = plan(H100, ops=["geglu"])
+    assert [item.backend for item in items[:3]] == ["triton", "reference", COMPILED]
+    assert len(items) == 3 * len(geglu.SPEC.cases)
+    assert all(item.case.shape["B"] == 64 and not item.unavailable for item in items)
+    on_cpu = plan(Target("cpu", "cpu"), ops=["geglu"], case_filter="64 tokens", batch=2)
+    assert [bool(item.unavailable) for item in on_cpu] == [True, False, False]
     assert on_cpu[0].case.shape["B"] == 2
-    assert plan(parse(["--cases", "no such case"]), H100) == []
+    assert plan(H100, case_filter="no such case") == []
 
 
 @pytest.mark.parametrize("spec", all_ops().values(), ids=lambda spec: spec.name)
 def test_a_batch_scales_what_is_counted_in_samples(spec: Any) -> None:
     whole, half = (
-        [
-            item.case
-            for item in plan(parse(["--ops", spec.name, "--batch", batch]), H100)
-            if item.backend == COMPILED
-        ]
-        for batch in ("64", "32")
+        [item.case for item in plan(H100, ops=[spec.name], batch=batch) if item.backend == COMPILED]
+        for batch in (64, 32)
     )
     assert [case.shape for case in whole] == [case.shape for case in spec.cases]
     for full, less in zip(whole, half, strict=True):
@@ -96,44 +83,47 @@ def test_a_batch_scales_what_is_counted_in_samples(spec: Any) -> None:
 
 
 def test_every_op_is_in_the_quick_plan_once() -> None:
-    entries = plan(parse(["--quick"]), H100)
-    assert {(entry.spec.name) for entry in entries} == set(all_ops())
-    assert len([entry for entry in entries if entry.backend == "reference"]) == len(all_ops())
+    items = plan(H100, heaviest_only=True)
+    assert {item.spec.name for item in items} == set(all_ops())
+    assert len([item for item in items if item.backend == "reference"]) == len(all_ops())
 
 
 @pytest.mark.parametrize("spec", all_ops().values(), ids=lambda spec: spec.name)
 def test_a_case_is_reduced_until_it_fits_float64(spec: Any) -> None:
     for case in spec.cases:
         small = reduced(spec, case, spec.dtypes[-1])
-        assert spec.work(small, spec.dtypes[-1]).forward_bytes <= kernel_speed.PARITY_BYTES
+        assert spec.work(small, spec.dtypes[-1]).forward_bytes <= MOST_BYTES
         assert small.shape.keys() == case.shape.keys() and small.data == case.data
     flat = Case("flat", {"B": 1, "L": 2**20, "N": 2**10})
     assert reduced(geglu.SPEC, flat, torch.float32).shape == {"B": 1, "L": 2**14, "N": 2**10}
 
 
 def test_inputs_exceed_the_cache() -> None:
-    sets = kernel_speed.input_sets(entry("reference"), 2**18, "cpu")
+    sets = kernel_timing.input_sets(candidate("reference"), 2**18, "cpu")
     assert sum(inputs["x"].numel() * 4 for inputs in sets) >= 2 * 2**18
     assert not torch.equal(sets[0]["x"], sets[1]["x"])
-    assert len(kernel_speed.input_sets(entry("reference"), 1, "cpu")) == 1
-    assert len(kernel_speed.input_sets(entry("reference"), 2**30, "cpu")) == kernel_speed.MOST_SETS
+    assert len(kernel_timing.input_sets(candidate("reference"), 1, "cpu")) == 1
+    assert (
+        len(kernel_timing.input_sets(candidate("reference"), 2**30, "cpu"))
+        == kernel_timing.MOST_INPUT_SETS
+    )
 
 
 def test_forward_and_backward_are_those_of_the_op() -> None:
     function = geglu.SPEC.reference()
-    sets = kernel_speed.input_sets(entry("reference"), 2**17, "cpu")
-    [out, *_] = [call() for call in kernel_speed.forwards(function, sets)]
+    sets = kernel_timing.input_sets(candidate("reference"), 2**17, "cpu")
+    [out, *_] = [call() for call in kernel_timing.forwards(function, sets)]
     assert torch.equal(out, function(**sets[0]))
-    calls = kernel_speed.backwards(function, sets)
+    calls = kernel_timing.backwards(function, sets)
     assert len(calls) == len(sets) > 1
     first, again = calls[0](), calls[0]()
     assert first[0].shape == sets[0]["x"].shape and torch.equal(first[0], again[0])
 
 
-@pytest.mark.parametrize("op", kernel_speed.PRODUCTS)
+@pytest.mark.parametrize("op", MATMUL_OPS)
 def test_the_products_of_a_backward_are_apart(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = all_ops()[op]
-    item = Entry(
+    item = Candidate(
         spec,
         next(case for case in spec.small_cases if case.name != "one row"),
         "reference",
@@ -142,10 +132,10 @@ def test_the_products_of_a_backward_are_apart(op: str, monkeypatch: pytest.Monke
     assert item.directions() == ["forward", "dgrad", "wgrad"]
     work = spec.work(item.case, torch.float32)
     assert [item.flops(way) for way in item.directions()] == [work.flops] * 3
-    assert [item.work(way) for way in item.directions()] == [work.forward_bytes] * 3
-    [inputs] = kernel_speed.input_sets(item, 1, "cpu")
-    for way, names in (("dgrad", {"x", "other"}), ("wgrad", {"weight", "bias"})):
-        [call] = kernel_speed.backwards(spec.reference(), [inputs], way)
+    assert [item.moved_bytes(way) for way in item.directions()] == [work.forward_bytes] * 3
+    [inputs] = kernel_timing.input_sets(item, 1, "cpu")
+    for way, names in (("dgrad", {"x", "skip"}), ("wgrad", {"weight", "bias"})):
+        [call] = kernel_timing.backwards(spec.reference(), [inputs], way)
         expected = [
             inputs[name].shape for name in inputs if name in names and inputs[name] is not None
         ]
@@ -154,14 +144,16 @@ def test_the_products_of_a_backward_are_apart(op: str, monkeypatch: pytest.Monke
 
 def test_the_backward_of_attention_is_counted_with_its_five_products() -> None:
     spec = all_ops()["attention"]
-    item = Entry(spec, spec.cases[0], "math", torch.bfloat16)
+    item = Candidate(spec, spec.cases[0], "math", torch.bfloat16)
     assert item.directions() == ["forward", "backward"]
     assert item.flops("backward") == 2.5 * item.flops("forward") > 0
 
 
 def test_green_is_timed(on_cpu: None) -> None:
-    parity = Parity("cpu")
-    measured = kernel_speed.measure(entry("triton"), parity, copy=1e9, l2_bytes=2**17, seconds=0.01)
+    checker = ParityChecker("cpu")
+    measured = kernel_timing.measure(
+        candidate("triton"), checker, copy_rate=1e9, l2_bytes=2**17, seconds=0.01
+    )
     assert measured.keys() == {"forward", "backward"}
     forward = measured["forward"]
     assert (
@@ -173,11 +165,11 @@ def test_green_is_timed(on_cpu: None) -> None:
     assert forward["us"] == pytest.approx(2000 / forward["graph_calls"])
     assert forward["graph_calls"] % forward["input_sets"] == 0
     assert forward["gb_per_second"] == pytest.approx(
-        entry("triton").work("forward") / forward["us"] / 1000
+        candidate("triton").moved_bytes("forward") / forward["us"] / 1000
     )
     assert forward["tflop_per_second"] == 0
     assert forward["percent_of_copy"] == pytest.approx(100 * forward["gb_per_second"])
-    row = make_row(MACHINE, entry("triton"), "forward", forward)
+    row = make_row(MACHINE, candidate("triton"), "forward", forward)
     json.dumps(row, allow_nan=False)
     assert None not in [value for key, value in row.items() if key != "reason"]
     assert row["source"] == source_digest("geglu") and row["gpu"] == "a CPU"
@@ -187,9 +179,9 @@ def test_the_compiled_reference_is_held_to_the_same_rule(
     on_cpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: lambda x: function(x) * 1.01)
-    measured = kernel_speed.measure(entry(COMPILED), Parity("cpu"), 1e9, 2**17, 0.01)
+    measured = kernel_timing.measure(candidate(COMPILED), ParityChecker("cpu"), 1e9, 2**17, 0.01)
     assert measured["forward"]["status"] == "red" and "WRONG" in measured["forward"]["reason"]
-    rows = [make_row(MACHINE, entry(COMPILED), way, measured[way]) for way in measured]
+    rows = [make_row(MACHINE, candidate(COMPILED), way, measured[way]) for way in measured]
     assert not any(map(is_bad, rows))
 
 
@@ -197,31 +189,31 @@ def test_red_is_not_timed(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None
     def refuse(*_: object) -> dict[str, Any]:
         raise AssertionError("timed although red")
 
-    monkeypatch.setattr(kernel_speed, "time_direction", refuse)
+    monkeypatch.setattr(kernel_timing, "time_direction", refuse)
     with planted("geglu", ("slope = cdf + gate", "slope = cdf - gate")) as function:
         monkeypatch.setattr(geglu.triton, "geglu", function)
-        measured = kernel_speed.measure(entry("triton"), Parity("cpu"), 1e9, 2**17, 0.01)
+        measured = kernel_timing.measure(
+            candidate("triton"), ParityChecker("cpu"), 1e9, 2**17, 0.01
+        )
     for way in ("forward", "backward"):
-        row = make_row(MACHINE, entry("triton"), way, measured[way])
+        row = make_row(MACHINE, candidate("triton"), way, measured[way])
         assert (row["status"], row["us"], row["parity"]["ok"]) == ("red", None, False)
         assert "grad x" in row["reason"] and "WRONG" in row["reason"]
         assert is_bad(row)
 
 
 def test_nan_is_the_worst() -> None:
-    verdict = kernel_speed.harness.Verdict(
-        "geglu", "triton", "tiny", "float32", "y", "rms", 1.0, 1.0, 2.0
-    )
+    verdict = harness.Verdict("geglu", "triton", "tiny", "float32", "y", "rms", 1.0, 1.0, 2.0)
     nan = dataclasses.replace(verdict, error=float("nan"))
     far = dataclasses.replace(verdict, error=1e9)
-    assert max([verdict, nan, far], key=kernel_speed._badness) is nan
+    assert max([verdict, nan, far], key=share_of_budget) is nan
 
 
 def test_rows_of_a_run_that_meets_everything() -> None:
-    def run_out_of_memory(_: Entry) -> dict[str, Any]:
+    def run_out_of_memory(_: Candidate) -> dict[str, Any]:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    def fail(_: Entry) -> dict[str, Any]:
+    def fail(_: Candidate) -> dict[str, Any]:
         raise RuntimeError("no kernel")
 
     green = {"ok": True, "checked": 1, "worst": ""}
@@ -234,13 +226,13 @@ def test_rows_of_a_run_that_meets_everything() -> None:
     )
     now = iter([0.0, 1.0, 2.0, 3.0, 99.0])
     saved: list[int] = []
-    entries = [
-        entry("triton"),
-        entry("apex", "No module named 'apex'"),
-        *map(entry, ["torch", "cudnn", "reference"]),
+    candidates = [
+        candidate("triton"),
+        candidate("apex", "No module named 'apex'"),
+        *map(candidate, ["torch", "cudnn", "reference"]),
     ]
     rows = measure_all(
-        entries,
+        candidates,
         MACHINE,
         Budget(10.0, lambda: next(now)),
         lambda item: next(outcomes)(item),
@@ -296,32 +288,23 @@ def test_gpu_acceptance_runs_them_within_its_seconds(
     seen: dict[str, Any] = {}
 
     def run(
-        entries: list[Entry], budget: Budget, seconds: float, save: Callable[[list[dict]], None]
-    ) -> list[dict]:
-        seen.update(entries=entries, budget=budget.seconds)
-        save([make_row(MACHINE, entries[0], "forward", {"status": "red", "reason": "WRONG"})])
+        candidates: list[Candidate], budget: Budget, seconds: float, save: Callable[[Any], None]
+    ) -> list[KernelRow]:
+        seen.update(candidates=candidates, budget=budget.seconds)
+        save([make_row(MACHINE, candidates[0], "forward", {"status": "red", "reason": "WRONG"})])
         return []
 
     monkeypatch.setattr(kernel_speed, "run", run)
-    monkeypatch.setattr(
-        gpu_acceptance, "describe", lambda: {"gpu": "NVIDIA H100 80GB HBM3", "torch": "2"}
-    )
+    monkeypatch.setattr(gpu_acceptance, "describe", lambda: {"gpu": "NVIDIA H100 80GB HBM3"})
     options = gpu_acceptance.parse(
         ["--output", str(tmp_path), "--parts", "kernels", "--git-sha", "abc"]
     )
-    report = {
-        "rows": [],
-        "correctness": [],
-        "kernels": [],
-        "profile": {},
-        "command": "",
-        "date": "",
-        "notes": [],
-    }
-    gpu_acceptance.run_parts(report, options, Budget(400), lambda: None)
+    report = gpu_acceptance.Report.begun(options)
+    gpu_acceptance.run_parts(report, options, Budget(400))
     assert seen["budget"] <= 126
-    assert {item.spec.name for item in seen["entries"]} == set(all_ops())
-    written = json.loads((tmp_path / "kernels_nvidia_h100_80gb_hbm3.json").read_text())
-    assert written["rows"] == report["kernels"] and written["git_sha"] == "abc"
+    assert {item.spec.name for item in seen["candidates"]} == set(all_ops())
+    path = tmp_path / "kernels_nvidia_h100_80gb_hbm3.json"
+    written = read(path, "kernel_speed", KernelRow)
+    assert written.rows == report.kernels and written.provenance.git_sha == "abc"
     assert gpu_acceptance.exit_code(report, options.parts) == 1
     assert "red: WRONG" in gpu_acceptance.summary(report)

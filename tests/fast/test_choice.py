@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 import pytest
 
 from sd_kernels.registry import all_ops
-from sd_kernels.spec import DECLARED_TARGETS, Target
+from sd_kernels.targets import GPUS, Target
 from sd_perf import cli
 from sd_perf.config import Config, KernelsConfig, PrecisionConfig, UNetConfig
 from sd_perf.errors import ConfigError
@@ -17,18 +17,18 @@ from sd_perf.fast.choice import choose_kernels, require_used
 from sd_perf.presets import config_from_dict
 
 FAST = UNetConfig(implementation="fast")
-H100 = DECLARED_TARGETS["h100"]
+H100 = GPUS["h100"].target
 
 
 def test_every_op_has_a_field() -> None:
     missing = all_ops().keys() - {field.name for field in fields(KernelsConfig)}
     assert not missing, (
-        f"KernelsConfig of sd_perf/config.py lacks the registered ops {sorted(missing)}"
+        f"KernelsConfig of sd_perf/config/kernels.py lacks the registered ops {sorted(missing)}"
     )
 
 
 def test_the_command_line_takes_every_declared_target() -> None:
-    assert typing.get_args(cli._Target) == ("here", *DECLARED_TARGETS)
+    assert typing.get_args(cli._Target) == ("here", *GPUS)
 
 
 def test_auto_for_a_declared_gpu_and_for_a_cpu() -> None:
@@ -61,7 +61,7 @@ def test_a_tiny_model_runs_on_any_target() -> None:
         transformer_groups=1,
         attention_resolutions=(),
     )
-    for target in (Target("cpu", "cpu"), *DECLARED_TARGETS.values()):
+    for target in (Target("cpu", "cpu"), *(gpu.target for gpu in GPUS.values())):
         assert choose_kernels(Config(model=tiny), target).keys() == all_ops().keys()
 
 
@@ -134,7 +134,7 @@ def test_native_fp8_is_had_on_fp8_units_and_on_a_cpu(target: Target, backend: st
 
 
 def test_native_fp8_without_fp8_units_is_asked_for_by_name_or_refused() -> None:
-    a100 = DECLARED_TARGETS["a100"]
+    a100 = GPUS["a100"].target
     choose_kernels(
         Config(model=FAST, precision=NATIVE, kernels=KernelsConfig(fp8_linear="reference")), a100
     )

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from sd_kernels import launch
-from sd_kernels.spec import DECLARED_TARGETS, Target
+from sd_kernels.targets import GPUS, Target
 from sd_perf.config import LINEAR_LAYERS, Config, KernelsConfig, PrecisionConfig, UNetConfig
 from sd_perf.fast.linear import load_precision_state, precision_state
 from sd_perf.fast.unet import FastUNet
@@ -122,7 +122,7 @@ def fast_unet(
 def on_h100(te: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Transformer Engine's stand-in, chosen as on a GPU that has FP8; kernels must be named
     `reference`."""
-    monkeypatch.setattr(Target, "here", lambda: DECLARED_TARGETS["h100"])
+    monkeypatch.setattr(Target, "here", lambda: GPUS["h100"].target)
 
 
 def test_is_the_plain_one_where_nothing_is_rounded() -> None:

@@ -1,9 +1,8 @@
-"""Stand-ins for the attention packages with their real signatures: plain torch, no sooner right
-than the package.
+"""Stand-ins for the attention packages: their signatures and pitfalls, computed in plain torch.
 
-Each keeps what a caller can get wrong: default masks and scales, argument order, layouts taken for
-granted, packed gradients. Signatures: flash-attn 2.8.3.post2, hopper/flash_attn_interface.py at
-01afd16d, flash-attn-4 4.0.0b36, transformer_engine 2.20.2.
+Each keeps what a caller can get wrong: default masks and scales, the order of arguments, memory
+layouts that the kernel assumes, and packed gradients. Signatures: flash-attn 2.8.3.post2,
+hopper/flash_attn_interface.py at 01afd16d, flash-attn-4 4.0.0b36, transformer_engine 2.20.2.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ def gradients(
 
 
 class Packed(torch.autograd.Function):
-    """Gradients are written into slices of one tensor each for q | k | v, or q and k | v."""
+    """Attention whose gradients are slices of one tensor q | k | v, or of two, q and k | v."""
 
     @staticmethod
     def forward(ctx: Any, scale: float, causal: bool, *tensors: torch.Tensor) -> torch.Tensor:
@@ -236,7 +235,7 @@ def flash_attention_4(calls: Calls) -> dict[str, types.ModuleType]:
 
 
 def _dense(x: torch.Tensor, parts: int) -> torch.Tensor:
-    """What a kernel reads that takes a layout for granted: x as one of `parts` in dense memory."""
+    """The numbers that a kernel reads which takes x for one of `parts` of a dense packed tensor."""
     _, L, H, D = x.shape
     return x.as_strided(x.shape, (L * parts * H * D, parts * H * D, D, 1))
 
@@ -326,7 +325,7 @@ FAKES = {
 
 
 def install(backend: str, monkeypatch: pytest.MonkeyPatch) -> Calls:
-    """Put a backend's package in place; the list keeps its calls."""
+    """Install the stand-in of a backend's package; the list keeps its calls."""
     calls: Calls = []
     for name, module in FAKES[backend](calls).items():
         monkeypatch.setitem(sys.modules, name, module)

@@ -1,5 +1,7 @@
-"""A stand-in of Transformer Engine: its signatures, its rules of scaling, and the reference's
-arithmetic on a CPU."""
+"""A stand-in for Transformer Engine on a CPU: its signatures and rules of scaling.
+
+The arithmetic is that of `fp8_linear.reference`.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ LENGTH = 16
 
 
 class State:
-    """What Transformer Engine keeps for the whole process."""
+    """The state that Transformer Engine keeps for the whole process."""
 
     def __init__(self) -> None:
         self.depth = 0
@@ -34,7 +36,7 @@ state = State()
 
 
 class Linear(torch.nn.Module):
-    """te.Linear: E4M3 by the scale of earlier steps where scaling is delayed."""
+    """te.Linear; with delayed scaling, the E4M3 scale comes from earlier steps."""
 
     def __init__(
         self,
@@ -69,7 +71,7 @@ class Linear(torch.nn.Module):
         )
 
     def move_on(self) -> None:
-        """The scale from the history, which forgets its oldest step."""
+        """Take the scale from the history, and drop the oldest step of the history."""
         amax = self.scales[1:].max()
         self.scales[0] = torch.where(amax > 0, FORMATS[FORWARD] / amax, self.scales[0])
         self.scales[1:] = torch.cat([torch.zeros(1), self.scales[1:-1]])
@@ -93,7 +95,7 @@ def autocast(
     recipe: Any = None,
     amax_reduction_group: Any = None,
 ) -> Iterator[None]:
-    """te.autocast: leaving the outermost one moves every layer's history on."""
+    """te.autocast; on leaving the outermost one, the histories of all layers move on by a step."""
     outer, state.recipe = state.recipe, recipe
     state.depth += 1
     yield
@@ -106,7 +108,7 @@ def autocast(
 
 
 def modules() -> dict[str, types.ModuleType]:
-    """The stand-in's modules by the names they are imported under; forgets what ran before."""
+    """The modules of the stand-in by import name, with the state of a new process."""
     state.__init__()  # type: ignore[misc]
     names = "transformer_engine", "transformer_engine.pytorch", "transformer_engine.common"
     made = {name: types.ModuleType(name) for name in (*names, "transformer_engine.common.recipe")}

@@ -1,11 +1,15 @@
-"""Planting faults in an op: its module with some source text replaced, under a name of its own."""
+"""Planting faults in an op: a copy of its modules with some source text replaced.
+
+A copy has module names and registered ops of its own, so that the op itself stays as it is.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import itertools
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,35 +26,59 @@ _numbers = itertools.count()
 
 @contextmanager
 def planted(op: str, *replacements: tuple[str, str], backend: str = "triton") -> Iterator[Function]:
-    """A backend's function from its module with faults: see `replaced`."""
+    """The function of a backend, from a copy of its modules with faults: see `replaced`."""
     chosen = all_ops()[op].backend(backend)
     with replaced(chosen.module, *replacements) as loaded:
         yield getattr(loaded, chosen.attribute or op)
 
 
+def with_siblings(module: str) -> dict[str, str]:
+    """Sources by module name: the siblings that this module imports, then itself."""
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None
+    source = Path(spec.origin).read_text(encoding="utf-8")
+    package = re.escape(module.rpartition(".")[0])
+    sources: dict[str, str] = {}
+    for sibling in re.findall(rf"^from ({package}\.\w+) import", source, re.MULTILINE):
+        sources |= with_siblings(sibling)
+    return sources | {module: source}
+
+
 @contextmanager
 def replaced(module: str, *replacements: tuple[str, str]) -> Iterator[Any]:
-    """A copy of the module in which each text, found at least once, is replaced."""
-    original = importlib.util.find_spec(module)
-    assert original is not None and original.origin is not None
-    source = Path(original.origin).read_text(encoding="utf-8")
+    """A copy of the module in which each text, found in it or in a sibling, is replaced."""
+    sources = with_siblings(module)
     for old, new in replacements:
-        assert old in source, f"{original.origin} has no {old!r}"
-        source = source.replace(old, new)
-    name = f"planted_{next(_numbers)}"
-    # Registered ops need names of their own; Triton reads a kernel's source from its file.
-    source = source.replace('"sd_kernels::', f'"{name}::')
+        holders = [name for name, source in sources.items() if old in source]
+        assert holders, f"none of {', '.join(sources)} has {old!r}"
+        sources |= {name: sources[name].replace(old, new) for name in holders}
+    copies = {name: f"planted_{next(_numbers)}" for name in sources}
     with TemporaryDirectory() as folder:
-        path = Path(folder) / f"{name}.py"
-        path.write_text(source, encoding="utf-8")
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None
-        sys.modules[name] = loaded = importlib.util.module_from_spec(spec)
         try:
-            spec.loader.exec_module(loaded)
-            yield loaded
+            for name, source in sources.items():
+                load(Path(folder) / f"{copies[name]}.py", renamed(source, copies))
+            yield sys.modules[copies[module]]
         finally:
-            del sys.modules[name]
+            for copy in copies.values():
+                sys.modules.pop(copy, None)
+
+
+def renamed(source: str, copies: Mapping[str, str]) -> str:
+    """The source importing copies instead of modules, and registering ops under their names."""
+    for name, copy in copies.items():
+        source = re.sub(
+            rf"^from {re.escape(name)} import", f"from {copy} import", source, flags=re.M
+        )
+    return source.replace('"sd_kernels::', f'"{list(copies.values())[-1]}::')
+
+
+def load(path: Path, source: str) -> None:
+    """Import the source as a module from a file, where Triton reads the source of kernels."""
+    path.write_text(source, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    sys.modules[path.stem] = loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
 
 
 def assert_caught(

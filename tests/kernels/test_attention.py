@@ -11,7 +11,8 @@ from sd_kernels import harness
 from sd_kernels.attention import SPEC, _make
 from sd_kernels.errors import KernelError
 from sd_kernels.selection import choose
-from sd_kernels.spec import DECLARED_TARGETS, Case, Inputs, Target
+from sd_kernels.spec import Case, Inputs
+from sd_kernels.targets import GPUS, Target
 from tests.kernels.attention_fakes import FAKES, install
 from tests.kernels.faults import assert_caught
 
@@ -136,8 +137,10 @@ def test_flash_attention_4_as_registered_ops(name: str, monkeypatch: pytest.Monk
 
 
 class Passes(TorchDispatchMode):
-    """Keeps the operators that make as many numbers as the packed tensor has, other than views and
-    empty memory."""
+    """Keeps the operators whose results are as large as the packed tensor.
+
+    Views and empty tensors do not count.
+    """
 
     def __init__(self, numbers: int) -> None:
         super().__init__()
@@ -186,8 +189,7 @@ def test_passes_over_the_packed_gradient(
 @pytest.mark.parametrize("backend", [*ON_CPU, *PACKAGES])
 @pytest.mark.parametrize("name", ["self, rows apart", "cross, rows apart"])
 def test_layouts_change_nothing(backend: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inputs dense, with rows apart, or transposed; gradients dense, transposed, or one number seen
-    everywhere."""
+    """Inputs are dense, with rows apart, or transposed; gradients dense, transposed or expanded."""
     if backend in PACKAGES:
         install(backend, monkeypatch)
     function = SPEC.backend(backend).function("attention")
@@ -271,9 +273,9 @@ def test_other_errors_of_torch_pass(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("target", "dtype", "backend"),
     [
-        (DECLARED_TARGETS["h100"], torch.bfloat16, "cudnn"),
-        (DECLARED_TARGETS["b200"], torch.float16, "cudnn"),
-        (DECLARED_TARGETS["h100"], torch.float32, "efficient"),
+        (GPUS["h100"].target, torch.bfloat16, "cudnn"),
+        (GPUS["b200"].target, torch.float16, "cudnn"),
+        (GPUS["h100"].target, torch.float32, "efficient"),
         (Target("cpu", "cpu"), torch.float32, "flash_sdpa"),
     ],
 )
@@ -287,8 +289,7 @@ def test_what_auto_takes_where_packages_are(monkeypatch: pytest.MonkeyPatch) -> 
     for backend in ("fa3", "fa4"):
         install(backend, monkeypatch)
     taken = {
-        name: choose("attention", target=target, cases=SPEC.cases)
-        for name, target in DECLARED_TARGETS.items()
+        name: choose("attention", target=gpu.target, cases=SPEC.cases) for name, gpu in GPUS.items()
     }
     assert {name: choice.backend for name, choice in taken.items()} == {
         "a100": "cudnn",
@@ -301,13 +302,13 @@ def test_what_auto_takes_where_packages_are(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_refusals() -> None:
     def against(backend: str, case: str, dtype: torch.dtype = torch.bfloat16) -> str:
-        return SPEC.backend(backend).refuses(CASES[case], dtype)
+        return str(SPEC.backend(backend).refuses(CASES[case], dtype) or "")
 
     assert against("cudnn", "one key") == "takes no single key"
     assert not against("flash_sdpa", "one key")
     odd = Case("odd", {**CASES["one head"].shape, "D": 36})
     assert (
-        SPEC.backend("fa2").refuses(odd, torch.bfloat16)
+        str(SPEC.backend("fa2").refuses(odd, torch.bfloat16))
         == "takes head dims that are multiples of 8 up to 256, not 36"
     )
     assert SPEC.backend("fa4").refuses(Case("wide", {**odd.shape, "D": 256}), torch.bfloat16)
@@ -317,12 +318,12 @@ def test_refusals() -> None:
     with pytest.raises(
         KernelError, match=r"takes torch.bfloat16 or torch.float16 on a GPU, not torch.float32"
     ):
-        choose("attention", "cudnn", DECLARED_TARGETS["h100"], dtype=torch.float32)
+        choose("attention", "cudnn", GPUS["h100"].target, dtype=torch.float32)
 
 
 def test_a_step_has_the_known_work() -> None:
     works = [(case, SPEC.work(case, torch.bfloat16)) for case in SPEC.cases]
     assert sum(case.calls for case, _ in works) == 32
     for cross, gigaflops in ((False, 122.5), (True, 3.6)):
-        total = sum(case.calls * work.flops for case, work in works if case.data["cross"] == cross)
+        total = sum(case.calls * work.flops for case, work in works if case.extras.cross == cross)
         assert total / 64e9 == pytest.approx(gigaflops, abs=0.05)

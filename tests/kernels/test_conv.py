@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sd_kernels import harness
 from sd_kernels.conv import SPEC
-from sd_kernels.conv.cudnn import conv, tuned
+from sd_kernels.conv.aten import conv, tuned
 from sd_kernels.errors import KernelError
 from sd_kernels.registry import all_ops
 from sd_kernels.spec import Case, Inputs
@@ -52,8 +52,7 @@ def test_planted_faults_are_red(fault: tuple[str, str], as_if_cudnn: None) -> No
 
 
 def test_what_is_not_cudnn_s_is_refused() -> None:
-    """As on this CPU, or on a GPU where cuDNN is switched off: torch would take another convolution
-    without a word."""
+    """On a CPU, or on a GPU without cuDNN, torch would silently take another convolution."""
     if torch.cuda.is_available():
         pytest.skip("needs a CPU")
     with pytest.raises(
@@ -94,8 +93,10 @@ def test_tuning_is_on_within_and_as_before_after(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_cases_are_the_unet_s_convolutions() -> None:
-    """Operations counted by torch in one forward of the plain UNet; it has the upsampling ones in
-    their plain form."""
+    """Torch counts the operations of one forward pass of the plain UNet.
+
+    The plain UNet has the upsampling convolutions in their plain form.
+    """
     with FlopCounterMode(display=False) as counter, torch.device("meta"):
         UNet(UNetConfig())(
             torch.empty(1, 4, 64, 64), torch.empty(1, dtype=torch.int64), torch.empty(1, 77, 1024)

@@ -23,8 +23,10 @@ INDICES = [5, 0, 2**31, 2**32, 2**32 + 5, 2**40 + 7, 2**62]
 
 
 def bare(indices: list[int], device: str, logvar: float = 0.0, **options: Any) -> dict[str, Any]:
-    """A call whose noisy latents are z, and whose target is the noise: signal 1, sigma 0, mean 0,
-    scale 1."""
+    """A call that shows its draws: noisy latents are the posterior noise, the target is the noise.
+
+    The tables hold signal 1 and sigma 0, the moments mean 0, and the scale is 1.
+    """
     moments = torch.zeros(len(indices), 8, 16, 20, device=device)
     moments[:, 4:] = logvar
     tables = torch.ones(1000, device=device), torch.zeros(1000, device=device)
@@ -40,8 +42,8 @@ def test_draws_equal_the_oracle(seed: int, device: str) -> None:
     assert torch.equal(timesteps.cpu(), philox.uniform_integers(seed, 0, indices, 1000))
     for ours, stream in ((posterior_noise, 2), (noise, 1)):
         oracle = philox.normal(seed, stream, indices, ours[0].numel()).view(ours.shape)
-        # float64 libraries differ by their last bit, which is seen where float32 rounds the other
-        # way: 1 in 10^8.
+        # float64 libraries differ in their last bit, which shows where float32 then rounds to the
+        # other side: for 1 number in 10^8.
         assert (ours.cpu() != oracle).sum() <= 1
         torch.testing.assert_close(ours.cpu(), oracle, rtol=2.0**-22, atol=1e-12)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -62,6 +63,69 @@ def test_the_documented_op_compiles_for_hopper(tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "2 of 2 specialisations green" in result.stdout
+
+
+WHOLE_HOUSE = """
+import json, sys
+import sd_kernels
+sd_kernels.__path__.append(sys.argv[1])
+from dataclasses import replace
+from sd_kernels.registry import all_ops
+from sd_kernels.selection import choose
+from sd_kernels.targets import GPUS
+from sd_perf.config import Config, KernelsConfig, UNetConfig
+from sd_perf.errors import ConfigError
+from sd_perf.presets import config_from_dict, load_preset
+from sd_perf.tools.doctor import examine
+from sd_perf.tools.estimate.dry_run import dry_run
+from sd_perf.tools.estimate.predict import predict
+from sd_perf.tools.parity.operators import compare_operators
+from sd_perf.tools.parity.subject import Subject
+
+smoke = load_preset(sys.argv[2])
+named = config_from_dict({"kernels": {"squared_relu": "reference"}}).kernels
+fast = replace(smoke, model=replace(smoke.model, implementation="fast"))
+try:
+    config_from_dict({"kernels": {"squared_rely": "auto"}})
+except ConfigError as error:
+    typo = str(error)
+[doctored] = [row for row in examine("h100")["kernels"] if row["op"] == "squared_relu"]
+facts = {
+    "key": [KernelsConfig().squared_relu, named.squared_relu, typo],
+    "auto": choose("squared_relu", target=GPUS["h100"].target).backend,
+    "dry run": dry_run(fast, 1, "h100")["kernels"]["squared_relu"]["backend"],
+    "doctor": doctored["auto"],
+    "estimate": predict(smoke, "h100", 2)["by_op"]["squared_relu"],
+}
+subject = Subject.of(fast, "interpreter")
+assert subject.choices["squared_relu"].backend == "triton"
+for op in all_ops().keys() - {"squared_relu"}:  # the others have tests of their own
+    del all_ops()[op]
+facts["parity"] = {f"{row.name} {row.dtype}": row.ok for row in compare_operators(subject)}
+print(json.dumps(facts))
+"""
+
+
+def test_the_documented_op_goes_through_the_whole_house(tmp_path: Path) -> None:
+    write_op(tmp_path)
+    smoke = ROOT / "configs/smoke.yaml"
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "kernels"), str(ROOT)])
+    command = [sys.executable, "-c", WHOLE_HOUSE, str(tmp_path), str(smoke)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    facts = json.loads(result.stdout)
+    default, named, typo = facts["key"]
+    assert (default, named) == ("auto", "reference")
+    assert typo == "kernels.squared_rely: unknown key; did you mean kernels.squared_relu?"
+    assert facts["auto"] == facts["dry run"] == facts["doctor"] == "triton"
+    # 16-bit numbers of a sample: two moved forward, three backward, in a kernel each.
+    smoke_side, smoke_channels = 8, 64
+    numbers = smoke_side**2 * 4 * smoke_channels
+    assert facts["estimate"]["gigabytes"] == pytest.approx(5 * 2 * numbers / 1e9)
+    assert facts["estimate"]["kernels"] == 2
+    dtypes = ("float32", "bfloat16")
+    assert facts["parity"] == {f"squared_relu (triton) {dtype}": True for dtype in dtypes}
 
 
 def test_the_page_names_what_there_is() -> None:

@@ -37,7 +37,7 @@ CASES = {case.name: case for case in SPEC.small_cases}
             "after LayerNorm",
             ("layer_norm_backward(*kept, dx, grads[1])", "layer_norm_backward(*kept, dx, None)"),
         ),
-        ("after LayerNorm", ("norm_bias, residual, eps)", "norm_bias, residual, 1.0)")),
+        ("after LayerNorm", ("norm_bias, residual, eps\n", "norm_bias, residual, 1.0\n")),
         ("77 tokens", ("column_sum(grad, grad.dtype)", "column_sum(grad[:-1], grad.dtype)")),
         ("77 tokens", ("x.dtype, bias, fast", "x.dtype, None, fast")),
     ],
@@ -56,7 +56,7 @@ def test_planted_faults_are_red(case: str, fault: tuple[str, str]) -> None:
 
 
 def rows_lost(function: Any) -> int:
-    """Of gradients whose rows are 2^0 to 2^-27, how many rows of dx are more than a quarter off."""
+    """The number of rows of dx with an error above a quarter, for rows of dy from 2^0 to 2^-27."""
     x, weight = (
         torch.randn(28, 64, dtype=torch.bfloat16, requires_grad=True),
         torch.randn(32, 64).bfloat16(),
@@ -161,11 +161,11 @@ def test_backward_of_the_sum_alone(with_residual: bool) -> None:
     )
     leaves = [x.requires_grad_(), residual.requires_grad_()][: 1 + with_residual]
     parts = {"residual": residual} if with_residual else {}
-    _, total = fp8_linear(
+    _, summed = fp8_linear(
         x, weight, None, **parts, norm_weight=norm[0], norm_bias=norm[1], producer="layer_norm"
     )
     grad = torch.randn(4, 32).bfloat16()
-    assert all(torch.equal(given, grad) for given in torch.autograd.grad(total, leaves, grad))
+    assert all(torch.equal(given, grad) for given in torch.autograd.grad(summed, leaves, grad))
 
 
 @pytest.mark.parametrize("name", ["77 tokens", "after GEGLU", "after LayerNorm"])

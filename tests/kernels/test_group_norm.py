@@ -12,10 +12,10 @@ import torch.nn.functional as F
 
 from sd_kernels import harness
 from sd_kernels.errors import KernelError
-from sd_kernels.group_norm import SPEC
+from sd_kernels.group_norm import NOTHING, SPEC, tiles
 from sd_kernels.group_norm import triton as kernels
 from sd_kernels.group_norm.aten import group_norm as torchs
-from sd_kernels.spec import Case, Inputs
+from sd_kernels.spec import Case, Draw, Inputs
 from tests.kernels.faults import assert_caught
 
 CASES = {case.name: case for case in SPEC.small_cases}
@@ -24,24 +24,33 @@ CASES = {case.name: case for case in SPEC.small_cases}
 @pytest.mark.parametrize(
     ("case", "fault"),
     [
-        ("shifted mean", ("/ (N * CPG) + eps)", "/ (N * CPG) + 1e-3)")),
-        ("nothing added", ("/ (N * CPG) + eps)", "/ (N * CPG - 1) + eps)")),
+        ("shifted mean", ("deviation / (N * CPG) + eps)", "deviation / (N * CPG) + 1e-3)")),
+        ("nothing added", ("deviation / (N * CPG) + eps)", "deviation / (N * CPG - 1) + eps)")),
         ("several tiles", ("tile_deviation + count * offset * offset", "tile_deviation")),
-        ("several tiles", ("value += _read(residual", "value = value + 0.0 * _read(residual")),
+        (
+            "several tiles",
+            ("value += load_pixels(residual", "value = value + 0.0 * load_pixels(residual"),
+        ),
         ("pixels apart", ("value += tl.where(first, added[None, :], 0.0)", "value += 0.0")),
         (
             "two sources, groups astride",
-            ("rows, channels - C1, second, ", "rows, channels - C1 + 1, second, "),
+            ("rows, channels - C1), second, ", "rows, channels - C1 + 1), second, "),
         ),
         (
             "ragged channels",
             ("value = value * tl.sigmoid(value)", "value = value * tl.sigmoid(1.702 * value)"),
         ),
-        ("several tiles", ("grad += _read(dtotal", "grad = grad + 0.0 * _read(dtotal")),
+        (
+            "several tiles",
+            ("grad += load_pixels(dsummed", "grad = grad + 0.0 * load_pixels(dsummed"),
+        ),
         ("nothing added", ("- plain_mean - value * product_mean", "- plain_mean")),
         ("tiny", ("- N * plain - sums", "- plain - sums")),
         ("tiny", ("shift + sums[:, 3]", "shift")),
-        ("several tiles", ("sums = channel_sums.sum(1)", "sums = channel_sums[:, :1].sum(1)")),
+        (
+            "several tiles",
+            ("by_sample = channel_sums.sum(1)", "by_sample = channel_sums[:, :1].sum(1)"),
+        ),
     ],
     ids=[
         "wrong eps",
@@ -49,12 +58,12 @@ CASES = {case.name: case for case in SPEC.small_cases}
         "tiles' means forgotten",
         "missing residual",
         "missing shift",
-        "other source astray",
+        "skip astray",
         "wrong SiLU",
-        "handed gradient lost",
+        "gradient of the sum lost",
         "variance's gradient lost",
         "shift's gradient wrong",
-        "shift without handed",
+        "shift without the sum",
         "one tile's weight gradient",
     ],
 )
@@ -64,13 +73,13 @@ def test_planted_faults_are_red(case: str, fault: tuple[str, str]) -> None:
 
 def test_one_pass_variance_is_red() -> None:
     case = replace(
-        CASES["pixels apart"], name="far mean", data={"added": "", "mean": 30.0, "std": 0.5}
+        CASES["pixels apart"], name="far mean", draw=Draw(mean=30.0, std=0.5), extras=NOTHING
     )
-    one_pass = "_to_groups(tl.sum(value * value, axis=0), member) - elements * own_mean * own_mean"
+    one_pass = "to_groups(tl.sum(value * value, axis=0), member) - elements * own_mean * own_mean"
     assert_caught(
         "group_norm",
         case,
-        ("_to_groups(tl.sum(difference * difference, axis=0), member)", one_pass),
+        ("to_groups(tl.sum(difference * difference, axis=0), member)", one_pass),
     )
 
 
@@ -85,8 +94,8 @@ def test_the_lag_between_statistics_and_results_changes_nothing(
     window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = results(CASES["several tiles"])
-    monkeypatch.setattr(kernels, "interpreted", lambda: False)
-    monkeypatch.setattr(kernels, "WINDOW", window)
+    monkeypatch.setattr(tiles, "interpreted", lambda: False)
+    monkeypatch.setattr(tiles, "TUNING", replace(tiles.TUNING, window=window))
     for name, value in results(CASES["several tiles"]).items():
         assert torch.equal(value, expected[name]), name
 
@@ -119,7 +128,7 @@ def test_the_order_of_memory_is_kept(function: Any, monkeypatch: pytest.MonkeyPa
         x = torch.randn(2, 32, 4, 5).contiguous(memory_format=order)
         shift, norm = torch.randn(2, 32), torch.randn(2, 64)
         for y in function(
-            x, *norm, shift, None, x, num_groups=4, eps=1e-5, silu=True, hand_on=True
+            x, *norm, shift, None, x, num_groups=4, eps=1e-5, silu=True, return_sum=True
         ):
             assert y.is_contiguous(memory_format=order)
 
@@ -140,7 +149,7 @@ def image(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         ({"shift": torch.zeros(32)}, "a shift of shape"),
         ({"residual": image(2, 32, 4, 3)}, "a residual of shape"),
         ({"residual": image(2, 32, 4, 4, dtype=torch.bfloat16)}, "one dtype"),
-        ({"other": image(2, 8, 3, 4)}, "other of shape"),
+        ({"skip": image(2, 8, 3, 4)}, "skip of shape"),
         ({"bias": torch.zeros(32, device="meta")}, "one device"),
         ({"num_groups": 0}, "32 channels in 0 groups"),
         ({"num_groups": -4}, "32 channels in -4 groups"),
@@ -162,7 +171,7 @@ def test_bad_input_is_one_sentence(changes: dict[str, Any], words: str) -> None:
 
 @pytest.fixture
 def fake_apex(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
-    """A stand-in with the signature of Apex's registered op; keeps the calls."""
+    """A stand-in with the signature of Apex's registered op; the list keeps its calls."""
     calls: list[tuple[Any, ...]] = []
 
     def group_norm_nhwc_fprop(

@@ -72,6 +72,54 @@ def test_this_package_is_imported_in_the_one_form_that_digests_know(path: Path) 
             assert is_known or path.name == "registry.py", f"{path}:{node.lineno}"
 
 
+def globals_of(source: str) -> set[str]:
+    """Names that a module imports, assigns or reads: a submodule of that name would overwrite or
+    be overwritten by them."""
+    tree = ast.parse(source)
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+    return names
+
+
+def shadowed(package: Path) -> set[str]:
+    """Submodules whose import sets a global of the package that its `__init__.py` uses.
+
+    Importing `package.torch` makes `torch` in `package/__init__.py` mean that submodule.
+    """
+    children = {path.stem for path in package.glob("*.py")} - {"__init__"}
+    children |= {path.parent.name for path in package.glob("*/__init__.py")}
+    return children & globals_of((package / "__init__.py").read_text(encoding="utf-8"))
+
+
+PACKAGES = sorted(path.parent for path in SOURCES if path.name == "__init__.py")
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=name)
+def test_no_submodule_shadows_a_name_of_its_package(package: Path) -> None:
+    assert not shadowed(package)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("import torch", {"torch"}),
+        ("from torch import nn as apex", {"apex"}),
+        ("import torch.nn.functional as F", set()),
+        ("def f(case):\n    return triton.cdiv(case, 2)", {"triton"}),
+        ("from torch import float32", set()),
+    ],
+)
+def test_a_shadowed_name_is_seen(text: str, found: set[str], tmp_path: Path) -> None:
+    for module in ("torch", "apex", "triton"):
+        (tmp_path / f"{module}.py").touch()
+    (tmp_path / "__init__.py").write_text(text)
+    assert shadowed(tmp_path) == found
+
+
 def test_an_adapted_package_is_imported_by_its_adapter_alone() -> None:
     adapted = set().union(*ADAPTED.values())
     wrong = {name(path): found for path in SOURCES if (found := set(imported(path)) & adapted)}

@@ -5,17 +5,18 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from sd_kernels.errors import KernelError
-from sd_kernels.layer_norm import SPEC
+from sd_kernels.layer_norm import SPEC, Extras
 from sd_kernels.layer_norm.aten import layer_norm as torchs
 from sd_kernels.layer_norm.triton import WIDEST, layer_norm
-from sd_kernels.spec import Case, Inputs
+from sd_kernels.spec import Case, Draw, Inputs
 from tests.kernels.faults import assert_caught
 
 # There E[x^2] - E[x]^2 has no right digit; torch's own kernel for CPUs is beyond the rule too.
 FAR = Case(
     "far from zero",
     {"B": 1, "L": 33, "C": 320},
-    data={"residual": False, "mean": 300.0, "std": 0.5},
+    draw=Draw(mean=300.0, std=0.5),
+    extras=Extras(residual=False),
 )
 CASES = {case.name: case for case in (*SPEC.small_cases, FAR)}
 
@@ -26,13 +27,13 @@ CASES = {case.name: case for case in (*SPEC.small_cases, FAR)}
         ("ragged", ("/ C + eps)", "/ C + 2.0 * eps)")),
         (
             "far from zero",
-            ("tl.sum(squares, 1) / C", "_sum_of_squares(tiles, K, ROWS) / C - centre * centre"),
+            ("tl.sum(squares, 1) / C", "_sum_of_squares(tiles, K, ROWS) / C - row_mean * row_mean"),
         ),
         ("ragged", ("tl.where(_columns_of(i, is_row, C, K)[1], centred, 0.0)", "centred")),
         ("ragged", ("tile += _load(residual", "tile += 0.0 * _load(residual")),
-        ("ragged", ("result += handed_on[i]", "result += 0.0 * handed_on[i]")),
-        ("no residual", ("result += handed_on[i]", "result += 0.0 * handed_on[i]")),
-        ("no residual", ("- normals[i] * mean_product", "")),
+        ("ragged", ("result += dsummed_tiles[i]", "result += 0.0 * dsummed_tiles[i]")),
+        ("no residual", ("result += dsummed_tiles[i]", "result += 0.0 * dsummed_tiles[i]")),
+        ("no residual", ("- normalised_tiles[i] * mean_product", "")),
         ("no residual", ("column_sum(partials,", "column_sum(partials[1:],")),
         ("shifted mean", ("M, tl.num_programs(0) * ROWS)", "M, M)")),
     ],
@@ -42,7 +43,7 @@ CASES = {case.name: case for case in (*SPEC.small_cases, FAR)}
         "columns outside in the variance",
         "no residual added",
         "gradient of the sum forgotten",
-        "gradient of x handed on forgotten",
+        "gradient of the returned x forgotten",
         "gradient along the norm forgotten",
         "a stripe of the weight's gradient missing",
         "a stripe's later rows missing",
@@ -66,15 +67,15 @@ def drawn(case: str, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tens
     return SPEC.inputs(CASES[case], Inputs(CASES[case], dtype))
 
 
-def test_x_itself_is_handed_on() -> None:
+def test_x_itself_is_returned() -> None:
     inputs = drawn("no residual")
     assert layer_norm(**inputs)[1].data_ptr() == inputs["x"].data_ptr()
 
 
 def block(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    y, total = layer_norm(x, weight, bias)
-    y, total = layer_norm(y.sin(), weight, bias, total)
-    return torch.cat([y, total])
+    y, summed = layer_norm(x, weight, bias)
+    y, summed = layer_norm(y.sin(), weight, bias, summed)
+    return torch.cat([y, summed])
 
 
 def leaves() -> list[torch.Tensor]:
@@ -122,10 +123,10 @@ def test_gradients_and_inputs_in_another_layout() -> None:
     }
     results = []
     for given in (inputs, across):
-        y, total = layer_norm(**given)
+        y, summed = layer_norm(**given)
         weights = torch.linspace(-1, 1, y.numel()).view(y.mT.shape).mT
         results.append(
-            (y, total, *torch.autograd.grad((y, total), list(given.values()), (weights, weights)))
+            (y, summed, *torch.autograd.grad((y, summed), list(given.values()), (weights, weights)))
         )
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
@@ -165,6 +166,6 @@ def test_a_row_that_is_too_wide() -> None:
 
 
 def test_the_widest_row() -> None:
-    case = Case("widest", {"B": 1, "L": 2, "C": WIDEST}, data={"residual": False})
+    case = Case("widest", {"B": 1, "L": 2, "C": WIDEST}, extras=Extras(residual=False))
     inputs = SPEC.inputs(case, Inputs(case, torch.float32))
     torch.testing.assert_close(layer_norm(**inputs), SPEC.reference()(**inputs))

@@ -23,13 +23,13 @@ SAMPLED = 4
 
 
 def combinations(spec: OpSpec) -> Iterator[Any]:
-    triton = [backend.name for backend in spec.backends if backend.name == "triton"]
-    ours = product(triton, enumerate(spec.small_cases), spec.dtypes)
+    named = [spec.ours] if spec.ours else []
+    ours = product(named, enumerate(spec.small_cases), spec.dtypes)
     # In float64 where they can: any error of theirs is then one of how the adapter calls them.
     adapters = (
         (other.name, (number, case), on_gpu(other) or widest(other, case))
         for other, (number, case) in product(spec.backends[:-1], enumerate(spec.small_cases))
-        if other.name != "triton"
+        if not other.ours
     )
     for backend, (number, case), dtype in chain(ours, adapters):
         often = number < SAMPLED and dtype != torch.float16
@@ -53,7 +53,7 @@ COMBINATIONS = [combination for spec in OPS for combination in combinations(spec
 def skip_if_absent(spec: OpSpec, backend: str, case: Case, dtype: torch.dtype) -> None:
     against = reasons_against(spec.backend(backend), Target.here(), [case], dtype)
     if against:
-        pytest.skip("; ".join(against))
+        pytest.skip("; ".join(map(str, against)))
 
 
 @pytest.mark.parametrize(("spec", "backend", "case", "dtype"), COMBINATIONS)
@@ -101,17 +101,17 @@ class OurOps(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def with_triton() -> list[OpSpec]:
-    return [spec for spec in OPS if any(backend.name == "triton" for backend in spec.backends)]
+def with_kernels() -> list[OpSpec]:
+    return [spec for spec in OPS if spec.ours]
 
 
-@pytest.mark.parametrize("spec", with_triton(), ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", with_kernels(), ids=lambda spec: spec.name)
 def test_opcheck(spec: OpSpec, device: str) -> None:
     case = spec.small_cases[0]
     with OurOps() as ours:
         harness.evaluate(
             spec,
-            spec.backend("triton").function(spec.name),
+            spec.backend(spec.ours or "").function(spec.name),
             spec.inputs(case, Inputs(case, spec.dtypes[0], device)),
         )
     assert ours.calls
@@ -145,5 +145,5 @@ def test_traces_without_a_graph_break(spec: OpSpec, backend: Backend, device: st
     assert eager.keys() == traced.keys()
     for name, value in eager.items():
         # Torch's own operators may be taken apart, which rounds otherwise.
-        exactly = {"rtol": 0, "atol": 0} if backend.name == "triton" else {}
+        exactly = {"rtol": 0, "atol": 0} if backend.ours else {}
         torch.testing.assert_close(traced[name], value, **exactly, msg=name)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sd_kernels.column_sum import SINGLE, column_sum
+from sd_kernels.column_sum import TUNING, column_sum
 from sd_kernels.errors import KernelError
 from sd_kernels.residual_add import SPEC
 from sd_kernels.residual_add.triton import residual_add
@@ -15,9 +15,9 @@ CASES = {case.name: case for case in SPEC.small_cases}
 @pytest.mark.parametrize(
     ("case", "fault"),
     [
-        ("tokens, ragged", ("total += tl.load(residual", "total += 0.0 * tl.load(residual")),
+        ("tokens, ragged", ("summed += tl.load(residual", "summed += 0.0 * tl.load(residual")),
         ("pixels apart", ("residual + rows * residual_stride", "residual + rows * C")),
-        ("pixels apart", ("total += tl.load(bias", "total -= tl.load(bias")),
+        ("pixels apart", ("summed += tl.load(bias", "summed -= tl.load(bias")),
         (
             "two stages of sums",
             ("column_sum(_rows(dy), dy.dtype)", "column_sum(_rows(dy)[1:], dy.dtype)"),
@@ -49,7 +49,9 @@ def test_a_gradient_in_another_layout() -> None:
     torch.testing.assert_close(dbias, grad.sum((0, 2, 3)))
 
 
-@pytest.mark.parametrize("rows", [1, SINGLE, SINGLE + 1, 1500])
+@pytest.mark.parametrize(
+    "rows", [1, TUNING.single_stripe_rows, TUNING.single_stripe_rows + 1, 1500]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_column_sum(rows: int, dtype: torch.dtype) -> None:
     x = torch.randn(rows, 100, generator=torch.Generator().manual_seed(0)).to(dtype)[:, :70]

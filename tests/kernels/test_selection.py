@@ -11,18 +11,20 @@ import torch
 
 from sd_kernels import geglu, registry, selection
 from sd_kernels.errors import KernelError
+from sd_kernels.reasons import Reason, refusal
 from sd_kernels.selection import Choice, choose
-from sd_kernels.spec import DECLARED_TARGETS, Backend, Case, Target
+from sd_kernels.spec import Backend, Case
+from sd_kernels.targets import GPUS, Target
 
 CPU = Target("cpu", "cpu")
-H100 = DECLARED_TARGETS["h100"]
+H100 = GPUS["h100"].target
 REFERENCE = geglu.SPEC.backends[-1]
 HERE = REFERENCE.module
 """a module that can be imported"""
 
 
-def no_half(case: Case, dtype: torch.dtype) -> str:
-    return "takes no float16" if dtype == torch.float16 else ""
+def no_half(case: Case, dtype: torch.dtype) -> Reason | None:
+    return refusal("takes no float16") if dtype == torch.float16 else None
 
 
 BACKENDS = (
@@ -59,7 +61,7 @@ def test_auto_takes_the_first_that_can_and_says_why_not_the_others() -> None:
             "slow_to_compile": "only when named",
         },
     )
-    assert choose("geglu", target=DECLARED_TARGETS["b200"]).backend == "blackwell"
+    assert choose("geglu", target=GPUS["b200"].target).backend == "blackwell"
     on_cpu = choose("geglu", target=CPU)
     assert on_cpu.backend == "reference"
     assert on_cpu.passed_over["triton"] == "needs a CUDA GPU, this is cpu"

@@ -19,7 +19,7 @@ CASES = {case.name: case for case in SPEC.small_cases}
 @pytest.mark.parametrize(
     ("case", "faults"),
     [
-        ("two sources", [("y.addmm_(_rows(other), weights[:, C1:].t())", "pass")]),
+        ("two sources", [("y.addmm_(_rows(skip), weights[:, C1:].t())", "pass")]),
         ("two sources", [("weights[:, C1:].t())", "weights[:, C1:].t(), beta=0)")]),
         ("one pixel", [("weights[:, C1:].t()", "weights[:, :C1].t()")]),
         ("one pixel", [("torch.mm(grad, weights[:, C1:])", "torch.mm(grad, weights[:, :C1])")]),
@@ -48,7 +48,7 @@ def test_rounding_between_the_products_is_within_the_rule(case: Case, dtype: tor
 
 
 class Names(TorchDispatchMode):
-    """Of the operators that were called."""
+    """Keeps the names of the operators that are called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def test_nothing_is_copied(name: str) -> None:
     with Names() as names:
         y = products.skip_conv_forward._init_fn(**inputs)
         products.skip_conv_dgrad._init_fn(y, inputs["weight"], inputs["x"].shape[1])
-        products.skip_conv_wgrad._init_fn(y, inputs["x"], inputs["other"])
+        products.skip_conv_wgrad._init_fn(y, inputs["x"], inputs["skip"])
     views = ("permute", "view", "_unsafe_view", "slice", "t", "unsqueeze")
     working = [name for name in names.seen if name.split(".")[0] not in views]
     assert working == [
@@ -79,7 +79,7 @@ def test_nothing_is_copied(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("leaf", "gradient"), [("x", "dgrad"), ("other", "dgrad"), ("weight", "wgrad")]
+    ("leaf", "gradient"), [("x", "dgrad"), ("skip", "dgrad"), ("weight", "wgrad")]
 )
 def test_no_gradient_is_made_unasked(leaf: str, gradient: str) -> None:
     given = SPEC.inputs(CASES["two sources"], Inputs(CASES["two sources"], torch.float32))
@@ -96,7 +96,7 @@ def test_no_gradient_is_made_unasked(leaf: str, gradient: str) -> None:
 def test_registered_as_torch_asks(name: str) -> None:
     inputs = SPEC.inputs(CASES[name], Inputs(CASES[name], torch.float32))
     torch.library.opcheck(
-        products.skip_conv_forward, (inputs["x"], inputs["weight"], inputs["other"])
+        products.skip_conv_forward, (inputs["x"], inputs["weight"], inputs["skip"])
     )
     compiled = torch.compile(products.skip_conv, fullgraph=True, backend="aot_eager")
     eager, traced = (
@@ -127,19 +127,19 @@ def image(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     ("changes", "words"),
     [
         ({"x": torch.zeros(2, 8, 4, 4)}, "x of shape .*channels-last"),
-        ({"other": torch.zeros(2, 4, 4, 4)}, "other of shape .*channels-last"),
+        ({"skip": torch.zeros(2, 4, 4, 4)}, "skip of shape .*channels-last"),
         ({"x": image(4, 8, 4, 8)[::2, :, :, ::2][:, :, ::2]}, "images like x|channels-last"),
         ({"x": image(0, 8, 4, 4)}, "none of them empty"),
         ({"x": torch.zeros(2, 8)}, "images"),
         ({"x": image(2, 8, 4, 4, dtype=torch.int64)}, "int64"),
-        ({"other": image(2, 4, 4, 3)}, "other of shape .*images like x"),
-        ({"other": image(2, 4, 4, 4, dtype=torch.bfloat16)}, "bfloat16 and torch.float32"),
+        ({"skip": image(2, 4, 4, 3)}, "skip of shape .*images like x"),
+        ({"skip": image(2, 4, 4, 4, dtype=torch.bfloat16)}, "bfloat16 and torch.float32"),
         ({"weight": image(6, 12, 1, 1).to("meta")}, "cpu and meta"),
         ({"weight": image(6, 8, 1, 1)}, r"weight \(K, 12, 1, 1\)"),
         ({"weight": image(6, 12, 3, 3)}, r"weight \(K, 12, 1, 1\)"),
     ],
 )
 def test_bad_input_is_one_sentence(changes: dict[str, Any], words: str) -> None:
-    good = {"x": image(2, 8, 4, 4), "weight": image(6, 12, 1, 1), "other": image(2, 4, 4, 4)}
+    good = {"x": image(2, 8, 4, 4), "weight": image(6, 12, 1, 1), "skip": image(2, 4, 4, 4)}
     with pytest.raises(KernelError, match=words):
         products.skip_conv(**{**good, **changes})

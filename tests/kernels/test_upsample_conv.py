@@ -85,8 +85,10 @@ def test_kernels_and_torch_merge_and_interleave_alike() -> None:
 
 
 def test_error_in_low_precision_is_sqrt_2_of_torch_s() -> None:
-    """What the docstring of `merged` says of its rounding; in float16 some CPUs' convolutions add
-    more of their own."""
+    """The ratio that the docstring of `merged` states, in bfloat16.
+
+    In float16 the convolutions of some CPUs add errors of their own.
+    """
     case = Case("measured", {"B": 2, "C": 64, "H": 8, "W": 8, "K": 64})
     ratios: dict[str, list[float]] = {}
     for seed in range(4):
@@ -140,8 +142,7 @@ def test_bad_input_is_one_sentence(function: Any, changes: dict[str, Any], words
 
 @pytest.mark.parametrize("module", [merged, triton])
 def test_wide_weights_are_rounded_once(module: Any) -> None:
-    """Beside a bfloat16 image; the error is plain torch's, where weights of 16 bits give sqrt(2)
-    times as much."""
+    """With a bfloat16 image the error is plain torch's; 16-bit weights give sqrt(2) times that."""
     case = CASES["one row, 320 channels"]
     inputs = SPEC.inputs(case, Inputs(case, torch.float32))
     x = inputs["x"].detach().bfloat16().contiguous(memory_format=torch.channels_last)

@@ -19,10 +19,10 @@ RAGGED = SPEC.small_cases[1]
         ("2.0 * tl.load(grad)", "2.0"),
         ("return p - t,", "return t - p,"),
         ("difference * difference", "tl.abs(difference)"),
-        ("programs = triton.cdiv(N, BLOCK)", "programs = N // BLOCK"),
+        ("programs = triton.cdiv(N, TUNING.block)", "programs = N // TUNING.block"),
         (
-            "launch(v_mse_loss_backward_kernel, (triton.cdiv(N, BLOCK),)",
-            "launch(v_mse_loss_backward_kernel, (3,)",
+            "grid = (triton.cdiv(N, TUNING.block),)",
+            "grid = (3,)",
         ),
     ],
     ids=[

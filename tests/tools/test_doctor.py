@@ -15,6 +15,7 @@ from sd_kernels.registry import all_ops, source_digest
 from sd_perf.cli import main
 from sd_perf.errors import UserError
 from sd_perf.tools.doctor import RESULTS, examine, screen
+from sd_perf.tools.results import KernelRow, Provenance, Result, write
 
 
 def shown(report: dict[str, Any]) -> str:
@@ -23,18 +24,24 @@ def shown(report: dict[str, Any]) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
+GREEN = {"ok": True, "checked": 1, "worst": ""}
+RED = {**GREEN, "ok": False}
+
+
 def result(**changes: Any) -> dict[str, Any]:
     row = {
         "op": "geglu",
         "backend": "triton",
         "gpu": "NVIDIA H100 80GB HBM3",
-        "parity": {"ok": True},
+        "parity": GREEN,
     }
-    return {**row, "source": source_digest("geglu"), **changes}
+    unread = dict.fromkeys(KernelRow.__annotations__)
+    return {**unread, **row, "source": source_digest("geglu"), **changes}
 
 
 def write_results(folder: Path, *rows: dict[str, Any]) -> Path:
-    (folder / "kernels_h100.json").write_text(json.dumps({"rows": rows}))
+    provenance = Provenance.of_this_run("kernel_speed", {}, {}, git_sha="abc")
+    write(folder / "kernels_h100.json", Result("kernel_speed", provenance, list(rows)))
     return folder
 
 
@@ -81,7 +88,7 @@ def test_no_hardware_without_a_result(tmp_path: Path) -> None:
 
 def test_a_green_result_is_a_proof_until_the_source_changes(tmp_path: Path) -> None:
     folder = write_results(
-        tmp_path, result(), result(gpu="NVIDIA B200", parity={"ok": False}), result(backend="apex")
+        tmp_path, result(), result(gpu="NVIDIA B200", parity=RED), result(backend="apex")
     )
     report = examine("h100", folder)
     assert backend(report, "geglu", "triton")["ran_on"] == ["NVIDIA H100 80GB HBM3"]
@@ -91,7 +98,7 @@ def test_a_green_result_is_a_proof_until_the_source_changes(tmp_path: Path) -> N
 
 
 def test_a_red_result_is_no_proof(tmp_path: Path) -> None:
-    report = examine("h100", write_results(tmp_path, result(parity={"ok": False})))
+    report = examine("h100", write_results(tmp_path, result(parity=RED)))
     assert backend(report, "geglu", "triton")["ran_on"] == []
 
 

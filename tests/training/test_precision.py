@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from sd_kernels.spec import DECLARED_TARGETS, Target
+from sd_kernels.targets import GPUS, Target
 from sd_perf.config import KernelsConfig
 from sd_perf.distributed.world import start_world
 from sd_perf.errors import CheckpointError, ConfigError
@@ -35,7 +35,7 @@ DELAYED = {
 @pytest.fixture
 def on_h100(te: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Transformer Engine's stand-in, chosen as on a GPU that has FP8."""
-    monkeypatch.setattr(Target, "here", lambda: DECLARED_TARGETS["h100"])
+    monkeypatch.setattr(Target, "here", lambda: GPUS["h100"].target)
 
 
 def losses(trainer: Any) -> list[float]:
@@ -93,8 +93,8 @@ def test_a_checkpoint_without_scales_is_not_taken_for_one_with(on_h100, make_con
             {},
             "fp8_te' cannot be used; .* cannot be had on cpu: needs a CUDA GPU",
         ),
-        (DECLARED_TARGETS["a100"], REFERENCE, "needs compute capability 8.9, A100 has 8.0"),
-        (DECLARED_TARGETS["h100"], REFERENCE, "No module named 'transformer_engine'; pip install"),
+        (GPUS["a100"].target, REFERENCE, "needs compute capability 8.9, A100 has 8.0"),
+        (GPUS["h100"].target, REFERENCE, "No module named 'transformer_engine'; pip install"),
     ],
     ids=["cpu", "a100", "not installed"],
 )

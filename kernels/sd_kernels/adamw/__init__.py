@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-# By name: importing the adapter torch.py makes `torch` mean that module here.
 from torch import bfloat16, dtype, float32, int16, int32, tensor
 
+from sd_kernels.reasons import Reason, refusal
 from sd_kernels.sd_v2_shapes import SD_V2, Architecture
-from sd_kernels.spec import Backend, Case, Inputs, OpSpec, Work
+from sd_kernels.spec import Backend, Case, Draw, Inputs, OpSpec, Work
+
+
+@dataclass(frozen=True)
+class Extras:
+    """Dtypes of the buffers, and the number of the step."""
+
+    weights: dtype | None = None
+    """None: the model's, as with grads"""
+    grads: dtype | None = None
+    exp_avg: dtype = float32
+    exp_avg_sq: dtype = float32
+    step: int = 7
 
 
 def _dtypes(case: Case, model: dtype) -> dict[str, dtype]:
-    moments = {name: case.data.get(name, float32) for name in ("exp_avg", "exp_avg_sq")}
-    return {name: case.data.get(name, model) for name in ("weights", "grads")} | moments
+    extras = case.extras
+    return {
+        "weights": extras.weights or model,
+        "grads": extras.grads or model,
+        "exp_avg": extras.exp_avg,
+        "exp_avg_sq": extras.exp_avg_sq,
+    }
 
 
-def _case(name: str, N: int, calls: int = 0, **data: Any) -> Case:
-    return Case(name, {"N": N}, data=data, calls=calls)
+def _case(name: str, N: int, calls: int = 0, std: float = 1e-3, **extras: Any) -> Case:
+    return Case(name, {"N": N}, draw=Draw(std=std), extras=Extras(**extras), calls=calls)
 
 
 def _cases(unet: Architecture) -> tuple[Case, ...]:
@@ -34,7 +52,7 @@ def _cases(unet: Architecture) -> tuple[Case, ...]:
 
 def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
     N, dtypes = case.shape["N"], _dtypes(case, make.dtype)
-    std = case.data.get("std", 1e-3)
+    std = case.draw.std
     stds = {"weights": 0.05, "grads": std, "exp_avg": std, "exp_avg_sq": std}
     inputs: dict[str, Any] = {
         name: make.tensor(N, dtype=dtypes[name], std=stds[name]).detach() for name in dtypes
@@ -44,7 +62,7 @@ def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
     inputs["remainders"] = (
         make.integers(-(2**15), 2**15, N, dtype=int16) if dtypes["weights"] == bfloat16 else None
     )
-    inputs["step"] = tensor(case.data.get("step", 7), dtype=int32, device=make.device)
+    inputs["step"] = tensor(case.extras.step, dtype=int32, device=make.device)
     inputs["learning_rate"] = tensor(1e-4, device=make.device)
     return inputs
 
@@ -60,16 +78,16 @@ def _work(case: Case, model: dtype) -> Work:
     return Work(0.0, case.shape["N"] * moved + 8, 0.0)
 
 
-def _float32_alone(case: Case, model: dtype) -> str:
+def _float32_alone(case: Case, model: dtype) -> Reason | None:
     others = {f"{name} of {kept}" for name, kept in _dtypes(case, model).items() if kept != float32}
-    return f"takes float32 alone, not {', '.join(sorted(others))}" if others else ""
+    return refusal("takes float32 alone", ", ".join(sorted(others))) if others else None
 
 
 SPEC = OpSpec(
     name="adamw",
     summary="AdamW on flat buffers, in place",
     backends=(
-        Backend("triton", f"{__name__}.triton", capability=(8, 0)),
+        Backend("triton", f"{__name__}.triton", ours=True, capability=(8, 0)),
         Backend(
             "apex",
             f"{__name__}.apex",
@@ -82,7 +100,7 @@ SPEC = OpSpec(
             refuses=_float32_alone,
             exact=False,
         ),
-        Backend("torch", f"{__name__}.aten", refuses=_float32_alone, exact=False),
+        Backend("torch", f"{__name__}.aten", yardstick=True, refuses=_float32_alone, exact=False),
         Backend("reference", f"{__name__}.reference"),
     ),
     cases=_cases(SD_V2),
@@ -100,6 +118,7 @@ SPEC = OpSpec(
     ),
     inputs=_inputs,
     work=_work,
+    family="optimizer, inputs, loss",
     outputs=("weights", "exp_avg", "exp_avg_sq", "remainders"),
     dtypes=(bfloat16, float32),
     exact=("weights", "exp_avg", "exp_avg_sq", "remainders"),

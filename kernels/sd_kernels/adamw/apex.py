@@ -1,9 +1,8 @@
-"""Apex's multi-tensor Adam (the kernel of `apex.optimizers.FusedAdam(capturable=True)`) on one flat
-buffer.
+"""AdamW by the kernel of `apex.optimizers.FusedAdam(capturable=True)`, on one flat buffer.
 
-It reads every list as the first one's dtype and order without comparing, and keeps no master of
-bfloat16 weights: both are refused. It writes the gradients back as it read them: 4 bytes a
-parameter more than the others move.
+Apex takes the dtype and order of the first list for those of all lists, without comparing, and
+keeps no float32 masters of bfloat16 weights; this adapter refuses both. Apex also writes the
+gradients back as it read them: 4 bytes a parameter more than the other backends move.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 0.01,
 ) -> tuple[torch.Tensor, ...]:
-    """See `reference.adamw`; float32 alone, no remainders, fewer than 2^31 parameters."""
+    """See `reference.adamw`; float32 only, without remainders, fewer than 2^31 parameters."""
     check(
         weights,
         remainders,

@@ -1,4 +1,4 @@
-"""torch's own fused kernel, that of `torch.optim.AdamW(fused=True)`, on one flat buffer."""
+"""AdamW by the fused kernel of `torch.optim.AdamW(fused=True)`, on one flat buffer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 0.01,
 ) -> tuple[torch.Tensor, ...]:
-    """See `reference.adamw`; float32 alone, no remainders."""
+    """See `reference.adamw`; float32 only, without remainders."""
     check(
         weights,
         remainders,

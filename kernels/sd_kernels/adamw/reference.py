@@ -1,6 +1,6 @@
 """AdamW in plain torch, and float32 masters kept as bfloat16 weights and 16-bit remainders.
 
-Shape letters: N parameters, all of a model in one flat buffer.
+Shape letter: N parameters, all of a model in one flat buffer.
 """
 
 from __future__ import annotations
@@ -21,17 +21,16 @@ DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "step": (torch.int32, torch.int64, torch.float32, torch.float64),
     "learning_rate": (torch.float32, torch.float64),
 }
-"""what each tensor of `adamw` may be; none: what a backend says"""
+"""dtypes that each tensor of `adamw` may have; empty: those that the backend takes"""
 
 
 def split_master(master: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 -> (bfloat16 weights, int16 remainders); `join_master` restores every number,
-    infinity and zero exactly.
+    """Split float32 masters into (bfloat16 weights, int16 remainders).
 
-    Weights are the upper half of bits + 0x8000: rounded to nearest, ties away from zero (not to
-    even), so they differ from `.to(torch.bfloat16)` in ties alone. Remainders are the lower half.
-    NaN becomes one NaN: 0x7FFFFFFF, which NVIDIA's arithmetic gives, would carry into the sign and
-    read as -0.
+    `join_master` restores every number, infinity and zero exactly. Weights are the upper half of
+    bits + 0x8000, which rounds to nearest with ties away from zero; `.to(torch.bfloat16)` differs
+    in ties only, which it rounds to even. Remainders are the lower half of the bits. Every NaN
+    becomes 0x7FC00000: NVIDIA's 0x7FFFFFFF would carry into the sign and read as -0.
     """
     bits = master.view(torch.int32).where(master == master, NAN_BITS)
     # int32 wraps and int16 keeps the lower half, on every device.
@@ -39,10 +38,10 @@ def split_master(master: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def join_master(weights: torch.Tensor, remainders: torch.Tensor) -> torch.Tensor:
-    """(bfloat16 weights, 16-bit remainders) -> the float32 master that `split_master` was given.
+    """The float32 masters that `split_master` was given, from bfloat16 weights and remainders.
 
-    The upper half was carried into exactly where the remainder, read as signed, is negative: adding
-    it takes that back.
+    Rounding carried into the upper half exactly where the remainder, as a signed number, is
+    negative; adding the remainder takes the carry back.
     """
     upper, lower = (
         weights.view(torch.int16).to(torch.int32),
@@ -54,11 +53,11 @@ def join_master(weights: torch.Tensor, remainders: torch.Tensor) -> torch.Tensor
 def coefficients(
     step: torch.Tensor, learning_rate: torch.Tensor, beta1: float, beta2: float, weight_decay: float
 ) -> torch.Tensor:
-    """(learning rate / first bias correction, learning rate * weight decay, 1 / root of the
-    second); (3,) float64.
+    """The step's scalars (3,) float64: step size, decay and scale of the root.
 
-    On the device and in float64: in float32, 1 - 0.999**step loses half its digits at the first
-    step.
+    These are learning_rate / (1 - beta1^step), learning_rate * weight_decay and
+    1 / sqrt(1 - beta2^step). They are computed on the device, for CUDA graphs, and in float64: in
+    float32, 1 - 0.999**step loses half its digits at the first step.
     """
     count, rate = step.reshape(()).double(), learning_rate.reshape(()).double()
     correction1, correction2 = 1 - beta1**count, 1 - beta2**count
@@ -68,8 +67,10 @@ def coefficients(
 def check(
     *tensors: torch.Tensor | None, floats: Sequence[torch.dtype] = (torch.float32, torch.bfloat16)
 ) -> None:
-    """Raise KernelError unless the tensors, in the order of `adamw`, are what it takes; `floats`
-    for the buffers."""
+    """Raise KernelError unless the tensors, in the order of `adamw`, are what it takes.
+
+    `floats` are the dtypes of the floating-point buffers that the backend takes.
+    """
     given = {
         name: tensor for name, tensor in zip(DTYPES, tensors, strict=True) if tensor is not None
     }
@@ -112,34 +113,36 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 0.01,
 ) -> tuple[torch.Tensor, ...]:
-    """One step in place on flat buffers (N,); gives back (weights, exp_avg, exp_avg_sq) and, if
-    any, remainders.
+    """One step of AdamW in place on flat buffers (N,).
 
-    Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019), of every element, biases
-    and norms too:
+    Returns (weights, exp_avg, exp_avg_sq) and the remainders, if there are any. Loshchilov and
+    Hutter, "Decoupled Weight Decay Regularization" (2019), algorithm 2, for every parameter
+    including biases and norms:
 
-        m += (1 - beta1) (g - m),  v += (1 - beta2) (g^2 - v) w -= rate weight_decay w + rate / (1 -
-        beta1^step) m / (sqrt(v) / sqrt(1 - beta2^step) + eps)
+        m += (1 - beta1) (g - m)
+        v += (1 - beta2) (g^2 - v)
+        w -= rate weight_decay w
+             + rate / (1 - beta1^step) m / (sqrt(v) / sqrt(1 - beta2^step) + eps)
 
-    Weights are float32, or bfloat16 with 16-bit remainders (see `split_master`); gradients and
-    either moment float32 or bfloat16; float64 throughout serves as truth. `step` (1 at the first
-    call; integer or floating) and `learning_rate` (floating) are one-element tensors on the same
-    device, so that a CUDA graph can capture the call. Moments in bfloat16 are rounded to nearest
-    even after the weights were updated with what they round. Beware of exp_avg_sq in bfloat16 with
-    beta2 = 0.999: a tenth of a percent is less than half an ulp (0.2 to 0.4 %), so that it grows
-    but never decays.
+    Weights are float32, or bfloat16 with 16-bit remainders (see `split_master`). Gradients and each
+    moment are float32 or bfloat16. float64 throughout serves as truth. `step` (1 at the first call;
+    integer or floating) and `learning_rate` (floating) are one-element tensors on the same device,
+    so that a CUDA graph can capture the call. The weights are updated with the exact moments;
+    moments in bfloat16 are rounded to nearest even afterwards. Beware of exp_avg_sq in bfloat16
+    with beta2 = 0.999: its decay of a tenth of a percent is less than half an ulp (0.2 to 0.4 %),
+    so that it grows but never decays. Raises KernelError for other inputs.
     """
     floats = torch.float32, torch.bfloat16, torch.float64
     check(weights, remainders, grads, exp_avg, exp_avg_sq, step, learning_rate, floats=floats)
     master = weights if remainders is None else join_master(weights, remainders)
-    # One rounding an operation, in this order: no addcmul, lerp or alpha, which fuse.
+    # One rounding for each operation, in this order: addcmul, lerp and alpha would fuse two.
     scalars = coefficients(step, learning_rate, beta1, beta2, weight_decay).to(master.dtype)
     step_size, decay, root_scale = scalars.unbind()
     g, m, v = (tensor.to(master.dtype) for tensor in (grads, exp_avg, exp_avg_sq))
     m = m + (g - m) * (1 - beta1)
     v = v + (g * g - v) * (1 - beta2)
-    # On a CPU torch's float32 root is MKL's, which is an ulp off in some 0.6 %; rounding that in
-    # float64 is not.
+    # On a CPU the float32 root of torch is MKL's, an ulp off for some 0.6 % of numbers. The float64
+    # root rounded to float32 is always right.
     root = v.double().sqrt().to(v.dtype)
     update = m / (root * root_scale + eps)
     master = master - (master * decay + update * step_size)

@@ -1,5 +1,6 @@
-"""Self-attention of packed q | k | v, and cross-attention of packed k | v: heads of 64, no mask, no
-dropout.
+"""Self-attention of packed q | k | v, and cross-attention with packed k | v.
+
+Heads of 64 channels, no mask, no dropout.
 
 Order of preference by published TFLOP/s on an H100 at head dim 64, forward and backward, 4096
 tokens (FlashAttention 2: 321, 279; cuDNN: 408, 417; FlashAttention 3: 476, 453), then by what
@@ -18,24 +19,34 @@ Shape letters: B samples, L queries, T keys, H heads, D head dim.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 import torch
 
-from sd_kernels.sd_v2_shapes import BATCH, SD_V2, Architecture, counted, transformers
-from sd_kernels.spec import Backend, Case, Inputs, OpSpec, Work
+from sd_kernels.reasons import Reason, refusal
+from sd_kernels.sd_v2_shapes import BATCH, SD_V2, Architecture, transformers
+from sd_kernels.spec import Attention, Backend, Case, Draw, Inputs, OpSpec, Work, counted
 
 HALF = (torch.bfloat16, torch.float16)
 
 
-def _make(name: str, B: int, L: int, T: int, H: int, D: int = SD_V2.head_dim, **data: Any) -> Case:
+@dataclass(frozen=True)
+class Extras:
+    """Whether keys and values come from the text, packed by themselves."""
+
+    cross: bool
+
+
+def _make(name: str, B: int, L: int, T: int, H: int, D: int = SD_V2.head_dim, **draw: Any) -> Case:
     """Self-attention where T is 0."""
     return Case(
         name,
         {"B": B, "L": L, "T": T or L, "H": H, "D": D},
         {"num_heads": H},
-        {"cross": T > 0, **data},
+        draw=Draw(**draw),
+        extras=Extras(cross=T > 0),
     )
 
 
@@ -51,8 +62,8 @@ def _case(call: tuple[int, int, int, int]) -> Case:
 
 
 def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
-    B, L, T, H, D = case.shape.values()
-    if not case.data["cross"]:
+    B, L, T, H, D = case.sizes("B", "L", "T", "H", "D")
+    if not case.extras.cross:
         return {"qkv": make.data(B, L, 3 * H * D), "kv": None, **case.options}
     return {"qkv": make.data(B, L, H * D), "kv": make.data(B, T, 2 * H * D), **case.options}
 
@@ -60,7 +71,7 @@ def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
 def _work(case: Case, dtype: torch.dtype) -> Work:
     """Two matrix products forward; five backward, one of which makes the scores again. float32 row
     sums not counted."""
-    B, L, T, H, D = case.shape.values()
+    B, L, T, H, D = case.sizes("B", "L", "T", "H", "D")
     forward, queries, keys = (
         4.0 * B * H * L * T * D,
         B * L * H * D * dtype.itemsize,
@@ -71,20 +82,26 @@ def _work(case: Case, dtype: torch.dtype) -> Work:
     )
 
 
-def _head_dims(most: int, single_key: bool = True) -> Callable[[Case, torch.dtype], str]:
-    def refuses(case: Case, dtype: torch.dtype) -> str:
-        if case.shape["D"] % 8 or case.shape["D"] > most:
-            return f"takes head dims that are multiples of 8 up to {most}, not {case.shape['D']}"
-        return "" if single_key or case.shape["T"] > 1 else "takes no single key"
+def _head_dims(most: int, single_key: bool = True) -> Callable[[Case, torch.dtype], Reason | None]:
+    def refuses(case: Case, dtype: torch.dtype) -> Reason | None:
+        T, D = case.sizes("T", "D")
+        if D % 8 or most < D:
+            return refusal(f"takes head dims that are multiples of 8 up to {most}", str(D))
+        return None if single_key or T > 1 else refusal("takes no single key")
 
     return refuses
 
 
-def _sixteen_bytes(case: Case, dtype: torch.dtype) -> str:
+def _sixteen_bytes(case: Case, dtype: torch.dtype) -> Reason | None:
     D = case.shape["D"]
-    return (
-        f"takes head dims of whole 16 bytes, not {D} of {dtype}" if D * dtype.itemsize % 16 else ""
-    )
+    is_whole = D * dtype.itemsize % 16 == 0
+    return None if is_whole else refusal("takes head dims of whole 16 bytes", f"{D} of {dtype}")
+
+
+def _saved_bytes(case: Case, dtype: torch.dtype) -> int:
+    """Queries, keys, values and the output, and a float32 for each row of scores."""
+    B, L, T, H, D = case.sizes("B", "L", "T", "H", "D")
+    return B * H * (2 * D * (L + T) * dtype.itemsize + 4 * L)
 
 
 def _flash(
@@ -95,7 +112,7 @@ def _flash(
 
 
 def _sdpa(name: str, attribute: str, **limits: Any) -> Backend:
-    return Backend(name, f"{__name__}.sdpa", attribute=attribute, **limits)
+    return Backend(name, f"{__name__}.aten", attribute=attribute, **limits)
 
 
 SPEC = OpSpec(
@@ -172,4 +189,7 @@ SPEC = OpSpec(
     ),
     inputs=_inputs,
     work=_work,
+    family="attention",
+    matmuls=lambda case: Attention(queries=case.shape["L"]),
+    saved_bytes=_saved_bytes,
 )

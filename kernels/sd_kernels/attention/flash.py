@@ -1,9 +1,9 @@
-"""Attention by Tri Dao's FlashAttention 2, 3 and 4: three packages, each imported when its function
-is called.
+"""Attention by FlashAttention 2, 3 and 4.
 
-All take (B, L, H, D) with rows apart, so forward copies nothing. Backward writes into the slices of
-one packed gradient; FlashAttention 3 alone packs those of a context's k and v (77 rows) in a pass
-of torch's. None was ever run on hardware by this project.
+These are three packages, each of which is imported when its function is called. All take
+(B, L, H, D) with rows apart, so forward copies nothing. Backward writes into the slices of one
+packed gradient. The exception is FlashAttention 3 with a context: torch packs the gradients of its
+k and v (77 rows) in a pass of its own. Never run on hardware by this project.
 
 Shape letters: B samples, L queries, T keys, H heads, D head dim.
 """
@@ -18,8 +18,7 @@ from sd_kernels.attention.packing import packed, separate
 
 
 def fa2(qkv: torch.Tensor, kv: torch.Tensor | None = None, *, num_heads: int) -> torch.Tensor:
-    """See `reference.attention`; flash_attn_qkvpacked_func and flash_attn_kvpacked_func of
-    flash-attn 2.8.3."""
+    """See `reference.attention`; flash-attn 2.8.3, which takes packed q | k | v and k | v."""
     from flash_attn import flash_attn_kvpacked_func, flash_attn_qkvpacked_func
 
     first, second = packed("attention (fa2)", qkv, kv, num_heads)
@@ -30,8 +29,7 @@ def fa2(qkv: torch.Tensor, kv: torch.Tensor | None = None, *, num_heads: int) ->
 
 
 def fa3(qkv: torch.Tensor, kv: torch.Tensor | None = None, *, num_heads: int) -> torch.Tensor:
-    """See `reference.attention`; hopper/flash_attn_interface.py of flash-attention, which packs no
-    kv."""
+    """See `reference.attention`; hopper/flash_attn_interface.py, which takes no packed k | v."""
     from flash_attn_interface import flash_attn_func, flash_attn_qkvpacked_func
 
     if kv is None:
@@ -42,13 +40,15 @@ def fa3(qkv: torch.Tensor, kv: torch.Tensor | None = None, *, num_heads: int) ->
 
 
 def fa4(qkv: torch.Tensor, kv: torch.Tensor | None = None, *, num_heads: int) -> torch.Tensor:
-    """See `reference.attention`; flash_attn.cute of flash-attn-4 4.0.0b36, as registered ops, which
-    its own are not."""
+    """See `reference.attention`; flash_attn.cute of flash-attn-4 4.0.0b36.
+
+    Its functions are not registered ops, which torch.compile needs; so they are wrapped in two.
+    """
     first, second = packed("attention (fa4)", qkv, kv, num_heads)
     return attention_fa4_forward(first, second)[0].flatten(2)
 
 
-def _views(first: torch.Tensor, second: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+def _q_k_v(first: torch.Tensor, second: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
     return first.unbind(2) if second is None else (first, *second.unbind(2))
 
 
@@ -56,10 +56,11 @@ def _views(first: torch.Tensor, second: torch.Tensor | None) -> tuple[torch.Tens
 def attention_fa4_forward(
     first: torch.Tensor, second: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output (B, L, H, D) and the log-sum-exp of each row of scores (B, H, L) float32."""
     from flash_attn.cute import flash_attn_func
 
-    q, k, v = _views(first, second)
-    # By keyword: the fourth positional argument is not the scale, as it is in the other two.
+    q, k, v = _q_k_v(first, second)
+    # By keyword: the fourth positional argument is not the scale, as it is in versions 2 and 3.
     return flash_attn_func(q=q, k=k, v=v, softmax_scale=q.shape[-1] ** -0.5, return_lse=True)
 
 
@@ -71,12 +72,13 @@ def attention_fa4_backward(
     lse: torch.Tensor,
     dout: torch.Tensor,
 ) -> list[torch.Tensor]:
-    # Its public backward allocates dq, dk, dv apart; this one, which that calls, takes them.
+    """The gradients of `first` and of `second`, if given, in their packed shapes."""
+    # The public backward allocates dq, dk, dv apart. It calls this one, which takes them.
     from flash_attn.cute.interface import _flash_attn_bwd
 
-    q, k, v = _views(first, second)
+    q, k, v = _q_k_v(first, second)
     grads = [x.new_empty(x.shape) for x in (first, second) if x is not None]
-    dq, dk, dv = _views(grads[0], None if second is None else grads[1])
+    dq, dk, dv = _q_k_v(grads[0], None if second is None else grads[1])
     given = {"q": q, "k": k, "v": v, "out": out, "dout": dout.contiguous(), "lse": lse}
     _flash_attn_bwd(**given, softmax_scale=q.shape[-1] ** -0.5, dq=dq, dk=dk, dv=dv)
     return grads
@@ -101,7 +103,7 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs, *output)
-    ctx.set_materialize_grads(False)  # lse has none
+    ctx.set_materialize_grads(False)  # lse has no gradient
 
 
 def _backward(ctx: Any, dout: torch.Tensor, dlse: Any) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Packed linears' outputs seen as heads, without copies, and what is asked of them.
+"""Views of packed q | k | v as heads, without copies, and the checks of these inputs.
 
 Shape letters: B samples, L queries, T keys, H heads, D head dim.
 """
@@ -13,8 +13,10 @@ from sd_kernels.errors import require
 def packed(
     op: str, qkv: torch.Tensor, kv: torch.Tensor | None, num_heads: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Views qkv (B, L, 3, H, D) and None, or q (B, L, H, D) and kv (B, T, 2, H, D); rows may be
-    apart."""
+    """Views: qkv (B, L, 3, H, D) and None, or q (B, L, H, D) and kv (B, T, 2, H, D).
+
+    Rows may be apart. Raises KernelError, which names `op`, unless shapes and dtypes fit.
+    """
     tensors = [qkv] if kv is None else [qkv, kv]
     for x in tensors:
         require(x.dim() == 3, op, f"shape {tuple(x.shape)}", "(B, L, channels)")
@@ -41,9 +43,10 @@ def packed(
 def separate(
     op: str, qkv: torch.Tensor, kv: torch.Tensor | None, num_heads: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q (B, L, H, D), k and v (B, T, H, D): views. Their gradients are packed by one `stack`.
+    """Views q (B, L, H, D), k and v (B, T, H, D). One `stack` packs their gradients.
 
-    By `unbind`: of three selections autograd would pad each gradient with zeros and add them.
+    They come from `unbind`: for three selections autograd would pad each gradient with zeros and
+    add them up.
     """
     first, second = packed(op, qkv, kv, num_heads)
     if second is None:

@@ -1,11 +1,13 @@
-"""Attention by Transformer Engine's DotProductAttention (transformer_engine 2.20.2), on cuDNN: what
-the winners ran.
+"""Attention by Transformer Engine's DotProductAttention (transformer_engine 2.20.2), on cuDNN.
 
-It reads packed tensors as dense ones whatever their strides, and tells them by their addresses;
-what has rows apart is copied here first. Its own packed arguments (`qkv_layer`, `kv_layer`) select
-q, k, v, whose gradients autograd pads with zeros and adds; here they are views, and their
-gradients, which it writes side by side, are taken as they lie. FP8 attention is off: its backward
-needs a head dim of 128 on Hopper. Never run on hardware by this project.
+The fastest published runs of the benchmark use it. It recognises packed tensors by the addresses of
+q, k and v, and reads them as dense ones whatever their strides, so tensors with rows apart are
+copied here first. Its own packed arguments (`qkv_layer`, `kv_layer`) select q, k and v, whose
+gradients autograd pads with zeros and adds up. Here q, k and v are views, and their gradients,
+which it writes side by side, are taken as they lie. FP8 attention is off: its backward needs a head
+dim of 128 on Hopper. Never run on hardware by this project.
+
+Shape letters: B samples, L tokens, H heads, D head dim.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from typing import Any
 
 import torch
 
-# cuDNN or an error: it would otherwise take the first that is there, down to unfused matmuls. Read
-# when imported.
+# cuDNN or an error: otherwise it takes the first kernel that it finds, down to unfused matmuls. The
+# variables are read when it is imported.
 os.environ |= {"NVTE_FLASH_ATTN": "0", "NVTE_FUSED_ATTN": "1", "NVTE_UNFUSED_ATTN": "0"}
 
 import transformer_engine.pytorch as te
@@ -38,8 +40,10 @@ def _module(num_heads: int, head_dim: int, attention_type: str) -> Any:
 
 
 class _Unbind(torch.autograd.Function):
-    """x (B, L, parts, H, D) as its parts; backward copies nothing where the gradients lie as the
-    parts do."""
+    """The parts (B, L, H, D) of x (B, L, parts, H, D).
+
+    Backward copies nothing where the gradients lie in memory as the parts do.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from sd_kernels.sd_v2_shapes import BATCH, SD_V2, Architecture, Resample, ResBlock, counted, layers
-from sd_kernels.spec import Backend, Case, Inputs, OpSpec, Work
+from sd_kernels.sd_v2_shapes import BATCH, SD_V2, Architecture, Resample, ResBlock, layers
+from sd_kernels.spec import Backend, Case, Draw, Inputs, Matmuls, OpSpec, Work, counted
 
 
 def _calls(unet: Architecture) -> list[tuple[int, int, int, int]]:
@@ -29,21 +29,31 @@ def _case(call: tuple[int, int, int, int]) -> Case:
     return _make(name, BATCH, channels, side, side, outputs, stride)
 
 
-def _make(name: str, B: int, C: int, H: int, W: int, K: int, stride: int = 1, **data: Any) -> Case:
-    return Case(
-        name, {"B": B, "C": C, "H": H, "W": W, "K": K}, {"stride": stride, "padding": 1}, data
-    )
+def _make(name: str, B: int, C: int, H: int, W: int, K: int, stride: int = 1, **draw: Any) -> Case:
+    shape = {"B": B, "C": C, "H": H, "W": W, "K": K}
+    return Case(name, shape, {"stride": stride, "padding": 1}, Draw(**draw))
 
 
 def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
-    B, C, H, W, K = case.shape.values()
+    B, C, H, W, K = case.sizes("B", "C", "H", "W", "K")
     return {"x": make.image(B, C, H, W), "weight": make.kernel(K, C, 3), **case.options}
 
 
-def _work(case: Case, dtype: torch.dtype) -> Work:
-    B, C, H, W, K = case.shape.values()
+def _pixels(case: Case) -> int:
+    """Of the output."""
+    B, H, W = case.sizes("B", "H", "W")
     stride = case.options["stride"]
-    pixels = B * -(-H // stride) * -(-W // stride)
+    return B * -(-H // stride) * -(-W // stride)
+
+
+def _matmuls(case: Case) -> Matmuls:
+    C, K = case.sizes("C", "K")
+    return Matmuls(rows=_pixels(case), columns=K, channels=C, taps=9, stride=case.options["stride"])
+
+
+def _work(case: Case, dtype: torch.dtype) -> Work:
+    B, C, H, W, K = case.sizes("B", "C", "H", "W", "K")
+    pixels = _pixels(case)
     x, weight, y = B * C * H * W, 9 * K * C, pixels * K
     return Work(
         2.0 * pixels * weight,
@@ -56,7 +66,7 @@ SPEC = OpSpec(
     name="conv",
     summary="3x3 convolution in channels-last memory",
     backends=(
-        Backend("cudnn", f"{__name__}.cudnn", capability=(8, 0)),
+        Backend("cudnn", f"{__name__}.aten", capability=(8, 0)),
         Backend("reference", f"{__name__}.reference"),
     ),
     cases=counted(_calls(SD_V2), _case),
@@ -72,4 +82,6 @@ SPEC = OpSpec(
     ),
     inputs=_inputs,
     work=_work,
+    family="convolutions",
+    matmuls=_matmuls,
 )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from sd_kernels.sd_v2_shapes import BATCH, SD_V2, Architecture
-from sd_kernels.spec import Backend, Case, Inputs, OpSpec, Work
+from sd_kernels.spec import Backend, Case, Draw, Inputs, OpSpec, Work
 
 OPTIONS = {
     "seed": 1,
@@ -18,28 +19,47 @@ OPTIONS = {
 }
 
 
+@dataclass(frozen=True)
+class Extras:
+    """Dtype of the moments, and how large the indices of samples may be."""
+
+    moments: torch.dtype = torch.float32
+    samples: int = 2**20
+
+
+USUAL = Extras()
+
+
 def latents(unet: Architecture) -> tuple[Case, ...]:
     """The one call of a step, on latents (B, C, H, W)."""
     side = unet.side
     shape = {"B": BATCH, "C": unet.in_channels, "H": side, "W": side}
-    return (Case(f"{side} x {side} latents", shape, options=OPTIONS),)
+    return (Case(f"{side} x {side} latents", shape, options=OPTIONS, extras=USUAL),)
 
 
-def _small(name: str, B: int, H: int, W: int, C: int = 4, seed: int = 1, **data: Any) -> Case:
-    return Case(
-        name, {"B": B, "C": C, "H": H, "W": W}, options={**OPTIONS, "seed": seed}, data=data
-    )
+def _small(
+    name: str,
+    B: int,
+    H: int,
+    W: int,
+    C: int = 4,
+    seed: int = 1,
+    extras: Extras = USUAL,
+    **draw: Any,
+) -> Case:
+    shape, options = {"B": B, "C": C, "H": H, "W": W}, {**OPTIONS, "seed": seed}
+    return Case(name, shape, options, Draw(**draw), extras)
 
 
 def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
     """A schedule of 1000 steps that is not the benchmark's; log-variances as the case has them,
     means beside 0."""
-    B, C, H, W = (case.shape[letter] for letter in "BCHW")
+    B, C, H, W = case.sizes("B", "C", "H", "W")
     moments = torch.cat((make.tensor(B, C, H, W), make.data(B, C, H, W)), dim=1).detach()
     alphas_cumprod = torch.linspace(0.999, 0.005, 1000, dtype=torch.float64, device=make.device)
     return {
-        "moments": moments.to(case.data.get("moments", torch.float32)),
-        "sample_indices": make.integers(0, case.data.get("samples", 2**20), B),
+        "moments": moments.to(case.extras.moments),
+        "sample_indices": make.integers(0, case.extras.samples, B),
         "sqrt_alphas_cumprod": alphas_cumprod.sqrt().float(),
         "sqrt_one_minus_alphas_cumprod": (1 - alphas_cumprod).sqrt().float(),
         "dtype": make.dtype,
@@ -56,21 +76,22 @@ SPEC = OpSpec(
     name="diffusion_inputs",
     summary="draws, latents from moments, noising and v-target",
     backends=(
-        Backend("triton", f"{__name__}.triton", capability=(8, 0)),
+        Backend("triton", f"{__name__}.triton", ours=True, capability=(8, 0)),
         Backend("reference", f"{__name__}.reference"),
     ),
     cases=latents(SD_V2),
     cases_of=latents,
     small_cases=(
         _small("tiny", 1, 2, 2),
-        _small("ragged", 3, 5, 60, samples=2**62, seed=2**64 - 3),
+        _small("ragged", 3, 5, 60, extras=Extras(samples=2**62), seed=2**64 - 3),
         _small("large log-variances", 2, 8, 8, std=20.0),
-        _small("bfloat16 moments", 2, 16, 16, moments=torch.bfloat16, mean=-2.3, std=0.5),
-        _small("float16 moments", 2, 3, 4, moments=torch.float16, mean=-2.3, std=0.5),
+        _small("bfloat16 moments", 2, 16, 16, extras=Extras(torch.bfloat16), mean=-2.3, std=0.5),
+        _small("float16 moments", 2, 3, 4, extras=Extras(torch.float16), mean=-2.3, std=0.5),
         _small("eight channels", 2, 6, 6, C=8),
     ),
     inputs=_inputs,
     work=_work,
+    family="optimizer, inputs, loss",
     outputs=("noisy", "target", "timesteps"),
     exact=("timesteps",),
     differentiable=False,

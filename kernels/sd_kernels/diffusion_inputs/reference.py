@@ -1,4 +1,7 @@
-"""What the UNet is trained on, in plain torch."""
+"""The inputs and the target of a training step of the UNet, in plain torch.
+
+Shape letters: B samples, C latent channels, H and W rows and columns, T timesteps.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +23,17 @@ def diffusion_inputs(
     moments_stream: int,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Noised latents, v-target (B, C, H, W) and timesteps (B,) int64 of the samples with these
-    indices (B,) int64.
+    """Noised latents, v-target (B, C, H, W) and timesteps (B,) int64 of B samples.
 
     `moments` (B, 2C, H, W) are the autoencoder's: mean, then log-variance, which is clamped to
-    [-30, 20]. The tables (T,) float32 hold sqrt(alphas_cumprod) and sqrt(1 - alphas_cumprod).
-    Noised latents are of `dtype`, the target is float32, both channels-last. Draws are keyed by
-    (seed, index, stream): see `philox`.
+    [-30, 20]. `sample_indices` (B,) int64 say which samples these are. The tables (T,) float32 hold
+    sqrt(alphas_cumprod) and sqrt(1 - alphas_cumprod). Noised latents have `dtype`, the target is
+    float32; both are channels-last. Draws depend on (seed, index, stream) alone; see `philox`.
 
-    Rombach et al. 2022 (latents), Ho et al. 2020 (noising), Salimans & Ho 2022, section 4 (v).
+    Sources: Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models" (2022)
+    for latents; Ho et al., "Denoising Diffusion Probabilistic Models" (2020), eq. 4, for noising;
+    Salimans and Ho, "Progressive Distillation for Fast Sampling of Diffusion Models" (2022),
+    section 4, for v.
     """
     mean, logvar = moments.to(sqrt_alphas_cumprod.dtype).chunk(2, dim=1)
     posterior_noise, noise = (

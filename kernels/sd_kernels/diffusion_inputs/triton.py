@@ -1,11 +1,11 @@
-"""The draws of the samples, their latents, noising and v-target in one pass: reads the moments,
-writes what is asked.
+"""Random draws, latents, noising and v-target in one pass: reads moments, writes the results.
 
-Random numbers never touch memory. A Philox call gives four words, which are the four normals of
-four adjacent pixels of one channel, so a thread draws where it reads; channels become the fastest
-axis on the way out. Normals are made in float64 like the oracle's, and so equal them bit for bit,
-except where two float64 libraries fall on different sides of a float32's edge. At the benchmark's
-size that is 2^20 logarithms, roots and sines: some microseconds of a Hopper GPU.
+Random numbers never touch memory. One Philox call gives four words, and these the normals of four
+adjacent pixels of one channel, so a thread draws the numbers of the elements that it reads. Moments
+are read channel by channel; results are written with channels as the fastest axis. Normals are
+computed in float64, as `philox.normal` does, and so equal its bits, except where two float64
+libraries fall on different sides of a rounding border of float32. The benchmark's size takes 2^20
+logarithms, roots and sines: some microseconds of a Hopper GPU.
 
 Shape letters: B samples, C latent channels, HW pixels, T timesteps.
 """
@@ -13,6 +13,7 @@ Shape letters: B samples, C latent channels, HW pixels, T timesteps.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -21,25 +22,36 @@ import triton.language as tl
 from sd_kernels.errors import FLOATING, require, require_floating
 from sd_kernels.launch import empty, launch, rounded
 
-PIXELS = 256
-"""pixels of a program; with four channels 8 elements a thread"""
 
+@dataclass(frozen=True)
+class Tuning:
+    """Launch constants."""
+
+    pixels: int = 256
+    """pixels of a program: with four channels 8 elements for each thread of 4 warps"""
+
+
+TUNING = Tuning()
+# Taylor series of sin(x) / x and of cos(x) to x^14: within pi / 4 the next term is at most 1e-15.
 _SINE = tl.constexpr([(-1) ** n / math.factorial(2 * n + 1) for n in range(8)])
 _COSINE = tl.constexpr([(-1) ** n / math.factorial(2 * n) for n in range(8)])
 
 
 @triton.jit
 def _box_muller(first, second):
-    """Two independent normals from two words; the angle is reduced in integers to an eighth of a
-    turn either side."""
-    radius = tl.sqrt(
-        -2.0 * tl.log(((first >> 8) + 1).to(tl.float64) * 5.9604644775390625e-08)
-    )  # 2^-24
+    """Two independent normals from two words, float32.
+
+    Box and Muller, "A Note on the Generation of Random Normal Deviates" (1958); `philox.normal`.
+    """
+    # Uniform numbers of 24 bits: (0, 1] for the logarithm, [0, 1) turns for the angle.
+    uniform = ((first >> 8) + 1).to(tl.float64) * 5.9604644775390625e-08  # 2^-24
+    radius = tl.sqrt(-2.0 * tl.log(uniform))
+    # The angle is a number of quarter turns and at most an eighth of a turn either side. Reduced in
+    # integers, it loses nothing, and the series needs few terms.
     turned = (second >> 8) + 0x200000
     quarter = turned >> 22
-    angle = ((turned & 0x3FFFFF).to(tl.int32) - 0x200000).to(
-        tl.float64
-    ) * 3.7450702829239286e-07  # 2 pi 2^-24
+    eighth = (turned & 0x3FFFFF).to(tl.int32) - 0x200000
+    angle = eighth.to(tl.float64) * 3.7450702829239286e-07  # 2 pi 2^-24
     square = angle * angle
     sine = square * _SINE[7] + _SINE[6]
     cosine = square * _COSINE[7] + _COSINE[6]
@@ -47,6 +59,7 @@ def _box_muller(first, second):
         sine = sine * square + _SINE[n]
         cosine = cosine * square + _COSINE[n]
     along, across = (radius * cosine).to(tl.float32), (radius * (sine * angle)).to(tl.float32)
+    # A quarter turn swaps cosine and sine and changes one sign.
     is_odd = (quarter & 1) == 1
     x, y = tl.where(is_odd, across, along), tl.where(is_odd, along, across)
     return tl.where(((quarter + 1) & 2) == 2, -x, x), tl.where((quarter & 2) == 2, -y, y)
@@ -58,32 +71,23 @@ def _normals(seed, blocks, stream, low, high):
     word_0, word_1, word_2, word_3 = tl.philox(seed, blocks, stream, low, high)
     normal_0, normal_1 = _box_muller(word_0, word_1)
     normal_2, normal_3 = _box_muller(word_2, word_3)
+    # Words 0 to 3 of a block belong to adjacent pixels: interleaving twice gives 0, 1, 2, 3.
     return tl.interleave(tl.interleave(normal_0, normal_2), tl.interleave(normal_1, normal_3))
 
 
+# Each specialisation of the seed (1, a multiple of 16, any) would be compiled anew.
 @triton.jit(do_not_specialize=["seed"])
 def diffusion_inputs_kernel(
-    moments,
-    sample_indices,
-    signals,
-    sigmas,
-    noisy,
-    target,
-    timesteps,
-    seed: tl.int64,
-    latent_scale: tl.float32,
-    TIMESTEP: tl.constexpr,
-    NOISE: tl.constexpr,
-    MOMENTS: tl.constexpr,
-    T: tl.constexpr,
-    HW: tl.constexpr,
-    C: tl.constexpr,
-    PIXELS: tl.constexpr,
-):
+    moments, sample_indices, signals, sigmas, noisy, target, timesteps, seed: tl.int64,
+    latent_scale: tl.float32, TIMESTEP: tl.constexpr, NOISE: tl.constexpr, MOMENTS: tl.constexpr,
+    T: tl.constexpr, HW: tl.constexpr, C: tl.constexpr, PIXELS: tl.constexpr,
+):  # fmt: skip
     sample = tl.program_id(1).to(tl.int64)
     index = tl.load(sample_indices + sample)  # narrow: one number a program
+    # The counter is (element // 4, stream, index low, index high); see `philox`.
     low, high = index.to(tl.uint32), (index >> 32).to(tl.uint32)
     word, _, _, _ = tl.philox(seed, 0, TIMESTEP, low, high)
+    # The high word of word * T: uniform in [0, T) without a division.
     timestep = ((word.to(tl.uint64) * T) >> 32).to(tl.int64)
     if tl.program_id(0) == 0:
         tl.store(timesteps + sample, timestep)  # narrow: one number a sample
@@ -95,15 +99,19 @@ def diffusion_inputs_kernel(
     source = moments + sample * (2 * C * HW) + channels * HW + pixels
     mean = tl.load(source, mask=pixels < HW).to(tl.float32)
     logvar = tl.load(source + C * HW, mask=pixels < HW).to(tl.float32)
+    # The posterior of Rombach et al. (2022): log-variances are clamped, NaN stays NaN.
     std = tl.exp(0.5 * tl.clamp(logvar, -30.0, 20.0, propagate_nan=tl.PropagateNan.ALL))
     blocks = channels * (HW // 4) + first // 4 + tl.arange(0, PIXELS // 4)[None, :]
     latents = latent_scale * (mean + std * _normals(seed, blocks, MOMENTS, low, high))
     noise = _normals(seed, blocks, NOISE, low, high)
 
+    # Transposed to (pixels, channels), the order of channels-last memory: writes are contiguous.
     written = first * C + tl.arange(0, C * PIXELS)
     inside = written < HW * C
+    # Ho et al. (2020), eq. 4.
     x = tl.reshape(tl.trans(signal * latents + sigma * noise), (C * PIXELS,))
     tl.store(noisy + sample * (C * HW) + written, x, mask=inside)
+    # Salimans and Ho (2022), section 4.
     v = tl.reshape(tl.trans(signal * noise - sigma * latents), (C * PIXELS,))
     tl.store(target + sample * (C * HW) + written, v, mask=inside)
 
@@ -119,10 +127,11 @@ def diffusion_inputs_forward(
     streams: list[int],
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`diffusion_inputs` with `streams` (timestep, noise, moments) and a signed 64-bit seed."""
     B, C, H, W = moments.shape[0], moments.shape[1] // 2, *moments.shape[2:]
     noisy, target = (empty(moments, (B, H, W, C), out) for out in (dtype, torch.float32))
     timesteps = empty(sample_indices, (B,))
-    pixels = min(PIXELS, triton.next_power_of_2(H * W))
+    pixels = min(TUNING.pixels, triton.next_power_of_2(H * W))
     launch(
         diffusion_inputs_kernel,
         (triton.cdiv(H * W, pixels), B),
@@ -167,8 +176,8 @@ def diffusion_inputs(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `reference.diffusion_inputs`; not differentiable.
 
-    Takes contiguous moments of float32, bfloat16 or float16, C a power of two, H x W a multiple of
-    4.
+    Takes contiguous moments of float32, bfloat16 or float16, with C a power of two and H x W a
+    multiple of 4; otherwise KernelError.
     """
     op, tables = "diffusion_inputs", (sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod)
     require_floating(op, moments, *tables)

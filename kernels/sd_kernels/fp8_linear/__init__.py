@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import bfloat16, dtype, float16
 
-from sd_kernels.sd_v2_shapes import BATCH, counted, transformers
-from sd_kernels.spec import Backend, Case, Inputs, OpSpec, Work
+from sd_kernels.sd_v2_shapes import BATCH, transformers
+from sd_kernels.spec import Backend, Case, Draw, Inputs, OpSpec, Work, counted
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What the call is given besides x and weight."""
+
+    bias: bool
+    residual: bool
+
 
 Call = tuple[str, int, int, int, bool, bool]
 """producer, tokens of a sample, columns in, columns out, whether there is a bias, and a residual"""
@@ -44,10 +54,10 @@ def _make(
     producer: str,
     bias: bool,
     residual: bool,
-    **data: Any,
+    **draw: Any,
 ) -> Case:
-    data |= {"bias": bias, "residual": residual}
-    return Case(name, {"B": B, "L": L, "K": K, "N": N}, {"producer": producer}, data)
+    shape = {"B": B, "L": L, "K": K, "N": N}
+    return Case(name, shape, {"producer": producer}, Draw(**draw), Extras(bias, residual))
 
 
 def _small(
@@ -58,19 +68,19 @@ def _small(
     producer: str = "none",
     bias: bool = True,
     residual: bool = False,
-    **data: Any,
+    **draw: Any,
 ) -> Case:
-    return _make(name, 1, L, K, N, producer, bias, residual, **data)
+    return _make(name, 1, L, K, N, producer, bias, residual, **draw)
 
 
 def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
-    (B, L, K, N), producer = case.shape.values(), case.options["producer"]
+    (B, L, K, N), producer = case.sizes("B", "L", "K", "N"), case.options["producer"]
     is_norm = producer == "layer_norm"
     return {
         "x": make.data(B, L, 2 * K if producer == "geglu" else K),
         "weight": make.tensor(N, K, std=K**-0.5).detach().contiguous().requires_grad_(),
-        "bias": make.tensor(N, std=0.3) if case.data["bias"] else None,
-        "residual": make.data(B, L, K) if case.data["residual"] else None,
+        "bias": make.tensor(N, std=0.3) if case.extras.bias else None,
+        "residual": make.data(B, L, K) if case.extras.residual else None,
         "norm_weight": make.tensor(K, mean=1.0, std=0.3) if is_norm else None,
         "norm_bias": make.tensor(K, std=0.3) if is_norm else None,
         **case.options,
@@ -80,10 +90,11 @@ def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
 def _work(case: Case, dtype: dtype) -> Work:
     """Two sweeps over what makes the operands, both copies of each operand written once and read
     once."""
-    (B, L, K, N), producer, wide = case.shape.values(), case.options["producer"], dtype.itemsize
+    B, L, K, N = case.sizes("B", "L", "K", "N")
+    producer, wide = case.options["producer"], dtype.itemsize
     M = B * L
     sources = M * K * wide * (2 if producer == "geglu" else 1)
-    handed = M * K * wide * 2 if case.data["residual"] else 0
+    handed = M * K * wide * 2 if case.extras.residual else 0
     operands, results = 2 * (M * K + N * K), M * N * wide
     forward = 2 * sources + handed + 2 * N * K * wide + operands + M * K + N * K + results
     backward = 2 * results + 2 * M * N + 2 * M * N + M * K + N * K + M * K * wide + N * K * wide
@@ -95,7 +106,7 @@ SPEC = OpSpec(
     name="fp8_linear",
     summary="GEGLU or LayerNorm, rounding to FP8, linear",
     backends=(
-        Backend("triton", f"{__name__}.triton", capability=(8, 9)),
+        Backend("triton", f"{__name__}.triton", ours=True, capability=(8, 9)),
         Backend(
             "te",
             f"{__name__}.te",
@@ -119,6 +130,7 @@ SPEC = OpSpec(
     ),
     inputs=_inputs,
     work=_work,
-    outputs=("y", "sum"),
+    family="linear",
+    outputs=("y", "summed"),
     dtypes=(bfloat16, float16),
 )

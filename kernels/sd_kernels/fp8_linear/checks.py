@@ -1,4 +1,4 @@
-"""What every backend of this op asks of its input."""
+"""The checks of inputs that all backends of this op share; shape letters as in `reference`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ def check(
     norm_bias: torch.Tensor | None,
     producer: str,
 ) -> None:
-    """Raise KernelError unless shapes, dtypes and the producer's parts fit; x (..., K), with GEGLU
-    (..., 2K)."""
+    """Raise KernelError unless shapes and dtypes fit, and the producer has its parts and no others.
+
+    x is (..., K), or (..., 2K) for GEGLU; N and K are multiples of 16.
+    """
     tensors = [
         tensor
         for tensor in (x, weight, bias, residual, norm_weight, norm_bias)

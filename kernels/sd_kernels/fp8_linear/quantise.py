@@ -1,22 +1,22 @@
-"""Rounding to FP8 with current scaling, fused with what makes the numbers, both ways round in one
-pass.
+"""Rounding to FP8 with current scaling, fused with the GEGLU or LayerNorm that makes the numbers.
 
-Current scaling needs the largest magnitude before the first number can be rounded, so that there
-are two sweeps: one reads what the numbers are made of and keeps their largest magnitude, the other
-reads it again and writes the numbers in FP8. GEGLU and LayerNorm are computed in both and their
-result never exists in 16 bits: GEGLU, of 2 x 16 bits a number, moves 10 bytes a number where
-writing 16 bits first would move as many and keep two more until the backward pass; LayerNorm moves
-6 instead of 8.
+Current scaling needs the largest magnitude before it can round the first number, so there are two
+sweeps. The first reads the inputs and keeps the largest magnitude of the numbers made of them. The
+second reads the inputs again and writes the numbers in FP8. Both compute GEGLU or LayerNorm, whose
+result never exists in 16 bits. For GEGLU this moves 10 bytes a number; writing 16 bits first would
+move as many and keep two more until the backward pass. For LayerNorm it moves 6 bytes, not 8.
 
-Matrix units of Hopper take FP8 operands with the summed axis contiguous. A gradient of the weights
-sums over rows, so the second sweep writes each tile as it is and transposed; a further pass for the
-transposed copy is not needed.
+The matrix units of Hopper take FP8 operands with the summed axis contiguous (PTX ISA, wgmma: only
+operands K-major for 8-bit types). The gradient of the weights sums over rows, so the second sweep
+writes each tile both as it is and transposed; no further pass is needed for the transposed copy.
 
 Shape letters: M rows, K columns, P rows padded to a multiple of 16 (with zeros, which add nothing
 to a sum).
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -26,15 +26,29 @@ from sd_kernels.fp8_linear.reference import FORMATS
 from sd_kernels.geglu.triton import _normal_cdf
 from sd_kernels.launch import empty, launch, rounded
 
-ROWS, COLUMNS = 128, 64
-"""tile of a program: 128 bytes of a transposed row; every width of the UNet is a multiple of 64"""
+
+@dataclass(frozen=True)
+class Tuning:
+    """Launch constants."""
+
+    rows: int = 128
+    """rows of a tile: 128 bytes, a whole cache line, of a row of the transposed copy"""
+    columns: int = 64
+    """columns of a tile: all widths of the UNet are multiples, so that no lane is idle"""
+    warps: int = 8
+    """warps of a program: 32 elements a thread, of which the transpose keeps two layouts"""
+
+
+TUNING = Tuning()
 
 
 @triton.jit
 def _tile(M, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows (ROWS,) and columns (COLUMNS,) of a program, and which elements are inside."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (rows < M)[:, None]
+    # Only ragged widths pay for a mask of columns, which would split the 16-byte accesses.
     if K % COLUMNS != 0:
         inside = inside & (columns < K)[None, :]
     return rows, columns, inside
@@ -54,87 +68,67 @@ def _produced(
     K: tl.constexpr,
     PRODUCER: tl.constexpr,
 ):
-    """A tile of the numbers to round, in float32; zero outside."""
+    """A tile (ROWS, COLUMNS) of the numbers to round, in float32; zero outside."""
     place = x + rows[:, None] * stride + columns[None, :]
     value = tl.load(place, mask=inside, other=0.0).to(tl.float32)
     if PRODUCER == "geglu":
         gate = tl.load(place + K, mask=inside, other=0.0).to(tl.float32)
+        # As in `geglu.triton`.
         value = value * (gate * _normal_cdf(gate))
     if PRODUCER == "layer_norm":
+        # As in `layer_norm.triton`, from the statistics that it left.
         known = tl.sum(inside.to(tl.int32), axis=1) > 0
         row_mean = tl.load(mean + rows, mask=known, other=0.0)  # narrow: one a row
         row_rstd = tl.load(rstd + rows, mask=known, other=0.0)  # narrow: one a row
-        scale = tl.load(norm_weight + columns, mask=columns < K, other=0.0).to(
-            tl.float32
-        )  # narrow: 64 a program
-        offset = tl.load(norm_bias + columns, mask=columns < K, other=0.0).to(
-            tl.float32
-        )  # narrow: 64 a program
-        value = (value - row_mean[:, None]) * row_rstd[:, None] * scale[None, :] + offset[None, :]
+        is_column = columns < K
+        scale = tl.load(norm_weight + columns, mask=is_column, other=0.0)  # narrow: 64 a program
+        offset = tl.load(norm_bias + columns, mask=is_column, other=0.0)  # narrow: 64 a program
+        value = (value - row_mean[:, None]) * row_rstd[:, None]
+        value = value * scale.to(tl.float32)[None, :] + offset.to(tl.float32)[None, :]
+        # Outside is now -mean * rstd * scale + offset.
         value = tl.where(inside, value, 0.0)
     return value
 
 
 @triton.jit
 def amax_kernel(
-    x,
-    mean,
-    rstd,
-    norm_weight,
-    norm_bias,
-    amax,
-    M,
-    stride,
-    K: tl.constexpr,
-    PRODUCER: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    x, mean, rstd, norm_weight, norm_bias, amax, M, stride,
+    K: tl.constexpr, PRODUCER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     rows, columns, inside = _tile(M, K, ROWS, COLUMNS)
     value = _produced(
         x, mean, rstd, norm_weight, norm_bias, stride, rows, columns, inside, K, PRODUCER
     )
-    # Bits of numbers without sign are in the order of the numbers, NaN above all, and a maximum has
-    # no order.
+    # The bits of IEEE floats without sign have the order of the numbers, NaN above all, so that an
+    # integer atomic will do; a maximum does not depend on the order of the programs.
     largest = tl.max(tl.abs(value).to(tl.int32, bitcast=True))
     tl.atomic_max(amax, largest)
 
 
 @triton.jit
 def quantise_kernel(
-    x,
-    mean,
-    rstd,
-    norm_weight,
-    norm_bias,
-    amax,
-    inverse,
-    numbers,
-    transposed,
-    M,
-    P,
-    stride,
-    K: tl.constexpr,
-    LARGEST: tl.constexpr,
-    PRODUCER: tl.constexpr,
-    ROWS: tl.constexpr,
+    x, mean, rstd, norm_weight, norm_bias, amax, inverse, numbers, transposed, M, P, stride,
+    K: tl.constexpr, LARGEST: tl.constexpr, PRODUCER: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-):
+):  # fmt: skip
     rows, columns, inside = _tile(M, K, ROWS, COLUMNS)
     value = _produced(
         x, mean, rstd, norm_weight, norm_bias, stride, rows, columns, inside, K, PRODUCER
     )
     magnitude = tl.load(amax).to(tl.float32, bitcast=True)  # narrow: one number
-    # NaN is not equal to zero, and stays.
-    undo = tl.where(magnitude == 0.0, 1.0, tl.div_rn(magnitude, LARGEST))
+    # The largest magnitude becomes the largest number of the format (Micikevicius et al., "FP8
+    # Formats for Deep Learning", 2022). Zeros need no scale; NaN is not equal to zero, and stays.
+    unscale = tl.where(magnitude == 0.0, 1.0, tl.div_rn(magnitude, LARGEST))
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-        tl.store(inverse, undo)  # narrow: one number
-    value = tl.div_rn(value, undo)
+        tl.store(inverse, unscale)  # narrow: one number
+    value = tl.div_rn(value, unscale)
+    # Rounding of the division may pass the largest number by an ulp, and FP8 has no room above it.
     value = tl.clamp(value, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL).to(
         numbers.dtype.element_ty
     )
     tl.store(numbers + rows[:, None] * K + columns[None, :], value, mask=inside)
     place = transposed + columns[:, None].to(tl.int64) * P + rows[None, :]
+    # Rows from M to P are zero and are written: the product sums over them.
     tl.store(place, tl.trans(value), mask=(columns < K)[:, None] & (rows < P)[None, :])
 
 
@@ -149,11 +143,11 @@ def fp8_quantise(
     norm_weight: torch.Tensor | None = None,
     norm_bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """produced(x) (M, K) in FP8, the same transposed (K, P), and what undoes the scale (); x (M,
-    K), GEGLU: (M, 2K).
+    """FP8 numbers (M, K), their transpose (K, P), and the factor () that undoes the scale, float32.
 
-    `amax` () int32 has the bits of the largest magnitude, where it is known; then there is one
-    sweep.
+    x is (M, K) or, for the producer GEGLU, (M, 2K). `amax` () int32 has the bits of the largest
+    magnitude where it is known; then there is only the second sweep. For the producer LayerNorm
+    `mean` and `rstd` (M,) float32, `norm_weight` and `norm_bias` (K,) are given.
     """
     M, K = x.shape[0], x.shape[1] // (2 if producer == "geglu" else 1)
     P = triton.cdiv(M, 16) * 16
@@ -162,18 +156,19 @@ def fp8_quantise(
         empty(x, (K, P), dtype),
         empty(x, (), torch.float32),
     )
-    made_of = x, mean, rstd, norm_weight, norm_bias
-    # The last program's rows reach past P.
-    grid = triton.cdiv(P, ROWS), triton.cdiv(K, COLUMNS)
-    sizes = {"K": K, "PRODUCER": producer, "ROWS": ROWS, "COLUMNS": COLUMNS, "num_warps": 8}
+    inputs = x, mean, rstd, norm_weight, norm_bias
+    # Rows of the grid cover P, not M: the padding is written too.
+    grid = triton.cdiv(P, TUNING.rows), triton.cdiv(K, TUNING.columns)
+    sizes = {"K": K, "PRODUCER": producer, "ROWS": TUNING.rows, "COLUMNS": TUNING.columns}
+    sizes["num_warps"] = TUNING.warps
     if amax is None:
         amax = torch.zeros((), dtype=torch.int32, device=x.device)
-        launch(amax_kernel, grid, *made_of, amax, M, x.stride(0), **sizes)
+        launch(amax_kernel, grid, *inputs, amax, M, x.stride(0), **sizes)
     outputs = inverse, numbers, transposed
     launch(
         quantise_kernel,
         grid,
-        *made_of,
+        *inputs,
         amax,
         *outputs,
         M,

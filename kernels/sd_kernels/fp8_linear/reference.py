@@ -1,4 +1,4 @@
-"""A linear layer on FP8 matrix units in plain torch: what is rounded, where, and with which scale.
+"""A linear layer with FP8 operands in plain torch: what is rounded, where, and with which scale.
 
 Shape letters: M rows, K columns in, N columns out.
 """
@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from sd_kernels.geglu.reference import geglu
 
 FORMATS = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
-"""largest finite number of the format of values and weights, and of that of gradients"""
+"""largest finite number of each format: of values and weights, and of gradients"""
 FORWARD, GRADIENT = FORMATS
 
 
 def quantise(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """x rounded to FP8 after a scale that takes its largest magnitude to the format's, and what
-    undoes the scale.
+    """x in FP8, scaled so that its largest magnitude becomes the format's, and the inverse scale.
 
-    Current scaling of Micikevicius et al., "FP8 Formats for Deep Learning" (2022).
+    The inverse scale is () float32. This is current scaling: the scale is the tensor's own. For the
+    formats see Micikevicius et al., "FP8 Formats for Deep Learning" (2022).
     """
     amax = x.detach().abs().amax().float()
     inverse = torch.where(amax > 0, amax / FORMATS[dtype], 1.0)
@@ -31,6 +31,7 @@ def quantise(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.T
 def _multiplied(
     a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Tensor]
 ) -> torch.Tensor:
+    """The matmul of two (numbers, inverse scale), in float32."""
     return (a[0].float() @ b[0].float()) * (a[1] * b[1])
 
 
@@ -39,6 +40,8 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
 
 
 class _Rounded(torch.autograd.Function):
+    """x (M, K) times weight (N, K) transposed; values and weights in E4M3, gradients in E5M2."""
+
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         (values, scale), (weights, weight_scale) = quantise(x, FORWARD), quantise(weight, FORWARD)
@@ -64,17 +67,21 @@ def fp8_linear(
     producer: str = "none",
     eps: float = 1e-5,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """produced(x) weight^T + bias; the product's operands, and those of its gradients, are rounded
-    to FP8.
+    """A linear layer (..., N) after `producer`, with FP8 operands in all three matmuls.
 
-    `producer` is what stands before the linear layer: "none"; "geglu", of x (..., 2K); or
-    "layer_norm", of the sum x + residual over K columns, which is returned beside the result.
-    weight (N, K), result (..., N). What is produced is not rounded before FP8; in float64 nothing
-    is rounded at all.
+    weight is (N, K), bias (N,). `producer` is what comes before the linear layer:
+
+    - "none": x is (..., K)
+    - "geglu": x is (..., 2K)
+    - "layer_norm": x and residual are (..., K), norm_weight and norm_bias (K,); the sum
+      x + residual is normalised, and is returned as the second of two results
+
+    The output of the producer is rounded to FP8 only, not to the dtype of x first. In float64
+    nothing is rounded at all.
     """
     exact = x.dtype == torch.float64
-    total = x if residual is None else x + residual
-    produced = _wide(total)
+    summed = x if residual is None else x + residual
+    produced = _wide(summed)
     if norm_weight is not None and norm_bias is not None:
         produced = F.layer_norm(
             produced, produced.shape[-1:], _wide(norm_weight), _wide(norm_bias), eps
@@ -84,4 +91,4 @@ def fp8_linear(
     rows, weights = produced.reshape(-1, weight.shape[1]), _wide(weight)
     product = F.linear(rows, weights) if exact else _Rounded.apply(rows, weights)
     y = (product if bias is None else product + _wide(bias)).to(x.dtype).view(*x.shape[:-1], -1)
-    return (y, total) if producer == "layer_norm" else y
+    return (y, summed) if producer == "layer_norm" else y

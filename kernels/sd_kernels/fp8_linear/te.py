@@ -1,9 +1,11 @@
-"""FP8 linear layers of Transformer Engine (transformer_engine.pytorch, signatures of 2.20).
+"""FP8 linear layers by Transformer Engine (transformer_engine.pytorch, signatures of 2.20).
 
-Transformer Engine has no erf-GEGLU (its geglu is the tanh form, gate first) and no LayerNorm that
-takes a residual, so what stands before the product is plain torch here. It wants a multiple of 8
-rows and of 16 columns; rows are padded with zeros, which 77 tokens of text need at batches that 8
-does not divide. Never run on hardware by this project.
+Transformer Engine has no GEGLU with erf (its geglu is the tanh form, gate first) and no LayerNorm
+that takes a residual, so the producer is plain torch here. It takes multiples of 8 rows and of 16
+columns; rows are padded with zeros, which 77 tokens of text need where 8 does not divide the batch.
+Never run on hardware by this project.
+
+Shape letters: K columns in, N columns out.
 """
 
 from __future__ import annotations
@@ -22,11 +24,11 @@ from sd_kernels.fp8_linear.checks import check
 from sd_kernels.geglu.reference import geglu
 
 HISTORY = 16
-"""steps whose largest magnitude delayed scaling looks back on"""
+"""steps whose largest magnitudes delayed scaling takes the maximum of"""
 
 
 def make_recipe(name: str) -> Any:
-    """delayed or current scaling, E4M3 forward and E5M2 for gradients."""
+    """The recipe "delayed" or "current", E4M3 forward and E5M2 for gradients; else KernelError."""
     require(
         name in ("delayed", "current"), "fp8_linear/te", f"recipe {name!r}", "delayed or current"
     )
@@ -38,13 +40,15 @@ def make_recipe(name: str) -> Any:
 
 
 def padded_rows(rows: int) -> int:
-    """The next multiple of 8."""
+    """The least multiple of 8 that is not below `rows`."""
     return -(-rows // 8) * 8
 
 
 class Linear(torch.nn.Module):
-    """A te.Linear under its recipe; `inner.weight` (N, K) and `inner.bias` (N,) are its
-    parameters."""
+    """A te.Linear with its recipe; parameters `inner.weight` (N, K) and `inner.bias` (N,).
+
+    K and N must be multiples of 16, otherwise KernelError.
+    """
 
     def __init__(
         self,
@@ -67,8 +71,10 @@ class Linear(torch.nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (..., K) to (..., N). Within `scaling_step`; else delayed scales are updated after this
-        layer alone."""
+        """x (..., K) to (..., N).
+
+        Call it within `scaling_step`: outside, delayed scaling takes each call for a whole step.
+        """
         rows = x.reshape(-1, x.shape[-1])
         count = rows.shape[0]
         with te.autocast(enabled=True, recipe=self.recipe):
@@ -78,34 +84,37 @@ class Linear(torch.nn.Module):
     def with_weights(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """x (..., K) to (..., N) by these weights, in x's dtype; the layer's own are not read and
-        may be on `meta`."""
+        """x (..., K) to (..., N) with these weights, cast to the dtype of x.
+
+        The layer's own parameters are not read, and may be on the meta device.
+        """
         parameters = {"inner.weight": weight} | ({} if bias is None else {"inner.bias": bias})
         cast = {name: parameter.to(x.dtype) for name, parameter in parameters.items()}
         return torch.func.functional_call(self, cast, (x,))
 
 
 def scaling_step(recipe: str) -> AbstractContextManager[None]:
-    """What surrounds all layers of one forward pass.
+    """A context for one forward pass of all FP8 layers.
 
-    Leaving the outermost autocast moves the histories of all layers on by a step, whichever of them
-    ran in it: with one autocast per layer, 64 layers would push a step's magnitudes out of 16
-    entries before the step is over.
+    On leaving the outermost autocast, Transformer Engine moves the histories of all layers on by a
+    step, including layers that did not run in it. With one autocast for each of 64 layers, a step
+    would push its own magnitudes out of 16 entries before its end.
     """
     return te.autocast(enabled=True, recipe=make_recipe(recipe))
 
 
 def precision_state(layers: Mapping[str, Linear]) -> dict[str, torch.Tensor]:
-    """Scales and histories (bytes) of the layers that have any: what a checkpoint keeps beside the
-    weights."""
+    """Scales and histories, as bytes by layer name, of the layers that have any.
+
+    Checkpoints keep them beside the weights.
+    """
     return {
         name: layer.inner.get_extra_state() for name, layer in layers.items() if layer.has_state
     }
 
 
 def load_precision_state(layers: Mapping[str, Linear], state: Mapping[str, torch.Tensor]) -> None:
-    """Put back what `precision_state` gave, in the memory it was in; KernelError where layers
-    differ."""
+    """Load what `precision_state` gave into the same memory; KernelError where layers differ."""
     kept = {name: layer.inner for name, layer in layers.items() if layer.has_state}
     differing = sorted(kept.keys() ^ state.keys())
     require(
@@ -116,9 +125,9 @@ def load_precision_state(layers: Mapping[str, Linear], state: Mapping[str, torch
     )
     for name, inner in kept.items():
         inner.set_extra_state(state[name])
-        if (
-            state[name].numel() == 0
-        ):  # of a layer that had not run: nothing is loaded, and what came since must go
+        # A layer that had not run has an empty state: set_extra_state loads nothing, and what the
+        # layer gathered since must go.
+        if state[name].numel() == 0:
             inner.reset_fp8_meta_tensors()
 
 
@@ -133,18 +142,17 @@ def fp8_linear(
     producer: str = "none",
     eps: float = 1e-5,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """See `reference.fp8_linear`; current scaling, which has no state, in a layer made for this
-    call.
+    """See `reference.fp8_linear`; current scaling, which has no state, in a layer of this call.
 
-    The layer's own parameters are on the meta device: the call's stand in for them, and no random
-    number is drawn.
+    The layer's own parameters are on the meta device, so that none are drawn; `weight` and `bias`
+    take their places.
     """
     check(x, weight, bias, residual, norm_weight, norm_bias, producer)
-    total = x if residual is None else x + residual
-    produced = geglu(total) if producer == "geglu" else total
+    summed = x if residual is None else x + residual
+    produced = geglu(summed) if producer == "geglu" else summed
     if norm_weight is not None:
-        produced = F.layer_norm(total, total.shape[-1:], norm_weight, norm_bias, eps)
+        produced = F.layer_norm(summed, summed.shape[-1:], norm_weight, norm_bias, eps)
     N, K = weight.shape
     layer = Linear(K, N, bias is not None, "current", x.dtype, "meta")
     y = layer.with_weights(produced, weight, bias)
-    return (y, total) if producer == "layer_norm" else y
+    return (y, summed) if producer == "layer_norm" else y

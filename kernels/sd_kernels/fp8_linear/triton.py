@@ -1,8 +1,6 @@
-"""The linear layer by torch's scaled matrix product, on operands that `quantise` rounded; runs on a
-CPU too.
+"""The FP8 linear layer: Triton kernels round the operands, torch's scaled matmul multiplies them.
 
-Values and weights are E4M3, gradients E5M2; sums are in float32, forward with the matrix units'
-fast accumulation.
+Values and weights are E4M3, gradients E5M2, and sums float32. torch._scaled_mm runs on a CPU too.
 
 Shape letters: M rows, P rows padded to a multiple of 16, K columns in, N columns out.
 """
@@ -23,7 +21,7 @@ from sd_kernels.launch import is_recording
 from sd_kernels.layer_norm.triton import layer_norm_backward, layer_norm_statistics
 
 
-def _product(
+def _matmul(
     a: torch.Tensor,
     b: torch.Tensor,
     scales: tuple[torch.Tensor, torch.Tensor],
@@ -31,7 +29,11 @@ def _product(
     bias: torch.Tensor | None = None,
     fast: bool = False,
 ) -> torch.Tensor:
-    """a (I, J) times b (L, J) transposed, both with J contiguous, plus bias (L,)."""
+    """a (I, J) times b (L, J) transposed, plus bias (L,), in `dtype`; `scales` are inverse scales.
+
+    J must be the contiguous axis of both: Hopper's matrix units take FP8 in no other order.
+    """
+    # While launches are recorded there is nothing to multiply.
     if is_recording():
         return a.new_empty((a.shape[0], b.shape[0]), dtype=dtype)
     scale_a, scale_b = scales
@@ -41,6 +43,8 @@ def _product(
 
 
 class _Fp8Linear(torch.autograd.Function):
+    """`fp8_linear` of rows x (M, K or 2K): y (M, N) and the sum, or None without LayerNorm."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -53,15 +57,17 @@ class _Fp8Linear(torch.autograd.Function):
         producer: str,
         eps: float,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        # What the gradient of the producer reads; the FP8 operands are kept in any case.
         kept: tuple[Any, ...] = (x,) if producer == "geglu" else ()
-        total, mean, rstd, amax = x, None, None, None
+        summed, mean, rstd, amax = x, None, None, None
         if producer == "layer_norm":
             added, mean, rstd, amax = layer_norm_statistics(
                 x, norm_weight, norm_bias, residual, eps
             )
-            total = x if residual is None else added
-            kept = total, norm_weight, mean, rstd
-        operands = total, FORWARD, producer, mean, rstd, amax, norm_weight, norm_bias
+            summed = x if residual is None else added
+            kept = summed, norm_weight, mean, rstd
+        operands = summed, FORWARD, producer, mean, rstd, amax, norm_weight, norm_bias
+        # The transpose is for the gradient of the weights, which sums over rows.
         numbers, transposed, scale = fp8_quantise(*operands)
         weights, weights_transposed, weight_scale = fp8_quantise(weight, FORWARD)
         ctx.save_for_backward(transposed, scale, weights_transposed, weight_scale, *kept)
@@ -70,14 +76,17 @@ class _Fp8Linear(torch.autograd.Function):
             bias is not None,
             residual is not None,
         )
-        # A gradient that is not there is None, not zeros that are written and read.
+        # An output without a gradient gives None, not a tensor of zeros that is written and read.
         ctx.set_materialize_grads(False)
-        y = _product(numbers, weights, (scale, weight_scale), x.dtype, bias, fast=True)
-        return y, total if producer == "layer_norm" else None
+        # Forward accumulates fast: Hopper's matrix units then keep some 14 bits between additions
+        # (DeepSeek-V3 technical report, 2024, section 3.3.2). Gradients span more magnitudes, and
+        # are accumulated in float32.
+        y = _matmul(numbers, weights, (scale, weight_scale), x.dtype, bias, fast=True)
+        return y, summed if producer == "layer_norm" else None
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        if grads[0] is None:  # nothing but the sum was used
+        if grads[0] is None:  # only the sum was used
             return (
                 grads[1],
                 None,
@@ -91,9 +100,10 @@ class _Fp8Linear(torch.autograd.Function):
         transposed, scale, weights_transposed, weight_scale, *kept = ctx.saved_tensors
         grad = grads[0].contiguous()
         numbers, grad_transposed, grad_scale = fp8_quantise(grad, GRADIENT)
-        dx = _product(numbers, weights_transposed, (grad_scale, weight_scale), grad.dtype)
-        dweight = _product(grad_transposed, transposed, (grad_scale, scale), grad.dtype)
+        dx = _matmul(numbers, weights_transposed, (grad_scale, weight_scale), grad.dtype)
+        dweight = _matmul(grad_transposed, transposed, (grad_scale, scale), grad.dtype)
         dbias = column_sum(grad, grad.dtype) if ctx.has_bias else None
+        # Back through the producer; LayerNorm adds the gradient of the sum in the same pass.
         dnorm: tuple[Any, Any] = None, None
         if ctx.producer == "geglu":
             dx = geglu_backward(*kept, dx)
@@ -117,7 +127,9 @@ def fp8_linear(
     check(x, weight, bias, residual, norm_weight, norm_bias, producer)
     require(x.dtype != torch.float32, "fp8_linear", str(x.dtype), "bfloat16 or float16")
     is_norm, width = producer == "layer_norm", x.shape[-1]
-    rows, added = (None if part is None else part.reshape(-1, width) for part in (x, residual))
-    y, total = _Fp8Linear.apply(rows, weight, bias, added, norm_weight, norm_bias, producer, eps)
+    rows = x.reshape(-1, width)
+    residual_rows = None if residual is None else residual.reshape(-1, width)
+    norm = norm_weight, norm_bias
+    y, summed = _Fp8Linear.apply(rows, weight, bias, residual_rows, *norm, producer, eps)
     y = y.view(*x.shape[:-1], -1)
-    return (y, total.view(x.shape)) if is_norm else y
+    return (y, summed.view(x.shape)) if is_norm else y

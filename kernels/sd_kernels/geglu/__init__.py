@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from sd_kernels.sd_v2_shapes import BATCH, counted, transformers
-from sd_kernels.spec import Backend, Case, Inputs, OpSpec, Work
+from sd_kernels.sd_v2_shapes import BATCH, transformers
+from sd_kernels.spec import Backend, Case, Draw, Inputs, OpSpec, Work, counted
 
 
 def _case(layer: Any) -> Case:
@@ -17,12 +17,18 @@ def _case(layer: Any) -> Case:
     )
 
 
-def _small(name: str, rows: int, columns: int, **data: Any) -> Case:
-    return Case(name, {"B": 1, "L": rows, "N": columns}, data=data)
+def _small(name: str, rows: int, columns: int, **draw: Any) -> Case:
+    return Case(name, {"B": 1, "L": rows, "N": columns}, draw=Draw(**draw))
 
 
 def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
     return {"x": make.data(case.shape["B"], case.shape["L"], 2 * case.shape["N"])}
+
+
+def _saved_bytes(case: Case, dtype: torch.dtype) -> int:
+    """Its input, and its output, which the next layer reads."""
+    B, L, N = case.sizes("B", "L", "N")
+    return (2 + 1) * B * L * N * dtype.itemsize
 
 
 def _work(case: Case, dtype: torch.dtype) -> Work:
@@ -34,7 +40,7 @@ SPEC = OpSpec(
     name="geglu",
     summary="value * gelu(gate), exact erf",
     backends=(
-        Backend("triton", f"{__name__}.triton", capability=(8, 0)),
+        Backend("triton", f"{__name__}.triton", ours=True, capability=(8, 0)),
         Backend("reference", f"{__name__}.reference"),
     ),
     cases=counted(transformers(), _case),
@@ -50,4 +56,6 @@ SPEC = OpSpec(
     ),
     inputs=_inputs,
     work=_work,
+    family="activations",
+    saved_bytes=_saved_bytes,
 )

@@ -1,5 +1,4 @@
-"""Group normalisation with SiLU, and with the additions and the concatenation that come before it
-in the UNet."""
+"""Group normalisation with SiLU, and the additions and concatenation before it."""
 
 from __future__ import annotations
 
@@ -8,33 +7,42 @@ from typing import Any
 
 import torch
 
-from sd_kernels.sd_v2_shapes import (
-    BATCH,
-    SD_V2,
-    Architecture,
-    ResBlock,
-    Transformer,
-    counted,
-    layers,
-)
-from sd_kernels.spec import Backend, Case, Inputs, OpSpec, Work
+from sd_kernels.reasons import Reason, refusal
+from sd_kernels.sd_v2_shapes import BATCH, SD_V2, Architecture, ResBlock, Transformer, layers
+from sd_kernels.spec import Backend, Case, Draw, Inputs, OpSpec, Work, counted
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What the norm adds to x first."""
+
+    shift: bool = False
+    residual: bool = False
+
+    def __str__(self) -> str:
+        named = [name for name in ("shift", "residual") if getattr(self, name)]
+        return " and ".join(named) or "nothing"
+
+
+NOTHING, SHIFT, RESIDUAL = Extras(), Extras(shift=True), Extras(residual=True)
+BOTH = Extras(shift=True, residual=True)
 
 
 @dataclass(frozen=True)
 class _Call:
     side: int
     sources: tuple[int, ...]
-    added: str
+    added: Extras
     num_groups: int
     eps: float
     silu: bool
-    hand_on: bool
+    return_sum: bool
 
 
 def _calls(unet: Architecture) -> list[_Call]:
     """Norms from input to output; a convolution's bias and every residual is added by the norm that
     reads it."""
-    calls, added = [], "shift"
+    calls, added = [], SHIFT
     for layer in layers(unet):
         if isinstance(layer, ResBlock):
             calls.append(
@@ -45,21 +53,21 @@ def _calls(unet: Architecture) -> list[_Call]:
                     unet.block_groups,
                     1e-5,
                     silu=True,
-                    hand_on=True,
+                    return_sum=True,
                 )
             )
             calls.append(
                 _Call(
                     layer.side,
                     (layer.channels,),
-                    "shift",
+                    SHIFT,
                     unet.block_groups,
                     1e-5,
                     silu=True,
-                    hand_on=False,
+                    return_sum=False,
                 )
             )
-            added = "shift and residual"
+            added = BOTH
         elif isinstance(layer, Transformer):
             calls.append(
                 _Call(
@@ -69,14 +77,16 @@ def _calls(unet: Architecture) -> list[_Call]:
                     unet.transformer_groups,
                     1e-6,
                     silu=False,
-                    hand_on=True,
+                    return_sum=True,
                 )
             )
-            added = "residual"
+            added = RESIDUAL
         else:
-            added = "shift"
+            added = SHIFT
     last = (unet.widths[0],)
-    calls.append(_Call(unet.side, last, added, unet.block_groups, 1e-5, silu=True, hand_on=False))
+    calls.append(
+        _Call(unet.side, last, added, unet.block_groups, 1e-5, silu=True, return_sum=False)
+    )
     return calls
 
 
@@ -85,14 +95,12 @@ def _case(call: _Call) -> Case:
         "num_groups": call.num_groups,
         "eps": call.eps,
         "silu": call.silu,
-        "hand_on": call.hand_on,
+        "return_sum": call.return_sum,
     }
     channels = "+".join(map(str, call.sources))
-    name = (
-        f"{call.side}x{call.side}x{channels} in {call.num_groups}, adds {call.added or 'nothing'}"
-    )
+    name = f"{call.side}x{call.side}x{channels} in {call.num_groups}, adds {call.added}"
     return _make(
-        name + (", hands on" if call.hand_on else ""),
+        name + (", hands on" if call.return_sum else ""),
         BATCH,
         call.side,
         call.side,
@@ -108,12 +116,12 @@ def _make(
     H: int,
     W: int,
     sources: tuple[int, ...],
-    added: str,
+    added: Extras,
     options: dict[str, Any],
-    **data: Any,
+    **draw: Any,
 ) -> Case:
     shape = {"B": B, "H": H, "W": W, "C1": sources[0], "C2": sum(sources[1:])}
-    return Case(name, shape, options, {"added": added, **data})
+    return Case(name, shape, options, Draw(**draw), added)
 
 
 def _small(
@@ -122,51 +130,64 @@ def _small(
     H: int,
     W: int,
     sources: tuple[int, ...],
-    added: str = "",
+    added: Extras = NOTHING,
     G: int = 16,
-    hand_on: bool = False,
+    return_sum: bool = False,
     silu: bool = True,
-    **data: Any,
+    **draw: Any,
 ) -> Case:
-    options = {"num_groups": G, "eps": 1e-5, "silu": silu, "hand_on": hand_on}
-    return _make(name, B, H, W, sources, added, options, **data)
+    options = {"num_groups": G, "eps": 1e-5, "silu": silu, "return_sum": return_sum}
+    return _make(name, B, H, W, sources, added, options, **draw)
 
 
 def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
-    B, H, W, C1, C2 = case.shape.values()
-    added = case.data["added"]
+    B, H, W, C1, C2 = case.sizes("B", "H", "W", "C1", "C2")
+    added = case.extras
     return {
         "x": make.image(B, C1, H, W),
         "weight": make.tensor(C1 + C2, mean=1.0, std=0.3),
         "bias": make.tensor(C1 + C2, std=0.3),
-        "shift": make.tensor(B, C1, std=0.5) if "shift" in added else None,
-        "residual": make.image(B, C1, H, W) if "residual" in added else None,
-        "other": make.image(B, C2, H, W) if C2 else None,
+        "shift": make.tensor(B, C1, std=0.5) if added.shift else None,
+        "residual": make.image(B, C1, H, W) if added.residual else None,
+        "skip": make.image(B, C2, H, W) if C2 else None,
         **case.options,
     }
 
 
 def _work(case: Case, dtype: torch.dtype) -> Work:
-    B, H, W, C1, C2 = case.shape.values()
+    B, H, W, C1, C2 = case.sizes("B", "H", "W", "C1", "C2")
     first, both = (B * H * W * channels * dtype.itemsize for channels in (C1, C1 + C2))
-    residual, hand_on = "residual" in case.data["added"], case.options["hand_on"]
-    reads_again = 0 if hand_on else residual * first
+    return_sum = case.options["return_sum"]
+    residual_bytes = first if case.extras.residual else 0
+    sum_bytes = first if return_sum else 0
+    # Backward needs the sum again: what forward returned, or its parts.
+    reads_again = 0 if return_sum else residual_bytes
     return Work(
-        0.0, 2 * both + (residual + hand_on) * first, 3 * both + hand_on * first + reads_again
+        0.0,
+        forward_bytes=2 * both + residual_bytes + sum_bytes,
+        backward_bytes=3 * both + sum_bytes + reads_again,
     )
 
 
-def _apex_refuses(case: Case, dtype: torch.dtype) -> str:
-    from sd_kernels.group_norm.apex_limits import refusal
+def _apex_refuses(case: Case, dtype: torch.dtype) -> Reason | None:
+    from sd_kernels.group_norm.apex_limits import refusal as apex_refusal
 
-    return refusal(case.shape["C1"] + case.shape["C2"], case.options["num_groups"], dtype)
+    C1, C2 = case.sizes("C1", "C2")
+    why = apex_refusal(C1 + C2, case.options["num_groups"], dtype)
+    return refusal(why) if why else None
+
+
+def _saved_bytes(case: Case, dtype: torch.dtype) -> int:
+    """The sum that it norms, of which a skip is kept by the block that made it, and the result."""
+    B, H, W, C1, C2 = case.sizes("B", "H", "W", "C1", "C2")
+    return B * H * W * (C1 + (C1 + C2)) * dtype.itemsize
 
 
 SPEC = OpSpec(
     name="group_norm",
     summary="additions, concatenation, group normalisation, SiLU",
     backends=(
-        Backend("triton", f"{__name__}.triton", capability=(8, 0)),
+        Backend("triton", f"{__name__}.triton", ours=True, capability=(8, 0)),
         Backend(
             "apex",
             f"{__name__}.apex",
@@ -176,28 +197,44 @@ SPEC = OpSpec(
             capability=(7, 5),
             refuses=_apex_refuses,
         ),
-        Backend("torch", f"{__name__}.aten"),
+        Backend("torch", f"{__name__}.aten", yardstick=True),
         Backend("reference", f"{__name__}.reference"),
     ),
     cases=counted(_calls(SD_V2), _case),
     cases_of=lambda unet: counted(_calls(unet), _case),
     small_cases=(
-        _small("tiny", 1, 2, 1, (32,), "shift and residual", hand_on=True),
+        _small("tiny", 1, 2, 1, (32,), BOTH, return_sum=True),
         _small(
-            "two sources, groups astride", 2, 3, 5, (320, 640), "shift and residual", hand_on=True
+            "two sources, groups astride",
+            2,
+            3,
+            5,
+            (320, 640),
+            BOTH,
+            return_sum=True,
         ),
         _small(
-            "transformer's", 2, 5, 5, (320,), "shift and residual", G=32, hand_on=True, silu=False
+            "transformer's",
+            2,
+            5,
+            5,
+            (320,),
+            BOTH,
+            G=32,
+            return_sum=True,
+            silu=False,
         ),
-        _small("shifted mean", 2, 9, 16, (320,), "shift", mean=-2.3, std=0.5),
-        _small("several tiles", 2, 15, 20, (320,), "shift and residual", hand_on=True),
-        _small("one pixel", 1, 1, 1, (2560,), "residual"),
-        _small("2560 channels in 32", 1, 3, 3, (1280, 1280), "shift", G=32, hand_on=True),
-        _small("ragged channels", 3, 7, 3, (48, 80), "residual", hand_on=True),
-        _small("pixels apart", 2, 4, 6, (64,), "shift and residual", padding=16),
+        _small("shifted mean", 2, 9, 16, (320,), SHIFT, mean=-2.3, std=0.5),
+        _small("several tiles", 2, 15, 20, (320,), BOTH, return_sum=True),
+        _small("one pixel", 1, 1, 1, (2560,), RESIDUAL),
+        _small("2560 channels in 32", 1, 3, 3, (1280, 1280), SHIFT, G=32, return_sum=True),
+        _small("ragged channels", 3, 7, 3, (48, 80), RESIDUAL, return_sum=True),
+        _small("pixels apart", 2, 4, 6, (64,), BOTH, padding=16),
         _small("nothing added", 2, 4, 4, (96,), G=32, silu=False),
     ),
     inputs=_inputs,
     work=_work,
-    outputs=("y", "sum"),
+    family="norms",
+    saved_bytes=_saved_bytes,
+    outputs=("y", "summed"),
 )

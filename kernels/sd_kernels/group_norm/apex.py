@@ -1,9 +1,10 @@
-"""Group normalisation by Apex's NHWC kernels (apex.contrib.group_norm of commit 6424da3b, July
-2026).
+"""Group normalisation by Apex's NHWC kernels (apex.contrib.group_norm, commit 6424da3b, July 2026).
 
-Apex's module hands what it cannot do to torch without a word; this adapter calls the registered op
-and refuses. Additions before the norm and the concatenation are passes of torch's own. Never run on
-hardware by this project.
+Apex's module silently gives inputs that its kernels do not take to torch. This adapter calls the
+registered op, and raises KernelError for such inputs. The additions before the norm and the
+concatenation are passes of torch. Never run on hardware by this project.
+
+Shape letters: see `reference`.
 """
 
 from __future__ import annotations
@@ -23,26 +24,27 @@ def group_norm(
     bias: torch.Tensor,
     shift: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
-    other: torch.Tensor | None = None,
+    skip: torch.Tensor | None = None,
     *,
     num_groups: int,
     eps: float,
     silu: bool = False,
-    hand_on: bool = False,
+    return_sum: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """See `reference.group_norm`; what Apex normalises must be dense in channels-last memory."""
-    check(x, weight, bias, shift, residual, other, num_groups)
-    total = prologue(x, shift, residual)
-    source = total if other is None else torch.cat((total, other), dim=1)
+    """See `reference.group_norm`; the concatenated sum must be dense in channels-last memory."""
+    check(x, weight, bias, shift, residual, skip, num_groups)
+    summed = prologue(x, shift, residual)
+    source = summed if skip is None else torch.cat((summed, skip), dim=1)
     why = refusal(source.shape[1], num_groups, source.dtype)
     require(not why, "group_norm/apex", why, "what Apex's kernels compute; choose triton")
-    # Pixels apart, which our kernels read, make Apex's C++ raise.
+    # Our kernels read pixels that are apart; for Apex's C++ code they are an error.
     is_dense = source.is_contiguous(memory_format=torch.channels_last)
     strides = f"an image of shape {tuple(source.shape)} with strides {source.stride()}"
     require(is_dense, "group_norm/apex", strides, "dense channels-last memory")
+    # Apex's one-pass kernels are for images of up to 1,024 pixels.
     passes = 2 if source.shape[2] * source.shape[3] > 1024 else 1
     act = "silu" if silu else ""
     y, _ = torch.ops.apex.group_norm_nhwc_fprop(
         source, num_groups, weight, bias, eps, act, passes, False
     )
-    return (y, total) if hand_on else y
+    return (y, summed) if return_sum else y

@@ -1,5 +1,4 @@
-"""What Apex's NHWC group norm kernels compute; anything else its module forwards to torch without a
-word."""
+"""The inputs that Apex's NHWC group norm kernels take; its module gives others to torch."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ GROUPS = (16, 32)
 
 
 def refusal(channels: int, num_groups: int, dtype: torch.dtype) -> str:
-    """Why Apex would forward such a call to torch, or an empty string."""
+    """Why Apex has no kernel for such a call, or an empty string."""
     if num_groups not in GROUPS:
         return f"Apex has kernels for 16 and 32 groups, not {num_groups}"
     if channels not in CHANNELS:

@@ -1,5 +1,7 @@
-"""Group normalisation by torch's own operators: each addition, concatenation and SiLU is a pass of
-its own."""
+"""Group normalisation by torch's own operators.
+
+Each addition, the concatenation and SiLU is a pass of its own. Shape letters: see `reference`.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +19,19 @@ def group_norm(
     bias: torch.Tensor,
     shift: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
-    other: torch.Tensor | None = None,
+    skip: torch.Tensor | None = None,
     *,
     num_groups: int,
     eps: float,
     silu: bool = False,
-    hand_on: bool = False,
+    return_sum: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """See `reference.group_norm`."""
-    check(x, weight, bias, shift, residual, other, num_groups, double=True)
-    total = prologue(x, shift, residual)
-    source = total if other is None else torch.cat((total, other), dim=1)
+    check(x, weight, bias, shift, residual, skip, num_groups, double=True)
+    summed = prologue(x, shift, residual)
+    source = summed if skip is None else torch.cat((summed, skip), dim=1)
     y = F.group_norm(source, num_groups, weight, bias, eps)
-    # On a GPU torch's kernel gives NCHW, whatever it is given.
+    # On a GPU torch's kernel returns NCHW memory for any input.
     y = dense(y) if is_channels_last(source) else y
     y = F.silu(y) if silu else y
-    return (y, total) if hand_on else y
+    return (y, summed) if return_sum else y

@@ -1,4 +1,4 @@
-"""What every backend of this op asks of its input; shape letters are those of `reference`."""
+"""The checks of inputs that all backends of this op share; shape letters as in `reference`."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ def check(
     bias: torch.Tensor,
     shift: torch.Tensor | None,
     residual: torch.Tensor | None,
-    other: torch.Tensor | None,
+    skip: torch.Tensor | None,
     num_groups: int,
     double: bool = False,
 ) -> None:
-    """Raise KernelError unless shapes and dtypes fit; memory order is each backend's own to ask
-    for."""
-    given = [tensor for tensor in (x, weight, bias, shift, residual, other) if tensor is not None]
+    """Raise KernelError unless shapes and dtypes fit; each backend checks memory order itself."""
+    given = [tensor for tensor in (x, weight, bias, shift, residual, skip) if tensor is not None]
     require_floating(OP, *given, double=double)
     images = (
         {"x": x}
         | ({} if residual is None else {"residual": residual})
-        | ({} if other is None else {"other": other})
+        | ({} if skip is None else {"skip": skip})
     )
     for name, image in images.items():
         require(
@@ -44,12 +43,12 @@ def check(
     if shift is not None:
         require(shift.shape == (B, C1), OP, f"a shift of shape {tuple(shift.shape)}", f"{(B, C1)}")
     C = C1
-    if other is not None:
-        C += other.shape[1]
+    if skip is not None:
+        C += skip.shape[1]
         require(
-            other.shape == (B, C - C1, H, W),
+            skip.shape == (B, C - C1, H, W),
             OP,
-            f"other of shape {tuple(other.shape)}",
+            f"skip of shape {tuple(skip.shape)}",
             f"({B}, any, {H}, {W})",
         )
     shapes = f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)}"

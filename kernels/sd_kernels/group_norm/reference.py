@@ -1,4 +1,4 @@
-"""Group normalisation in plain torch, with what the UNet does just before and after it.
+"""Group normalisation in plain torch, with additions and concatenation before and SiLU after.
 
 Shape letters: B samples, C channels (C1 of the first source), H and W rows and columns, G groups.
 """
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 def prologue(
     x: torch.Tensor, shift: torch.Tensor | None, residual: torch.Tensor | None
 ) -> torch.Tensor:
-    """x (B, C1, H, W) + shift (B, C1) + residual (B, C1, H, W), those that are given."""
+    """The sum of x (B, C1, H, W), shift (B, C1) and residual (B, C1, H, W), where given."""
     if shift is not None:
         x = x + shift[:, :, None, None]
     return x if residual is None else x + residual
@@ -24,30 +24,30 @@ def group_norm(
     bias: torch.Tensor,
     shift: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
-    other: torch.Tensor | None = None,
+    skip: torch.Tensor | None = None,
     *,
     num_groups: int,
     eps: float,
     silu: bool = False,
-    hand_on: bool = False,
+    return_sum: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Normalise (x + shift + residual), concatenated with `other` along the channels, then scale,
-    shift and SiLU.
+    """Group normalisation of x + shift + residual beside `skip`, then weight, bias and SiLU.
 
-    Wu and He, "Group Normalization" (2018); biased variance. Returns y (B, C, H, W), in the memory
-    order of x, and with `hand_on` also the sum x + shift + residual (B, C1, H, W), which a skip
-    connection needs.
+    x and residual are (B, C1, H, W), shift (B, C1), skip (B, C - C1, H, W), weight and bias (C,).
+    Returns y (B, C, H, W) in the memory order of x; with `return_sum` also the sum x + shift +
+    residual (B, C1, H, W), which a skip connection needs. Statistics are float32 at least, with the
+    biased variance. Wu and He, "Group Normalization" (2018).
     """
-    total = prologue(x, shift, residual)
-    source = total if other is None else torch.cat((total, other), dim=1)
+    summed = prologue(x, shift, residual)
+    source = summed if skip is None else torch.cat((summed, skip), dim=1)
     B, C = source.shape[:2]
     wide = source if source.dtype == torch.float64 else source.float()
     statistics = torch.var_mean(wide.reshape(B, num_groups, -1), dim=-1, correction=0)
-    # Each channel's, so that the result has the order of the source in memory.
+    # Repeated for each channel, not reshaped to groups: so the result keeps the memory order.
     variance, mean = (
         number.repeat_interleave(C // num_groups, 1)[:, :, None, None] for number in statistics
     )
     normalised = (wide - mean) * torch.rsqrt(variance + eps)
     y = (normalised * weight[:, None, None] + bias[:, None, None]).to(x.dtype)
     y = F.silu(y) if silu else y
-    return (y, total) if hand_on else y
+    return (y, summed) if return_sum else y

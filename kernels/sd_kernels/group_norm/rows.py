@@ -1,4 +1,7 @@
-"""Images as rows of channels: what the kernels and adapters ask of memory order."""
+"""The memory order of images that kernels and adapters take: rows of adjacent channels.
+
+Shape letters: B samples, C channels, H and W rows and columns.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,10 @@ import torch
 
 
 def is_channels_last(x: torch.Tensor) -> bool:
-    """Whether channels of x (B, C, H, W) are adjacent and pixels evenly apart, perhaps by more than
-    C elements."""
+    """Whether channels of x (B, C, H, W) are adjacent and pixels evenly apart.
+
+    Pixels may be more than C elements apart, as in a slice of a wider image.
+    """
     _, channels, height, width = x.shape
     return (x.stride(1) == 1 or channels == 1) and (
         height == 1 or width == 1 or x.stride(2) == width * x.stride(3)
@@ -22,6 +27,8 @@ def pixel_stride(x: torch.Tensor) -> int:
 
 
 def dense(x: torch.Tensor) -> torch.Tensor:
-    """x itself where it is channels-last, else a copy that is: what torch made, or a gradient, may
-    have any order."""
+    """x itself where it is channels-last, otherwise a copy that is.
+
+    For results of torch and for gradients, which may come in any order.
+    """
     return x if is_channels_last(x) else x.contiguous(memory_format=torch.channels_last)

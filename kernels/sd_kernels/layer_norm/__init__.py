@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from sd_kernels.sd_v2_shapes import BATCH, SD_V2, Architecture, counted, transformers
-from sd_kernels.spec import Backend, Case, Inputs, OpSpec, Work
+from sd_kernels.sd_v2_shapes import BATCH, SD_V2, Architecture, transformers
+from sd_kernels.spec import Backend, Case, Draw, Inputs, OpSpec, Work, counted
+
+
+@dataclass(frozen=True)
+class Extras:
+    """Whether a residual is added to x first."""
+
+    residual: bool
 
 
 def _case(call: tuple[Any, bool]) -> Case:
     layer, residual = call
     name = f"{layer.side**2} tokens, {layer.channels}" + (", residual" if residual else "")
     return Case(
-        name, {"B": BATCH, "L": layer.side**2, "C": layer.channels}, data={"residual": residual}
+        name,
+        {"B": BATCH, "L": layer.side**2, "C": layer.channels},
+        extras=Extras(residual),
     )
 
 
@@ -23,34 +33,41 @@ def _calls(unet: Architecture) -> list[tuple[Any, bool]]:
     return [(layer, residual) for layer in transformers(unet) for residual in (False, True, True)]
 
 
-def _small(name: str, rows: int, columns: int, residual: bool = True, **data: Any) -> Case:
-    return Case(name, {"B": 1, "L": rows, "C": columns}, data={"residual": residual, **data})
+def _small(name: str, rows: int, columns: int, residual: bool = True, **draw: Any) -> Case:
+    shape = {"B": 1, "L": rows, "C": columns}
+    return Case(name, shape, draw=Draw(**draw), extras=Extras(residual))
 
 
 def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
-    batch, tokens, channels = (case.shape[letter] for letter in "BLC")
+    batch, tokens, channels = case.sizes("B", "L", "C")
     inputs = {
         "x": make.data(batch, tokens, channels),
         "weight": make.tensor(channels, mean=1.0, std=0.2),
         "bias": make.tensor(channels),
     }
     return inputs | (
-        {"residual": make.tensor(batch, tokens, channels)} if case.data["residual"] else {}
+        {"residual": make.tensor(batch, tokens, channels)} if case.extras.residual else {}
     )
+
+
+def _saved_bytes(case: Case, dtype: torch.dtype) -> int:
+    """The sum that it norms, and the result, which the next layer reads."""
+    B, L, C = case.sizes("B", "L", "C")
+    return 2 * B * L * C * dtype.itemsize
 
 
 def _work(case: Case, dtype: torch.dtype) -> Work:
     elements = case.shape["B"] * case.shape["L"] * case.shape["C"] * dtype.itemsize
     # Backward reads the normed sum and both gradients, and writes one.
-    return Work(0.0, (4 if case.data["residual"] else 2) * elements, 4 * elements)
+    return Work(0.0, (4 if case.extras.residual else 2) * elements, 4 * elements)
 
 
 SPEC = OpSpec(
     name="layer_norm",
     summary="x + residual and its LayerNorm",
     backends=(
-        Backend("triton", f"{__name__}.triton", capability=(8, 0)),
-        Backend("torch", f"{__name__}.aten"),
+        Backend("triton", f"{__name__}.triton", ours=True, capability=(8, 0)),
+        Backend("torch", f"{__name__}.aten", yardstick=True),
         Backend("reference", f"{__name__}.reference"),
     ),
     cases=counted(_calls(SD_V2), _case),
@@ -67,5 +84,7 @@ SPEC = OpSpec(
     ),
     inputs=_inputs,
     work=_work,
-    outputs=("y", "sum"),
+    family="norms",
+    saved_bytes=_saved_bytes,
+    outputs=("y", "summed"),
 )

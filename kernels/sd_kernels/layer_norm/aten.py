@@ -1,4 +1,4 @@
-"""torch's own LayerNorm after its own sum."""
+"""LayerNorm of a residual sum by torch's own operators; shape letters as in `reference`."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def layer_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.layer_norm`."""
     check(x, weight, bias, residual, double=True)
-    total = x if residual is None else x + residual
-    inputs = total, weight, bias
+    summed = x if residual is None else x + residual
+    inputs = summed, weight, bias
     if not x.is_cuda:
-        # On a CPU torch's kernel keeps statistics and sums in low precision, twice the error of the
-        # rule.
-        inputs = total.float(), weight.float(), bias.float()
-    return F.layer_norm(inputs[0], total.shape[-1:], *inputs[1:], eps).to(x.dtype), total
+        # On a CPU torch's kernel keeps statistics and sums in low precision, with twice the error
+        # that the harness allows.
+        inputs = summed.float(), weight.float(), bias.float()
+    return F.layer_norm(inputs[0], summed.shape[-1:], *inputs[1:], eps).to(x.dtype), summed

@@ -1,4 +1,4 @@
-"""What every backend of this op asks of its input."""
+"""The checks of inputs that all backends of this op share; shape letters as in `reference`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ def check(
     residual: torch.Tensor | None,
     double: bool = False,
 ) -> None:
-    """Raise KernelError unless x and residual are (..., C), weight and bias (C,), all of one dtype
-    and device."""
+    """Raise KernelError unless x and residual are (..., C), and weight and bias (C,).
+
+    All must have one dtype and device; `double` allows float64.
+    """
     others = {"weight": weight, "bias": bias} | ({} if residual is None else {"residual": residual})
     require_floating(OP, x, *others.values(), double=double)
     require_one_dtype(OP, x, *others.values())

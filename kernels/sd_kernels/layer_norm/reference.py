@@ -1,4 +1,7 @@
-"""Residual sum and LayerNorm in plain torch."""
+"""Residual sum and LayerNorm in plain torch.
+
+Shape letter: C columns.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,15 @@ def layer_norm(
     *,
     eps: float = 1e-5,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The norm of x + residual (..., C) over its last axis, and that sum (without a residual x
-    itself), handed on.
+    """LayerNorm of x + residual (..., C) over the last axis, and that sum.
 
-    Ba, Kiros and Hinton, "Layer Normalization" (2016); weight and bias (C,); all of one dtype,
-    statistics in float32.
+    Without a residual the sum is x itself. weight and bias are (C,); all have one dtype, and
+    statistics are float32 at least. Ba, Kiros and Hinton, "Layer Normalization" (2016).
     """
-    total = x if residual is None else x + residual
+    summed = x if residual is None else x + residual
     wide, weight, bias = (
-        t if t.dtype == torch.float64 else t.float() for t in (total, weight, bias)
+        t if t.dtype == torch.float64 else t.float() for t in (summed, weight, bias)
     )
     centred = wide - wide.mean(-1, keepdim=True)
     rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
-    return (centred * rstd * weight + bias).to(x.dtype), total
+    return (centred * rstd * weight + bias).to(x.dtype), summed

@@ -6,12 +6,21 @@ pass more than the next norm needs, which reads it anyway.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import bfloat16, dtype, float16, float32
 
-from sd_kernels.sd_v2_shapes import BATCH, SD_V2, Architecture, counted, res_blocks, transformers
-from sd_kernels.spec import Backend, Case, Inputs, OpSpec, Work
+from sd_kernels.sd_v2_shapes import BATCH, SD_V2, Architecture, res_blocks, transformers
+from sd_kernels.spec import Backend, Case, Draw, Inputs, Matmuls, OpSpec, Work, counted
+
+
+@dataclass(frozen=True)
+class Extras:
+    """Whether there is a bias."""
+
+    bias: bool
+
 
 Call = tuple[str, int, int, int, bool]
 """name, rows of a sample, columns in, columns out, whether there is a bias"""
@@ -44,27 +53,32 @@ def _calls(unet: Architecture) -> list[Call]:
 
 def _case(call: Call) -> Case:
     name, L, K, N, bias = call
-    return Case(
-        f"{name}, {L} x {K} to {N}", {"B": BATCH, "L": L, "K": K, "N": N}, data={"bias": bias}
-    )
+    shape = {"B": BATCH, "L": L, "K": K, "N": N}
+    return Case(f"{name}, {L} x {K} to {N}", shape, extras=Extras(bias))
 
 
-def _small(name: str, L: int, K: int, N: int, bias: bool = True, **data: Any) -> Case:
-    return Case(name, {"B": 2, "L": L, "K": K, "N": N}, data={"bias": bias, **data})
+def _small(name: str, L: int, K: int, N: int, bias: bool = True, **draw: Any) -> Case:
+    shape = {"B": 2, "L": L, "K": K, "N": N}
+    return Case(name, shape, draw=Draw(**draw), extras=Extras(bias))
 
 
 def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
-    B, L, K, N = case.shape.values()
+    B, L, K, N = case.sizes("B", "L", "K", "N")
     weight = make.tensor(N, K, std=K**-0.5).detach().contiguous().requires_grad_()
     return {
         "x": make.data(B, L, K),
         "weight": weight,
-        "bias": make.tensor(N, std=0.3) if case.data["bias"] else None,
+        "bias": make.tensor(N, std=0.3) if case.extras.bias else None,
     }
 
 
+def _matmuls(case: Case) -> Matmuls:
+    B, L, K, N = case.sizes("B", "L", "K", "N")
+    return Matmuls(rows=B * L, columns=N, channels=K, bias=case.extras.bias)
+
+
 def _work(case: Case, dtype: dtype) -> Work:
-    B, L, K, N = case.shape.values()
+    B, L, K, N = case.sizes("B", "L", "K", "N")
     once = (B * L * (K + N) + N * K) * dtype.itemsize
     return Work(2.0 * B * L * K * N, once, 2 * once)
 
@@ -72,7 +86,10 @@ def _work(case: Case, dtype: dtype) -> Work:
 SPEC = OpSpec(
     name="linear",
     summary="product with a weight, and bias",
-    backends=(Backend("torch", f"{__name__}.aten"), Backend("reference", f"{__name__}.reference")),
+    backends=(
+        Backend("torch", f"{__name__}.aten", yardstick=True),
+        Backend("reference", f"{__name__}.reference"),
+    ),
     cases=counted(_calls(SD_V2), _case),
     cases_of=lambda unet: counted(_calls(unet), _case),
     small_cases=(
@@ -84,5 +101,7 @@ SPEC = OpSpec(
     ),
     inputs=_inputs,
     work=_work,
+    family="linear",
+    matmuls=_matmuls,
     dtypes=(bfloat16, float16, float32),
 )

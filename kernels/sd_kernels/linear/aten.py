@@ -1,4 +1,7 @@
-"""A linear layer by torch: cuBLAS on a GPU, which adds the bias as it writes."""
+"""A linear layer by torch, on a GPU by cuBLAS, which adds the bias in its epilogue.
+
+Shape letters: K columns in, N columns out.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from sd_kernels.errors import require, require_floating, require_one_dtype
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x (..., K) times weight (N, K) transposed, plus bias (N,); all of one dtype."""
+    """See `reference.linear`; all of one floating dtype, otherwise KernelError."""
     tensors = (x, weight) if bias is None else (x, weight, bias)
     require_floating("linear", *tensors, double=True)
     require_one_dtype("linear", *tensors)

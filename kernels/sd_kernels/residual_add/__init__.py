@@ -1,8 +1,11 @@
-"""A residual sum that no norm follows: before a resampling convolution, and at the end of a
-feed-forward."""
+"""A residual sum that no norm follows.
+
+There is one before a resampling convolution, and one at the end of a feed-forward.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -14,11 +17,19 @@ from sd_kernels.sd_v2_shapes import (
     Architecture,
     Resample,
     ResBlock,
-    counted,
     layers,
     transformers,
 )
-from sd_kernels.spec import Backend, Case, Inputs, OpSpec, Work
+from sd_kernels.spec import Backend, Case, Draw, Inputs, OpSpec, Work, counted
+
+
+@dataclass(frozen=True)
+class Extras:
+    """Whether x is an image (B, C, S, S), not tokens (B, S^2, C), and whether there is a bias."""
+
+    image: bool
+    bias: bool
+
 
 Call = tuple[int, int, bool, bool]
 """side, channels, whether it is of images, whether there is a bias"""
@@ -27,10 +38,8 @@ Call = tuple[int, int, bool, bool]
 def _case(call: Call) -> Case:
     side, channels, is_image, bias = call
     name = f"{side} x {side} x {channels}" if is_image else f"{side**2} tokens, {channels}"
-    data = {"image": is_image, "bias": bias}
-    return Case(
-        name + (", bias" if bias else ""), {"B": BATCH, "S": side, "C": channels}, data=data
-    )
+    name += ", bias" if bias else ""
+    return Case(name, {"B": BATCH, "S": side, "C": channels}, extras=Extras(is_image, bias))
 
 
 def _calls(unet: Architecture) -> list[Call]:
@@ -44,31 +53,45 @@ def _calls(unet: Architecture) -> list[Call]:
     return images + [(layer.side, layer.channels, False, False) for layer in transformers(unet)]
 
 
-def _small(name: str, batch: int, side: int, channels: int, **data: Any) -> Case:
-    return Case(
-        name, {"B": batch, "S": side, "C": channels}, data={"image": True, "bias": True, **data}
-    )
+def _small(
+    name: str,
+    batch: int,
+    side: int,
+    channels: int,
+    image: bool = True,
+    bias: bool = True,
+    **draw: Any,
+) -> Case:
+    shape = {"B": batch, "S": side, "C": channels}
+    return Case(name, shape, draw=Draw(**draw), extras=Extras(image, bias))
 
 
 def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
-    batch, side, channels = (case.shape[letter] for letter in "BSC")
-    shape = (batch, channels, side, side) if case.data["image"] else (batch, side**2, channels)
-    draw = make.image if case.data["image"] else make.data
+    batch, side, channels = case.sizes("B", "S", "C")
+    shape = (batch, channels, side, side) if case.extras.image else (batch, side**2, channels)
+    draw = make.image if case.extras.image else make.data
     inputs = {"x": draw(*shape), "residual": draw(*shape)}
-    return inputs | ({"bias": make.tensor(channels)} if case.data["bias"] else {})
+    return inputs | ({"bias": make.tensor(channels)} if case.extras.bias else {})
 
 
 def _work(case: Case, dtype: torch.dtype) -> Work:
     """Backward hands the gradient on as it is, and reads it for the bias alone."""
-    elements = case.shape["B"] * case.shape["S"] ** 2 * case.shape["C"]
-    return Work(0.0, 3 * elements * dtype.itemsize, case.data["bias"] * elements * dtype.itemsize)
+    B, S, C = case.sizes("B", "S", "C")
+    size = B * S**2 * C * dtype.itemsize
+    return Work(0.0, 3 * size, size if case.extras.bias else 0)
+
+
+def _saved_bytes(case: Case, dtype: torch.dtype) -> int:
+    """The sum, which the next layer reads."""
+    B, S, C = case.sizes("B", "S", "C")
+    return B * S**2 * C * dtype.itemsize
 
 
 SPEC = OpSpec(
     name="residual_add",
     summary="x + residual + bias",
     backends=(
-        Backend("triton", f"{__name__}.triton", capability=(8, 0)),
+        Backend("triton", f"{__name__}.triton", ours=True, capability=(8, 0)),
         Backend("reference", f"{__name__}.reference"),
     ),
     cases=counted(_calls(SD_V2), _case),
@@ -83,4 +106,6 @@ SPEC = OpSpec(
     ),
     inputs=_inputs,
     work=_work,
+    family="sums, copies, casts",
+    saved_bytes=_saved_bytes,
 )

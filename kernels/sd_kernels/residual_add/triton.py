@@ -1,11 +1,14 @@
-"""Residual sum with bias: one pass forward; backward reads the gradient once, for the bias, and
-hands it on as it is.
+"""Residual sum with bias in one pass.
 
-Shape letters: M rows (pixels or tokens), C columns.
+Backward returns the gradient of the sum itself as that of x and of residual, and reads it once for
+the gradient of the bias.
+
+Shape letters: M rows (pixels or tokens), C columns (channels).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,9 +19,19 @@ from sd_kernels.column_sum import column_sum
 from sd_kernels.errors import require, require_floating, require_one_dtype
 from sd_kernels.launch import empty, launch, rounded
 
-ROWS, COLUMNS = 32, 64
-"""tile of a program: every width of the UNet is a multiple of 64; 4 warps have two 16-byte loads a
-thread and tensor"""
+
+@dataclass(frozen=True)
+class Tuning:
+    """Launch constants."""
+
+    rows: int = 32
+    """rows of a tile: with 64 columns 16 elements for each thread of 4 warps, two 16-byte loads of
+    each tensor"""
+    columns: int = 64
+    """columns of a tile: all widths of the UNet are multiples, so that no lane is idle"""
+
+
+TUNING = Tuning()
 
 
 @triton.jit
@@ -34,23 +47,28 @@ def residual_add_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    # Columns are the first axis of the grid, so that programs read memory in its order.
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
     inside = rows < M
+    # Only ragged widths pay for a mask of columns, which would split the 16-byte accesses.
     if C % COLUMNS != 0:
         inside = inside & (columns < C)
-    total = tl.load(x + rows * stride + columns, mask=inside, other=0.0).to(tl.float32)
-    total += tl.load(residual + rows * residual_stride + columns, mask=inside, other=0.0).to(
+    # Added in float32 and rounded once, where two additions of torch round twice.
+    summed = tl.load(x + rows * stride + columns, mask=inside, other=0.0).to(tl.float32)
+    summed += tl.load(residual + rows * residual_stride + columns, mask=inside, other=0.0).to(
         tl.float32
     )
     if bias is not None:
-        # In the layout of the tile: 16 bytes a thread.
+        # Broadcast addresses, not the loaded values: the load then has the layout of the tile, 16
+        # bytes a thread.
         everywhere = tl.broadcast_to(columns, (ROWS, COLUMNS))
-        total += tl.load(bias + everywhere, mask=everywhere < C, other=0.0).to(tl.float32)
-    tl.store(y + rows * C + columns, total, mask=inside)
+        summed += tl.load(bias + everywhere, mask=everywhere < C, other=0.0).to(tl.float32)
+    tl.store(y + rows * C + columns, summed, mask=inside)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
+    """Images (B, C, H, W) or tokens (..., C) as rows (M, C) of adjacent elements."""
     pixels = x.permute(0, 2, 3, 1) if x.dim() == 4 else x
     rows = pixels.reshape(-1, pixels.shape[-1])
     return rows if rows.stride(-1) == 1 else rows.contiguous()
@@ -60,25 +78,29 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 def residual_add_forward(
     x: torch.Tensor, residual: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    rows, added = _rows(x), _rows(residual)
+    """The sum, in the shape, dtype and memory order of x."""
+    rows, residual_rows = _rows(x), _rows(residual)
     (M, C), y = rows.shape, empty(x)
-    arguments = (
+    launch(
+        residual_add_kernel,
+        (triton.cdiv(C, TUNING.columns), triton.cdiv(M, TUNING.rows)),
         rows,
-        added,
+        residual_rows,
         None if bias is None else bias.contiguous(),
         y,
         M,
         rows.stride(0),
-        added.stride(0),
+        residual_rows.stride(0),
+        C=C,
+        ROWS=TUNING.rows,
+        COLUMNS=TUNING.columns,
     )
-    grid = triton.cdiv(C, COLUMNS), triton.cdiv(M, ROWS)
-    launch(residual_add_kernel, grid, *arguments, C=C, ROWS=ROWS, COLUMNS=COLUMNS)
     return rounded(y, x.dtype)
 
 
 @torch.library.custom_op("sd_kernels::residual_add_backward", mutates_args=())
 def residual_add_backward(dy: torch.Tensor) -> torch.Tensor:
-    """The gradient of the bias; those of x and residual are dy itself."""
+    """The gradient of the bias (C,); those of x and residual are dy itself."""
     return column_sum(_rows(dy), dy.dtype)
 
 
@@ -94,6 +116,7 @@ def _(dy: torch.Tensor) -> torch.Tensor:
 
 
 def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    # x and residual get one tensor: autograd adds in place only where nothing else holds it.
     return dy, dy, residual_add_backward(dy) if ctx.needs_input_grad[2] else None
 
 
@@ -103,8 +126,10 @@ residual_add_forward.register_autograd(_backward)
 def residual_add(
     x: torch.Tensor, residual: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """See `reference.residual_add`; images in channels-last memory; float32, bfloat16 or
-    float16."""
+    """See `reference.residual_add`; float32, bfloat16 or float16.
+
+    Images must be in channels-last memory; KernelError otherwise.
+    """
     tensors = [x, residual] + ([] if bias is None else [bias])
     require_floating("residual_add", *tensors)
     require_one_dtype("residual_add", *tensors)
@@ -112,17 +137,9 @@ def residual_add(
     C = x.shape[1 if x.dim() == 4 else -1]
     for tensor, shape in ((residual, x.shape), (bias, (C,))):
         if tensor is not None:
-            require(
-                tensor.shape == shape,
-                "residual_add",
-                f"shape {tuple(tensor.shape)}",
-                f"{tuple(shape)} beside x",
-            )
+            got = f"shape {tuple(tensor.shape)}"
+            require(tensor.shape == shape, "residual_add", got, f"{tuple(shape)} beside x")
     for tensor in (x, residual):
-        require(
-            tensor.dim() != 4 or tensor.stride(1) == 1,
-            "residual_add",
-            "another layout",
-            "channels-last images",
-        )
+        is_channels_last = tensor.dim() != 4 or tensor.stride(1) == 1
+        require(is_channels_last, "residual_add", "another layout", "channels-last images")
     return residual_add_forward(x, residual, bias)

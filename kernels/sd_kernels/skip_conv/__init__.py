@@ -1,5 +1,7 @@
-"""The 1x1 convolution beside a residual block, over one source or over two that are never
-concatenated."""
+"""The 1x1 convolution beside a residual block, over one source or two.
+
+Two sources are never concatenated.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,8 @@ from typing import Any
 
 import torch
 
-from sd_kernels.sd_v2_shapes import BATCH, SD_V2, Architecture, ResBlock, counted, res_blocks
-from sd_kernels.spec import Backend, Case, Inputs, OpSpec, Work
+from sd_kernels.sd_v2_shapes import BATCH, SD_V2, Architecture, ResBlock, res_blocks
+from sd_kernels.spec import Backend, Case, Draw, Inputs, Matmuls, OpSpec, Work, counted
 
 
 def _calls(unet: Architecture) -> list[ResBlock]:
@@ -20,20 +22,24 @@ def _case(layer: ResBlock) -> Case:
     return _make(name, BATCH, layer.side, layer.side, layer.sources, layer.channels)
 
 
-def _make(name: str, B: int, H: int, W: int, sources: tuple[int, ...], K: int, **data: Any) -> Case:
-    return Case(
-        name, {"B": B, "H": H, "W": W, "C1": sources[0], "C2": sum(sources[1:]), "K": K}, data=data
-    )
+def _make(name: str, B: int, H: int, W: int, sources: tuple[int, ...], K: int, **draw: Any) -> Case:
+    shape = {"B": B, "H": H, "W": W, "C1": sources[0], "C2": sum(sources[1:]), "K": K}
+    return Case(name, shape, draw=Draw(**draw))
 
 
 def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
-    B, H, W, C1, C2, K = case.shape.values()
-    other = make.image(B, C2, H, W) if C2 else None
-    return {"x": make.image(B, C1, H, W), "weight": make.kernel(K, C1 + C2, 1), "other": other}
+    B, H, W, C1, C2, K = case.sizes("B", "H", "W", "C1", "C2", "K")
+    skip = make.image(B, C2, H, W) if C2 else None
+    return {"x": make.image(B, C1, H, W), "weight": make.kernel(K, C1 + C2, 1), "skip": skip}
+
+
+def _matmuls(case: Case) -> Matmuls:
+    B, H, W, C1, C2, K = case.sizes("B", "H", "W", "C1", "C2", "K")
+    return Matmuls(rows=B * H * W, columns=K, channels=C1 + C2)
 
 
 def _work(case: Case, dtype: torch.dtype) -> Work:
-    B, H, W, C1, C2, K = case.shape.values()
+    B, H, W, C1, C2, K = case.sizes("B", "H", "W", "C1", "C2", "K")
     x, weight, y = B * H * W * (C1 + C2), K * (C1 + C2), B * H * W * K
     return Work(
         2.0 * x * K, (x + weight + y) * dtype.itemsize, (2 * x + 2 * weight + y) * dtype.itemsize
@@ -59,4 +65,6 @@ SPEC = OpSpec(
     ),
     inputs=_inputs,
     work=_work,
+    family="convolutions",
+    matmuls=_matmuls,
 )

@@ -1,10 +1,10 @@
-"""The 1x1 convolution as a matrix product for each source, the second added to the first: torch.mm,
-on a GPU cuBLAS.
+"""The 1x1 convolution as one matmul for each source, by torch.mm, which is cuBLAS on a GPU.
 
-Sources are read where they are, and both slices of the weights' gradient are written into one
-tensor. The second product reads and writes the output once more, in its own epilogue: 2 * K numbers
-a pixel, where a concatenation would write and read 2 * (C1 + C2), up to three times as many at the
-UNet's widths. Between the two the output is rounded.
+The second matmul adds to the output of the first. Sources are read where they are, and both slices
+of the gradient of the weights are written into one tensor. The second matmul reads and writes the
+output once more, in its epilogue: 2 * K numbers a pixel. A concatenation would write and read 2 *
+(C1 + C2) numbers, up to three times as many at the widths of the UNet. The output is rounded
+between the two matmuls.
 
 Shape letters: M pixels (B * H * W), C1 and C2 channels of the sources, K of the output.
 """
@@ -26,18 +26,20 @@ def _rows(image: torch.Tensor) -> torch.Tensor:
 
 
 def _images(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Rows (M, C) as channels-last images with the samples, rows and columns of `like`."""
     B, _, H, W = like.shape
     return rows.view(B, H, W, rows.shape[1]).permute(0, 3, 1, 2)
 
 
 @torch.library.custom_op("sd_kernels::skip_conv_forward", mutates_args=())
 def skip_conv_forward(
-    x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor | None
+    x: torch.Tensor, weight: torch.Tensor, skip: torch.Tensor | None
 ) -> torch.Tensor:
+    """The output (B, K, H, W) in channels-last memory."""
     C1, weights = x.shape[1], weight.flatten(1)
     y = torch.mm(_rows(x), weights[:, :C1].t())
-    if other is not None:
-        y.addmm_(_rows(other), weights[:, C1:].t())
+    if skip is not None:
+        y.addmm_(_rows(skip), weights[:, C1:].t())
     return _images(y, x)
 
 
@@ -45,7 +47,7 @@ def skip_conv_forward(
 def skip_conv_dgrad(
     dy: torch.Tensor, weight: torch.Tensor, C1: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of the sources, C1 channels and the rest; no rest: empty."""
+    """Gradients of x (C1 channels) and of skip (the others; empty where there are none)."""
     weights, grad = weight.flatten(1), _rows(dy.contiguous(memory_format=torch.channels_last))
     dx = _images(torch.mm(grad, weights[:, :C1]), dy)
     if weights.shape[1] == C1:
@@ -54,13 +56,13 @@ def skip_conv_dgrad(
 
 
 @torch.library.custom_op("sd_kernels::skip_conv_wgrad", mutates_args=())
-def skip_conv_wgrad(dy: torch.Tensor, x: torch.Tensor, other: torch.Tensor | None) -> torch.Tensor:
+def skip_conv_wgrad(dy: torch.Tensor, x: torch.Tensor, skip: torch.Tensor | None) -> torch.Tensor:
     """Gradient of the weight (K, C1 + C2, 1, 1)."""
     C1, grad = x.shape[1], _rows(dy.contiguous(memory_format=torch.channels_last))
-    dweight = x.new_empty(grad.shape[1], C1 + (0 if other is None else other.shape[1]))
+    dweight = x.new_empty(grad.shape[1], C1 + (0 if skip is None else skip.shape[1]))
     torch.mm(grad.t(), _rows(x), out=dweight[:, :C1])
-    if other is not None:
-        torch.mm(grad.t(), _rows(other), out=dweight[:, C1:])
+    if skip is not None:
+        torch.mm(grad.t(), _rows(skip), out=dweight[:, C1:])
     return dweight[:, :, None, None]
 
 
@@ -70,7 +72,7 @@ def _channels_last(like: torch.Tensor, channels: int) -> torch.Tensor:
 
 
 @skip_conv_forward.register_fake
-def _(x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor | None) -> torch.Tensor:
+def _(x: torch.Tensor, weight: torch.Tensor, skip: torch.Tensor | None) -> torch.Tensor:
     return _channels_last(x, weight.shape[0])
 
 
@@ -81,32 +83,34 @@ def _(dy: torch.Tensor, weight: torch.Tensor, C1: int) -> tuple[torch.Tensor, to
 
 
 @skip_conv_wgrad.register_fake
-def _(dy: torch.Tensor, x: torch.Tensor, other: torch.Tensor | None) -> torch.Tensor:
-    return x.new_empty(dy.shape[1], x.shape[1] + (0 if other is None else other.shape[1]), 1, 1)
+def _(dy: torch.Tensor, x: torch.Tensor, skip: torch.Tensor | None) -> torch.Tensor:
+    return x.new_empty(dy.shape[1], x.shape[1] + (0 if skip is None else skip.shape[1]), 1, 1)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, weight, other = inputs
-    ctx.save_for_backward(x, weight, *(() if other is None else (other,)))
+    x, weight, skip = inputs
+    ctx.save_for_backward(x, weight, *(() if skip is None else (skip,)))
 
 
 def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     x, weight, *others = ctx.saved_tensors
-    wants_x, wants_weight, wants_other = ctx.needs_input_grad
-    dx, dother = skip_conv_dgrad(dy, weight, x.shape[1]) if wants_x or wants_other else (None, None)
+    wants_x, wants_weight, wants_skip = ctx.needs_input_grad
+    dx, dskip = skip_conv_dgrad(dy, weight, x.shape[1]) if wants_x or wants_skip else (None, None)
     dweight = skip_conv_wgrad(dy, x, others[0] if others else None) if wants_weight else None
-    return dx, dweight, dother if others else None
+    return dx, dweight, dskip if others else None
 
 
 skip_conv_forward.register_autograd(_backward, setup_context=_save)
 
 
 def skip_conv(
-    x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor | None = None
+    x: torch.Tensor, weight: torch.Tensor, skip: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """See `reference.skip_conv`; sources in channels-last memory (pixels may be apart), and so is
-    what comes out."""
-    sources = {"x": x} if other is None else {"x": x, "other": other}
+    """See `reference.skip_conv`; sources in channels-last memory, pixels may be apart.
+
+    The result is dense in channels-last memory. KernelError for other inputs.
+    """
+    sources = {"x": x} if skip is None else {"x": x, "skip": skip}
     for name, image in sources.items():
         what = f"{name} of shape {tuple(image.shape)}"
         require(
@@ -136,11 +140,12 @@ def skip_conv(
     )
     strides = f"weight of shape {tuple(weight.shape)} with strides {weight.stride()}"
     require(suitable, OP, strides, f"weight (K, {C}, 1, 1), channels adjacent")
-    return skip_conv_forward(x, weight, other)
+    return skip_conv_forward(x, weight, skip)
 
 
 def _has_rows(image: torch.Tensor) -> bool:
+    """Whether the image can be viewed as rows of adjacent channels."""
     try:
         return _rows(image).stride(1) == 1 or image.shape[1] == 1
-    except RuntimeError:  # pixels are not evenly apart, so that there is no such view
+    except RuntimeError:  # torch has no such view where pixels are not evenly apart
         return False

@@ -1,4 +1,8 @@
-"""A 1x1 convolution over the concatenation of its sources, in plain torch."""
+"""A 1x1 convolution over the concatenation of its sources, in plain torch.
+
+Shape letters: B samples, C1 and C2 channels of the sources, K of the output, H and W rows and
+columns.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,10 @@ import torch.nn.functional as F
 
 
 def skip_conv(
-    x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor | None = None
+    x: torch.Tensor, weight: torch.Tensor, skip: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """x (B, C1, H, W) and `other` (B, C2, H, W) with weight (K, C1 + C2, 1, 1), without bias: (B,
-    K, H, W)."""
-    return F.conv2d(x if other is None else torch.cat((x, other), dim=1), weight)
+    """Convolve x (B, C1, H, W), or x beside skip (B, C2, H, W), without bias: (B, K, H, W).
+
+    weight is (K, C1 + C2, 1, 1); any floating dtype.
+    """
+    return F.conv2d(x if skip is None else torch.cat((x, skip), dim=1), weight)

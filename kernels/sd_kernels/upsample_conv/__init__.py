@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from sd_kernels.sd_v2_shapes import BATCH, SD_V2, Architecture, Resample, counted, layers
-from sd_kernels.spec import Backend, Case, Inputs, OpSpec, Work
+from sd_kernels.sd_v2_shapes import BATCH, SD_V2, Architecture, Resample, layers
+from sd_kernels.spec import Backend, Case, Draw, Inputs, Matmuls, OpSpec, Work, counted
 
 
 def _calls(unet: Architecture) -> list[Resample]:
@@ -21,19 +21,25 @@ def _case(layer: Resample) -> Case:
     )
 
 
-def _make(name: str, B: int, C: int, H: int, W: int, K: int, **data: Any) -> Case:
-    return Case(name, {"B": B, "C": C, "H": H, "W": W, "K": K}, data=data)
+def _make(name: str, B: int, C: int, H: int, W: int, K: int, **draw: Any) -> Case:
+    return Case(name, {"B": B, "C": C, "H": H, "W": W, "K": K}, draw=Draw(**draw))
 
 
 def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
-    B, C, H, W, K = case.shape.values()
+    B, C, H, W, K = case.sizes("B", "C", "H", "W", "K")
     return {"x": make.image(B, C, H, W), "weight": make.kernel(K, C, 3)}
+
+
+def _matmuls(case: Case) -> Matmuls:
+    """The merged form's: a 2x2 convolution at every corner of a pixel, four outputs for one."""
+    B, C, H, W, K = case.sizes("B", "C", "H", "W", "K")
+    return Matmuls(rows=B * (H + 1) * (W + 1), columns=4 * K, channels=C, taps=4)
 
 
 def _work(case: Case, dtype: torch.dtype) -> Work:
     """Operations of the merged form; the plain one takes 2 * B * 4HW * K * 9C, at the benchmark's
     1.8 to 2.1 times."""
-    B, C, H, W, K = case.shape.values()
+    B, C, H, W, K = case.sizes("B", "C", "H", "W", "K")
     x, weight, y = B * C * H * W, 9 * K * C, 4 * B * H * W * K
     flops = 2.0 * B * (H + 1) * (W + 1) * 4 * K * 4 * C
     return Work(flops, (x + weight + y) * dtype.itemsize, (2 * x + 2 * weight + y) * dtype.itemsize)
@@ -43,7 +49,7 @@ SPEC = OpSpec(
     name="upsample_conv",
     summary="nearest upsampling by two, then a 3x3 convolution",
     backends=(
-        Backend("triton", f"{__name__}.triton", capability=(8, 0)),
+        Backend("triton", f"{__name__}.triton", ours=True, capability=(8, 0)),
         Backend("merged", f"{__name__}.merged"),
         Backend("reference", f"{__name__}.reference"),
     ),
@@ -59,4 +65,6 @@ SPEC = OpSpec(
     ),
     inputs=_inputs,
     work=_work,
+    family="convolutions",
+    matmuls=_matmuls,
 )

@@ -1,17 +1,19 @@
-"""The merged form (see `merged`) with a kernel each way around torch's 2x2 convolution: merging,
-and interleaving.
+"""The merged form of `merged`, with Triton kernels around torch's 2x2 convolution.
 
-Merging reads the nine taps and writes sixteen, sums in float32; its gradient reads sixteen and
-writes nine. Interleaving reads each parity's pixels and writes them to their places; its gradient
-reads dy and writes the convolution's gradient, with zeros where a parity has no pixel. So y and dy
-are moved once more than by a convolution that could interleave by itself, and nothing else is.
+One kernel merges the weights before the convolution, one interleaves its result after; each has a
+kernel for its gradient. Merging reads nine taps and writes sixteen, with sums in float32; its
+gradient reads sixteen and writes nine. Interleaving writes the pixels of each parity to their
+places; its gradient reads dy and writes the gradient of the convolution's result, with zeros where
+a parity has no pixel. A convolution that interleaves by itself would save one read and one write of
+y and of dy; nothing else is moved twice.
 
 Shape letters: B samples, C channels, K output channels, H and W rows and columns of the small
-image.
+image. A parity (a, c) is the row and column of an upsampled pixel modulo 2.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,16 +24,30 @@ import triton.language as tl
 from sd_kernels.launch import empty, launch, rounded
 from sd_kernels.upsample_conv.merged import check
 
-ROWS, OUTPUTS, COLUMNS = 32, 8, 128
-"""tiles of pixels or output channels by channels: 128 divides the widths of the UNet's three
-calls"""
+
+@dataclass(frozen=True)
+class Tuning:
+    """Launch constants."""
+
+    rows: int = 32
+    """pixels of a tile: with 128 channels 32 elements for each thread of 4 warps, four 16-byte
+    loads"""
+    outputs: int = 8
+    """output channels of a tile: few, since each element needs nine or sixteen registers"""
+    columns: int = 128
+    """channels of a tile: divides 640 and 1280, the widths of the UNet's three calls"""
+
+
+TUNING = Tuning()
 
 
 @triton.jit
-def _tile(rows_total, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _tile(num_rows, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows (ROWS,) and columns (1, COLUMNS) of a program, and which elements are inside."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = (rows < rows_total)[:, None]
+    inside = (rows < num_rows)[:, None]
+    # Only ragged widths pay for a mask of columns, which would split the 16-byte accesses.
     if N % COLUMNS != 0:
         inside = inside & (columns < N)[None, :]
     return rows, columns[None, :], inside
@@ -39,6 +55,8 @@ def _tile(rows_total, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 
 @triton.jit
 def _three_taps(place, C: tl.constexpr, inside):
+    """One row of 3x3 kernels, in float32."""
+    # Weights are channels-last: taps are C elements apart.
     first = tl.load(place, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(place + C, mask=inside, other=0.0).to(tl.float32)
     third = tl.load(place + 2 * C, mask=inside, other=0.0).to(tl.float32)
@@ -49,10 +67,13 @@ def _three_taps(place, C: tl.constexpr, inside):
 def _store_merged(
     merged, a: tl.constexpr, r: tl.constexpr, first, second, third, K, C: tl.constexpr, inside
 ):
-    """Row r of the 2x2 kernels of parities (a, 0) and (a, 1), from three taps; `merged` is (2, 2,
-    K, 2, 2, C)."""
+    """Row r of the 2x2 kernels of parities (a, 0) and (a, 1), from three taps of a row.
+
+    `merged` is (2, 2, K, 2, 2, C): both parities, output channel, row, column, channel.
+    """
     even = merged + 2 * a * K * 4 * C + 2 * r * C
     odd = even + K * 4 * C
+    # An even column sees taps 0 | 1 + 2, an odd one 0 + 1 | 2; see `merged`.
     tl.store(even, first, mask=inside)
     tl.store(even + C, second + third, mask=inside)
     tl.store(odd, first + second, mask=inside)
@@ -69,6 +90,7 @@ def merge_forward_kernel(
     top0, top1, top2 = _three_taps(source, C, inside)
     middle0, middle1, middle2 = _three_taps(source + 3 * C, C, inside)
     bottom0, bottom1, bottom2 = _three_taps(source + 6 * C, C, inside)
+    # The same along rows: parity 0 has rows top | middle + bottom, parity 1 top + middle | bottom.
     _store_merged(place, 0, 0, top0, top1, top2, K, C, inside)
     _store_merged(
         place, 0, 1, middle0 + bottom0, middle1 + bottom1, middle2 + bottom2, K, C, inside
@@ -79,7 +101,8 @@ def merge_forward_kernel(
 
 @triton.jit
 def _load_merged(dmerged, a: tl.constexpr, r: tl.constexpr, K, C: tl.constexpr, inside):
-    """What `_store_merged` hands back to its three taps."""
+    """Gradients of the three taps that `_store_merged` was given."""
+    # Each tap gets the gradients of the sums it is in: even 0 | 1 + 2, odd 0 + 1 | 2.
     even = dmerged + 2 * a * K * 4 * C + 2 * r * C
     odd = even + K * 4 * C
     even0 = tl.load(even, mask=inside, other=0.0).to(tl.float32)
@@ -91,6 +114,7 @@ def _load_merged(dmerged, a: tl.constexpr, r: tl.constexpr, K, C: tl.constexpr, 
 
 @triton.jit
 def _store_taps(place, first, second, third, C: tl.constexpr, inside):
+    """One row of 3x3 kernels."""
     tl.store(place, first, mask=inside)
     tl.store(place + C, second, mask=inside)
     tl.store(place + 2 * C, third, mask=inside)
@@ -103,6 +127,9 @@ def merge_backward_kernel(
     outputs, columns, inside = _tile(K, C, OUTPUTS, COLUMNS)
     source = dmerged + outputs[:, None] * 4 * C + columns
     place = dweight + outputs[:, None] * 9 * C + columns
+    # Parity 0 has rows top | middle + bottom, parity 1 top + middle | bottom: top takes the first
+    # row of both, middle the second of 0 and the first of 1, bottom the second of both. Each step
+    # loads one of the four rows anew and keeps another.
     even0, even1, even2 = _load_merged(source, 0, 0, K, C, inside)
     odd0, odd1, odd2 = _load_merged(source, 1, 0, K, C, inside)
     _store_taps(place, even0 + odd0, even1 + odd1, even2 + odd2, C, inside)
@@ -125,8 +152,10 @@ def interleave_forward_kernel(
 ):
     rows, columns, inside = _tile(pixels, K, ROWS, COLUMNS)
     row, column, sample = rows // (2 * W) % (2 * H), rows % (2 * W), rows // (4 * H * W)
+    # Parity a finds row i of the small image at position i + a of the padded convolution's result.
     a, c = row % 2, column % 2
     position = (sample * (H + 1) + row // 2 + a) * (W + 1) + column // 2 + c
+    # Parities are blocks of K channels of z. An image may have more than 2^31 elements.
     source = (position * 4 + 2 * a + c).to(tl.int64)
     value = tl.load(z + source[:, None] * K + columns, mask=inside, other=0.0)
     tl.store(y + rows.to(tl.int64)[:, None] * K + columns, value, mask=inside)
@@ -148,6 +177,8 @@ def interleave_backward_kernel(
     a, c = rows // 2 % 2, rows % 2
     i = position // (W + 1) % (H + 1) - a
     j = position % (W + 1) - c
+    # The convolution's result has one more row and column than the image: each parity leaves out
+    # one of either, whose gradient is zero.
     has_pixel = (i >= 0) & (i < H) & (j >= 0) & (j < W)
     sample = position // ((H + 1) * (W + 1))
     source = ((sample * 2 * H + 2 * i + a) * 2 * W + 2 * j + c).to(tl.int64)
@@ -158,14 +189,16 @@ def interleave_backward_kernel(
 def _launch(
     kernel: Any, source: torch.Tensor, shape: tuple[int, ...], rows: int, N: int, **sizes: int
 ) -> torch.Tensor:
-    """Run a kernel over `rows` of N channels; gives its output of shape `shape` (B, C, H, W),
-    channels-last."""
+    """Run a kernel over `rows` rows of N channels; its output (B, C, H, W) in channels-last memory.
+
+    `sizes` are the kernel's compile-time sizes; C among them marks a kernel of weights.
+    """
     B, channels, H, W = shape
     output = empty(source, (B, H, W, channels))
-    tile = {"OUTPUTS": OUTPUTS} if "C" in sizes else {"ROWS": ROWS}
-    grid = triton.cdiv(rows, *tile.values()), triton.cdiv(N, COLUMNS)
+    tile = {"OUTPUTS": TUNING.outputs} if "C" in sizes else {"ROWS": TUNING.rows}
+    grid = triton.cdiv(rows, *tile.values()), triton.cdiv(N, TUNING.columns)
     source = source.contiguous(memory_format=torch.channels_last)
-    launch(kernel, grid, source, output, rows, **sizes, **tile, COLUMNS=COLUMNS)
+    launch(kernel, grid, source, output, rows, **sizes, **tile, COLUMNS=TUNING.columns)
     return rounded(output, source.dtype).permute(0, 3, 1, 2)
 
 
@@ -175,18 +208,21 @@ def _fake(like: torch.Tensor, B: int, channels: int, H: int, W: int) -> torch.Te
 
 @torch.library.custom_op("sd_kernels::upsample_conv_merge_forward", mutates_args=())
 def merge_forward(weight: torch.Tensor) -> torch.Tensor:
+    """Weights (K, C, 3, 3) merged to (4 * K, C, 2, 2): see `merged.merge`."""
     K, C = weight.shape[:2]
     return _launch(merge_forward_kernel, weight, (4 * K, C, 2, 2), K, C, C=C)
 
 
 @torch.library.custom_op("sd_kernels::upsample_conv_merge_backward", mutates_args=())
 def merge_backward(dmerged: torch.Tensor) -> torch.Tensor:
+    """The gradient of the weights (K, C, 3, 3)."""
     K, C = dmerged.shape[0] // 4, dmerged.shape[1]
     return _launch(merge_backward_kernel, dmerged, (K, C, 3, 3), K, C, C=C)
 
 
 @torch.library.custom_op("sd_kernels::upsample_conv_interleave_forward", mutates_args=())
 def interleave_forward(z: torch.Tensor) -> torch.Tensor:
+    """z (B, 4 * K, H + 1, W + 1) to (B, K, 2H, 2W): see `merged.interleave`."""
     B, K, H, W = z.shape[0], z.shape[1] // 4, z.shape[2] - 1, z.shape[3] - 1
     return _launch(
         interleave_forward_kernel, z, (B, K, 2 * H, 2 * W), 4 * B * H * W, K, H=H, W=W, K=K
@@ -195,6 +231,7 @@ def interleave_forward(z: torch.Tensor) -> torch.Tensor:
 
 @torch.library.custom_op("sd_kernels::upsample_conv_interleave_backward", mutates_args=())
 def interleave_backward(dy: torch.Tensor) -> torch.Tensor:
+    """The gradient of z (B, 4 * K, H + 1, W + 1), from dy (B, K, 2H, 2W)."""
     B, K, H, W = dy.shape[0], dy.shape[1], dy.shape[2] // 2, dy.shape[3] // 2
     slots = 4 * B * (H + 1) * (W + 1)
     return _launch(
@@ -227,7 +264,6 @@ interleave_forward.register_autograd(lambda ctx, dy: interleave_backward(dy))
 
 
 def upsample_conv(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """See `reference.upsample_conv`; x and weight dense in channels-last memory, and so is what
-    comes out."""
+    """See `reference.upsample_conv`; x, weight and result are dense in channels-last memory."""
     check(x, weight)
     return interleave_forward(F.conv2d(x, merge_forward(weight).to(x.dtype), padding=1))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from sd_kernels.sd_v2_shapes import BATCH, SD_V2, Architecture
-from sd_kernels.spec import Backend, Case, Inputs, OpSpec, Work
+from sd_kernels.spec import Backend, Case, Draw, Inputs, OpSpec, Work
 
 
 def _cases(unet: Architecture) -> tuple[Case, ...]:
@@ -19,12 +19,12 @@ def _cases(unet: Architecture) -> tuple[Case, ...]:
     )
 
 
-def _small(name: str, *shape: int, **data: Any) -> Case:
-    return Case(name, dict(zip("BCHW", shape, strict=True)), data=data)
+def _small(name: str, *shape: int, **draw: Any) -> Case:
+    return Case(name, dict(zip("BCHW", shape, strict=True)), draw=Draw(**draw))
 
 
 def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
-    B, C, H, W = (case.shape[letter] for letter in "BCHW")
+    B, C, H, W = case.sizes("B", "C", "H", "W")
     target = make.tensor(B, H, W, C, dtype=torch.float32).detach().permute(0, 3, 1, 2)
     return {"prediction": make.image(B, C, H, W), "target": target}
 
@@ -38,7 +38,7 @@ SPEC = OpSpec(
     name="v_mse_loss",
     summary="mean squared error and its gradient",
     backends=(
-        Backend("triton", f"{__name__}.triton", capability=(8, 0)),
+        Backend("triton", f"{__name__}.triton", ours=True, capability=(8, 0)),
         Backend("reference", f"{__name__}.reference"),
     ),
     cases=_cases(SD_V2),
@@ -53,5 +53,6 @@ SPEC = OpSpec(
     ),
     inputs=_inputs,
     work=_work,
+    family="optimizer, inputs, loss",
     outputs=("loss",),
 )

@@ -1,16 +1,17 @@
-"""The mean squared error in one pass each way: forward reads both and writes one number a program,
-backward reads both and writes the gradient.
+"""The mean squared error in one pass each way.
 
-Backward reads prediction and target again, mostly from L2, rather than a gradient that forward has
-left: that would save 2 of 14 bytes an element, but be rounded before it is multiplied by the
-incoming gradient (which accumulation makes a fraction of 1), and again after. The sum is
-deterministic: a tree in a program, then torch's over programs.
+Forward reads prediction and target and writes one number for each program; torch adds these. The
+order of all sums is fixed, so that the loss is repeatable. Backward reads both again, mostly from
+the L2 cache, and writes the gradient. Forward could have stored the gradient instead, to save 2 of
+14 bytes an element; but it would be rounded twice, before and after the multiplication by the
+incoming gradient, which is a fraction of 1 where gradients are accumulated.
 
-Shape letters: N elements.
+Shape letter: N elements.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,13 +21,24 @@ import triton.language as tl
 from sd_kernels.errors import require, require_floating
 from sd_kernels.launch import empty, launch, rounded
 
-BLOCK = 1024
-"""elements of a program: 8 a thread, 1024 programs at the benchmark's size"""
+
+@dataclass(frozen=True)
+class Tuning:
+    """Launch constants."""
+
+    block: int = 1024
+    """elements of a program: 8 for each thread of 4 warps, 16 bytes in bfloat16; the benchmark's
+    64 x 4 x 64 x 64 latents make 1024 programs"""
+
+
+TUNING = Tuning()
 
 
 @triton.jit
 def _difference(prediction, target, N, BLOCK: tl.constexpr):
+    """prediction - target in float32 (BLOCK,), where the elements are, and which exist."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    # Elements outside load 0 from both, and their difference adds nothing.
     inside = offsets < N
     p = tl.load(prediction + offsets, mask=inside, other=0.0).to(tl.float32)
     t = tl.load(target + offsets, mask=inside, other=0.0).to(tl.float32)
@@ -36,24 +48,29 @@ def _difference(prediction, target, N, BLOCK: tl.constexpr):
 @triton.jit
 def v_mse_loss_forward_kernel(prediction, target, partial, N, BLOCK: tl.constexpr):
     difference, _, _ = _difference(prediction, target, N, BLOCK)
-    tl.store(
-        partial + tl.program_id(0), tl.sum(difference * difference) / N
-    )  # narrow: one number a program
+    # Divided here, so that the sum over programs is the mean without another kernel.
+    mean = tl.sum(difference * difference) / N
+    tl.store(partial + tl.program_id(0), mean)  # narrow: one number a program
 
 
 @triton.jit
 def v_mse_loss_backward_kernel(prediction, target, grad, dprediction, N, BLOCK: tl.constexpr):
     difference, offsets, inside = _difference(prediction, target, N, BLOCK)
+    # d/dp of the mean of (p - t)^2 is 2 (p - t) / N.
     scale = 2.0 * tl.load(grad) / N  # narrow: one number
     tl.store(dprediction + offsets, difference * scale, mask=inside)
 
 
 @torch.library.custom_op("sd_kernels::v_mse_loss_forward", mutates_args=())
 def v_mse_loss_forward(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The mean squared error, () float32."""
     N = prediction.numel()
-    programs = triton.cdiv(N, BLOCK)
+    programs = triton.cdiv(N, TUNING.block)
     partial = empty(prediction, (programs,), torch.float32)
-    launch(v_mse_loss_forward_kernel, (programs,), prediction, target, partial, N, BLOCK=BLOCK)
+    launch(
+        v_mse_loss_forward_kernel, (programs,), prediction, target, partial, N, BLOCK=TUNING.block
+    )
+    # torch sums in a fixed tree; an atomic would depend on the order of the programs.
     return partial.sum()
 
 
@@ -61,10 +78,12 @@ def v_mse_loss_forward(prediction: torch.Tensor, target: torch.Tensor) -> torch.
 def v_mse_loss_backward(
     prediction: torch.Tensor, target: torch.Tensor, grad: torch.Tensor
 ) -> torch.Tensor:
+    """The gradient of the prediction, from that of the loss, () float32."""
     N = prediction.numel()
     dprediction = empty(prediction)
+    grid = (triton.cdiv(N, TUNING.block),)
     arguments = prediction, target, grad, dprediction, N
-    launch(v_mse_loss_backward_kernel, (triton.cdiv(N, BLOCK),), *arguments, BLOCK=BLOCK)
+    launch(v_mse_loss_backward_kernel, grid, *arguments, BLOCK=TUNING.block)
     return rounded(dprediction, prediction.dtype)
 
 
@@ -90,11 +109,14 @@ v_mse_loss_forward.register_autograd(_backward, setup_context=_save)
 
 
 def v_mse_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """See `reference.v_mse_loss`; float32, bfloat16 or float16 each, both contiguous or both
-    channels-last."""
+    """See `reference.v_mse_loss`; both contiguous or both channels-last, otherwise KernelError.
+
+    Each is float32, bfloat16 or float16; differences and sums are float32.
+    """
     require_floating("v_mse_loss", prediction, target)
     shapes = f"{tuple(prediction.shape)} and {tuple(target.shape)}"
     require(prediction.shape == target.shape, "v_mse_loss", shapes, "two tensors of one shape")
+    # Elements are paired by address, so that both must have the same order in memory.
     orders = [torch.contiguous_format] + [torch.channels_last] * (prediction.dim() == 4)
     same = any(
         all(tensor.is_contiguous(memory_format=order) for tensor in (prediction, target))

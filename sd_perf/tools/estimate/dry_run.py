@@ -1,5 +1,7 @@
-"""What a config amounts to, without allocating its weights: parameters, FLOPs, memory, batch
-arithmetic."""
+"""What a config amounts to, without allocating its weights.
+
+Parameters, FLOPs, memory, batch arithmetic, kernels.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,11 @@ from sd_perf.fast.architecture import architecture
 from sd_perf.fast.choice import choose_kernels, target_named, used_ops
 from sd_perf.reference.unet import UNet
 from sd_perf.tools.estimate.eager import plain
-from sd_perf.tools.estimate.ways import kept
+from sd_perf.tools.estimate.fused import saved_activations
 
 
 def dry_run(config: Config, world_size: int, target: str = "here") -> dict[str, Any]:
-    """Facts of a run on a GPU of `sd_kernels.spec.DECLARED_TARGETS` or here, as JSON takes them.
+    """Facts of a run on a GPU of `sd_kernels.targets` or here, as JSON takes them.
 
     Raises ConfigError where the batch does not divide, or a kernel that is asked for cannot be had
     there.
@@ -27,11 +29,14 @@ def dry_run(config: Config, world_size: int, target: str = "here") -> dict[str, 
     micro_batch = config.micro_batch_size(world_size)
     device = target_named(target)
     choices = choose_kernels(config, device)
+    # Meta tensors have shapes and no memory: the benchmark's network in a laptop's seconds.
     with torch.device("meta"):
         unet = UNet(config.model)
     parameters = sum(parameter.numel() for parameter in unet.parameters())
     flops_forward, flops_step = _flops(unet, config)
     activations = _activation_bytes(config)
+    # Weights, gradients and both moments are float32; under autocast a bfloat16 copy of each weight
+    # lives as long as the step.
     weight_bytes = 4 * parameters
     low_precision = 2 * parameters if config.training.precision == "bf16" else 0
     name = "activations" + (
@@ -104,10 +109,11 @@ def _format(config: Config, layers: str) -> str:
 
 
 def _activation_bytes(config: Config) -> float:
-    """Bytes per sample that the backward pass keeps, parameters aside."""
+    """Bytes per sample that forward saves for backward, parameters aside."""
     if config.model.implementation == "plain" or config.training.precision == "fp32":
-        return plain(config, 1, config.training.precision == "bf16")[1]
-    return kept(architecture(config), 1, concatenated=False)
+        return plain(config, batch=1, autocast=config.training.precision == "bf16")[1]
+    # The fast UNet never concatenates a skip.
+    return saved_activations(architecture(config), batch=1, concatenated=False)
 
 
 def _inputs(config: Config, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -120,10 +126,10 @@ def _inputs(config: Config, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Ten
 
 
 def _flops(unet: UNet, config: Config) -> tuple[int, int]:
-    """FLOPs per sample of forward and of forward + backward (multiply-add is 2; nothing counted
-    twice)."""
+    """FLOPs per sample of forward and of forward + backward; a multiply-add counts as two."""
     with FlopCounterMode(display=False) as forward:
         output = unet(*_inputs(config, torch.float32))
+    # Any scalar of the output has the same backward pass as the loss.
     with FlopCounterMode(display=False) as backward:
         output.square().mean().backward()
     return forward.get_total_flops(), forward.get_total_flops() + backward.get_total_flops()

@@ -1,7 +1,6 @@
-"""What plain eager PyTorch does in a training step: every kernel of the reference UNet, recorded on
-the meta device.
+"""The kernels of a plain eager PyTorch step, recorded from the reference UNet on the meta device.
 
-CUDA autocast is played on meta tensors, where torch has none: products in bfloat16, norms in
+torch has no autocast for meta tensors, so CUDA's is imitated: matmuls in bfloat16, norms in
 float32. An operator is counted as reading its tensors once and writing its results once, which is
 the least that it can do.
 """
@@ -19,25 +18,29 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sd_kernels.spec import Matmul, Matmuls
 from sd_perf.config import Config
 from sd_perf.reference.unet import UNet
-from sd_perf.tools.estimate.kernels import Kernel, Product
+from sd_perf.tools.estimate.roofline import AttentionWork, Kernel
 
+# As torch's documentation of autocast lists the operators ("CUDA Op-Specific Behavior").
 _IN_BFLOAT16 = {torch.conv2d, F.conv2d, F.linear, F.scaled_dot_product_attention}
 _IN_FLOAT32 = {F.group_norm, torch.group_norm, F.layer_norm, torch.layer_norm}
+# The op of sd_kernels that does an operator's work, so that both stand in one row.
 _NAMES = {
     "native_group_norm": "group_norm",
     "silu": "group_norm",
     "native_layer_norm": "layer_norm",
+    "gelu": "geglu",
+    "mul": "geglu",
 }
-_NAMES |= {"gelu": "geglu", "mul": "geglu"}
 _PASSES = {
     "native_group_norm": 3 / 2,
     "native_group_norm_backward": 5 / 3,
     "native_layer_norm_backward": 5 / 3,
 }
-"""over large tensors, where torch's kernels make more than one reading each takes
-(aten/src/ATen/native/cuda)"""
+"""bytes that torch's norms really move, against one reading and one writing: they read a large
+tensor again after its statistics (aten/src/ATen/native/cuda)"""
 _NO_KERNEL = {"empty", "detach", "_unsafe_view", "lift_fresh", "zeros_like", "ones_like"}
 
 
@@ -59,6 +62,7 @@ class _Autocast(TorchFunctionMode):
             return value
         if not isinstance(value, torch.nn.Parameter):
             return value.to(dtype)
+        # As autocast's cache does, which lives until the step ends.
         if id(value) not in self.weights:
             self.weights[id(value)] = value.to(dtype)
         return self.weights[id(value)]
@@ -70,6 +74,7 @@ class _Autocast(TorchFunctionMode):
             if function in functions:
                 args = [self.cast(value, dtype) for value in args]
                 kwargs = {name: self.cast(value, dtype) for name, value in (kwargs or {}).items()}
+        # On meta tensors torch would take the math kernel, which keeps the scores.
         if function is F.scaled_dot_product_attention:
             return torch.ops.aten._scaled_dot_product_flash_attention(*args)[0]
         return function(*args, **(kwargs or {}))
@@ -105,51 +110,65 @@ class _Recorder(TorchDispatchMode):
             yield from self._convolution(name, args, out)
         elif name in ("mm", "addmm"):
             a, b = args[-2:]
-            yield Kernel("linear", moved, product=Product(a.shape[0], b.shape[1], a.shape[1]))
+            matmul = Matmul(M=a.shape[0], N=b.shape[1], K=a.shape[1])
+            yield Kernel("linear", moved, matmul=matmul)
         elif "attention" in name:
             backward = name.endswith("backward")
             q, k = args[1:3] if backward else args[:2]
-            flops = (10.0 if backward else 4.0) * math.prod(q.shape) * k.shape[2]
-            yield Kernel("attention", moved, attention=(flops, q.shape[2]))
+            # q k^T and the product with v, forward; backward makes the scores again and has four
+            # more matmuls. Each takes 2 * B * H * L * T * D.
+            matmuls = 5 if backward else 2
+            flops = 2.0 * matmuls * math.prod(q.shape) * k.shape[2]
+            work = AttentionWork(flops, queries=q.shape[2])
+            yield Kernel("attention", moved, attention=work)
         else:
             short = name.removesuffix("_").removesuffix("_backward")
             yield Kernel(_NAMES.get(short, "elementwise"), moved * _PASSES.get(name, 1.0))
 
     def _convolution(self, name: str, args: Any, out: Any) -> Iterator[Kernel]:
-        """The product or products, what turns NCHW images to the NHWC of the tensor cores and back,
-        and the bias."""
+        """Matmuls, each with turning images from NCHW to the NHWC of the tensor cores and back, and
+        the bias."""
         forward = name == "convolution"
         x, weight, y = (args[0], args[1], out) if forward else (args[1], args[2], args[0])
-        outputs, channels, *taps = weight.shape
-        pixels, area = y.numel() // outputs, math.prod(taps)
-        products = [Product(pixels, outputs, area * channels)]
-        if not forward:
-            inner = pixels * outputs * area * channels // x.numel()
-            products = (
-                [Product(x.numel() // channels, channels, inner)] if out[0] is not None else []
-            )
-            products.append(Product(outputs, area * channels, pixels))
-        for product in products:
-            yield Kernel("conv" if area > 1 else "skip_conv", _bytes((x, weight, y)), product)
+        outputs, channels, height, width = weight.shape
+        sizes = Matmuls(
+            rows=y.numel() // outputs,
+            columns=outputs,
+            channels=channels,
+            taps=height * width,
+            stride=args[3 if forward else 4][0],
+        )
+        if forward:
+            matmuls = [sizes.forward]
+        elif out[0] is None:  # the first convolution's input is data, which takes no gradient
+            matmuls = [sizes.grad_weight]
+        else:
+            matmuls = [sizes.grad_input, sizes.grad_weight]
+        op = "conv" if sizes.taps > 1 else "skip_conv"
+        for matmul in matmuls:
+            yield Kernel(op, _bytes((x, weight, y)), matmul=matmul)
+            # Both images are read in one order and written in the other.
             yield Kernel("elementwise", 2.0 * _bytes((x, y)))
-        yield Kernel("elementwise", (1.0 + forward) * _bytes(y))
+        # The bias is added to the output in place; its gradient is a sum that reads the output's.
+        bias_passes = 2.0 if forward else 1.0
+        yield Kernel("elementwise", bias_passes * _bytes(y))
 
 
 def recorded(forward: Callable[[], Any], autocast: bool = True) -> tuple[list[Kernel], float]:
-    """Kernels of a forward pass on the meta device and of its backward, and the bytes that the one
-    keeps for the other.
+    """Kernels of a forward and a backward pass on the meta device, and bytes saved between them.
 
-    The gradients of what `forward` gives are there; they are neither made nor counted.
+    The gradients of what `forward` returns are taken as given, neither made nor counted.
     """
-    recorder, casts, kept = _Recorder(), _Autocast(autocast), {}
+    recorder, casts, saved = _Recorder(), _Autocast(autocast), {}
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
+    def save(tensor: torch.Tensor) -> torch.Tensor:
+        # Views of one tensor share its memory, which counts once.
         base = tensor if tensor._base is None else tensor._base
         if not isinstance(base, torch.nn.Parameter):
-            kept[id(base)] = base
+            saved[id(base)] = base
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), casts, recorder:
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor), casts, recorder:
         outputs = tree_leaves(forward())
     recorder.backward = True
     gradients = [
@@ -157,13 +176,14 @@ def recorded(forward: Callable[[], Any], autocast: bool = True) -> tuple[list[Ke
     ]
     with recorder:
         torch.autograd.backward(outputs, gradients)
+    # The bfloat16 copies of weights are counted with the weights.
     for weight in casts.weights.values():
-        kept.pop(id(weight), None)
-    return recorder.kernels, float(_bytes(list(kept.values())))
+        saved.pop(id(weight), None)
+    return recorder.kernels, float(_bytes(list(saved.values())))
 
 
 def plain(config: Config, batch: int, autocast: bool = True) -> tuple[list[Kernel], float]:
-    """`recorded` for the whole network and a loss, of so many samples."""
+    """`recorded` for the whole network and a loss, with so many samples."""
     with torch.device("meta"):
         unet = UNet(config.model)
         size, channels = config.data.latent_size, config.model.in_channels

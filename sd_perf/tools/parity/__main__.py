@@ -1,4 +1,8 @@
-"""One process of `sd-perf parity`, as `run` starts it: `python -m sd_perf.tools.parity REQUEST`."""
+"""A child process of `sd-perf parity`: `python -m sd_perf.tools.parity REQUEST`.
+
+REQUEST is a JSON file that `run_parity` writes: config, where, levels, folder, and `answer`, the
+JSON file to write.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +16,23 @@ from sd_kernels.errors import KernelError
 from sd_perf.errors import UserError
 from sd_perf.files import read_json, write_json
 from sd_perf.presets import config_from_dict
-from sd_perf.tools.parity.run import compare
+from sd_perf.tools.parity.compare_levels import compare_levels
 
 
 def main(request: Path) -> int:
-    """Compare what the request asks for, and write its answer; 2 and a sentence for bad input."""
+    """Compare what the request asks for and write the answer; 2 and a sentence for bad input."""
     asked = read_json(request)
     config = config_from_dict(asked["config"])
     if config.training.cpu_threads is not None:
         torch.set_num_threads(config.training.cpu_threads)
-    tell = functools.partial(print, file=sys.stderr, flush=True)
     try:
-        part = compare(config, asked["where"], set(asked["levels"]), Path(asked["folder"]), tell)
+        part = compare_levels(
+            config,
+            where=asked["where"],
+            levels=set(asked["levels"]),
+            folder=Path(asked["folder"]),
+            tell=functools.partial(print, file=sys.stderr, flush=True),
+        )
     except (UserError, KernelError) as error:
         print(f"sd-perf: {error}", file=sys.stderr)
         return 2

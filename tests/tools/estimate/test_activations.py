@@ -13,7 +13,7 @@ from sd_kernels.registry import all_ops
 from sd_perf.config import Config, UNetConfig
 from sd_perf.fast.ops import Ops
 from sd_perf.fast.unet import FastUNet
-from sd_perf.tools.estimate.estimate import estimate
+from sd_perf.tools.estimate.predict import predict
 
 
 def attention(qkv: torch.Tensor, kv: torch.Tensor | None = None, *, num_heads: int) -> torch.Tensor:
@@ -56,7 +56,7 @@ def kept_bytes(batch: int) -> int:
 def test_activations_of_the_benchmark() -> None:
     two, four = kept_bytes(2), kept_bytes(4)
     a_sample = (four - two) / 2
-    memory = estimate(Config(), "h100", 64)["memory_bytes"]
+    memory = predict(Config(), "h100", 64)["memory_bytes"]
     assert a_sample == pytest.approx(memory["activations"] / 64, rel=0.01)
     packed = two - 2 * a_sample
     assert 0 < packed < 0.5e9

@@ -11,12 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sd_kernels.registry import all_ops
 from sd_kernels.sd_v2_shapes import SD_V2, res_blocks
 from sd_perf.config import UNetConfig
 from sd_perf.reference.unet import ResBlock, SpatialTransformer
 from sd_perf.tools.estimate.eager import recorded
-from sd_perf.tools.estimate.kernels import Kernel
-from sd_perf.tools.estimate.ways import _KEPT, cases, of_case
+from sd_perf.tools.estimate.fused import cases, kernels_of
+from sd_perf.tools.estimate.roofline import Kernel
 
 PAGE = (Path(__file__).parents[3] / "docs/fast_unet.md").read_text(encoding="utf-8")
 BATCH, C, SIDE = 64, SD_V2.widths[0], SD_V2.side
@@ -78,7 +79,7 @@ def fast(*calls: tuple[str, str], share: float = 1.0) -> tuple[float, float]:
     kernels = []
     for op, name in calls:
         (case,) = (case for case in cases(op, SD_V2, BATCH) if case.name == name)
-        kernels += list(of_case(op, case))
+        kernels += list(kernels_of(op, case))
     return both_ways(
         [Kernel(kernel.op, kernel.bytes, backward=kernel.backward) for kernel in kernels], share
     )
@@ -171,7 +172,7 @@ def transformer_ops() -> Iterator[tuple[float, float]]:
 
     def linear(name: str) -> tuple[float, float]:
         (case,) = (case for case in calls if case.name.startswith(f"{name}, 4096 x"))
-        return both_ways(list(of_case("linear", case)))
+        return both_ways(list(kernels_of("linear", case)))
 
     norm, add = (fast(("layer_norm", f"4096 tokens, 320{rest}")) for rest in ("", ", residual"))
     yield fast(("group_norm", "64x64x320 in 32, adds shift and residual, hands on"))
@@ -201,15 +202,18 @@ def whole(block: str) -> tuple[list[Kernel], float]:
 
 
 def kept(calls: dict[str, list[str]]) -> float:
-    """Bytes that the fast ops keep, as `ways.kept` counts them."""
+    """Bytes that the fast ops keep, as `fused.saved_activations` counts them."""
     made = [
         (op, case)
         for op, names in calls.items()
         for case in cases(op, SD_V2, BATCH)
         if case.name in names
     ]
-    return 2.0 * sum(
-        _KEPT[op](*case.shape.values()) * calls[op].count(case.name) for op, case in made
+    return float(
+        sum(
+            all_ops()[op].saved_bytes(case, torch.bfloat16) * calls[op].count(case.name)  # type: ignore[misc]
+            for op, case in made
+        )
     )
 
 

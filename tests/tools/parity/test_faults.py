@@ -1,5 +1,7 @@
-"""Parity can fail: each planted fault is red at its own level, by a name that leads to it;
-unplanted all is green."""
+"""Parity can fail: a planted fault is red at its own level, under a name that leads to it.
+
+The same level of the code without the fault is green.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,19 @@ from sd_kernels.registry import all_ops
 from sd_kernels.spec import Backend, Function
 from sd_perf.config import Config
 from sd_perf.data import order
+from sd_perf.models import build
 from sd_perf.presets import load_preset
-from sd_perf.tools.parity import network, operators, step, subject
-from sd_perf.tools.parity.rows import Row
-from sd_perf.tools.parity.subject import Subject, Where
+from sd_perf.runs.parity_record import Level, Where
+from sd_perf.tools.parity import (
+    blocks,
+    operators,
+    optimizer_updates,
+    sampler,
+    training_step,
+    whole_network,
+)
+from sd_perf.tools.parity.comparison import Comparison
+from sd_perf.tools.parity.parity_case import ParityCase
 from tests.kernels.faults import planted, replaced
 
 Plant = Callable[[pytest.MonkeyPatch, ExitStack], None]
@@ -32,26 +43,26 @@ def smoke() -> Config:
     )
 
 
-def rows(level: str, where: Where, ops: tuple[str, ...] = ()) -> list[Row]:
-    """All rows of a level; of level op those of these operators alone."""
-    own = Subject.of(smoke(), where)
+def compare(level: Level, where: Where, ops: tuple[str, ...] = ()) -> list[Comparison]:
+    """All comparisons of a level; of level op those of these operators alone."""
+    case = ParityCase.of(smoke(), where)
     if level == "op":
         kept = {name: spec for name, spec in all_ops().items() if name in ops}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(operators, "all_ops", lambda: kept)
-            return list(operators.compare_operators(own))
-    levels: dict[str, Callable[[], Iterable[Row]]] = {
-        "block": lambda: network.compare_blocks(own),
-        "unet": lambda: network.compare_networks(own, {"unet"}),
-        "grad": lambda: network.compare_networks(own, {"grad"}),
-        "step": lambda: step.compare_steps(own),
+            return list(operators.compare_operators(case))
+    levels: dict[str, Callable[[], Iterable[Comparison]]] = {
+        "block": lambda: blocks.compare_blocks(case),
+        "unet": lambda: whole_network.compare_networks(case, {"unet"}),
+        "grad": lambda: whole_network.compare_networks(case, {"grad"}),
+        "step": lambda: training_step.compare_steps(case),
     }
     return list(levels[level]())
 
 
 @cache
-def unplanted(level: str, where: Where, ops: tuple[str, ...] = ()) -> list[Row]:
-    return rows(level, where, ops)
+def unplanted(level: Level, where: Where, ops: tuple[str, ...] = ()) -> list[Comparison]:
+    return compare(level, where, ops)
 
 
 def in_op(op: str, *replacements: tuple[str, str]) -> Plant:
@@ -59,7 +70,7 @@ def in_op(op: str, *replacements: tuple[str, str]) -> Plant:
         faulty, original = stack.enter_context(planted(op, *replacements)), Backend.function
 
         def function(self: Backend, name: str) -> Function:
-            return faulty if (name, self.name) == (op, "triton") else original(self, name)
+            return faulty if self.ours and name == op else original(self, name)
 
         patch.setattr(Backend, "function", function)
 
@@ -69,8 +80,8 @@ def in_op(op: str, *replacements: tuple[str, str]) -> Plant:
 def in_unet(*replacements: tuple[str, str]) -> Plant:
     def plant(patch: pytest.MonkeyPatch, stack: ExitStack) -> None:
         faulty = stack.enter_context(replaced("sd_perf.fast.unet", *replacements))
-        patch.setattr(network, "fast", faulty)
-        patch.setattr(subject, "FastUNet", faulty.FastUNet)
+        patch.setattr(blocks, "fast", faulty)
+        patch.setattr(build, "FastUNet", faulty.FastUNet)
 
     return plant
 
@@ -91,13 +102,13 @@ def no_decay_on_biases(patch: pytest.MonkeyPatch, stack: ExitStack) -> None:
         others = [parameter for name, parameter in named if not name.endswith("bias")]
         return torch.optim.AdamW([{"params": others}, {"params": biases, "weight_decay": 0.0}])
 
-    patch.setattr(step, "build_optimizer", build)
+    patch.setattr(optimizer_updates, "build_optimizer", build)
 
 
 TANH = "tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))"
 TAKEN_BY_RANK = "np.arange(position + rank, position + global_batch, world_size"
 TAKEN_BY_ALL = "np.arange(position, position + global_batch // world_size"
-FAULTS: dict[str, tuple[str, Where, str, Plant]] = {
+FAULTS: dict[str, tuple[Level, Where, str, Plant]] = {
     "wrong eps": (
         "op",
         "interpreter",
@@ -149,10 +160,10 @@ FAULTS: dict[str, tuple[str, Where, str, Plant]] = {
     "last transformer block skipped in the text encoder": (
         "block",
         "structure",
-        network.TEXT_ENCODER,
+        blocks.TEXT_ENCODER,
         in_module(
             "sd_perf.models.text_encoder",
-            network,
+            blocks,
             "OpenClipTextEncoder",
             ("resblocks[:-1]", "resblocks[:-2]"),
         ),
@@ -178,7 +189,7 @@ FAULTS: dict[str, tuple[str, Where, str, Plant]] = {
     "noise reused across ranks": (
         "step",
         "structure",
-        step.NOISE_OF_RANKS,
+        training_step.NOISE_OF_RANKS,
         in_module("sd_perf.data.order", order, "rank_positions", (TAKEN_BY_RANK, TAKEN_BY_ALL)),
     ),
     "bfloat16 master instead of remainder": (
@@ -196,7 +207,7 @@ FAULTS: dict[str, tuple[str, Where, str, Plant]] = {
         "DDIM's latents after its last step",
         in_module(
             "sd_perf.diffusion.ddim",
-            step,
+            sampler,
             "ddim_sample",
             ("timesteps[1:], 0]", "timesteps[1:], 1]"),
         ),
@@ -211,10 +222,12 @@ def test_a_planted_fault_is_red_at_its_level_and_named(
     level, where, name, plant = FAULTS[fault]
     ops = (name,) if level == "op" else ()
     good = unplanted(level, where, ops)
-    assert good and all(row.ok for row in good), [row for row in good if not row.ok]
+    assert good and all(line.ok for line in good), [line for line in good if not line.ok]
     with ExitStack() as stack:
         plant(monkeypatch, stack)
-        bad = rows(level, where, ops)
-    wrong = [row for row in bad if not row.ok]
-    assert wrong and {row.name for row in bad} == {row.name for row in good}
-    assert all(row.level == level and re.search(re.escape(name), row.name) for row in wrong), wrong
+        bad = compare(level, where, ops)
+    wrong = [line for line in bad if not line.ok]
+    assert wrong and {line.name for line in bad} == {line.name for line in good}
+    assert all(line.level == level and re.search(re.escape(name), line.name) for line in wrong), (
+        wrong
+    )

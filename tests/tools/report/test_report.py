@@ -22,8 +22,8 @@ from sd_perf.cli import main
 from sd_perf.config import Config
 from sd_perf.errors import ConfigError, UserError
 from sd_perf.tools.report.charts import running_median
-from sd_perf.tools.report.page import write_report
-from sd_perf.tools.report.record import read_record
+from sd_perf.tools.report.run_contents import read_run
+from sd_perf.tools.report.write_report import write_report
 
 HOSTILE = (
     "</td><script>alert(1)</script><img src=http://example.com/x onerror=alert(2)> \" ' & $x_1$"
@@ -253,7 +253,7 @@ def test_later_evaluation_of_a_position_supersedes(tmp_path):
     write_lines(
         run / "scores.jsonl", [{"samples": 640, "fid": fid, "n": 256} for fid in (9.0, 8.0)]
     )
-    assert [line["fid"] for line in read_record(run).scores] == [8.0]
+    assert [line["fid"] for line in read_run(run).scores] == [8.0]
 
 
 def test_grid_without_prompts_is_shown_whole(tmp_path):

@@ -1,0 +1,288 @@
+"""Throughput of whole training iterations on a GPU: the fast UNet's and its rivals'."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any, TypedDict
+
+import torch
+
+from benchmarks.attempts import attempt, release_memory
+from benchmarks.checks import Check
+from benchmarks.gpu_checks import blocking
+from benchmarks.gpu_environment import Telemetry
+from benchmarks.gpu_fast import FAST_BF16, FAST_TIMED
+from benchmarks.gpu_workload import (
+    AUTOCAST,
+    COMPILED,
+    DIFFUSERS,
+    DIFFUSERS_COMPILED,
+    MASTERS,
+    Recipe,
+)
+from benchmarks.timing import Budget, CudaClock, rates, repetitions, timed
+from sd_kernels.conv.aten import tuned
+from sd_kernels.targets import key_of_driver, peak_of_driver
+from sd_perf.config import Config, UNetConfig
+from sd_perf.tools.estimate.predict import predict
+from sd_perf.tools.results import Status
+
+MOST_SECONDS = 15.0
+"""for one row, so that later ones have their share; clocks have settled by then"""
+COMPILE_SECONDS = 70.0
+"""that torch.compile of a full-size network takes; it is not begun with less left"""
+FLOPS_PER_SAMPLE = 2.409e12
+"""of the MFU: forward and backward of one sample of the benchmark's UNet, whatever a recipe adds"""
+WARM_UP_ITERATIONS = 3
+"""kernels, plans and gradients exist after the first. The 11 that torch's documentation asks for
+before a capture are for DistributedDataParallel"""
+LEAST_ITERATIONS, MOST_ITERATIONS = 10, 2000
+"""that are timed"""
+FIRST_LOSS_BUDGET = 1e-3
+"""largest relative difference of the first timed loss from the first warm-up loss, which has the
+same weights and samples"""
+ROW_NOTE = (
+    "Inputs stay in GPU memory and the sample indices advance, so every iteration draws anew; no "
+    "data loader. Weights are random in every layer. One GPU, optimizer unsharded. Memory: peak "
+    "after warm-up."
+)
+
+
+class ThroughputRow(TypedDict):
+    """One recipe at one batch size. None: not measured, or not known of this GPU."""
+
+    gpu: str
+    batch: int
+    """samples"""
+    precision: str
+    implementation: str
+    """the recipe's name; with `_eager` where no CUDA graph is used"""
+    graph: bool
+    attention: str | None
+    """the only kernel of torch's attention that is allowed"""
+    kernels: dict[str, str] | None
+    """backend by op of sd_kernels"""
+    samples_per_second: float | None
+    """median of the second half of the run"""
+    samples_per_second_first_tenth: float | None
+    ms_per_sample: float | None
+    ms_per_iteration: float | None
+    mfu: float | None
+    """model FLOP/s (`FLOPS_PER_SAMPLE`) over the data sheet's dense bf16 peak"""
+    timed_iterations: int | None
+    peak_memory_bytes: int | None
+    peak_reserved_bytes: int | None
+    sm_clock_mhz: float | None
+    power_w: float | None
+    temperature_c: float | None
+    clock_event_reasons: list[str] | None
+    loss_warm_up: float | None
+    """of the first warm-up iteration"""
+    loss_start: float | None
+    """of the first iteration after the reset: the same weights and samples"""
+    loss_end: float | None
+    predicted_samples_per_second: float | None
+    """by `sd-perf estimate`"""
+    predicted_memory_bytes: float | None
+    status: Status
+    reason: str | None
+    notes: str
+
+
+@dataclass(frozen=True)
+class TimedRecipe:
+    """What one row measures: a recipe at a batch size, in a CUDA graph or eager."""
+
+    recipe: Recipe
+    batch: int
+    graph: bool
+
+    @property
+    def least_seconds(self) -> float:
+        """Seconds that must be left for it to be begun."""
+        return COMPILE_SECONDS if self.recipe.compiled else 0.0
+
+    @property
+    def most_seconds(self) -> float:
+        """Seconds that it may take."""
+        return MOST_SECONDS + self.least_seconds
+
+
+def plan(batches: list[int], rival_batch: int) -> list[TimedRecipe]:
+    """All entries, in the order in which they are measured.
+
+    First the fast recipes in graphs, at every batch, largest first. Then the fast one without a
+    graph at the smallest batch, where launches weigh most. Then its rivals at `rival_batch`, those
+    that must be compiled last.
+    """
+    fast = [
+        TimedRecipe(recipe, batch, True) for recipe in FAST_TIMED for batch in reversed(batches)
+    ]
+    rivals = [
+        (AUTOCAST, False),
+        (MASTERS, False),
+        (AUTOCAST, True),
+        (MASTERS, True),
+        (DIFFUSERS, False),
+        (COMPILED, True),
+        (DIFFUSERS_COMPILED, True),
+    ]
+    eager = TimedRecipe(FAST_BF16, min(batches), False)
+    return [*fast, eager, *(TimedRecipe(recipe, rival_batch, graph) for recipe, graph in rivals)]
+
+
+@cache
+def predictions(gpu: str, batch: int) -> dict[str, Any]:
+    """Figures of `sd-perf estimate` for a GPU and a batch, by recipe.
+
+    Empty where it does not know the GPU, and, with a line printed, where it fails.
+    """
+    name = key_of_driver(gpu)
+    if name is None:
+        return {}
+    figures = attempt(partial(predict, Config(), name, batch))
+    if "recipes" not in figures:  # measurements are worth having without it
+        print(f"no estimate for batch {batch}: {figures['reason']}", flush=True)
+    return figures.get("recipes", {})
+
+
+def make_row(gpu: str, entry: TimedRecipe, measured: dict[str, Any]) -> ThroughputRow:
+    """A row from the measured columns: `time_iterations`', or `status` and `reason`."""
+    recipe = entry.recipe
+    rate, peak = measured.get("samples_per_second"), peak_of_driver(gpu)
+    predicted = predictions(gpu, entry.batch).get(recipe.way) if recipe.way else None
+    columns: dict[str, Any] = {
+        **dict.fromkeys(ThroughputRow.__annotations__),
+        "status": "measured",
+        **measured,
+        "gpu": gpu,
+        "batch": entry.batch,
+        "precision": recipe.precision,
+        "implementation": recipe.implementation + ("" if entry.graph else "_eager"),
+        "graph": entry.graph,
+        "attention": recipe.attention.name if recipe.attention else None,
+        "mfu": rate * FLOPS_PER_SAMPLE / peak.value if rate and peak else None,
+        "predicted_samples_per_second": predicted and predicted["samples_per_second"],
+        "predicted_memory_bytes": predicted and predicted["memory_bytes"]["total"],
+        "notes": ROW_NOTE,
+    }
+    return ThroughputRow(**columns)  # type: ignore[typeddict-item]
+
+
+def row_line(row: ThroughputRow) -> str:
+    """A row as one line of text."""
+    name = f"{row['implementation']:32s} batch {row['batch']:3d}"
+    if row["status"] != "measured":
+        return f"{name}  {row['status']}: {row['reason']}"
+    mfu = "  n/a" if row["mfu"] is None else f"{100 * row['mfu']:4.1f}%"
+    clock = "?" if row["sm_clock_mhz"] is None else f"{row['sm_clock_mhz']:.0f}"
+    power = "?" if row["power_w"] is None else f"{row['power_w']:.0f}"
+    memory = f"{(row['peak_memory_bytes'] or 0) / 2**30:5.1f} GiB"
+    if row["predicted_memory_bytes"] is not None:
+        memory += f" (estimate {row['predicted_memory_bytes'] / 2**30:.1f})"
+    return (
+        f"{name}  {row['samples_per_second']:7.1f} samples/s  {row['ms_per_sample']:6.2f} "
+        f"ms/sample  MFU {mfu}  {memory}  {clock} MHz  {power} W  "
+        f"loss {row['loss_start']:.3f} -> {row['loss_end']:.3f}"
+    )
+
+
+def check_losses(warm_up: float, start: float, end: float) -> None:
+    """ValueError where the timed iterations did not start as the warm-up did, or did not train."""
+    if not abs(start - warm_up) <= FIRST_LOSS_BUDGET * abs(warm_up):
+        raise ValueError(
+            f"the first timed loss is {start}, but the same iteration in warm-up had {warm_up}"
+        )
+    if not math.isfinite(end):
+        raise ValueError(f"the loss is {end} at the end")
+
+
+def time_iterations(entry: TimedRecipe, seconds: float) -> dict[str, Any]:
+    """Measured columns of one row, taking about `seconds` with warm-up and capture.
+
+    The current stream must be a side stream.
+    """
+    budget = Budget(seconds)
+    workload = entry.recipe.workload(UNetConfig(), entry.batch, "cuda")
+    warm_up_losses = []
+    with tuned():  # cuDNN times its algorithms now, and keeps the fastest in the capture
+        for _ in range(WARM_UP_ITERATIONS):
+            workload.iteration()
+            warm_up_losses.append(workload.loss.item())
+    workload.reset()
+    torch.cuda.empty_cache()  # timing the algorithms leaves workspaces behind
+    torch.cuda.reset_peak_memory_stats()
+    call = workload.capture().replay if entry.graph else workload.iteration
+    call()
+    loss_start = workload.loss.item()
+    seconds_each = timed(call, 2, CudaClock())[-1] / 1000
+    count = repetitions(budget.left(), seconds_each, least=LEAST_ITERATIONS, most=MOST_ITERATIONS)
+    with Telemetry() as telemetry:
+        intervals = timed(call, count, CudaClock())
+    loss_end = workload.loss.item()
+    check_losses(warm_up_losses[0], start=loss_start, end=loss_end)
+    return {
+        **rates(intervals, entry.batch),
+        "kernels": dict(workload.kernels) or None,
+        "timed_iterations": count,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(),
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
+        **telemetry.summary(),
+        "loss_warm_up": warm_up_losses[0],
+        "loss_start": loss_start,
+        "loss_end": loss_end,
+    }
+
+
+def measure(entry: TimedRecipe, seconds: float) -> dict[str, Any]:
+    """`time_iterations` on a side stream, or `status` and `reason` where that cannot be.
+
+    The GPU's memory is free again afterwards.
+    """
+    needed = entry.recipe.requires
+    if needed and importlib.util.find_spec(needed) is None:
+        return {"status": "absent", "reason": f"{needed} is not installed"}
+
+    def on_side_stream() -> dict[str, Any]:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            return time_iterations(entry, seconds)
+
+    measured = attempt(on_side_stream)
+    torch._dynamo.reset()
+    attempt(release_memory)  # a broken GPU refuses this too; the row that tells of it must stay
+    return measured
+
+
+def measure_rows(
+    gpu: str,
+    entries: list[TimedRecipe],
+    budget: Budget,
+    checks: list[Check],
+    measure_one: Callable[[TimedRecipe, float], dict[str, Any]],
+    save: Callable[[list[ThroughputRow]], None],
+) -> list[ThroughputRow]:
+    """A row per entry, printed as it is made; each gets its share of the seconds left.
+
+    An entry that a red check forbids to time, or that comes too late, says so in its row. `save`
+    gets all rows so far after every entry.
+    """
+    rows: list[ThroughputRow] = []
+    for done, entry in enumerate(entries):
+        left = budget.left()
+        later = sum(each.most_seconds for each in entries[done:])
+        share = left * entry.most_seconds / later
+        if red := blocking(entry.recipe, checks):
+            measured = {"status": "red", "reason": f"wrong code has no speed: {red[0]}"}
+        elif left > entry.least_seconds:
+            measured = measure_one(entry, min(share, entry.most_seconds))
+        else:
+            reason = f"too little was left of the budget of {budget.seconds:g} s"
+            measured = {"status": "left out", "reason": reason}
+        rows.append(make_row(gpu, entry, measured))
+        print(f"{row_line(rows[-1])}  ({budget.left():.0f} s left)", flush=True)
+        save(rows)
+    return rows

@@ -1,0 +1,89 @@
+"""Parity of kernels on the device that times them: outputs and gradients against float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+
+from benchmarks.kernel_cases import COMPILED, Candidate
+from sd_kernels import harness
+from sd_kernels.spec import Case, Function, OpSpec
+from sd_perf.tools.results import Parity
+
+MOST_BYTES = 2**28
+"""memory traffic of the largest case that is compared; float64 tensors and the saved gradients take
+several times as much"""
+UNCHECKED: Parity = {"ok": False, "checked": 0, "worst": ""}
+
+
+def reduced(spec: OpSpec, case: Case, dtype: torch.dtype) -> Case:
+    """The case, made small enough to be compared in float64 (`MOST_BYTES`).
+
+    Samples are halved first; a case of one sample has its largest size halved.
+    """
+    shape = dict(case.shape)
+    while spec.work(replace(case, shape=shape), dtype).forward_bytes > MOST_BYTES:
+        letter = "B" if shape.get("B", 1) > 1 else max(shape, key=lambda size: shape[size])
+        shape[letter] //= 2
+    return replace(case, shape=shape)
+
+
+class ParityChecker:
+    """Compares candidates with the reference on one device.
+
+    A candidate must be right on the op's small cases, compared once for each backend, and on its
+    own case, reduced. The reference counts as right. The compiled reference skips the small cases:
+    each would cost a compilation, of code that is not ours.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self._of_small_cases: dict[tuple[str, str], list[harness.Verdict]] = {}
+
+    def check(self, candidate: Candidate, function: Function) -> Parity:
+        """Verdict on `function`, the candidate's implementation."""
+        if candidate.backend == "reference":
+            return {"ok": True, "checked": 0, "worst": "the others are held to it"}
+        own = reduced(candidate.spec, candidate.case, candidate.dtype)
+        verdicts = self._small_cases(candidate) + self._verdicts(candidate, [own], function)
+        return {
+            "ok": all(verdict.ok for verdict in verdicts),
+            "checked": len(verdicts),
+            "worst": str(max(verdicts, key=share_of_budget)),
+        }
+
+    def _small_cases(self, candidate: Candidate) -> list[harness.Verdict]:
+        if candidate.backend == COMPILED:
+            return []
+        spec, key = candidate.spec, (candidate.spec.name, candidate.backend)
+        if key not in self._of_small_cases:
+            refuses = spec.backend(candidate.backend).refuses
+            cases = [case for case in spec.small_cases if not refuses(case, candidate.dtype)]
+            self._of_small_cases[key] = self._verdicts(candidate, cases, None)
+        return self._of_small_cases[key]
+
+    def _verdicts(
+        self, candidate: Candidate, cases: Iterable[Case], function: Function | None
+    ) -> list[harness.Verdict]:
+        backend = "reference" if candidate.backend == COMPILED else candidate.backend
+        return [
+            verdict
+            for case in cases
+            for verdict in harness.check(
+                candidate.spec,
+                backend,
+                case,
+                candidate.dtype,
+                device=self.device,
+                function=function,
+            )
+        ]
+
+
+def share_of_budget(verdict: harness.Verdict) -> float:
+    """Error over its budget; infinite where the error is NaN."""
+    share = verdict.error / max(verdict.budget, 1e-30)
+    return math.inf if math.isnan(share) else share

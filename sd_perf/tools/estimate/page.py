@@ -1,0 +1,99 @@
+"""The figures of `predict` for people: tables for the terminal, and a chart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from sd_kernels.targets import GPUS
+from sd_perf.files import disk_errors, written_aside
+from sd_perf.optional import optional
+from sd_perf.tools.estimate.predict import RECIPES, operators
+
+_COLOURS = ("#0b5a94", "#5b9bc8", "#9cc3e0", "#b5651d", "#d99a5b", "#7a7a7a", "#b5b5b5", "#e3e3e3")
+"""of the families: blues multiply matrices, browns and greys move memory"""
+
+
+def tables(facts: dict[str, Any]) -> Iterable[Any]:
+    """Times, memory and notes for the terminal."""
+    yield _times(facts)
+    yield _memory(facts)
+    yield (
+        "One GPU; communication is not counted. fused is what the ops amount to; the trainer has "
+        "no such step yet."
+    )
+    yield from facts["notes"]
+
+
+def _times(facts: dict[str, Any]) -> Any:
+    from rich.table import Table  # the figures themselves need no terminal
+
+    recipes = facts["recipes"]
+    title = f"{GPUS[facts['gpu']].title}, batch {facts['batch']}: ms and GB per sample, at least"
+    # All ms first, then all GB, so that one kind of number can be compared along the row.
+    headers = [f"{recipe}\n{unit}" for unit in ("ms", "GB") for recipe in recipes]
+    table = Table("", *headers, title=title, title_justify="left")
+    for op in (op for ops in operators().values() for op in ops):
+        rows = [recipe["by_op"].get(op) for recipe in recipes.values()]
+        if any(rows):  # an op that no recipe has gets no row
+            cells = [row and row[key] for key in ("ms_per_sample", "gigabytes") for row in rows]
+            table.add_row(op, *("" if cell is None else f"{cell:.3f}" for cell in cells))
+    table.add_section()
+    times = [recipe["ms_per_sample"] for recipe in recipes.values()]
+    moved = [
+        sum(row["gigabytes"] for row in recipe["by_op"].values()) for recipe in recipes.values()
+    ]
+    table.add_row("sum", *(f"{value:.3f}" for value in [*times, *moved]))
+    rates = (f"[bold]{recipe['samples_per_second']:.1f}[/]" for recipe in recipes.values())
+    table.add_row("samples/s at most", *rates)
+    return table
+
+
+def _memory(facts: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    recipes = facts["recipes"]
+    table = Table("", *recipes, title="memory, GB", title_justify="left")
+    for name in facts["memory_bytes"]:
+        sizes = (recipe["memory_bytes"][name] for recipe in recipes.values())
+        table.add_row(name, *(f"{size / 1e9:.1f}" for size in sizes))
+    largest = (f"{recipe['largest_batch']:,}" for recipe in recipes.values())
+    table.add_row("largest batch", *largest)
+    return table
+
+
+def draw(facts: dict[str, Any], path: Path) -> None:
+    """A PNG of stacked bars, ms per sample by family of ops.
+
+    Raises ConfigError where matplotlib is missing, UserError where the file cannot be written.
+    """
+    figures = optional("matplotlib.figure", "a chart needs matplotlib", "report")
+    figure = figures.Figure(figsize=(10.4, 3.4), layout="constrained")
+    axes = figure.subplots()
+    recipes = facts["recipes"]
+    # A bar is a recipe; each family is stacked on the ends of those before it.
+    labels, ends = [RECIPES[name].description for name in recipes], [0.0] * len(recipes)
+    for (family, ops), colour in zip(operators().items(), _COLOURS, strict=True):
+        spent = [
+            sum(recipe["by_op"][op]["ms_per_sample"] for op in ops if op in recipe["by_op"])
+            for recipe in recipes.values()
+        ]
+        if any(spent):
+            axes.barh(labels, spent, left=ends, color=colour, label=family, height=0.62)
+            ends = [end + width for end, width in zip(ends, spent, strict=True)]
+    for place, (end, recipe) in enumerate(zip(ends, recipes.values(), strict=True)):
+        rate = f"  at most {recipe['samples_per_second']:,.0f} samples/s"
+        axes.text(end, place, rate, va="center")
+    axes.invert_yaxis()  # the first recipe at the top
+    # The rates stand to the right of the bars and need room.
+    axes.set_xlim(0, 1.3 * max(ends))
+    axes.spines[["top", "right"]].set_visible(False)
+    title = GPUS[facts["gpu"]].title
+    axes.set_xlabel(f"ms per sample, at least: {title}, batch {facts['batch']}")
+    figure.legend(loc="outside upper left", ncols=4, frameon=False)
+    # Written beside it and moved: a full disk leaves no half picture.
+    with disk_errors(path, "choose another --png"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_aside(path) as draft:
+            figure.savefig(draft, dpi=150, format="png")

@@ -1,0 +1,199 @@
+"""The least time and the memory of a training step on one GPU, for three recipes of making it.
+
+A kernel takes as long as its arithmetic or its bytes, whichever is longer; a step is the sum of its
+kernels, and of the gaps between them. Communication between GPUs is not counted. What the sums rest
+on: docs/performance.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from sd_kernels.registry import all_ops
+from sd_kernels.sd_v2_shapes import Architecture
+from sd_kernels.spec import Family
+from sd_kernels.targets import GPU, AttentionRates, named
+from sd_perf.config import Config
+from sd_perf.errors import ConfigError
+from sd_perf.fast.architecture import architecture
+from sd_perf.tools.estimate.eager import plain
+from sd_perf.tools.estimate.fused import fused, refusals, saved_activations
+from sd_perf.tools.estimate.roofline import Kernel
+from sd_perf.tools.estimate.submission import submission
+
+_HOST = 5e-6
+"""seconds in which the host issues one eager kernel (assumed); the GPU waits where the host is
+slower"""
+_WORKSPACE = 32 * 2**20
+"""bytes that cuBLAS takes on Hopper (torch's documentation of CUBLAS_WORKSPACE_CONFIG)"""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to make a step: how its kernels follow each other, and whose attention it has."""
+
+    description: str
+    gap: float
+    """seconds between a kernel and the next (NVIDIA, "Getting Started with CUDA Graphs": 0.9 us in
+    a stream, 0.5 us in a graph)"""
+    attention: tuple[str, ...]
+    """libraries in order of preference; the first counts that the GPU's entry has a rate of"""
+    is_eager: bool = False
+    """whether the host issues each kernel by itself, and the GPU may have to wait for it"""
+
+
+RECIPES = {
+    "plain": Recipe(
+        "plain eager PyTorch, bf16 autocast",
+        gap=0.9e-6,
+        attention=("FlashAttention 2",),
+        is_eager=True,
+    ),
+    "submission": Recipe(
+        "the best MLPerf submission's way",
+        gap=0.5e-6,
+        attention=("cuDNN", "FlashAttention 4", "FlashAttention 2"),
+    ),
+    "fused": Recipe(
+        "what the ops of sd_kernels amount to",
+        gap=0.5e-6,
+        attention=("FlashAttention 3", "FlashAttention 4", "FlashAttention 2"),
+    ),
+}
+
+
+def operators() -> dict[str, list[str]]:
+    """Rows of the figures by family: the ops, and what is no op of sd_kernels."""
+    rows: dict[str, list[str]] = {family: [] for family in get_args(Family)}
+    rows["waiting for the host"] = ["waiting"]
+    for op, spec in all_ops().items():
+        rows[spec.family].append(op)
+    # torch's own sums, copies and casts
+    rows["sums, copies, casts"].append("elementwise")
+    return rows
+
+
+def predict(config: Config, gpu: str, batch: int, ranks: int = 1) -> dict[str, Any]:
+    """Figures of each recipe in bfloat16, as JSON takes them; those of `fused` at the top, too.
+
+    `fused` is what the ops amount to in one CUDA graph, not a step that the trainer has yet.
+    ranks: GPUs that share the submission's optimizer state.
+    Raises ConfigError where the GPU is not known, or a number is below 1.
+    """
+    try:
+        card = named(gpu)
+    except LookupError as error:
+        raise ConfigError(f"--gpu: {error}") from error
+    for name, value in (("--batch", batch), ("--ranks", ranks)):
+        if value < 1:
+            raise ConfigError(f"{name}: {value} cannot be used; it must be at least 1")
+    unet = architecture(config)
+    eager, eager_saved = plain(config, batch)
+    # torch's fused AdamW in float32 reads gradients, and reads and writes weights and two moments.
+    eager.append(Kernel("adamw", 28.0 * unet.parameters))
+    kernels = {
+        "plain": eager,
+        "submission": list(submission(unet, batch, ranks)),
+        "fused": list(fused(unet, batch)),
+    }
+    held = _held(unet, batch, ranks, eager_saved)
+    figures = {
+        name: _figures(recipe, kernels[name], held[name], card, batch)
+        for name, recipe in RECIPES.items()
+    }
+    notes = list(refusals(unet, batch))
+    if config.training.precision != "bf16":
+        notes.append(
+            f"training.precision is {config.training.precision}; these figures are of bfloat16"
+        )
+    notes += [
+        f"{name}: batch {batch} does not fit into {card.title}; the largest that does is {largest}"
+        for name, recipe in figures.items()
+        if batch > (largest := recipe["largest_batch"])
+    ]
+    shown = {"gpu": gpu, "batch": batch, "ranks": ranks, "notes": notes}
+    return {**shown, **figures["fused"], "recipes": figures}
+
+
+def _held(
+    unet: Architecture, batch: int, ranks: int, eager_saved: float
+) -> dict[str, dict[str, float]]:
+    """Bytes that live through a step, by recipe."""
+    N = unet.parameters
+    return {
+        # Autocast keeps its weights in float32 and, for the step, in bfloat16.
+        "plain": {
+            "weights": (4 + 2) * N,
+            "masters": 0,
+            "gradients": 4 * N,
+            "moments": 8 * N,
+            "activations": eager_saved,
+        },
+        # Whole float32 masters beside 16-bit weights.
+        "submission": {
+            "weights": 2 * N,
+            "masters": 4 * N / ranks,
+            "gradients": 2 * N,
+            "moments": 8 * N / ranks,
+            "activations": saved_activations(unet, batch, concatenated=True),
+        },
+        # A master is the weight's 16 bits and 16 more, which alone are kept besides.
+        "fused": {
+            "weights": 2 * N,
+            "masters": 2 * N,
+            "gradients": 2 * N,
+            "moments": 8 * N,
+            "activations": saved_activations(unet, batch, concatenated=False),
+        },
+    }
+
+
+def _attention_rates(gpu: GPU, recipe: Recipe) -> AttentionRates:
+    """Of the first library of the recipe that the GPU's entry has."""
+    known = [library for library in recipe.attention if library in gpu.attention]
+    if not known:
+        raise ConfigError(
+            f"{gpu.name} has no rate of {' or '.join(recipe.attention)}; add one to its entry in "
+            "sd_kernels/targets.py"
+        )
+    return gpu.attention[known[0]]
+
+
+def _figures(
+    recipe: Recipe, kernels: list[Kernel], held: dict[str, float], gpu: GPU, batch: int
+) -> dict[str, Any]:
+    by_op: dict[str, dict[str, float]] = {
+        op: {"ms_per_sample": 0.0, "gflop": 0.0, "gigabytes": 0.0, "kernels": 0}
+        for ops in operators().values()
+        for op in ops
+    }
+    rates = _attention_rates(gpu, recipe)
+    for kernel in kernels:
+        row, calls_per_sample = by_op[kernel.op], kernel.calls / batch
+        row["ms_per_sample"] += calls_per_sample * 1e3 * (kernel.seconds(gpu, rates) + recipe.gap)
+        row["gflop"] += calls_per_sample * kernel.flops / 1e9
+        row["gigabytes"] += calls_per_sample * kernel.bytes / 1e9
+        row["kernels"] += kernel.calls
+    total = sum(row["ms_per_sample"] for row in by_op.values())
+    if recipe.is_eager:
+        # Host and GPU work side by side: the step takes as long as the slower of them.
+        host = sum(kernel.calls for kernel in kernels) * _HOST * 1e3 / batch
+        by_op["waiting"]["ms_per_sample"] = max(host - total, 0.0)
+        total = max(host, total)
+    # The allocator must hold the tensors of the largest kernel beside all that is kept. AdamW's are
+    # counted already, and it runs when no activation is left.
+    workspace = max(kernel.bytes for kernel in kernels if kernel.op != "adamw")
+    memory = {name: int(size) for name, size in held.items()} | {
+        "workspace": int(workspace) + _WORKSPACE
+    }
+    # Activations and workspace grow with the batch, the rest does not.
+    fixed = sum(held.values()) - held["activations"] + _WORKSPACE
+    per_batch = held["activations"] + workspace
+    return {
+        "samples_per_second": 1e3 / total,
+        "ms_per_sample": total,
+        "by_op": {op: row for op, row in by_op.items() if row["ms_per_sample"]},
+        "memory_bytes": {**memory, "total": sum(memory.values())},
+        "largest_batch": max(int((gpu.memory - fixed) * batch // per_batch), 0),
+    }

@@ -1,0 +1,50 @@
+"""What tests of the benchmarks share: small networks, a clock that is told the time."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch.nn.attention import SDPBackend
+
+from benchmarks.gpu_workload import AUTOCAST, FP32, MASTERS, PlainWorkload, Recipe
+from sd_perf.config import UNetConfig
+
+H100 = "NVIDIA H100 80GB HBM3"
+TINY = UNetConfig(
+    model_channels=32,
+    channel_mult=(1, 2),
+    attention_resolutions=(1, 2),
+    num_head_channels=32,
+    context_dim=32,
+    transformer_groups=8,
+)
+SIZES = {"latent_size": 8, "context_tokens": 5}
+RECIPES = [
+    dataclasses.replace(recipe, attention=SDPBackend.MATH) for recipe in (FP32, AUTOCAST, MASTERS)
+]
+THROUGHPUT = {
+    "samples_per_second": 100.0,
+    "ms_per_sample": 10.0,
+    "peak_memory_bytes": 2**30,
+    "loss_start": 1.0,
+    "loss_end": 0.9,
+}
+"""measured columns of a row of gpu_throughput"""
+
+
+class FakeClock:
+    """A clock whose intervals are given."""
+
+    def __init__(self, milliseconds: list[float]) -> None:
+        self._milliseconds = milliseconds
+        self._marks = 0
+
+    def mark(self) -> None:
+        self._marks += 1
+
+    def intervals(self) -> list[float]:
+        return self._milliseconds[: self._marks - 1]
+
+
+def tiny_workload(recipe: Recipe) -> PlainWorkload:
+    return PlainWorkload(recipe, TINY, batch=2, device="cpu", **SIZES)
