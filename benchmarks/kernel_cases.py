@@ -93,5 +93,5 @@ def _candidates(
 ) -> Iterator[Candidate]:
     for backend in spec.backends:
         reasons = reasons_against(backend, target, [case], dtype)
-        yield Candidate(spec, case, backend.name, dtype, unavailable="; ".join(reasons))
+        yield Candidate(spec, case, backend.name, dtype, unavailable="; ".join(map(str, reasons)))
     yield Candidate(spec, case, COMPILED, dtype)
