@@ -10,7 +10,7 @@ STAMP     := .venv/installed
 # Threads that wait for each other spin for microseconds, then sleep: where another process has the core, spinning for
 # longer makes two threads many times slower than one.
 export GOMP_SPINCOUNT := 20000
-PYTEST    := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 $(if $(REAL_DATA),--real-data $(REAL_DATA))
+PYTEST    := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist worksteal $(if $(REAL_DATA),--real-data $(REAL_DATA))
 
 .PHONY: install train resume scores test test-all check
 

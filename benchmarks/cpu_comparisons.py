@@ -26,7 +26,7 @@ from benchmarks.command import command_parser
 from sd_perf.config import Config, DataConfig, UNetConfig
 from sd_perf.data.batch import Batch, LoaderOptions
 from sd_perf.data.loaders.portable import PortableLoader
-from sd_perf.data.shards import ShardWriter
+from sd_perf.data.shard_writer import ShardWriter
 from sd_perf.distributed.world import World
 from sd_perf.models.build import build_unet, choose_ops
 from sd_perf.models.key_maps import diffusers_unet_config, to_diffusers

@@ -35,9 +35,10 @@ from benchmarks.command import command_parser
 from benchmarks.gpu_workload import make_inputs, randomize
 from sd_perf.config import Config, DataConfig, DiffusionConfig, UNetConfig
 from sd_perf.data.batch import Batch, LoaderOptions
+from sd_perf.data.images import load_image
 from sd_perf.data.loaders.portable import PortableLoader
-from sd_perf.data.prepare.photographs import load_image, read_captioned_images
-from sd_perf.data.shards import ShardWriter
+from sd_perf.data.prepare.captioned_images import read_captioned_images
+from sd_perf.data.shard_writer import ShardWriter
 from sd_perf.diffusion.ddim import ddim_sample
 from sd_perf.diffusion.randomness import Stream, normal
 from sd_perf.errors import DataError, UserError

@@ -1,4 +1,4 @@
-"""`python -m sd_perf`, which torchrun starts as `torchrun ... -m sd_perf train ...`."""
+"""`python -m sd_perf`: the command line, for `torchrun ... -m sd_perf train ...`."""
 
 from sd_perf.cli import main
 

@@ -1,12 +1,12 @@
-"""The errors a user can cause. The command line prints them as one sentence and exits with 2."""
+"""Errors that a user can mend. The command line prints the message and exits with code 2."""
 
 
 class UserError(Exception):
-    """Something the user can mend: the message says what, where, and what to do."""
+    """Base of these errors. The message is one sentence: what is wrong, where, and what to do."""
 
 
 class ConfigError(UserError):
-    """A configuration key or value that cannot be used."""
+    """A key or value of the config that cannot be used, or a missing package that it needs."""
 
 
 class DataError(UserError):
@@ -14,8 +14,8 @@ class DataError(UserError):
 
 
 class BadSampleError(DataError):
-    """One sample that cannot be used; the loader may replace it (`data.max_bad_samples`)."""
+    """A sample that cannot be used. The loader may replace it (`data.max_bad_samples`)."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is missing, damaged, or of another model or run."""
+    """A checkpoint or weight file that is missing, damaged, or of another model or run."""

@@ -1,4 +1,4 @@
-"""Files and folders that are either whole or absent, and what is said where the disk refuses."""
+"""Files and folders that are written whole or not at all, and the errors of writing them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from typing import Any
 from sd_perf.errors import UserError
 
 ASIDE = ".writing_"
-"""what the names of unfinished files and folders start with; only a killed process leaves any"""
+"""prefix of the names of unfinished files and folders; only a killed process leaves any behind"""
 
 
 @contextmanager
 def disk_errors(path: Path, remedy: str, kind: type[UserError] = UserError) -> Iterator[None]:
-    """Turn what the operating system says of writing into one sentence: a full, read-only or
-    missing disk."""
+    """Turn an OSError of the block into one of `kind`: one sentence with path, cause and remedy.
+
+    For blocks that write `path`: the disk may be full, read-only or missing.
+    """
     try:
         yield
     except OSError as error:
@@ -30,11 +32,11 @@ def disk_errors(path: Path, remedy: str, kind: type[UserError] = UserError) -> I
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """A place beside `path`, of the same name, for a file or folder; it becomes `path` when the
-    block ends well.
+    """Write a file or folder in full before it takes the name `path`.
 
-    It is flushed to the disk first. Where anything fails, `path` stays as it was and nothing is
-    left beside it.
+    Gives a path in a temporary folder beside `path`, with the same file name, for the block to
+    write to. When the block ends, what it wrote is flushed to the disk and moved to `path`. Where
+    anything fails, `path` stays as it was and nothing is left beside it.
     """
     aside = TemporaryDirectory(
         prefix=f"{ASIDE}{path.name}.", dir=path.parent, ignore_cleanup_errors=True
@@ -49,7 +51,7 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 
 def _flush(path: Path) -> None:
-    """Make a file's content, or a folder's names, survive a power cut."""
+    """Make a file's content, or the names in a folder, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -58,18 +60,18 @@ def _flush(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """`written_aside` of text in UTF-8."""
+    """Write text in UTF-8, whole or not at all."""
     with written_aside(path) as draft:
         draft.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_text` of indented JSON."""
+    """Write a value as indented JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """The file's value, None where there is no file; UserError where it cannot be read."""
+    """The value in a JSON file; None where there is no file, UserError where it cannot be read."""
     if not path.is_file():
         return None
     try:
@@ -81,10 +83,10 @@ def read_json(path: Path) -> Any:
 
 
 def json_lines(objects: Iterable[dict[str, Any]]) -> str:
-    """A JSON object per line."""
+    """The objects as text, one JSON object per line."""
     return "".join(json.dumps(item) + "\n" for item in objects)
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's text on one line, for a sentence around it."""
+    """An exception's text on one line of at most 300 characters, to be quoted in a sentence."""
     return " ".join((str(error) or type(error).__name__).split())[:300]

@@ -1,4 +1,4 @@
-"""Packages that some commands need and others do without."""
+"""Imports of packages that only some commands need."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from sd_perf.files import one_line
 
 
 def optional(module: str, need: str, extra: str) -> Any:
-    """The module; where it is missing, a ConfigError that says the need ("images need Pillow") and
-    what to install."""
+    """Import a module that only some commands need.
+
+    Where it is missing, ConfigError says why it is needed (`need`, such as "images need Pillow")
+    and how to install it: as the extra `extra` of sd-perf.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -1,4 +1,8 @@
-"""YAML presets: read strictly into the config tree, written back for the manifest."""
+"""YAML presets: read into a `Config`, strictly.
+
+An unknown key or a value of another type is an error, never ignored. A preset may say
+`extends: other.yaml`; its own keys then override those of the other file, section by section.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +21,10 @@ from sd_perf.files import one_line
 
 
 def load_preset(path: str | Path) -> Config:
-    """Config of a YAML file, `extends:` chains included. Raises ConfigError for anything it does
-    not know."""
+    """The config of a YAML file and of the files that it extends.
+
+    Raises ConfigError, with the path, for a file, key or value that cannot be used.
+    """
     tree = _read_chain(Path(path))
     try:
         return config_from_dict(tree)
@@ -27,12 +33,12 @@ def load_preset(path: str | Path) -> Config:
 
 
 def config_from_dict(tree: dict[str, Any]) -> Config:
-    """Config of a nested dict, as a manifest holds it."""
+    """The config of a nested dict, as a run's manifest holds it; else ConfigError."""
     return _build(Config, tree, "")
 
 
 def config_differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ, with both values."""
+    """Keys such as `training.seed` whose values differ, each with (old value, new value)."""
     flat_old, flat_new = _flatten(dataclasses.asdict(old)), _flatten(dataclasses.asdict(new))
     return {
         key: (flat_old[key], flat_new[key]) for key in flat_old if flat_old[key] != flat_new[key]
@@ -40,6 +46,7 @@ def config_differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"training": {"seed": 0}} -> {"training.seed": 0}."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= (
@@ -49,6 +56,7 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _read_chain(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The file's sections, over those of the file that it extends."""
     if path.resolve() in extended_by:
         raise ConfigError(f"{path}: extends itself; name another file, or take `extends` out")
     if not path.is_file():
@@ -69,6 +77,7 @@ def _read_chain(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `over`; sections that both have are merged key by key."""
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(base.get(key), dict)
@@ -77,6 +86,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def _build(cls: type, tree: Any, prefix: str) -> Any:
+    """A config dataclass from a dict. `prefix` stands before its keys in messages: "training."."""
     if not isinstance(tree, dict):
         raise ConfigError(
             f"{prefix.rstrip('.')}: {tree!r} cannot be used; it must be a section of keys"
@@ -100,7 +110,7 @@ def _unknown_key(key: str, known: list[str], prefix: str) -> str:
 
 
 def _convert(value: Any, hint: Any, key: str) -> Any:
-    """A YAML value as the field's type; ConfigError where it is of another."""
+    """A YAML value as the type of its field; ConfigError where it is of another type."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         options = [option for option in arguments if option is not type(None)]
@@ -119,6 +129,7 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
 
 
 def _scalar(value: Any, hint: type, key: str) -> Any:
+    """`_convert` for int, float, str and bool. A whole number is taken for a float, too."""
     if hint is float and not isinstance(value, bool):
         try:
             return float(value)  # YAML 1.1 reads 1e-4, without a point, as text

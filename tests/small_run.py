@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from sd_kernels.spec import Target
+from sd_perf.cli import main
 from sd_perf.config import Config
 from sd_perf.distributed.world import start_world
 from sd_perf.fast.choice import choose_kernels
@@ -43,33 +44,39 @@ TREE = {
 }
 
 
+def small_config(folder: Path, **changes: dict) -> Config:
+    """The small run in this folder, with keys changed: training={...}, ..."""
+    tree = {
+        section: {**TREE.get(section, {}), **changes.get(section, {})}
+        for section in {**TREE, **changes}
+    }
+    return config_from_dict({**tree, "run": {"dir": str(folder)}})
+
+
+def small_trainer(config: Config, callbacks: list | None = None, resume: bool = False) -> Trainer:
+    """A trainer in this process, at sample 0 or at the newest checkpoint."""
+    settled, choices = open_run(config, resume=resume), choose_kernels(config, Target.here())
+    trainer = build_trainer(settled, start_world("cpu"), choices, callbacks or [])
+    newest = trainer.store.newest()
+    if resume and newest:
+        trainer.load(newest)
+    return trainer
+
+
 @pytest.fixture
 def make_config(tmp_path: Path) -> Callable[..., Config]:
     """make_config(name, training={...}, ...): the small run in tmp_path/name with keys changed."""
 
     def make(name: str = "run", **changes: dict) -> Config:
-        tree = {
-            section: {**TREE.get(section, {}), **changes.get(section, {})}
-            for section in {**TREE, **changes}
-        }
-        return config_from_dict({**tree, "run": {"dir": str(tmp_path / name)}})
+        return small_config(tmp_path / name, **changes)
 
     return make
 
 
 @pytest.fixture
 def make_trainer() -> Callable[..., Trainer]:
-    """A trainer in this process, at sample 0 or at the newest checkpoint."""
-
-    def make(config: Config, callbacks: list | None = None, resume: bool = False) -> Trainer:
-        settled, choices = open_run(config, resume), choose_kernels(config, Target.here())
-        trainer = build_trainer(settled, start_world("cpu"), choices, callbacks or [])
-        newest = trainer.store.newest()
-        if resume and newest:
-            trainer.load(newest)
-        return trainer
-
-    return make
+    """See `small_trainer`."""
+    return small_trainer
 
 
 @pytest.fixture
@@ -78,6 +85,13 @@ def preset(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(TREE))
     return path
+
+
+def train_here(preset: Path, run: Path, *options: str) -> None:
+    """`sd-perf train` in this process, for fixtures that need no more than what a run leaves."""
+    with pytest.raises(SystemExit) as left:
+        main(["train", "--config", str(preset), "--run.dir", str(run), *options])
+    assert left.value.code == 0
 
 
 def start_train(preset: Path, run: Path, *options: str, processes: int = 1) -> subprocess.Popen:

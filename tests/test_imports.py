@@ -68,6 +68,14 @@ def room(module: str) -> str:
     return module.split(".")[1] if "." in module else ""
 
 
+def test_what_is_imported_is_there() -> None:
+    """mypy passes over a module that is missing, and a command imports its own when it runs."""
+    for name, path in MODULES.items():
+        for other in imports(path):
+            if other.partition(".")[0] in FOLDERS:
+                assert other in MODULES, f"{name} imports {other}"
+
+
 @pytest.mark.parametrize("module", sorted(name for name in GRAPH if name.startswith("sd_perf.")))
 def test_a_room_imports_those_before_it(module: str) -> None:
     place = ORDER.index(room(module))

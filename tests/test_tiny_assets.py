@@ -1,5 +1,4 @@
-"""The committed files of the tiny world: small, readable by the product's own loaders, and as good
-as they claim."""
+"""The committed files of the tiny world: small, readable, and as good as they claim."""
 
 import json
 from pathlib import Path
@@ -13,7 +12,7 @@ from sd_perf.data.prepare.scenes import all_attributes, render
 from sd_perf.evaluation.feature_net import read_feature_net
 from sd_perf.evaluation.judge import judge
 from sd_perf.models.open_clip_library import VOCABULARY, read_clip
-from sd_perf.models.sources import read_autoencoder, read_decoder, read_encoder
+from sd_perf.models.readers import read_autoencoder, read_decoder, read_encoder
 from sd_perf.models.text_encoder import OpenClipTextEncoder
 from sd_perf.models.torchvision_schemas import define_missing_torchvision_ops
 from sd_perf.presets import load_preset

@@ -1,7 +1,7 @@
-"""What a loader hands to the training step.
+"""The interface between loaders and the training step: `Batch`, `LoaderOptions`, `Loader`.
 
-Shape letters: B samples of the micro-batch, H and W latent rows and columns, T text tokens, D
-context channels.
+Shape letters: B samples of the micro-batch, C latent channels, H and W latent rows and columns, T
+text tokens, D context channels.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from sd_perf.data.order import micro_batches
 
 @dataclass(frozen=True)
 class Replacement:
-    """A bad sample that a batch does without."""
+    """A bad sample that was replaced by the next good one."""
 
     sample_index: int
-    """position in the run whose sample was bad"""
+    """position in the run at which the bad sample stands"""
     key: str
-    """key of the bad sample, with its shard"""
+    """key and shard of the bad sample"""
     reason: str
     """what is wrong with it, one sentence"""
 
@@ -33,15 +33,14 @@ class Batch:
     """One micro-batch of one rank."""
 
     sample_indices: torch.Tensor
-    """(B,) int64: position of each sample in the run, counted over all ranks from its start; keys
-    every random draw"""
+    """(B,) int64: position of each sample in the run, counted over all ranks; keys every random
+    draw of the sample"""
     moments: torch.Tensor
-    """(B, 8, H, W) float32: mean (4) and log-variance (4) of the autoencoder's posterior,
-    unscaled"""
+    """(B, 2C, H, W) float32: mean, then log-variance, of the autoencoder's posterior, unscaled"""
     captions: list[str]
     """B captions"""
     context: torch.Tensor | None = None
-    """(B, T, D) text states, or None where captions are encoded in the step"""
+    """(B, T, D) text states; None where the training step encodes the captions"""
     replacements: list[Replacement] = field(default_factory=list)
     """bad samples replaced in this batch"""
 
@@ -50,34 +49,31 @@ class Batch:
         return self._map(torch.Tensor.pin_memory)
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on a device; copies from pinned memory do not block."""
-        return (
-            self
-            if device.type == "cpu"
-            else self._map(lambda tensor: tensor.to(device, non_blocking=True))
-        )
+        """The same batch on a device. Copies from pinned memory do not block."""
+        if device.type == "cpu":
+            return self
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        context = None if self.context is None else change(self.context)
         return Batch(
-            change(self.sample_indices),
-            change(self.moments),
-            self.captions,
-            context,
-            self.replacements,
+            sample_indices=change(self.sample_indices),
+            moments=change(self.moments),
+            captions=self.captions,
+            context=None if self.context is None else change(self.context),
+            replacements=self.replacements,
         )
 
 
 @dataclass(frozen=True)
 class LoaderOptions:
-    """What every loader is told: which part of which batches it makes, in what sizes and order."""
+    """Options common to all loaders: seed, batch sizes, this rank's share, tensor sizes."""
 
     seed: int
-    """of the order, or of the samples themselves"""
+    """seed of the sample order, or of the samples themselves where they are synthetic"""
     global_batch_size: int
-    """samples per step, over all ranks"""
+    """samples per optimizer step, over all ranks"""
     micro_batch_size: int
-    """samples per batch"""
+    """samples per `Batch`"""
     rank: int = 0
     world_size: int = 1
     in_channels: int = 4
@@ -85,17 +81,21 @@ class LoaderOptions:
     context_dim: int = 1024
     """channels of the text states"""
     pin_memory: bool = False
-    """batches in page-locked memory, which copies to a GPU without blocking"""
+    """make batches in page-locked memory, from which copies to a GPU do not block"""
 
     def positions(self, start: int) -> Iterator[np.ndarray]:
-        """Positions (micro_batch_size,) of each micro-batch of this rank, without end."""
+        """Positions (micro_batch_size,) int64 of each micro-batch of this rank, without end."""
         return micro_batches(
-            start, self.global_batch_size, self.micro_batch_size, self.rank, self.world_size
+            position=start,
+            global_batch=self.global_batch_size,
+            micro_batch=self.micro_batch_size,
+            rank=self.rank,
+            world_size=self.world_size,
         )
 
 
 class Loader(Protocol):
-    """A source of micro-batches in the run's order.
+    """A source of micro-batches in the order of the run.
 
     Step s of a run covers the positions [s * G, (s + 1) * G) for global batch G. Rank r of w takes
     the positions congruent to r modulo w, in order, cut into micro-batches.
@@ -107,6 +107,8 @@ class Loader(Protocol):
     """identifies the data set: equal for equal shards, whatever folder they lie in"""
 
     def batches(self, position: int) -> Iterator[Batch]:
-        """Micro-batches of this rank without end, from a position that is a multiple of the global
-        batch."""
+        """Micro-batches of this rank from a position on, without end.
+
+        `position` is a multiple of the global batch.
+        """
         ...

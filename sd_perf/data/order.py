@@ -1,7 +1,7 @@
-"""Which sample stands at which position of a run.
+"""The order of samples: which sample stands at which position of a run, and which rank takes it.
 
-Position counts samples from the start of the run, over all ranks. Epoch e covers positions [e * n,
-(e + 1) * n) and is a permutation that depends on (seed, e, n) alone.
+A position counts samples from the start of the run, over all ranks. Epoch e of n samples covers the
+positions [e * n, (e + 1) * n). It is a permutation that depends on (seed, e, n) alone.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ import torch
 from sd_perf.diffusion.randomness import Stream, philox
 
 _CHUNK = 1 << 16
-"""Philox counters per call: bounds the memory of int64 intermediates"""
+"""Philox counters per call; bounds the memory of the int64 intermediates"""
 
 
 def epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
-    """Permutation (num_samples,) int64 of one epoch: the stable argsort of one 32-bit Philox word
-    per sample."""
-    counters = -(-num_samples // 4)
+    """Permutation (num_samples,) int64 of one epoch.
+
+    It is the stable argsort of one 32-bit Philox word per sample.
+    """
+    counters = -(-num_samples // 4)  # a Philox counter gives four words
     words = np.empty((counters, 4), dtype=np.uint32)
     for start in range(0, counters, _CHUNK):
         stop = min(start + _CHUNK, counters)
@@ -32,7 +34,7 @@ def epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
 
 
 class SampleOrder:
-    """Position -> sample, without end; safe to use from several threads."""
+    """Maps positions of a run to samples, over any number of epochs. Safe to share by threads."""
 
     def __init__(self, seed: int, num_samples: int) -> None:
         self.seed = seed
@@ -41,13 +43,13 @@ class SampleOrder:
         self._epochs: dict[int, np.ndarray] = {}
 
     def sample(self, position: int) -> int:
-        """Number of the sample, in [0, num_samples), at a position >= 0."""
+        """Number, in [0, num_samples), of the sample at a position >= 0."""
         epoch, place = divmod(int(position), self.num_samples)
         return int(self._epoch(epoch)[place])
 
     def _epoch(self, epoch: int) -> np.ndarray:
-        # Batches made ahead may straddle a border, so two epochs are kept (52 MB each for the
-        # benchmark's data).
+        # Prefetched batches may straddle the end of an epoch, so two epochs are kept (52 MB each
+        # for the benchmark's data).
         with self._lock:
             if epoch not in self._epochs:
                 if len(self._epochs) == 2:
@@ -57,16 +59,21 @@ class SampleOrder:
 
 
 def rank_positions(position: int, global_batch: int, rank: int, world_size: int) -> np.ndarray:
-    """Positions (global_batch / world_size,) int64 that a rank takes of the step that starts at
-    `position`."""
+    """Positions (global_batch / world_size,) int64 of a rank in the step that starts at `position`.
+
+    Ranks take turns, so the samples of a step are the same for any world size.
+    """
     return np.arange(position + rank, position + global_batch, world_size, dtype=np.int64)
 
 
 def micro_batches(
     position: int, global_batch: int, micro_batch: int, rank: int, world_size: int
 ) -> Iterator[np.ndarray]:
-    """Positions (micro_batch,) int64 of a rank's micro-batches, without end. ValueError where sizes
-    do not divide."""
+    """Positions (micro_batch,) int64 of a rank's micro-batches from `position` on, without end.
+
+    Raises ValueError where the global batch is not whole micro-batches on every rank, or the
+    position is not a multiple of the global batch.
+    """
     if global_batch % (micro_batch * world_size) or not 0 <= rank < world_size:
         raise ValueError(
             f"global batch {global_batch} is not whole micro-batches of {micro_batch} on "
@@ -80,6 +87,6 @@ def micro_batches(
         part
         for step in count()
         for part in rank_positions(
-            position + step * global_batch, global_batch, rank, world_size
+            position + step * global_batch, global_batch, rank=rank, world_size=world_size
         ).reshape(-1, micro_batch)
     )

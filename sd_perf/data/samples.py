@@ -1,7 +1,9 @@
-"""One sample's bytes: reading, decoding, checking.
+"""One sample: reading its bytes from a shard, decoding and checking them.
 
-The `parse_*` functions raise BadSampleError whose message is the bare reason; whoever knows the key
-adds it. Shape letters: C latent channels, S latent side, T text tokens, D context channels.
+The `parse_*` functions raise BadSampleError with the bare reason as message; the caller, who knows
+the sample's key, adds it.
+
+Shape letters: C latent channels, S latent side, T text tokens, D context channels.
 """
 
 from __future__ import annotations
@@ -34,8 +36,11 @@ class Sample:
 def _parse_npy(
     data: bytes, what: str, shape: tuple[int, ...], dtypes: tuple[str, ...]
 ) -> np.ndarray:
-    """A finite array of exactly this shape and one of these dtypes; the header is checked before
-    any allocation."""
+    """The array in a .npy file's bytes, of exactly this shape, one of these dtypes and finite.
+
+    np.load is not used: it would allocate whatever shape a damaged or hostile header claims. Here
+    the header is checked first, and the array is a view of `data`.
+    """
     stream = io.BytesIO(data)
     readers = {
         (1, 0): np.lib.format.read_array_header_1_0,
@@ -64,20 +69,20 @@ def _parse_npy(
 
 
 def parse_moments(data: bytes, channels: int, size: int) -> np.ndarray:
-    """Moments (2 * channels, size, size) float32 of a .npy file's bytes, stored as (1, 2 *
-    channels, size, size)."""
+    """Moments (2C, S, S) float32 from the bytes of a .npy file of shape (1, 2C, S, S)."""
     return _parse_npy(data, "moments", (1, 2 * channels, size, size), ("float32",))[0]
 
 
 def parse_context(data: bytes, tokens: int, channels: int) -> np.ndarray:
-    """Text states (tokens, channels), float16 or float32 as stored, of a .context.npy file's
-    bytes."""
+    """Text states (T, D), float16 or float32 as stored, from the bytes of a .context.npy file."""
     return _parse_npy(data, "context", (tokens, channels), ("float16", "float32"))
 
 
 def parse_caption(data: bytes, max_bytes: int, allow_empty: bool) -> str:
-    """Caption of a .txt file's bytes: UTF-8, at most max_bytes long, and not blank unless
-    allow_empty."""
+    """Caption from the bytes of a .txt file.
+
+    It must be UTF-8, at most max_bytes long, and not blank unless allow_empty.
+    """
     if len(data) > max_bytes:
         raise BadSampleError(f"caption has {len(data)} bytes, more than {max_bytes}")
     try:
@@ -92,8 +97,11 @@ def parse_caption(data: bytes, max_bytes: int, allow_empty: bool) -> str:
 
 
 def _open_all(index: ShardIndex) -> list[int]:
-    """One descriptor per shard; makes room for them below the hard limit, since 1024 is a usual
-    soft limit."""
+    """Open every shard; returns one file descriptor per shard.
+
+    The soft limit of open files is often 1024. It is raised to make room for the shards, as far as
+    the hard limit allows.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = len(index.shards) + 1024
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -117,8 +125,10 @@ def _close_all(descriptors: list[int]) -> None:
 
 
 class SampleReader:
-    """Reads samples of a shard set by number, from any thread. Descriptors close with the
-    object."""
+    """Reads samples of a shard set by their number. Any thread may call it.
+
+    It keeps a file descriptor per shard, closed when the object is collected.
+    """
 
     def __init__(
         self, index: ShardIndex, config: DataConfig, in_channels: int, context_dim: int
@@ -133,6 +143,7 @@ class SampleReader:
     def _part(self, row: np.void, part: str) -> bytes:
         size, offset = int(row[f"{part}_size"]), int(row[f"{part}_offset"])
         try:
+            # pread takes the offset as an argument, so threads can share a descriptor
             data = os.pread(self._descriptors[row["shard"]], size, offset)
         except OSError as error:
             shard = self._index.folder / self._index.shards[row["shard"]]
@@ -145,12 +156,13 @@ class SampleReader:
         return data
 
     def read(self, sample: int) -> Sample:
-        """Decode a sample. BadSampleError (message: the bare reason) where its bytes cannot be
-        used."""
+        """Read and decode a sample. BadSampleError, with the bare reason, for unusable bytes."""
         row, config = self._index.samples[sample], self._config
         moments = parse_moments(self._part(row, "moments"), self._in_channels, config.latent_size)
         caption = parse_caption(
-            self._part(row, "caption"), config.max_caption_bytes, config.allow_empty_captions
+            self._part(row, "caption"),
+            max_bytes=config.max_caption_bytes,
+            allow_empty=config.allow_empty_captions,
         )
         context = None
         if config.context == "precomputed":

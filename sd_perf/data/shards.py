@@ -1,46 +1,49 @@
-"""Moments shards: tar files of `<key>.npy`, `<key>.txt`, `<key>.json` and, optionally,
-`<key>.context.npy`.
+"""Moments shards and their index.
 
-The benchmark's shards are read as they are: a leading directory entry, then members in sorted
-order. An index of byte offsets, built once per shard set, lets a loader read any sample without
-walking the tar.
+A shard is a tar file. Each sample in it is `<key>.npy` (moments), `<key>.txt` (caption),
+`<key>.json` (metadata, not read) and, optionally, `<key>.context.npy` (text states). The
+benchmark's own shards have this layout and are read as they are.
+
+The index holds the byte offsets of every sample. It is built once per shard set, and lets a loader
+read any sample without walking the tar file.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 import logging
 import os
 import re
 import tarfile
 import zipfile
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
 from sd_perf.errors import DataError
-from sd_perf.files import ASIDE, disk_errors, written_aside
+from sd_perf.files import disk_errors, written_aside
 
 INDEX_NAME = "sd_perf_index.npz"
 _PARTS = {"npy": "moments", "txt": "caption", "context.npy": "context"}
+"""file extension: part of the sample that it holds"""
 _MEMBER = re.compile(r"((?:.*/|)[^.]+)\.([^/]+)")
+"""key and extension: as in webdataset, the key ends at the first dot of the base name"""
 _END_OF_ARCHIVE = bytes(1024)
+"""a whole tar file ends with two blocks of 512 zero bytes"""
 _SHARDS_PER_PROCESS = 8
-"""shards that make another process worth its start"""
+"""shards to scan per process: fewer are not worth the start of another process"""
 
 _log = logging.getLogger(__name__)
 
 
 def _row_type(key_bytes: int) -> np.dtype[Any]:
+    """Dtype of `ShardIndex.samples`, for keys of at most `key_bytes` bytes."""
     fields: list[tuple[str, str]] = [("shard", "<i4")]
     for part in _PARTS.values():
         fields += [(f"{part}_offset", "<i8"), (f"{part}_size", "<i8")]
@@ -48,12 +51,13 @@ def _row_type(key_bytes: int) -> np.dtype[Any]:
 
 
 def _list_files(path: Path) -> list[tarfile.TarInfo]:
+    """Regular files of a tar file; DataError where it is no tar file, or not a whole one."""
     try:
         with tarfile.open(path, "r:") as tar:
             members, end = tar.getmembers(), tar.offset
         with path.open("rb") as stream:
-            # tarfile takes any header it cannot read for the end, so a cut or damaged tar shows
-            # only here.
+            # tarfile takes any header it cannot read for the end of the archive, without an error.
+            # So a truncated or damaged tar shows only by what stands at that place.
             stream.seek(end)
             whole = stream.read(len(_END_OF_ARCHIVE)) == _END_OF_ARCHIVE
     except (tarfile.TarError, OSError) as error:
@@ -68,7 +72,7 @@ def _list_files(path: Path) -> list[tarfile.TarInfo]:
 
 
 def group_by_key(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
-    """Key -> extension -> (byte offset, size) of a shard's files, in the order of the tar."""
+    """The files of a shard as {key: {extension: (byte offset, size)}}, in the order of the tar."""
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     for member in _list_files(path):
         if match := _MEMBER.fullmatch(member.name):
@@ -83,8 +87,10 @@ def group_by_key(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
 
 
 def scan_shard(path: Path, number: int) -> np.ndarray:
-    """One row per sample of a tar file (see `ShardIndex.samples`); DataError where the shard cannot
-    be used."""
+    """Index rows of one shard, one per sample; see `ShardIndex.samples`. `number` is the shard's.
+
+    Raises DataError where the shard cannot be used.
+    """
     samples = group_by_key(path)
     rows: list[tuple[object, ...]] = []
     for key, files in samples.items():
@@ -101,39 +107,32 @@ def scan_shard(path: Path, number: int) -> np.ndarray:
 
 
 def _scan_all(paths: list[Path], processes: int | None) -> np.ndarray:
+    """Index rows of all shards; None processes: as many as are worth it."""
     if processes is None:
         processes = min(os.cpu_count() or 1, len(paths) // _SHARDS_PER_PROCESS)
     parts: list[np.ndarray] = []
     # spawn, because forking a process that may hold CUDA or threads is not safe
-    with (
-        ProcessPoolExecutor(processes, get_context("spawn"))
-        if processes > 1
-        else nullcontext() as pool
-    ):
+    several = processes > 1
+    with ProcessPoolExecutor(processes, get_context("spawn")) if several else nullcontext() as pool:
         for part in (pool.map if pool else map)(scan_shard, paths, range(len(paths))):
             parts.append(part)
-            if len(parts) % 50 == 0:
-                _log.info(
-                    "indexing shards: %d of %d, %d samples",
-                    len(parts),
-                    len(paths),
-                    sum(map(len, parts)),
-                )
+            done, samples = len(parts), sum(map(len, parts))
+            if done % 50 == 0:
+                _log.info("indexing shards: %d of %d, %d samples", done, len(paths), samples)
     return np.concatenate(parts)
 
 
 @dataclass(eq=False)
 class ShardIndex:
-    """Where every sample of a shard set lies.
-
-    `samples` is a structured array (N,): shard (number), moments_offset, moments_size,
-    caption_offset, caption_size, context_offset, context_size (bytes within the shard; size 0 where
-    a sample has no context) and key (UTF-8 bytes).
-    """
+    """Where every sample of a shard set lies."""
 
     folder: Path
     shards: list[str]
+    """file names, sorted"""
     samples: np.ndarray
+    """structured array (N,). Fields: shard (number, int32); moments_offset, moments_size,
+    caption_offset, caption_size, context_offset, context_size (bytes within the shard, int64; size
+    0 where a sample has no context); key (file-system bytes)"""
 
     @classmethod
     def open(
@@ -144,12 +143,14 @@ class ShardIndex:
         need_context: bool = False,
         processes: int | None = None,
     ) -> ShardIndex:
-        """The index of a folder's *.tar shards: the saved one where names, sizes and mtimes still
-        match, else built.
+        """Open the index of a folder's *.tar shards.
 
-        `file` keeps it (default: sd_perf_index.npz in the folder). Several ranks may call this at
-        once, each would build; let one go first. Raises DataError for shards that cannot be used,
-        an unwritable file, or, with `need_context`, a sample without .context.npy.
+        The index saved in `file` (default: sd_perf_index.npz in the folder) is used where names,
+        sizes and modification times of the shards still match. Otherwise it is built and saved.
+        Ranks that call this at once would each build it, so let one go first.
+
+        Raises DataError for shards that cannot be used, for a `file` that cannot be written or is
+        no index, and, with `need_context`, for a sample without .context.npy.
         """
         folder = Path(folder)
         paths = _find_shards(folder)
@@ -164,7 +165,7 @@ class ShardIndex:
         if samples is None:
             remedy = "set data.index to a file in a folder you can write to"
             with disk_errors(file, remedy, DataError), written_aside(file) as draft:
-                # within, so that an unwritable place is told before the scan
+                # The scan is within written_aside, so that an unwritable place is told before it.
                 samples = _scan_all(paths, processes)
                 with draft.open("wb") as stream:  # numpy would append .npz to another name
                     np.savez(stream, samples=samples, **state)
@@ -190,14 +191,16 @@ class ShardIndex:
         return len(self.samples)
 
     def name(self, sample: int) -> str:
-        """Key and shard of a sample, for messages."""
+        """Key and shard of a sample, for error messages."""
         row = self.samples[sample]
         return f"{os.fsdecode(row['key'])} in {self.shards[row['shard']]}"
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over shard names, keys and sizes: equal for equal shards wherever they
-        lie."""
+        """SHA-256 (hex) of shard names, keys and sizes: equal for equal shards, wherever they lie.
+
+        Contents are not read: the benchmark has hundreds of gigabytes.
+        """
         digest = hashlib.sha256("\0".join(self.shards).encode())
         for column in ("shard", "key", *(f"{part}_size" for part in _PARTS.values())):
             digest.update(f"\0{self.samples.dtype[column].str}\0".encode())
@@ -220,7 +223,7 @@ def _find_shards(folder: Path) -> list[Path]:
 
 
 def _load_saved(file: Path, state: dict[str, Any]) -> np.ndarray | None:
-    """Rows of a saved index, or None where there is none or the shards have changed since."""
+    """Rows of a saved index; None where there is none, or the shards have changed since."""
     if not file.exists():
         return None
     try:
@@ -228,99 +231,7 @@ def _load_saved(file: Path, state: dict[str, Any]) -> np.ndarray | None:
             same = all(np.array_equal(saved[name], value) for name, value in state.items())
             return saved["samples"] if same else None
     except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
-        # it may be a file of the user's, so it is not overwritten
+        # It may be another file of the user's, so it is not overwritten.
         raise DataError(
             f"{file} is not a shard index; delete it or set data.index to another file"
         ) from error
-
-
-def _npy_bytes(array: np.ndarray) -> bytes:
-    stream = io.BytesIO()
-    np.lib.format.write_array(stream, np.ascontiguousarray(array), allow_pickle=False)
-    return stream.getvalue()
-
-
-class ShardWriter:
-    """Writes samples as moments shards `00000.tar`, ...; a context manager.
-
-    Shards get their names only when the block ends well, so a folder holds a whole set or none.
-    Equal samples give equal bytes. Raises DataError where the folder already has shards or cannot
-    be written.
-    """
-
-    def __init__(self, folder: str | Path, samples_per_shard: int = 1000) -> None:
-        if not 1 <= samples_per_shard <= 10_000:
-            raise ValueError(
-                f"samples_per_shard {samples_per_shard}: keys have four digits, so 1 to 10000"
-            )
-        self.folder = Path(folder)
-        self.samples_per_shard = samples_per_shard
-        self.num_samples = 0
-        self._tar: tarfile.TarFile | None = None
-        with self._guard():
-            self.folder.mkdir(parents=True, exist_ok=True)
-        self._refuse_to_overwrite()
-
-    def _refuse_to_overwrite(self) -> None:
-        for shard in self.folder.glob("*.tar"):
-            raise DataError(
-                f"{shard} exists already; write to another folder, or move the old shards away"
-            )
-
-    def _guard(self) -> AbstractContextManager[None]:
-        return disk_errors(self.folder, "make room or choose another folder", DataError)
-
-    def write(
-        self,
-        moments: np.ndarray,
-        caption: str,
-        metadata: dict[str, object] | None = None,
-        context: np.ndarray | None = None,
-    ) -> None:
-        """Add a sample: moments (2C, H, W), stored as float32 (1, 2C, H, W); context (T, D) float16
-        or float32."""
-        files = {
-            "json": json.dumps(metadata or {}, ensure_ascii=False).encode(),
-            "npy": _npy_bytes(np.asarray(moments, dtype="<f4")[None]),
-            "txt": caption.encode(),
-        }
-        if context is not None:
-            files["context.npy"] = _npy_bytes(context)
-        self.write_files(files)
-
-    def write_files(self, files: dict[str, bytes]) -> None:
-        """Add a sample as its files, by extension."""
-        shard, place = divmod(self.num_samples, self.samples_per_shard)
-        with self._guard():
-            tar = self._start(shard) if self._tar is None or place == 0 else self._tar
-            for extension in sorted(files):
-                info = tarfile.TarInfo(f"{shard:05d}{place:04d}.{extension}")
-                info.size = len(files[extension])
-                tar.addfile(info, io.BytesIO(files[extension]))
-        self.num_samples += 1
-
-    def _start(self, shard: int) -> tarfile.TarFile:
-        if self._tar is not None:
-            self._tar.close()
-        path = Path(self._aside.name) / f"{shard:05d}.tar"
-        self._tar = tarfile.open(path, "w")  # noqa: SIM115 (closed by _start or __exit__)
-        root = tarfile.TarInfo("")
-        root.type, root.mode = tarfile.DIRTYPE, 0o755
-        self._tar.addfile(root)
-        return self._tar
-
-    def __enter__(self) -> ShardWriter:
-        with self._guard():
-            self._aside = TemporaryDirectory(
-                prefix=ASIDE, dir=self.folder, ignore_cleanup_errors=True
-            )
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with self._guard(), self._aside as aside:
-            if self._tar is not None:
-                self._tar.close()
-            if kind is None:
-                self._refuse_to_overwrite()
-                for path in sorted(Path(aside).iterdir()):
-                    path.rename(self.folder / path.name)

@@ -1,8 +1,11 @@
-"""DDIM sampling of a v-prediction model with classifier-free guidance, eta 0.
+"""DDIM sampling of a v-prediction model with classifier-free guidance.
 
-Song et al. 2021 (DDIM), Salimans & Ho 2022 (v), Ho & Salimans 2022 (guidance). As the benchmark
-samples: timesteps 1, 1 + stride, ... with stride num_timesteps // steps, and a last step that ends
-at alphas_cumprod[0], not at 1.
+- DDIM with eta 0: Song et al. 2021 (arXiv 2010.02502), equation 12 with sigma_t = 0
+- v-prediction: Salimans & Ho 2022 (arXiv 2202.00512), section 4 and appendix D
+- guidance: Ho & Salimans 2022 (arXiv 2207.12598), equation 6
+
+The timesteps are the benchmark's: 1, 1 + stride, ... with stride num_timesteps // steps. The last
+step ends at alphas_cumprod[0], not at 1.
 
 Shape letters: B samples, C channels, H and W latent rows and columns, T text tokens, D context
 channels.
@@ -19,31 +22,37 @@ from sd_perf.config import DiffusionConfig
 from sd_perf.diffusion.schedule import make_alphas_cumprod
 
 Predictor = Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor]
+"""a UNet: noisy latents, timesteps and context to predictions of v"""
 
 
 def ddim_timesteps(num_timesteps: int, steps: int) -> list[int]:
-    """Timesteps in visiting order: 981, 961, ..., 1 for 50 of 1000."""
+    """Timesteps from the noisiest to the cleanest: 981, 961, ..., 1 for 50 steps of 1000."""
     stride = num_timesteps // steps
     return [min(1 + stride * i, num_timesteps - 1) for i in reversed(range(steps))]
 
 
-def guidance_text(
+def guidance_context(
     context: torch.Tensor, uncond: torch.Tensor, guidance_scale: float
 ) -> torch.Tensor:
-    """What a guided prediction conditions on: [uncond, context] (2B, T, D), or without guidance
-    context (B, T, D)."""
+    """The context of a guided prediction: [uncond, context] (2B, T, D).
+
+    With guidance_scale 1 there is no guidance, and it is context (B, T, D) alone.
+    """
     return context if guidance_scale == 1.0 else torch.cat((uncond.expand_as(context), context))
 
 
 def guided_prediction(
-    unet: Predictor, x: torch.Tensor, timesteps: torch.Tensor, text: Any, guidance_scale: float
+    unet: Predictor, x: torch.Tensor, timesteps: torch.Tensor, context: Any, guidance_scale: float
 ) -> torch.Tensor:
-    """v_uncond + guidance_scale (v_cond - v_uncond), one UNet call on `guidance_text`; float32."""
+    """v_uncond + guidance_scale (v_cond - v_uncond), (B, C, H, W) float32.
+
+    Ho & Salimans 2022, equation 6, with their w = guidance_scale - 1. Both predictions come from
+    one call of the UNet on the context that `guidance_context` gives.
+    """
     if guidance_scale == 1.0:
-        return unet(x, timesteps, text).float()
-    v_uncond, v_cond = (
-        unet(torch.cat((x, x)), torch.cat((timesteps, timesteps)), text).float().chunk(2)
-    )
+        return unet(x, timesteps, context).float()
+    both = unet(torch.cat((x, x)), torch.cat((timesteps, timesteps)), context)
+    v_uncond, v_cond = both.float().chunk(2)
     return v_uncond + guidance_scale * (v_cond - v_uncond)
 
 
@@ -58,22 +67,25 @@ def ddim_sample(
     guidance_scale: float = 8.0,
     project_text: Callable[[torch.Tensor], Any] = lambda text: text,
 ) -> torch.Tensor:
-    """Latents (B, C, H, W) float32 from noise (B, C, H, W), text states (B, T, D) and those of ""
-    (1, T, D).
+    """Draw latents (B, C, H, W) float32, scaled as in training, from noise (B, C, H, W).
 
-    `project_text` is what the network can do once for all steps with the text that it conditions
-    on.
+    `context` holds the text states (B, T, D) of the captions, `uncond` those of the empty caption
+    (1, T, D). `project_text` is applied once to the context before it goes to every UNet call: a
+    network may compute there what does not depend on the timestep.
     """
-    text = project_text(guidance_text(context, uncond, guidance_scale))
+    conditioning = project_text(guidance_context(context, uncond, guidance_scale))
+    # On the host in float64, so that the coefficients of a step are plain Python numbers.
     alphas_cumprod = make_alphas_cumprod(config).tolist()
     timesteps = ddim_timesteps(config.num_timesteps, steps)
     x = noise.float()
     for t, t_next in zip(timesteps, [*timesteps[1:], 0], strict=True):
         signal, sigma = alphas_cumprod[t] ** 0.5, (1 - alphas_cumprod[t]) ** 0.5
         batch_t = torch.full((len(x),), t, dtype=torch.int64, device=x.device)
-        v = guided_prediction(unet, x, batch_t, text, guidance_scale)
+        v = guided_prediction(unet, x, batch_t, conditioning, guidance_scale)
+        # The two predictions that v holds (Salimans & Ho 2022, section 4 and appendix D) ...
         x_start = signal * x - sigma * v
         predicted_noise = signal * v + sigma * x
+        # ... noised to the next timestep (Song et al. 2021, equation 12 with sigma_t = 0).
         x = (
             alphas_cumprod[t_next] ** 0.5 * x_start
             + (1 - alphas_cumprod[t_next]) ** 0.5 * predicted_noise

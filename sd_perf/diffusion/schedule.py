@@ -1,5 +1,8 @@
 """The forward process: noise schedule, noising, v-target.
 
+Ho et al. 2020 (arXiv 2006.11239), section 2: beta_t is the variance added at timestep t, and
+alphas_cumprod_t (the paper's alpha bar) the product of 1 - beta up to t.
+
 Shape letters: B samples, C channels, H and W latent rows and columns.
 """
 
@@ -13,8 +16,9 @@ from sd_perf.config import DiffusionConfig
 def make_alphas_cumprod(config: DiffusionConfig) -> torch.Tensor:
     """Cumulative products of 1 - beta, (num_timesteps,) float64.
 
-    The roots of the betas are evenly spaced ("linear" in latent-diffusion, "scaled_linear" in
-    diffusers; Rombach et al. 2022). There is no zero terminal SNR: the last value is 0.00466.
+    The square roots of the betas are evenly spaced. This is "linear" in the LDM code base
+    (`ldm/modules/diffusionmodules/util.py`) and "scaled_linear" in diffusers. The last value is
+    0.00466 with the benchmark's betas: the terminal SNR is not zero.
     """
     start, end = config.beta_start**0.5, config.beta_end**0.5
     betas = torch.linspace(start, end, config.num_timesteps, dtype=torch.float64) ** 2
@@ -22,7 +26,10 @@ def make_alphas_cumprod(config: DiffusionConfig) -> torch.Tensor:
 
 
 class Schedule(torch.nn.Module):
-    """sqrt(alphas_cumprod) and sqrt(1 - alphas_cumprod) as float32 buffers."""
+    """Noising and the v-target, with sqrt(alphas_cumprod) and sqrt(1 - alphas_cumprod) in float32.
+
+    The buffers move with the module and are not part of its state dict.
+    """
 
     sqrt_alphas_cumprod: torch.Tensor
     sqrt_one_minus_alphas_cumprod: torch.Tensor
@@ -30,12 +37,13 @@ class Schedule(torch.nn.Module):
     def __init__(self, config: DiffusionConfig) -> None:
         super().__init__()
         alphas_cumprod = make_alphas_cumprod(config)
-        for name, values in (("", alphas_cumprod), ("one_minus_", 1.0 - alphas_cumprod)):
-            self.register_buffer(
-                f"sqrt_{name}alphas_cumprod", values.sqrt().float(), persistent=False
-            )
+        # The roots are taken in float64 and rounded once.
+        signal, sigma = alphas_cumprod.sqrt().float(), (1.0 - alphas_cumprod).sqrt().float()
+        self.register_buffer("sqrt_alphas_cumprod", signal, persistent=False)
+        self.register_buffer("sqrt_one_minus_alphas_cumprod", sigma, persistent=False)
 
     def _coefficients(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The two roots at timesteps (B,), each (B, 1, 1, 1)."""
         shape = (-1, 1, 1, 1)
         signal = self.sqrt_alphas_cumprod[timesteps].view(shape)
         return signal, self.sqrt_one_minus_alphas_cumprod[timesteps].view(shape)
@@ -43,14 +51,19 @@ class Schedule(torch.nn.Module):
     def add_noise(
         self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
     ) -> torch.Tensor:
-        """x_t = sqrt(alphas_cumprod_t) latents + sqrt(1 - alphas_cumprod_t) noise; (B, C, H, W)."""
+        """x_t = sqrt(alphas_cumprod_t) latents + sqrt(1 - alphas_cumprod_t) noise, (B, C, H, W).
+
+        Ho et al. 2020, equation 4. `timesteps` is (B,) int64.
+        """
         signal, sigma = self._coefficients(timesteps)
         return signal * latents + sigma * noise
 
     def v_target(
         self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
     ) -> torch.Tensor:
-        """v = sqrt(alphas_cumprod_t) noise - sqrt(1 - alphas_cumprod_t) latents (Salimans & Ho
-        2022, section 4)."""
+        """v = sqrt(alphas_cumprod_t) noise - sqrt(1 - alphas_cumprod_t) latents, (B, C, H, W).
+
+        Salimans & Ho 2022 (arXiv 2202.00512), section 4. `timesteps` is (B,) int64.
+        """
         signal, sigma = self._coefficients(timesteps)
         return signal * noise - sigma * latents

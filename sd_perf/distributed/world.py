@@ -1,4 +1,4 @@
-"""The processes of a run: who this rank is, and the small agreements ranks make through the CPU."""
+"""The processes of a run: this rank, and small collectives that run on the CPU."""
 
 from __future__ import annotations
 
@@ -20,21 +20,25 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers. `cpu_group` carries flags and small objects and never touches a
-    GPU."""
+    """This process and its peers.
+
+    The methods are collectives: every rank must call them, in the same order. They exchange flags
+    and small objects and never touch a GPU; gradients are reduced elsewhere.
+    """
 
     rank: int
     size: int
     device: torch.device
     cpu_group: Any = None
+    """gloo process group; None in a world of one process"""
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes the run folder."""
+        """Whether this is rank 0, which alone writes the run folder."""
         return self.rank == 0
 
     def sum(self, values: list[float]) -> list[float]:
-        """Sum of each value over all ranks, in float64."""
+        """Sum of each value over all ranks, computed in float64."""
         if self.size == 1:
             return values
         total = torch.tensor(values, dtype=torch.float64)
@@ -42,7 +46,7 @@ class World:
         return total.tolist()
 
     def max(self, value: int) -> int:
-        """Largest value of any rank."""
+        """The largest value of any rank."""
         if self.size == 1:
             return value
         largest = torch.tensor(value)
@@ -58,11 +62,11 @@ class World:
         return values
 
     def together(self, function: Callable[[], Value]) -> Value:
-        """The function's value on each rank; where one raises a UserError, rank 0 raises it and
-        every rank leaves.
+        """Call a function on every rank; returns each rank's own value.
 
-        A rank that left alone would let the others wait for it in their next collective. The
-        function must make no agreements of its own.
+        Where it raises a UserError on any rank, rank 0 raises that error and every other rank exits
+        with status 2. Without this, a rank that fails alone would leave the others waiting for it
+        in their next collective. The function must call no collective itself.
         """
         if self.size == 1:
             return function()
@@ -80,8 +84,11 @@ class World:
         return value
 
     def on_main(self, function: Callable[[], Value]) -> Value:
-        """The function's value, computed by rank 0 alone; where that raises a UserError, every rank
-        leaves with 2."""
+        """Call a function on rank 0 alone; returns its value on every rank.
+
+        Where it raises a UserError, rank 0 raises it and every other rank exits with status 2. The
+        value is pickled to reach the other ranks.
+        """
         if self.size == 1:
             return function()
         box: list[Any] = [self.together(lambda: function() if self.is_main else None)]
@@ -90,24 +97,29 @@ class World:
 
 
 def start_world(device_choice: str) -> World:
-    """Join the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or be the only
-    one."""
+    """Join the processes that torchrun started, or be a world of one process.
+
+    torchrun says which by RANK, WORLD_SIZE and LOCAL_RANK. `device_choice` is "auto", "cpu" or
+    "cuda". Raises ConfigError for "cuda" where torch sees no GPU.
+    """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = _device(device_choice, int(os.environ.get("LOCAL_RANK", "0")))
     if size == 1:
         return World(rank=0, size=1, device=device)
+    # With GPUs there are two groups: NCCL for gradients, gloo for the collectives of World.
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     cpu_group = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
-    return World(rank, size, device, cpu_group)
+    return World(rank=rank, size=size, device=device, cpu_group=cpu_group)
 
 
 def stop_world() -> None:
-    """Leave the processes' group, where there is one."""
+    """Leave the process group, where there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def _device(choice: str, local_rank: int) -> torch.device:
+    """The device of this rank; makes a GPU the current one."""
     has_cuda = torch.cuda.is_available()
     if choice == "cuda" and not has_cuda:
         raise ConfigError(

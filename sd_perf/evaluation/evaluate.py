@@ -1,8 +1,7 @@
-"""Scores of a run's checkpoints: FID, CLIP score and, in the tiny world, the judge; off the clock
-of training.
+"""Scores the checkpoints of a run: FID, CLIP score and, in the tiny world, the judge.
 
-Each evaluation adds a line to `scores.jsonl`, a grid to `samples/`, and its events to the MLPerf
-log.
+It is a command of its own, so its time is not part of training. Each evaluation adds a line to
+`scores.jsonl`, a grid of pictures to `samples/`, and its events to the MLPerf log.
 
 Shape letters: B pictures, H and W rows and columns.
 """
@@ -18,34 +17,41 @@ import torch
 from rich.table import Table
 
 from sd_perf.config import Config, EvaluationConfig
-from sd_perf.data.prepare.photographs import load_sample
+from sd_perf.data.images import write_png
+from sd_perf.data.prepare.captioned_images import load_captioned_image
 from sd_perf.data.prepare.raw_shards import read_images
 from sd_perf.data.prepare.scenes import Attributes
 from sd_perf.errors import CheckpointError, DataError
 from sd_perf.evaluation.clip_score import ClipScorer
 from sd_perf.evaluation.feature_net import FeatureNet, read_feature_net
 from sd_perf.evaluation.fid import FeatureStatistics, Gaussian, frechet_distance
-from sd_perf.evaluation.generate import generate, write_png
+from sd_perf.evaluation.generate import generate
 from sd_perf.evaluation.inception import FidInception, read_inception
 from sd_perf.evaluation.judge import describe, judge_shares
 from sd_perf.evaluation.prompts import read_prompts
 from sd_perf.files import disk_errors, json_lines, write_json, write_text
-from sd_perf.mlperf.check import check
+from sd_perf.mlperf.compliance import check_log
 from sd_perf.mlperf.log import LOG_NAME, MLPerfLog
 from sd_perf.models.build import build_sampling_unet, build_text_encoder
-from sd_perf.models.sources import read_decoder
+from sd_perf.models.readers import read_decoder
+from sd_perf.models.vae import PIXELS_PER_LATENT
 from sd_perf.runs.checkpoints import CheckpointStore, load_component, read_state
-from sd_perf.runs.folder import read_lines, read_scores
+from sd_perf.runs.scores import read_json_lines, read_scores
 
 GRID = 64
 """pictures in a grid, at most"""
 GRID_COLUMNS = 8
 _KEYS = ("samples", "fid", "clip", "n")
+"""numbers that every line of scores.jsonl must have"""
 _MAKE_ROOM = "make room, then evaluate again"
 
 
 class Evaluator:
-    """Everything a checkpoint is scored with, loaded once."""
+    """Draws pictures from a checkpoint's weights and scores them. Loads its networks once.
+
+    Raises ConfigError for a file that the config does not name, and DataError or CheckpointError
+    for one that cannot be used.
+    """
 
     def __init__(self, config: Config, device: torch.device) -> None:
         options = config.evaluation
@@ -56,6 +62,7 @@ class Evaluator:
         self.decode = read_decoder(Path(options.autoencoder))
         self.features = read_features(Path(options.features), device)
         self.real = Gaussian.load_npz(Path(options.statistics))
+        # Told here, since the distance is computed only after all pictures are drawn.
         theirs, ours = len(self.real.mean), self.features.num_features
         if theirs != ours:
             raise DataError(
@@ -68,22 +75,26 @@ class Evaluator:
         self.unet = build_sampling_unet(config, device)
 
     def draw(self, weights: dict[str, torch.Tensor], seed: int) -> Iterator[torch.Tensor]:
-        """One picture per prompt with these UNet weights, in batches (B, 3, H, W) float32 in [0,
-        1]."""
+        """One picture per prompt with these UNet weights, in batches (B, 3, H, W) in [0, 1]."""
         self.unet.load_state_dict(weights)
-        batch_size = self.config.evaluation.batch_size
         return generate(
-            self.unet, self.text_encoder, self.decode, self.prompts, self.config, seed, batch_size
+            self.unet,
+            self.text_encoder,
+            self.decode,
+            self.prompts,
+            config=self.config,
+            seed=seed,
+            batch_size=self.config.evaluation.batch_size,
         )
 
     @torch.no_grad()
     def score(
         self, batches: Iterable[torch.Tensor], samples: int
     ) -> tuple[dict[str, Any], torch.Tensor]:
-        """The line of scores.jsonl for batches (B, 3, H, W) drawn from one checkpoint, and the
-        first GRID pictures.
+        """Score batches (B, 3, H, W) drawn from the checkpoint at position `samples`.
 
-        No other picture outlives its batch: the benchmark's 30,000 would take 94 GB.
+        Returns the line for scores.jsonl, and the first GRID pictures. No other picture is kept
+        after its batch: the benchmark's 30,000 would take 94 GB.
         """
         statistics = FeatureStatistics(self.features.num_features)
         cosines: list[torch.Tensor] = []
@@ -110,28 +121,36 @@ class Evaluator:
 
 
 def _require_named(options: EvaluationConfig, *keys: str) -> None:
+    """ConfigError for a key of the evaluation section that names no file."""
     for key in keys:
         options.require(bool(getattr(options, key)), key, "the file that scores need")
 
 
 def read_features(path: Path, device: torch.device) -> FeatureNet | FidInception:
-    """The network whose features are compared: a feature net's .safetensors, or the FID Inception's
-    weights."""
+    """The network whose features FID compares, frozen, on a device.
+
+    A .safetensors file holds a `FeatureNet`, any other file the weights of FID's Inception.
+    """
     network = read_feature_net(path) if path.suffix == ".safetensors" else read_inception(path)
     return network.to(device)
 
 
 @torch.no_grad()
 def write_statistics(images: Path, config: Config) -> int:
-    """Write evaluation.statistics from a folder of captioned images or raw shards; returns their
-    number."""
+    """Write evaluation.statistics, the features' Gaussian over real images; returns their number.
+
+    `images` is a folder of captioned images or of raw shards. The images are cropped to the size
+    that the config trains on.
+    """
     _require_named(config.evaluation, "features", "statistics")
-    size, batch_size = 8 * config.data.latent_size, config.evaluation.batch_size
+    size, batch_size = PIXELS_PER_LATENT * config.data.latent_size, config.evaluation.batch_size
     samples = read_images(images, allow_empty=True)
     features = read_features(Path(config.evaluation.features), torch.device("cpu"))
     statistics = FeatureStatistics(features.num_features)
     for start in range(0, len(samples), batch_size):
-        batch = [load_sample(sample, size) for sample in samples[start : start + batch_size]]
+        batch = [
+            load_captioned_image(sample, size) for sample in samples[start : start + batch_size]
+        ]
         statistics.update(features(torch.stack(batch)))
     path = Path(config.evaluation.statistics)
     with disk_errors(path, "make room or name another file"):
@@ -141,10 +160,13 @@ def write_statistics(images: Path, config: Config) -> int:
 
 
 def write_grid(pictures: torch.Tensor, prompts: list[str], folder: Path, samples: int) -> Path:
-    """Whole rows of pictures (B, 3, H, W) as one PNG, its captions in a JSON of the same name;
-    returns the PNG."""
+    """Write pictures (B, 3, H, W) as one PNG grid, and a JSON of the same name with the prompts.
+
+    Pictures that do not fill a row are left out. Returns the path of the PNG.
+    """
     columns = min(GRID_COLUMNS, len(pictures))
     shown = pictures[: len(pictures) // columns * columns]
+    # (rows, columns, 3, H, W) -> (3, rows, H, columns, W) -> (3, rows H, columns W)
     grid = shown.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
     path = folder / f"samples_{samples:010d}.png"
     with disk_errors(path, _MAKE_ROOM):
@@ -159,8 +181,11 @@ def write_grid(pictures: torch.Tensor, prompts: list[str], folder: Path, samples
 def evaluate_run(
     run: Path, config: Config, device: torch.device, tell: Callable[[str], None]
 ) -> None:
-    """Score every complete checkpoint of a run that has no scores yet, oldest first; `tell` is told
-    of each."""
+    """Score every complete checkpoint of a run that has no scores yet, oldest first.
+
+    `tell` is called with a sentence per checkpoint. Then the MLPerf log is concluded where the run
+    has passed or is complete. Raises CheckpointError where the run has no complete checkpoint.
+    """
     done = {line["samples"] for line in read_scores(run, _KEYS)}
     checkpoints = {
         read_state(path)["samples"]: path
@@ -180,8 +205,10 @@ def evaluate_run(
 
 
 def _evaluate(evaluator: Evaluator, run: Path, checkpoint: Path, samples: int) -> dict[str, Any]:
-    """Draw, score and write down one checkpoint; returns its line of scores.jsonl, which is written
-    last."""
+    """Draw and score one checkpoint, and write what it gives; returns its line of scores.jsonl.
+
+    The line is written last: a checkpoint without one is evaluated again.
+    """
     config, start = evaluator.config, time.time()
     pictures = evaluator.draw(load_component(checkpoint, "model"), config.training.seed or 0)
     scores, first = evaluator.score(pictures, samples)
@@ -189,17 +216,21 @@ def _evaluate(evaluator: Evaluator, run: Path, checkpoint: Path, samples: int) -
     if config.mlperf.division != "none":
         log = MLPerfLog(run / LOG_NAME, config)
         log.add_evaluation(
-            samples, scores["fid"], scores["clip"], int(1000 * start), int(1000 * time.time())
+            samples,
+            fid=scores["fid"],
+            clip=scores["clip"],
+            start_ms=int(1000 * start),
+            stop_ms=int(1000 * time.time()),
         )
     path = run / "scores.jsonl"
     with disk_errors(path, _MAKE_ROOM):
-        lines, _ = read_lines(path, _KEYS)
+        lines, _ = read_json_lines(path, _KEYS)
         write_text(path, json_lines([*lines, scores]))
     return scores
 
 
 def _conclude(run: Path, config: Config, complete: bool) -> None:
-    """End the MLPerf log where a checkpoint has passed, or where no further one will come."""
+    """End the MLPerf log where a checkpoint has passed the targets, or none will follow."""
     options = config.evaluation
     scores = read_scores(run, _KEYS)
     passed = any(
@@ -209,7 +240,7 @@ def _conclude(run: Path, config: Config, complete: bool) -> None:
         return
     log = MLPerfLog(run / LOG_NAME, config)
     log.conclude(options.fid_target, options.clip_target)
-    verdict = check(run / LOG_NAME)
+    verdict = check_log(run / LOG_NAME)
     facts = {
         "division": verdict.division,
         "ruleset": verdict.ruleset,
@@ -220,7 +251,7 @@ def _conclude(run: Path, config: Config, complete: bool) -> None:
 
 
 def scores_table(run: Path) -> Table:
-    """All scores of a run for the terminal."""
+    """All scores of a run, as a table for the terminal."""
     lines = read_scores(run, _KEYS)
     judged = any("judge" in line for line in lines)
     columns = [

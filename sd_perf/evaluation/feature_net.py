@@ -1,7 +1,6 @@
-"""A small feature net in Inception's place: what the Frechet distance of the tiny world is measured
-in.
+"""The small feature network that replaces Inception in the FID of the tiny world.
 
-Its distances are comparable among themselves, at equal numbers of pictures, and with nothing else.
+Its distances are comparable with one another, at equal numbers of pictures, and with nothing else.
 
 Shape letters: B pictures, C channels, H and W rows and columns.
 """
@@ -30,7 +29,7 @@ class FeatureNetConfig:
 
 
 class FeatureNet(nn.Module):
-    """Pictures (B, 3, H, W) float32 in [0, 1] -> features (B, config.features) float32."""
+    """Strided convolutions: pictures (B, 3, H, W) in [0, 1] -> features (B, config.features)."""
 
     def __init__(self, config: FeatureNetConfig | None = None) -> None:
         super().__init__()
@@ -52,8 +51,10 @@ class FeatureNet(nn.Module):
 
 
 def read_feature_net(path: str | Path) -> FeatureNet:
-    """The frozen net of a .safetensors file whose metadata says its config. CheckpointError for any
-    other file."""
+    """The frozen network in a .safetensors file, with the config that its metadata holds.
+
+    Raises CheckpointError for any other file.
+    """
     path = Path(path)
     net = FeatureNet(safetensors_config(path, FeatureNetConfig))
     load_into(net, read_ldm_checkpoint(path), "the feature net", path)

@@ -1,13 +1,14 @@
-"""Fréchet distance between the Gaussians of two sets of features (Heusel et al. 2017,
-arXiv:1706.08500).
+"""FID: the Fréchet distance between the Gaussians of two sets of features.
+
+Heusel et al. 2017 (arXiv 1706.08500), equation 6, after Dowson & Landau 1982:
 
     d² = |μa − μb|² + tr A + tr B − 2 tr √(AB),  with means μa, μb and covariances A, B.
 
 AB is not symmetric, but it has the eigenvalues of √A B √A, which is symmetric and positive
-semidefinite (Dowson & Landau 1982). So tr √(AB) is the sum of the roots of those eigenvalues, and
-two symmetric eigendecompositions take the place of a matrix square root: A = U diag(a) Uᵀ, then the
-eigenvalues of C = S B Sᵀ with S = diag(√a) Uᵀ. Rows of S whose eigenvalue is zero up to rounding
-are left out, so a covariance of fewer samples than features costs less.
+semidefinite. So tr √(AB) is the sum of the square roots of those eigenvalues, and two symmetric
+eigendecompositions replace the matrix square root: first A = U diag(a) Uᵀ, then the eigenvalues of
+C = S B Sᵀ with S = diag(√a) Uᵀ. Rows of S whose eigenvalue is zero up to rounding are left out, so
+a covariance of fewer samples than features costs less.
 
 Shape letters: B samples of a batch, D features.
 """
@@ -25,14 +26,17 @@ from sd_perf.files import one_line, written_aside
 
 _ROUNDING = torch.finfo(torch.float64).eps
 _INDEFINITE = 1e-5
-"""A covariance stored in float32 has eigenvalues down to about -1e-6 of the largest; below this it
-is none."""
+"""Share of the largest eigenvalue below which a negative one is taken for damage. A covariance
+stored in float32 has eigenvalues down to about -1e-6 of the largest."""
 
 
 @dataclass(frozen=True, eq=False)
 class Gaussian:
-    """Mean (D,) and covariance (D, D), float64, of features; DataError for what cannot be such a
-    pair."""
+    """Mean (D,) and covariance (D, D), float64, of features.
+
+    Raises DataError where the shapes differ, a value is not finite, or the covariance is not
+    symmetric.
+    """
 
     mean: torch.Tensor
     covariance: torch.Tensor
@@ -57,18 +61,14 @@ class Gaussian:
             )
 
     def save_npz(self, path: Path) -> None:
-        """Arrays `mu` (D,) and `sigma` (D, D), float64: the format of pytorch-fid and of the
-        benchmark's file."""
-        with (
-            written_aside(path) as draft,
-            draft.open("wb") as file,
-        ):  # numpy would append .npz to another name
+        """Write `mu` (D,) and `sigma` (D, D), float64, as pytorch-fid and the benchmark do."""
+        # Written to an open file, since numpy would append .npz to another name.
+        with written_aside(path) as draft, draft.open("wb") as file:
             np.savez(file, mu=self.mean.cpu().numpy(), sigma=self.covariance.cpu().numpy())
 
     @classmethod
     def load_npz(cls, path: Path) -> Gaussian:
-        """Read `mu` and `sigma`; DataError for a file that is missing, damaged, or of another
-        kind."""
+        """Read `mu` and `sigma`; DataError for a file that is missing, damaged or another kind."""
         if not path.is_file():
             raise DataError(
                 f"{path}: no such file; give an .npz file of feature statistics (arrays mu and "
@@ -90,7 +90,11 @@ class Gaussian:
 
 
 class FeatureStatistics:
-    """Streaming mean and covariance in float64 (Chan, Golub & LeVeque 1983)."""
+    """Streaming mean and covariance in float64, combined batch by batch.
+
+    The pairwise update of Chan, Golub & LeVeque 1983, "Algorithms for Computing the Sample
+    Variance", for vectors.
+    """
 
     def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
         self.count = 0
@@ -114,8 +118,10 @@ class FeatureStatistics:
         self.count = total
 
     def gaussian(self) -> Gaussian:
-        """Mean and unbiased covariance on the CPU; DataError for fewer than 2 samples or non-finite
-        features."""
+        """Mean and unbiased covariance, on the CPU.
+
+        Raises DataError for fewer than 2 samples, and for features that are not finite.
+        """
         if self.count < 2:
             raise DataError(
                 f"feature statistics: {self.count} samples have no covariance; give at least 2"
@@ -124,11 +130,11 @@ class FeatureStatistics:
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """Squared Fréchet distance, at least 0, of Gaussians with equally many features.
+    """Squared Fréchet distance, at least 0, of two Gaussians of equally many features.
 
-    DataError where the numbers of features differ, or a covariance has an eigenvalue below -1e-5 of
-    its largest. Smaller negative eigenvalues are rounding and count as 0; nothing is added to the
-    diagonals.
+    Raises DataError where the numbers of features differ, or a covariance has an eigenvalue below
+    -1e-5 of its largest. Smaller negative eigenvalues are rounding and count as 0. Nothing is added
+    to the diagonals.
     """
     if len(a.mean) != len(b.mean):
         raise DataError(
@@ -138,6 +144,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
         )
     values, vectors = torch.linalg.eigh(a.covariance)
     _require_semidefinite(values)
+    # The error of an eigenvalue is a small multiple of the largest one's rounding.
     kept = values > 16 * _ROUNDING * values[-1]
     root = values[kept].sqrt()[:, None] * vectors[:, kept].T
     product = root @ b.covariance @ root.T
@@ -151,7 +158,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
 
 def _require_semidefinite(eigenvalues: torch.Tensor) -> None:
-    """`eigenvalues` ascend."""
+    """DataError where the smallest of ascending eigenvalues is negative by more than rounding."""
     if eigenvalues[0] < -_INDEFINITE * eigenvalues.abs().max():
         lowest, highest = eigenvalues[0].item(), eigenvalues[-1].item()
         raise DataError(

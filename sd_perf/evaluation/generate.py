@@ -1,6 +1,6 @@
-"""Pictures from prompts: text states, DDIM with guidance, autoencoder's decoder.
+"""Pictures from prompts: text encoder, DDIM with guidance, decoder of the autoencoder.
 
-Shape letters: B pictures, C latent channels, S side of the latents.
+Shape letters: B pictures, C latent channels, H and W rows and columns of the pictures, pixels.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from sd_perf.config import Config
+from sd_perf.data.images import write_png
 from sd_perf.diffusion.ddim import ddim_sample
 from sd_perf.diffusion.randomness import Stream, normal
 from sd_perf.errors import UserError
 from sd_perf.fast.unet import FastUNet
-from sd_perf.files import disk_errors, written_aside
-from sd_perf.optional import optional
+from sd_perf.files import disk_errors
 
 Decoder = Callable[[torch.Tensor], torch.Tensor]
 
@@ -33,32 +33,39 @@ def generate(
     seed: int,
     batch_size: int = 8,
 ) -> Iterator[torch.Tensor]:
-    """A picture per prompt, in batches (B, 3, H, W) float32 in [0, 1] on the CPU, each drawn when
-    it is asked for.
+    """Draw a picture per prompt, in batches (B, 3, H, W) float32 in [0, 1] on the CPU.
 
-    `decode` takes the unscaled latents and gives images in [-1, 1]. Picture i is a function of
-    (seed, i, prompt).
+    A batch is drawn when it is asked for. Picture i is a function of (seed, i, its prompt), for any
+    batch size. `text_encoder` gives the text states of captions; `decode` takes unscaled latents
+    and gives images in [-1, 1].
     """
     device = next(unet.parameters()).device
     size, channels = config.data.latent_size, config.model.in_channels
     uncond = text_encoder([""])
+    # The fast UNet projects the context to keys and values once, not at every DDIM step.
     once: dict[str, Any] = {"project_text": unet.project_text} if isinstance(unet, FastUNet) else {}
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         indices = torch.arange(start, start + len(batch), device=device)
-        noise = normal(seed, Stream.SAMPLER, indices, channels * size * size).view(
-            -1, channels, size, size
-        )
-        options = config.sampling.steps, config.sampling.guidance_scale
+        noise = normal(seed, Stream.SAMPLER, indices, channels * size * size)
         latents = ddim_sample(
-            unet, noise, text_encoder(batch), uncond, config.diffusion, *options, **once
+            unet,
+            noise.view(-1, channels, size, size),
+            context=text_encoder(batch),
+            uncond=uncond,
+            config=config.diffusion,
+            steps=config.sampling.steps,
+            guidance_scale=config.sampling.guidance_scale,
+            **once,
         )
         yield ((decode(latents / config.diffusion.latent_scale) + 1) / 2).clamp(0, 1).float().cpu()
 
 
 def picture_paths(prompts: list[str], folder: Path) -> list[Path]:
-    """One `0000_<start of the prompt>.png` per prompt in a folder made for them; UserError where
-    one is there."""
+    """Paths `0000_<start of the prompt>.png`, one per prompt, in a folder that is made for them.
+
+    Raises UserError where one of them exists.
+    """
     paths = []
     for i, prompt in enumerate(prompts):
         words = "".join(c if c.isalnum() else "_" for c in prompt)[:40].strip("_")
@@ -72,15 +79,7 @@ def picture_paths(prompts: list[str], folder: Path) -> list[Path]:
 
 
 def save_pictures(batches: Iterable[torch.Tensor], paths: list[Path]) -> None:
-    """One PNG per picture of the batches (B, 3, H, W), each batch before the next is drawn."""
+    """Write a PNG per picture of the batches (B, 3, H, W), each batch before the next is drawn."""
     for picture, path in zip(chain.from_iterable(batches), paths, strict=True):
         with disk_errors(path, "make room, or choose another --output"):
             write_png(picture, path)
-
-
-def write_png(picture: torch.Tensor, path: Path) -> None:
-    """A picture (3, H, W) in [0, 1] as a PNG of 8 bits per colour."""
-    Image = optional("PIL.Image", "images need Pillow", "images")
-    pixels = (picture * 255).round().to(torch.uint8).permute(1, 2, 0)
-    with written_aside(path) as draft:
-        Image.fromarray(pixels.contiguous().numpy()).save(draft)

@@ -1,9 +1,9 @@
 """The Inception v3 of FID: 2048 features per image, with the weights that the benchmark names.
 
-Szegedy et al. 2015 (arXiv:1512.00567) with the changes of the TensorFlow model of 2015-12-05 that
-FID is defined by: 1008 classes, no auxiliary head, average pools that leave their padding out of
-the mean, and a max pool in the last block. Names and shapes are those of pytorch-fid's weights,
-which are torchvision's.
+Szegedy et al. 2015 (arXiv 1512.00567), as in the TensorFlow model of 2015-12-05 that defines FID.
+It differs from the paper: 1008 classes, no auxiliary head, average pools that leave the padding out
+of the mean, and a max pool in the last block. Parameter names and shapes are those of pytorch-fid's
+file (`pytorch_fid/inception.py`), which follow torchvision's.
 
 Shape letters: B images, C channels, H rows, W columns.
 """
@@ -39,12 +39,14 @@ class Conv(NamedTuple):
 
 
 Layer = tuple[Conv, ...]
-"""one convolution, or several over the same input whose outputs are concatenated"""
+"""one convolution, or two over the same input whose outputs are concatenated"""
 
 
 def _conv(channels: int, rows: int = 1, columns: int = 0, stride: int = 1) -> Layer:
-    """A layer of one convolution, with a square kernel unless columns are given; padded where the
-    stride is 1."""
+    """A layer of one convolution: rows x columns kernel, square where no columns are given.
+
+    It is padded to keep the size where the stride is 1, and not padded otherwise.
+    """
     columns = columns or rows
     padding = (rows // 2, columns // 2) if stride == 1 else (0, 0)
     return (Conv(channels, (rows, columns), stride, padding),)
@@ -63,11 +65,11 @@ class ConvNorm(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Branches side by side over one input, concatenated; the last one is the pool.
+    """Parallel branches over one input and a pool; their outputs are concatenated in this order.
 
-    A branch's layers are named `<branch>_1`, `<branch>_2`, ..., with a and b where a layer is two
-    convolutions; a branch of one layer gives it its own name. `branch_pool`, where there is one,
-    follows the pool.
+    The layers of a branch are named `<branch>_1`, `<branch>_2`, ..., with a and b added where a
+    layer is two convolutions. The layer of a one-layer branch has the branch's name. Where there is
+    a `branch_pool`, it takes the pool's output; otherwise that output is concatenated itself.
     """
 
     def __init__(self, in_channels: int, pool: Pool, branches: dict[str, list[Layer]]) -> None:
@@ -159,30 +161,33 @@ def _shrink_7() -> Mixed:
 
 
 class FidInception(nn.Module):
-    """`network(images) -> (B, 2048)`: images (B, 3, H, W) of any size, float in [0, 1]; ValueError
-    outside of it."""
+    """Images (B, 3, H, W) of any size, float in [0, 1] -> features (B, 2048); always in eval mode.
+
+    Raises ValueError for values outside [0, 1].
+    """
 
     num_features = NUM_FEATURES
 
     def __init__(self) -> None:
         super().__init__()
-        self.Conv2d_1a_3x3 = ConvNorm(3, Conv(32, (3, 3), 2, (0, 0)))
-        self.Conv2d_2a_3x3 = ConvNorm(32, Conv(32, (3, 3), 1, (0, 0)))
-        self.Conv2d_2b_3x3 = ConvNorm(32, Conv(64, (3, 3), 1, (1, 1)))
-        self.Conv2d_3b_1x1 = ConvNorm(64, Conv(80, (1, 1), 1, (0, 0)))
-        self.Conv2d_4a_3x3 = ConvNorm(80, Conv(192, (3, 3), 1, (0, 0)))
-        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = (
-            _mixed_5(192, 32),
-            _mixed_5(256, 64),
-            _mixed_5(288, 64),
-        )
+        # The stem's convolutions are not all padded, so `_conv` does not describe them.
+        self.Conv2d_1a_3x3 = ConvNorm(3, Conv(32, kernel=(3, 3), stride=2, padding=(0, 0)))
+        self.Conv2d_2a_3x3 = ConvNorm(32, Conv(32, kernel=(3, 3), stride=1, padding=(0, 0)))
+        self.Conv2d_2b_3x3 = ConvNorm(32, Conv(64, kernel=(3, 3), stride=1, padding=(1, 1)))
+        self.Conv2d_3b_1x1 = ConvNorm(64, Conv(80, kernel=(1, 1), stride=1, padding=(0, 0)))
+        self.Conv2d_4a_3x3 = ConvNorm(80, Conv(192, kernel=(3, 3), stride=1, padding=(0, 0)))
+        self.Mixed_5b = _mixed_5(192, pool_channels=32)
+        self.Mixed_5c = _mixed_5(256, pool_channels=64)
+        self.Mixed_5d = _mixed_5(288, pool_channels=64)
         self.Mixed_6a = _shrink_6()
-        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = (
-            _mixed_6(c) for c in (128, 160, 160, 192)
-        )
+        self.Mixed_6b = _mixed_6(inner=128)
+        self.Mixed_6c = _mixed_6(inner=160)
+        self.Mixed_6d = _mixed_6(inner=160)
+        self.Mixed_6e = _mixed_6(inner=192)
         self.Mixed_7a = _shrink_7()
-        self.Mixed_7b, self.Mixed_7c = _mixed_7(1280, "average"), _mixed_7(2048, "max")
-        self.fc = nn.Linear(NUM_FEATURES, 1008)  # in the file; FID has no use for it
+        self.Mixed_7b = _mixed_7(1280, "average")
+        self.Mixed_7c = _mixed_7(2048, "max")
+        self.fc = nn.Linear(NUM_FEATURES, 1008)  # the weight file has it, FID does not use it
         self.eval()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -197,10 +202,10 @@ class FidInception(nn.Module):
 
 
 def read_inception(path: Path, sha1: str | None = WEIGHTS_SHA1) -> FidInception:
-    """The network with pytorch-fid's weights from a local file, frozen; `sha1` None takes other
-    weights.
+    """The network with pytorch-fid's weights from a local file, frozen.
 
-    CheckpointError for a file that is missing, has another checksum, or holds other tensors.
+    `sha1` is the file's checksum (hex); None accepts any. Raises CheckpointError for a file that is
+    missing, has another checksum, or holds other tensors.
     """
     if not path.is_file():
         raise CheckpointError(

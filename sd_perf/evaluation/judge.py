@@ -1,10 +1,10 @@
-"""Says whether a picture of the tiny world shows what its caption says, from the pixels: no
-network, no learning.
+"""The judge: whether a picture of the tiny world shows what its caption says, from its pixels.
 
-A CLIP score flatters: it rewards the right colours in the wrong places. The judge looks for each
-colour's pixels, measures whether they form a square or a circle, and compares where the two shapes
-lie. It forgives what an autoencoder does to a picture (blur, small shifts of colour) and nothing
-else: a missing, additional or shapeless object is a no.
+It complements the CLIP score, which rewards the right colours even in the wrong places. No network
+is involved: the judge finds the pixels of each colour, decides whether they form a square or a
+circle, and compares the positions of the two shapes. It tolerates what an autoencoder does to a
+picture, blur and small shifts of colour, and nothing else: a picture with a missing, an additional
+or a shapeless object does not pass.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from sd_perf.data.prepare.scenes import COLOURS, HALF_WIDTH, SHAPES, Attributes,
 GREYS = (0, 60, 110, 150, 180, 205, 230, 255)
 """grey levels that count as background, 0 to 255"""
 MIN_AREA, MAX_AREA = 250, 900
-"""pixels of a shape; the world's smallest circle has 380, its largest square 729"""
+"""area of a shape, pixels; the world's smallest circle has 380, its largest square 729"""
 MAX_STRAY = 60
-"""pixels of a colour that no shape has: more are another object"""
+"""pixels of one colour that are ignored; more of them count as an object"""
 MIN_OVERLAP = 0.8
-"""of a shape's pixels with the ideal shape of the same centre and area: intersection over union"""
+"""intersection over union of a shape's pixels and the ideal shape of the same centre and area"""
 
 
 @dataclass(frozen=True)
@@ -38,16 +38,20 @@ class Object:
 
 
 def judge(image: np.ndarray, caption: str) -> bool:
-    """Whether the caption holds of a picture (64, 64, 3), uint8 or float in [0, 1], RGB.
+    """Whether a picture (64, 64, 3) RGB, uint8 or float in [0, 1], shows what the caption says.
 
-    No for a caption that is none of the tiny world's: the judge cannot know.
+    False for a caption that is not one of the tiny world's.
     """
     return _shows(describe(image), caption)
 
 
 def judge_shares(described: list[Attributes | None], captions: list[str]) -> dict[str, float]:
-    """Shares of pictures, as `describe` sees them, that show their own caption, and the next one's
-    if it is another."""
+    """Shares of pictures that show their own caption, and that of the next picture.
+
+    `described` holds what `describe` gives for each picture. Pictures whose next caption equals
+    their own are left out of the second share, which is a baseline: it is near 0 for pictures that
+    follow their captions.
+    """
     own = [_shows(seen, caption) for seen, caption in zip(described, captions, strict=True)]
     nexts = zip(described, captions, captions[1:] + captions[:1], strict=True)
     others = [_shows(seen, other) for seen, caption, other in nexts if other != caption]
@@ -59,8 +63,10 @@ def _shows(seen: Attributes | None, caption: str) -> bool:
 
 
 def describe(image: np.ndarray) -> Attributes | None:
-    """What a picture (64, 64, 3), uint8 or float in [0, 1], RGB, shows; None where it is no scene
-    of the world."""
+    """What a picture (64, 64, 3) RGB, uint8 or float in [0, 1], shows.
+
+    None where it is not a scene of the tiny world.
+    """
     objects = find_objects(image)
     if objects is None or len(objects) != 2:
         return None
@@ -68,16 +74,14 @@ def describe(image: np.ndarray) -> Attributes | None:
     across, down = abs(a.x - b.x), abs(a.y - b.y)
     relation = "left of" if across > down else "above"
     first, second = sorted(objects, key=lambda found: found.x if relation == "left of" else found.y)
-    # Shapes that overlap by much, or lie on a diagonal, are in no relation that a person would
-    # name.
+    # Shapes that overlap much, or stand on a diagonal, are in no relation that a person would name.
     if max(across, down) < 2 * HALF_WIDTH[0] or min(across, down) > 0.7 * max(across, down):
         return None
     return Attributes(first.colour, first.shape, relation, second.colour, second.shape)
 
 
 def find_objects(image: np.ndarray) -> list[Object] | None:
-    """The shapes of a picture (64, 64, 3), one per colour; None where a colour's pixels form no
-    shape."""
+    """The shapes in a picture (64, 64, 3), one per colour; None where a colour forms no shape."""
     names = list(COLOURS)
     labels = nearest_colour(image)
     objects = []
@@ -93,8 +97,7 @@ def find_objects(image: np.ndarray) -> list[Object] | None:
 
 
 def nearest_colour(image: np.ndarray) -> np.ndarray:
-    """(64, 64) int: index into COLOURS of the colour nearest to each pixel, or len(COLOURS) for
-    greys."""
+    """Nearest colour of each pixel, (64, 64) int: index into COLOURS, or len(COLOURS) for grey."""
     pixels = image.astype(np.float64) * (1 if image.dtype == np.uint8 else 255)
     palette = np.array([*COLOURS.values(), *([grey] * 3 for grey in GREYS)], dtype=np.float64)
     # |pixel - colour|^2 without |pixel|^2, which is the same for every colour
@@ -103,13 +106,13 @@ def nearest_colour(image: np.ndarray) -> np.ndarray:
 
 
 def _shape_of(mask: np.ndarray) -> tuple[str, float, float] | None:
-    """Shape and centre (x, y) of a mask (64, 64) bool, or None where no ideal shape covers it
-    well."""
+    """Shape and centre (x, y) of a mask (64, 64) bool; None where no ideal shape fits it."""
     area = float(mask.sum())
     if not MIN_AREA <= area <= MAX_AREA:
         return None
     rows, columns = np.nonzero(mask)
     x, y = float(columns.mean()), float(rows.mean())
+    # half a square's side or a circle's radius, from the area
     half_widths = {"square": area**0.5 / 2, "circle": (area / np.pi) ** 0.5}
     overlaps = {
         shape: _overlap(mask, coverage(shape, x, y, half_widths[shape]) >= 0.5) for shape in SHAPES
@@ -119,4 +122,5 @@ def _shape_of(mask: np.ndarray) -> tuple[str, float, float] | None:
 
 
 def _overlap(a: np.ndarray, b: np.ndarray) -> float:
+    """Intersection over union of two masks."""
     return float((a & b).sum() / (a | b).sum())

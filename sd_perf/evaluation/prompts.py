@@ -1,4 +1,4 @@
-"""The captions that an evaluation draws."""
+"""Reads the prompts of an evaluation."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from sd_perf.files import one_line
 
 
 def read_prompts(path: Path, num: int) -> list[str]:
-    """The first `num` captions of a .tsv with a column `caption`, or of a captions.jsonl (the first
-    of each line).
+    """The first `num` captions of a .tsv file with a column `caption`, or of a captions.jsonl.
 
-    DataError for a file that is missing, of another kind, or too short.
+    Of a captions.jsonl it takes the first caption of each line. Raises DataError for a file that is
+    missing, of another kind, or too short.
     """
     if not path.is_file():
         raise DataError(

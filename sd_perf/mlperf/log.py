@@ -1,9 +1,9 @@
-"""The MLPerf log of a run: everything that ruleset 5.0.0 asks for, through MLCommons' own
-`mlperf_logging.mllog`.
+"""The MLPerf log of a run: reading it, and writing what ruleset 5.0.0 asks for.
 
-This is the only code that writes such lines. The order is one that every ruleset from 3.1.0 to
-5.0.0 takes: cache_clear and submission_*, init_start, what the run is, init_stop, run_start,
-blocks; evaluations and run_stop follow later, with the times at which they happened.
+Lines are written through MLCommons' own `mlperf_logging.mllog`, and nowhere else in the package.
+Their order satisfies every ruleset from 3.1.0 to 5.0.0: cache_clear and submission_*, init_start,
+the constants of the run, init_stop, run_start, blocks. Evaluations and run_stop follow later, with
+the times at which they happened.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ from sd_perf.runs.checkpoints import MAKE_ROOM
 LOG_NAME = "result_0.txt"
 BENCHMARK = "stable_diffusion"
 _TOKEN = ":::MLLOG "
+"""what an entry starts with"""
 
 Kind = Literal["event", "start", "end"]
 Status = Literal["success", "aborted"]
 
 
 class Event(NamedTuple):
-    """One line of a log; `time_ms` in milliseconds since 1970."""
+    """One entry of a log; `time_ms` is in milliseconds since 1970."""
 
     key: str
     value: Any
@@ -43,18 +44,17 @@ class Event(NamedTuple):
 
 
 def import_mlperf(module: str) -> ModuleType:
-    """A module of mlperf-logging; ConfigError where the package is missing."""
+    """Import a module of mlperf-logging; ConfigError where the package is missing."""
     return optional(
         f"mlperf_logging.{module}", "mlperf.division: MLPerf logs need mlperf-logging", "mlperf"
     )
 
 
 def read_log(path: Path) -> list[Event]:
-    """The events of a log in file order; DataError for a file that is missing or has a damaged
-    line.
+    """The events of a log in file order.
 
-    As the official parser does, what stands before the last token of a line is ignored: launchers
-    put ranks there.
+    As in the official parser, text before the last `:::MLLOG` of a line is ignored: launchers put
+    ranks there. Raises DataError for a file that is missing or has a damaged line.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such MLPerf log")
@@ -74,10 +74,10 @@ def read_log(path: Path) -> list[Event]:
 
 
 class MLPerfLog:
-    """Appends to the log of one run; keys that must stand once are left alone where a resumed run
-    finds them.
+    """Appends to the log of one run.
 
-    UserError where the disk takes no more.
+    A resumed run opens the log again: keys that must occur once are not repeated. Raises UserError
+    where the disk refuses.
     """
 
     def __init__(self, path: Path, config: Config) -> None:
@@ -85,16 +85,18 @@ class MLPerfLog:
         self._config = config
         _drop_cut_line(path)
         self._keys = {event.key for event in read_log(path)} if path.is_file() else set()
-        logger = logging.Logger(
-            "sd_perf.mlperf"
-        )  # of its own, so that nobody else's handlers see the lines
+        # Not from logging.getLogger, so that no handler of the application sees the lines.
+        logger = logging.Logger("sd_perf.mlperf")
         logger.addHandler(_LogFile(path, encoding="utf-8", delay=True))
-        root = str(Path(__file__).parents[2])  # left out of the lines
+        root = str(Path(__file__).parents[2])  # taken off the file names that the lines carry
         self._mllogger = import_mlperf("mllog.mllog").MLLogger(logger, root_dir=root)
 
     def start_init(self, time_ms: int | None = None) -> None:
-        """cache_clear, submission_*, init_start; the division comes first, since it sets the limit
-        on init."""
+        """Write cache_clear, submission_* and init_start.
+
+        submission_division precedes init_start because the checker takes from it how long the
+        initialisation may last.
+        """
         mlperf = self._config.mlperf
         self._once("event", "cache_clear", mlperf.caches_cleared, time_ms)
         self._once("event", "submission_benchmark", BENCHMARK, time_ms)
@@ -107,7 +109,7 @@ class MLPerfLog:
         self._once("start", "init_start", None, time_ms)
 
     def describe(self, seed: int, train_samples: int) -> None:
-        """What the run is; `train_samples` is the size of the training set."""
+        """Write the constants of the run; `train_samples` is the size of the training set."""
         optimizer, training = self._config.optimizer, self._config.training
         values = {
             "seed": seed,
@@ -120,7 +122,7 @@ class MLPerfLog:
             "opt_adamw_beta_2": optimizer.beta_2,
             "opt_adamw_epsilon": optimizer.epsilon,
             "opt_adamw_weight_decay": optimizer.weight_decay,
-            # After warm-up, as submissions log it
+            # the rate after warm-up, as submissions log it
             "opt_base_learning_rate": self._config.learning_rate,
             "opt_learning_rate_warmup_steps": optimizer.warmup_steps,
         }
@@ -128,8 +130,7 @@ class MLPerfLog:
             self._once("event", key, value)
 
     def start_run(self) -> None:
-        """init_stop and run_start: the clock runs. UserError where the run's time was stopped
-        already."""
+        """Write init_stop and run_start; UserError where the log has its run_stop already."""
         if "run_stop" in self._keys:
             raise UserError(
                 f"{self.path}: has its run_stop, so this run cannot go on; begin anew with --fresh"
@@ -138,24 +139,27 @@ class MLPerfLog:
         self._once("start", "run_start")
 
     def start_block(self, samples: int) -> None:
-        """block_start, unless a process before this one left open a block that reaches to
-        `samples`."""
-        blocks = [
-            event for event in read_log(self.path) if event.key in ("block_start", "block_stop")
-        ]
+        """Write block_start at position `samples`.
+
+        Nothing is written where an earlier process of the run left open a block that holds it.
+        """
+        keys = ("block_start", "block_stop")
+        blocks = [event for event in read_log(self.path) if event.key in keys]
         is_open = bool(blocks) and blocks[-1].key == "block_start"
         if not is_open or blocks[-1].metadata["samples_count"] > samples:
             self._write("start", "block_start", None, samples_count=samples)
 
     def stop_block(self, samples: int, time_ms: int | None = None) -> None:
-        """block_stop, at any time after the last update of the checkpoint of `samples`."""
+        """Write block_stop for the checkpoint at position `samples`, after its last update."""
         self._write("end", "block_stop", None, time_ms, samples_count=samples)
 
     def add_evaluation(
         self, samples: int, fid: float, clip: float, start_ms: int, stop_ms: int
     ) -> None:
-        """eval_start, eval_accuracy of FID and CLIP, eval_stop. ValueError for a score that is no
-        number."""
+        """Write eval_start, eval_accuracy of FID and of CLIP, and eval_stop.
+
+        Raises ValueError for a score that is not finite.
+        """
         if not (math.isfinite(fid) and math.isfinite(clip)):
             raise ValueError(f"FID {fid} and CLIP {clip} at {samples:,} samples cannot be logged")
         self._write("start", "eval_start", None, start_ms, samples_count=samples)
@@ -164,10 +168,11 @@ class MLPerfLog:
         self._write("end", "eval_stop", None, stop_ms, samples_count=samples)
 
     def conclude(self, fid_target: float = FID_TARGET, clip_target: float = CLIP_TARGET) -> Status:
-        """run_stop, once: "success" at the end of the block before the first checkpoint that passes
-        both targets.
+        """Write run_stop, unless the log has it; returns the status in the log.
 
-        Without one, "aborted" at the end of the last block. Returns the status that the log has.
+        The status is "success", at the end of the block of the first checkpoint that passes both
+        targets. Where none does it is "aborted", at the end of the last block. Raises UserError
+        where no block has ended.
         """
         events = read_log(self.path)
         for event in events:
@@ -180,7 +185,7 @@ class MLPerfLog:
         }
         passing = [
             samples
-            for samples, scores in scores_of(events).items()
+            for samples, scores in logged_scores(events).items()
             if samples in ends
             and scores.get("FID", math.inf) <= fid_target
             and scores.get("CLIP", -math.inf) >= clip_target
@@ -203,13 +208,16 @@ class MLPerfLog:
     def _write(
         self, kind: Kind, key: str, value: Any = None, time_ms: int | None = None, **metadata: Any
     ) -> None:
+        # With 2, the line names the caller of this method as its place in the source.
         getattr(self._mllogger, kind)(key, value, metadata, time_ms=time_ms, stack_offset=2)
         self._keys.add(key)
 
 
-def scores_of(events: list[Event]) -> dict[int, dict[str, float]]:
-    """{samples: {"FID": ..., "CLIP": ...}} of the evaluations, by ascending samples; the last line
-    of each counts."""
+def logged_scores(events: list[Event]) -> dict[int, dict[str, float]]:
+    """The evaluations in a log: {samples: {"FID": ..., "CLIP": ...}}, by ascending samples.
+
+    Where a score was logged more than once, the last line counts.
+    """
     scores: dict[int, dict[str, float]] = defaultdict(dict)
     for event in events:
         if event.key == "eval_accuracy" and {"metric", "samples_count"} <= set(event.metadata):
@@ -218,15 +226,17 @@ def scores_of(events: list[Event]) -> dict[int, dict[str, float]]:
 
 
 def _drop_cut_line(path: Path) -> None:
-    """Take out a last line without an end, which a kill left: the resumed run writes it again."""
+    """Remove an incomplete last line, left by a killed process; the resumed run writes it again."""
     if path.is_file():
         with disk_errors(path, MAKE_ROOM):
             os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 class _LogFile(logging.FileHandler):
-    """A handler that raises where logging's own would print a traceback and go on without the
-    line."""
+    """A file handler that raises UserError where a line cannot be written.
+
+    logging's own would print a traceback and go on without the line.
+    """
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1] or OSError("unknown")

@@ -1,8 +1,7 @@
-"""The closed division's rules for Stable Diffusion v2, as data (MLCommons training rules, ruleset
-5.0.0).
+"""The rules of the closed division for Stable Diffusion v2, as data.
 
-Free in the closed division: learning rate, warm-up steps, batch size, and everything that changes
-speed only.
+From MLCommons' training rules, ruleset 5.0.0. Free in the closed division are the learning rate,
+the warm-up steps, the batch size, and everything that changes nothing but speed.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ from sd_perf.errors import ConfigError
 
 RULESET = "5.0.0"
 EVAL_SAMPLES = 30_000
-"""prompts per evaluated checkpoint"""
+"""prompts per scored checkpoint"""
 CHECKPOINT_SAMPLES = 512_000
-"""distance between checkpoints, samples, rounded up to whole batches"""
+"""samples between two checkpoints, to be rounded up to whole batches"""
 FID_TARGET = 90.0
-"""at most this"""
+"""largest FID that passes"""
 CLIP_TARGET = 0.15
-"""at least this, at the same checkpoint"""
+"""smallest CLIP score that passes, at the same checkpoint"""
 
 _OPTIMIZER = "AdamW's constants are fixed; free are learning rate, warm-up steps and batch size"
 _SAMPLER = "checkpoints are scored on pictures of 50 DDIM steps with guidance 8"
@@ -64,7 +63,7 @@ FIXED: dict[str, tuple[Any, str]] = {
         "file caches are dropped before every run (then set it to true)",
     ),
 }
-"""key: (the only value allowed, the rule)"""
+"""config key: (the only value allowed, the rule)"""
 
 for _section, _defaults, _rule in (
     ("model", UNetConfig(), "the network is the reference's UNet of 865,910,724 parameters"),
@@ -74,11 +73,11 @@ for _section, _defaults, _rule in (
     FIXED |= {f"{_section}.{name}": (getattr(_defaults, name), _rule) for name in names}
 
 PRECISIONS = ("fp64", "fp32", "tf32", "fp16", "bf16", "fp8")
-"""number formats that the rules allow without asking"""
+"""number formats that the rules approve in advance"""
 
 
 def violations(config: Config) -> Iterator[tuple[str, Any, str, str]]:
-    """(key, value, what is allowed, rule) of each value that the closed division does not allow."""
+    """Values that the closed division forbids, each as (key, value, what is allowed, rule)."""
     for key, (allowed, rule) in FIXED.items():
         section, name = key.split(".")
         value = getattr(getattr(config, section), name)
@@ -114,8 +113,7 @@ def violations(config: Config) -> Iterator[tuple[str, Any, str, str]]:
 
 
 def require_closed(config: Config) -> None:
-    """ConfigError naming the first key that cannot comply, its value, what is allowed, and the
-    rule."""
+    """ConfigError for the first violation: the key, its value, what is allowed, and the rule."""
     for key, value, allowed, rule in violations(config):
         raise ConfigError(
             f"{key}: {value!r} is not allowed in the closed division, only {allowed}: {rule}; "

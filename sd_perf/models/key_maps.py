@@ -1,12 +1,12 @@
 """Names of the same weights in LDM checkpoints and in diffusers.
 
 LDM (`ldm/modules/diffusionmodules/openaimodel.py` and `model.py`) numbers blocks in the order they
-run; diffusers (`models/unets/unet_2d_condition.py`, `models/autoencoders/autoencoder_kl.py`)
-numbers them by level. Everything here follows from the config, so any number of levels and of
-blocks per level has its names.
+run. diffusers (`models/unets/unet_2d_condition.py`, `models/autoencoders/autoencoder_kl.py`)
+numbers them by level. The names follow from the config, for any number of levels and of blocks per
+level.
 
-Both directions read one table from module paths to module paths: a weight is renamed by the longest
-path of the table that its name starts with, and keeps the rest of its name.
+Both directions use one table of module paths (`module_map`). A weight is renamed by the longest
+path in the table that its name starts with, and keeps the rest of its name.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ _VAE_ATTENTION = {
 def to_diffusers(
     state: Mapping[str, Tensor], config: UNetConfig | AutoencoderConfig
 ) -> dict[str, Tensor]:
-    """A state dict of LDM names (no checkpoint prefix) under diffusers' names. Shares the tensors'
-    memory.
+    """Rename a state dict from LDM's names (without checkpoint prefix) to diffusers' names.
 
-    The VAE's attention projections lose the two spatial dimensions of their 1x1 kernels: (C, C, 1,
-    1) -> (C, C). Raises CheckpointError for a name that a model of this config does not have.
+    The tensors share memory with the input. The VAE's attention projections are 1x1 convolutions in
+    LDM and linear layers in diffusers: (C, C, 1, 1) -> (C, C). Raises CheckpointError for a name
+    that a model of this config does not have.
     """
     table = module_map(config)
     return {
@@ -73,14 +73,15 @@ def from_diffusers(
 
 
 def diffusers_unet_config(config: UNetConfig, sample_size: int = 64) -> dict[str, Any]:
-    """What `config.json` of a diffusers `UNet2DConditionModel` says about this network.
+    """The content of `config.json` for this network as a diffusers `UNet2DConditionModel`.
 
-    sample_size is the latent side that pipelines draw when they are told none. diffusers has one
-    number for the groups of all norms; it is given that of the ResBlocks, and a differing number
-    for the transformers' entrance stands under `transformer_norm_num_groups`, which stock diffusers
-    reports as unexpected and ignores.
+    sample_size: side of the latents that pipelines draw by default.
 
-    Raises ConfigError where the first level is not of model_channels: in diffusers it always is.
+    diffusers has one number of groups for all GroupNorms. It gets that of the ResBlocks. Where the
+    transformers have another number, it stands under `transformer_norm_num_groups`, which stock
+    diffusers reports as unexpected and ignores.
+
+    Raises ConfigError where channel_mult does not start with 1: diffusers cannot express it.
     """
     if config.channel_mult[0] != 1:
         raise ConfigError(
@@ -94,8 +95,7 @@ def diffusers_unet_config(config: UNetConfig, sample_size: int = 64) -> dict[str
     entries = {
         "_class_name": "UNet2DConditionModel",
         "act_fn": "silu",
-        # Heads per level, in spite of the name: diffusers keeps its early misnomer
-        # (huggingface/diffusers#2011).
+        # Despite the name, this is the number of heads per level (huggingface/diffusers#2011).
         "attention_head_dim": [width // config.num_head_channels for width in widths],
         "block_out_channels": widths,
         "center_input_sample": False,
@@ -123,17 +123,16 @@ def diffusers_unet_config(config: UNetConfig, sample_size: int = 64) -> dict[str
 
 
 def module_map(config: UNetConfig | AutoencoderConfig) -> dict[str, str]:
-    """Module paths of LDM -> module paths of diffusers, one to one. Paths below these are equal in
-    both."""
+    """{module path in LDM: module path in diffusers}, one to one.
+
+    Below these paths the names are equal in both.
+    """
     return _unet_map(config) if isinstance(config, UNetConfig) else _vae_map(config)
 
 
 def _unet_map(config: UNetConfig) -> dict[str, str]:
-    levels, down_blocks, up_blocks = (
-        len(config.channel_mult),
-        config.num_res_blocks,
-        config.num_res_blocks + 1,
-    )
+    levels = len(config.channel_mult)
+    down_blocks, up_blocks = config.num_res_blocks, config.num_res_blocks + 1
     attends = [2**level in config.attention_resolutions for level in range(levels)]
     table = {
         "time_embed.0": "time_embedding.linear_1",
@@ -147,6 +146,7 @@ def _unet_map(config: UNetConfig) -> dict[str, str]:
     table |= _below("middle_block.2", "mid_block.resnets.1", _UNET_RES_BLOCK)
 
     for level in range(levels):
+        # input_blocks.0 is conv_in; a level has its blocks and then a downsampler
         first, theirs = 1 + level * (down_blocks + 1), f"down_blocks.{level}"
         table |= _blocks("input_blocks", first, theirs, down_blocks, attends[level])
         if level < levels - 1:
@@ -156,7 +156,7 @@ def _unet_map(config: UNetConfig) -> dict[str, str]:
         first, theirs = step * up_blocks, f"up_blocks.{step}"
         table |= _blocks("output_blocks", first, theirs, up_blocks, attends[level])
         if level > 0:
-            place = 2 if attends[level] else 1
+            place = 2 if attends[level] else 1  # after the ResBlock and, if any, the transformer
             table[f"output_blocks.{first + up_blocks - 1}.{place}.conv"] = (
                 f"{theirs}.upsamplers.0.conv"
             )
@@ -164,7 +164,7 @@ def _unet_map(config: UNetConfig) -> dict[str, str]:
 
 
 def _blocks(ours: str, first: int, theirs: str, count: int, attend: bool) -> dict[str, str]:
-    """The blocks of one level: a ResBlock each, and a transformer where the level attends."""
+    """Paths of one level's blocks: a ResBlock each, and a transformer where the level attends."""
     table: dict[str, str] = {}
     for block in range(count):
         table |= _below(f"{ours}.{first + block}.0", f"{theirs}.resnets.{block}", _UNET_RES_BLOCK)
@@ -201,10 +201,12 @@ def _vae_map(config: AutoencoderConfig) -> dict[str, str]:
 
 
 def _below(ours: str, theirs: str, names: Mapping[str, str]) -> dict[str, str]:
+    """The table `names`, {our name: their name}, below two module paths."""
     return {f"{ours}.{name}": f"{theirs}.{their_name}" for name, their_name in names.items()}
 
 
 def _renamed(key: str, table: Mapping[str, str]) -> str:
+    """A weight's new name: its longest path that is in the table, replaced."""
     path, rest = key, ""
     while path not in table:
         path, dot, last = path.rpartition(".")
@@ -218,6 +220,5 @@ def _renamed(key: str, table: Mapping[str, str]) -> str:
 
 
 def _is_squeezed(ldm_key: str, value: Tensor, dims: int) -> bool:
-    """Whether this is a projection of the VAE's attention, which has `dims` dimensions before it is
-    converted."""
+    """Whether this is the weight of a projection in the VAE's attention, of `dims` dimensions."""
     return ".mid.attn_1." in ldm_key and value.dim() == dims

@@ -1,5 +1,7 @@
-"""open_clip as an optional package: imported late, with sentences for what is missing; its models
-from local files."""
+"""Access to the optional package open_clip: importing it, and reading its models from local files.
+
+Nothing is downloaded. Errors name the config key that asked for the model.
+"""
 
 from __future__ import annotations
 
@@ -21,21 +23,23 @@ VOCABULARY = 49408
 
 
 def import_open_clip(key: str) -> ModuleType:
-    """The package; ConfigError naming the config key that needs it."""
+    """Import open_clip; where it is missing, ConfigError naming `key`, which needs it."""
     define_missing_torchvision_ops()
     return optional("open_clip", f"{key}: needs open_clip", "text")
 
 
 def register_model(open_clip: ModuleType, key: str, model: str) -> str:
-    """open_clip's name of a model given by name or by the path of a model JSON; ConfigError where
-    there is none."""
+    """Make a model known to open_clip; returns its name there.
+
+    `model` is a name that open_clip knows, or the path of a model JSON. Raises ConfigError, naming
+    the config key, where it is neither.
+    """
     if model.endswith(".json"):
         if not Path(model).is_file():
             raise ConfigError(f"{key}: {model!r}: no such file")
         try:
-            json.loads(
-                Path(model).read_text(encoding="utf-8")
-            )  # open_clip would stumble over it ever after
+            # Checked before open_clip has it: once registered, a bad file breaks every later call.
+            json.loads(Path(model).read_text(encoding="utf-8"))
         except ValueError as error:
             raise ConfigError(
                 f"{key}: {model!r} cannot be read as JSON ({one_line(error)})"
@@ -48,11 +52,10 @@ def register_model(open_clip: ModuleType, key: str, model: str) -> str:
 
 
 def read_clip(key: str, model: str, weights: Path) -> tuple[Any, Any]:
-    """open_clip's whole frozen model (`encode_image`, `encode_text`), float32 on the CPU, and its
-    tokenizer.
+    """A CLIP model (`encode_image`, `encode_text`), frozen, float32, on the CPU; and its tokenizer.
 
-    ConfigError naming the config key where the model is unknown, CheckpointError for weights that
-    are not its own.
+    Raises ConfigError, naming the config key, where the model is unknown, and CheckpointError for
+    weights that are missing, damaged or another model's.
     """
     open_clip = import_open_clip(key)
     name = register_model(open_clip, key, model)
@@ -64,9 +67,9 @@ def read_clip(key: str, model: str, weights: Path) -> tuple[Any, Any]:
 
 
 def read_open_clip_weights(path: Path, key: str) -> dict[str, torch.Tensor]:
-    """Tensors of an open_clip .bin, .pt or .safetensors file, which a config key names.
+    """The tensors of an open_clip .bin, .pt or .safetensors file; `key` is the config key for it.
 
-    CheckpointError where it is missing or damaged.
+    Raises CheckpointError where it is missing or damaged.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; {key} names a file of open_clip weights")
@@ -83,11 +86,10 @@ def read_open_clip_weights(path: Path, key: str) -> dict[str, torch.Tensor]:
 
 
 def _with_whole_vocabulary(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights whose token embedding is complete.
+    """The weights with a complete token embedding.
 
-    Of CLIP's 49,408 tokens a small world knows a dozen. Its file keeps only their rows
-    (`token_embedding.rows`, with their numbers in `token_embedding.ids`); every other token is 0:
-    it takes a place in the caption, and means nothing.
+    Captions of the tiny world use a dozen of CLIP's 49,408 tokens. Its file keeps only their rows
+    (`token_embedding.rows`) and numbers (`token_embedding.ids`). Every other token gets a row of 0.
     """
     if "token_embedding.rows" in state:
         rows, ids = state.pop("token_embedding.rows"), state.pop("token_embedding.ids")

@@ -1,9 +1,8 @@
-"""The frozen OpenCLIP text tower: captions to text states, as Stable Diffusion v2 conditions on
-them.
+"""The frozen OpenCLIP text tower: captions to the text states that Stable Diffusion v2 takes.
 
-The states are those before the last transformer block, through the final LayerNorm ("penultimate",
-Rombach et al.'s FrozenOpenCLIPEmbedder); tokens are padded with 0 and every position is attended.
-The tower is open_clip's own code.
+As in the LDM code base (`ldm/modules/encoders/modules.py`, FrozenOpenCLIPEmbedder, layer
+"penultimate"), the last transformer block is skipped and the final LayerNorm applied. Tokens are
+padded with 0, and padding is attended like any token. The tower is open_clip's own code.
 
 Shape letters: B captions, T text tokens, D channels.
 """
@@ -24,7 +23,11 @@ from sd_perf.models.weight_files import load_into, read_ldm_checkpoint, split_co
 
 
 class OpenClipTextEncoder(torch.nn.Module):
-    """`encoder(captions) -> (B, T, D)` float32 on the encoder's device, without gradients."""
+    """`encoder(captions)`: text states (B, T, D) float32 of B captions, on the encoder's device.
+
+    Raises ConfigError where open_clip or the model is missing, CheckpointError for weights that are
+    missing or do not fit.
+    """
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
@@ -33,7 +36,7 @@ class OpenClipTextEncoder(torch.nn.Module):
         model_config = open_clip.get_model_config(name)
         weights = _text_weights(config)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # what weights: random means
+            torch.manual_seed(0)  # so that weights: random are the same in every run
             self.tower = open_clip.model._build_text_tower(
                 model_config["embed_dim"], model_config["text_cfg"]
             )
@@ -54,9 +57,9 @@ class OpenClipTextEncoder(torch.nn.Module):
 
 
 def _text_weights(config: TextEncoderConfig) -> dict[str, torch.Tensor] | None:
-    """Text-tower weights of an LDM checkpoint or a whole open_clip model, or None for "random".
+    """Weights of the text tower in an LDM checkpoint or an open_clip file; None for "random".
 
-    The causal mask is a constant and left out.
+    What is no weight of the tower is left out: the image tower, the causal mask, the logit scale.
     """
     file = config.weights
     if file == "random":

@@ -1,10 +1,10 @@
-"""Lets torchvision be imported beside a torch that its compiled extension was not built for.
+"""Makes PyPI's torchvision importable beside CPU-only torch.
 
-PyPI's torchvision is built against CUDA torch. Beside CPU-only torch its extension does not load,
-which torchvision forgives; but it then registers fake kernels for `torchvision::nms` and
-`torchvision::qnms` (`torchvision/_meta_registrations.py`), which torch refuses because the
-extension did not define them. With the two names defined, the import succeeds, and with it those of
-open_clip and diffusers, which never call them.
+That torchvision is built against CUDA torch, so its compiled extension does not load. torchvision
+tolerates this, but then registers fake kernels for `torchvision::nms` and `torchvision::qnms`
+(`torchvision/_meta_registrations.py`). torch refuses them, because the extension did not define
+these operators, and the import fails. Defining the two operators first makes the import succeed,
+and with it those of open_clip and diffusers, which never call them.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _SCHEMAS = {
     "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 }
 
-# Definitions live as long as the library object that made them.
+# Global, because the definitions live only as long as the object that made them.
 _LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
 
 
 def define_missing_torchvision_ops() -> None:
-    """Call before the first import of torchvision, open_clip or diffusers.
+    """Define the operators that torchvision's extension should have defined but did not.
 
-    Does nothing where torchvision is not installed, is imported already, or has an extension that
-    loads: the extension is tried first, and what it defines is left alone. Calling it again is
-    harmless.
+    Call it before the first import of torchvision, open_clip or diffusers. It does nothing where
+    torchvision is not installed, is imported already, or has an extension that loads. Calling it
+    again is harmless.
     """
     if "torchvision" in sys.modules:
         return
@@ -45,8 +45,7 @@ def define_missing_torchvision_ops() -> None:
 
 
 def _load_extension(folder: Path) -> None:
-    """Loads torchvision's operators as torchvision itself is about to; loading them twice is the
-    same as once."""
+    """Load torchvision's extension as torchvision does, which tolerates an OSError too."""
     for suffix in EXTENSION_SUFFIXES:
         library = folder / f"_C{suffix}"
         if library.exists():

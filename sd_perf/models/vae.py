@@ -1,8 +1,7 @@
-"""The autoencoder of Stable Diffusion: images to the moments of their latents, and latents back to
-images.
+"""The autoencoder of Stable Diffusion: images to moments of latents, and latents to images.
 
 The KL-regularised autoencoder of Rombach et al. (arXiv 2112.10752, section 3.1 and appendix G). It
-is frozen in training. Parameters carry the names of the LDM code base
+is frozen in training. Parameters have the names of the LDM code base
 (`ldm/modules/diffusionmodules/model.py`), without the prefix `first_stage_model.` that checkpoints
 add.
 
@@ -18,17 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 IMAGE_CHANNELS = 3
+PIXELS_PER_LATENT = 8
+"""image pixels per latent pixel along each side, in Stable Diffusion's autoencoder"""
 
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """Sizes of the autoencoder. Defaults are those of Stable Diffusion: 83,653,863 parameters, f =
-    8."""
+    """Sizes of the autoencoder. Defaults are Stable Diffusion's: 83,653,863 parameters, f = 8."""
 
     channels: int = 128
     """channels of the first level"""
     channel_mult: tuple[int, ...] = (1, 2, 4, 4)
-    """channels of each level, in units of channels; every level but the last halves height and
+    """channels of each level, in units of `channels`; all levels but the last halve height and
     width"""
     num_res_blocks: int = 2
     """ResBlocks per level of the encoder (the decoder has one more)"""
@@ -61,7 +61,7 @@ def conv3x3(channels: int, out_channels: int) -> nn.Conv2d:
 
 
 class ResBlock(nn.Module):
-    """(B, C, H, W) -> (B, C', H, W)"""
+    """Residual block of two convolutions: (B, C, H, W) -> (B, C', H, W)."""
 
     def __init__(self, channels: int, out_channels: int, groups: int) -> None:
         super().__init__()
@@ -79,14 +79,16 @@ class ResBlock(nn.Module):
 
 
 def res_blocks(channels: int, out_channels: int, count: int, groups: int) -> nn.Sequential:
-    """(B, C, H, W) -> (B, C', H, W): the first block changes the channels."""
+    """ResBlocks in sequence, (B, C, H, W) -> (B, C', H, W); the first changes the channels."""
     inputs = [channels] + [out_channels] * (count - 1)
     return nn.Sequential(*(ResBlock(width, out_channels, groups) for width in inputs))
 
 
 class Attention(nn.Module):
-    """(B, C, H, W) -> (B, C, H, W): one head of C channels over the L = H*W pixels; its projections
-    are 1x1 convs."""
+    """Self-attention of one head over the L = H W pixels: (B, C, H, W) -> (B, C, H, W).
+
+    The projections are 1x1 convolutions.
+    """
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
@@ -98,16 +100,14 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        q, k, v = (
-            t.flatten(2).transpose(1, 2)[:, None] for t in (self.q(h), self.k(h), self.v(h))
-        )  # (B, 1, L, C)
+        # each (B, 1, L, C)
+        q, k, v = (t.flatten(2).transpose(1, 2)[:, None] for t in (self.q(h), self.k(h), self.v(h)))
         attended = F.scaled_dot_product_attention(q, k, v)[:, 0]
         return x + self.proj_out(attended.transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
 class Middle(nn.Module):
-    """(B, C, H, W) -> (B, C, H, W): the part at the smallest level, where every pixel sees every
-    other."""
+    """The blocks at the lowest resolution, with attention: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class Middle(nn.Module):
 
 
 class Downsample(nn.Module):
-    """(B, C, H, W) -> (B, C, H/2, W/2), padded at the right and the bottom alone."""
+    """Strided convolution, padded right and below only: (B, C, H, W) -> (B, C, H/2, W/2)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """(B, C, H, W) -> (B, C, 2H, 2W)"""
+    """Repeat every pixel, then convolve: (B, C, H, W) -> (B, C, 2H, 2W)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ class Upsample(nn.Module):
 
 
 class DownLevel(nn.Module):
-    """(B, C, H, W) -> (B, C', H/2, W/2), or (B, C', H, W) at the last level"""
+    """One level of the encoder: (B, C, H, W) -> (B, C', H/2, W/2), or (B, C', H, W) at the last."""
 
     def __init__(
         self, channels: int, out_channels: int, config: AutoencoderConfig, last: bool
@@ -156,7 +156,7 @@ class DownLevel(nn.Module):
 
 
 class UpLevel(nn.Module):
-    """(B, C, H, W) -> (B, C', 2H, 2W), or (B, C', H, W) at the last level"""
+    """One level of the decoder: (B, C, H, W) -> (B, C', 2H, 2W), or (B, C', H, W) at the last."""
 
     def __init__(
         self, channels: int, out_channels: int, config: AutoencoderConfig, last: bool
@@ -170,7 +170,7 @@ class UpLevel(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images (B, 3, H, W) -> (B, 2Z, H/f, W/f)"""
+    """Images (B, 3, H, W) -> features (B, 2Z, H/f, W/f), which quant_conv makes moments."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -194,7 +194,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B, Z, H/f, W/f) -> images (B, 3, H, W)"""
+    """Latents after post_quant_conv (B, Z, H/f, W/f) -> images (B, 3, H, W)."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -202,8 +202,8 @@ class Decoder(nn.Module):
         inputs = [*widths[1:], widths[-1]]
         self.conv_in = conv3x3(config.latent_channels, widths[-1])
         self.mid = Middle(widths[-1], config.groups)
-        # up[i] works at the resolution of the encoder's down[i], so activations pass the list from
-        # its end.
+        # As in LDM, up[i] has the resolution of the encoder's down[i], so forward goes through the
+        # list from its end.
         self.up = nn.ModuleList(
             UpLevel(channels, width, config, last=level == 0)
             for level, (channels, width) in enumerate(zip(inputs, widths, strict=True))
@@ -219,7 +219,7 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """Encoder to the moments of a Gaussian over latents, and decoder of its samples."""
+    """The whole autoencoder: `encode` to the moments of a Gaussian over latents, and `decode`."""
 
     def __init__(self, config: AutoencoderConfig | None = None) -> None:
         super().__init__()
@@ -231,18 +231,17 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = conv1x1(latents, latents)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> moments (B, 2Z, H/f, W/f): Z means, then Z log-variances, neither
-        scaled nor clamped.
+        """Images (B, 3, H, W) to moments (B, 2Z, H/f, W/f): Z means, then Z log-variances.
 
-        H and W are multiples of f. The weights were trained on images in [-1, 1]; the benchmark's
-        moments were made from images in [0, 1], and are used as they are.
+        H and W are multiples of f. The moments are neither scaled nor clamped. The weights were
+        trained on images in [-1, 1]; the benchmark's moments were made from images in [0, 1], and
+        are used as they are.
         """
         return self.quant_conv(self.encoder(images))
 
     def decode(self, z0: Tensor) -> Tensor:
-        """z0 (B, Z, H/f, W/f) -> images (B, 3, H, W), roughly in [-1, 1] and not clamped.
+        """Latents z0 (B, Z, H/f, W/f) to images (B, 3, H, W), roughly in [-1, 1], not clamped.
 
-        z0 is a sample of the moments' Gaussian: the diffusion model's latents divided by their
-        scale, 0.18215.
+        z0 is unscaled: the latents of the diffusion model divided by their scale, 0.18215.
         """
         return self.decoder(self.post_quant_conv(z0))

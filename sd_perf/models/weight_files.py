@@ -1,13 +1,14 @@
-"""Weights in files: LDM checkpoints in, LDM and diffusers files out.
+"""Weight files: reads LDM checkpoints and diffusers UNets, writes both.
 
-Reading runs no code from the file: pickles go through torch's weights-only unpickler with a short
-list of harmless stand-ins, safetensors hold nothing but tensors. Writing never replaces a file, and
-a file that is there is complete.
+Reading runs no code from a file. Pickles go through torch's weights-only unpickler with a short
+list of harmless stand-ins; safetensors files hold nothing but tensors. Writing never replaces a
+file, and leaves either a complete file or none.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +28,9 @@ T = TypeVar("T")
 
 UNET_PREFIX = "model.diffusion_model."
 PREFIXES = {"unet": UNET_PREFIX, "vae": "first_stage_model.", "text": "cond_stage_model.model."}
-"""what the names of each component start with in a checkpoint of LDM"""
+"""component: prefix of its weights' names in an LDM checkpoint"""
+LOAD_UNET = Path(__file__).with_name("load_unet.py")
+"""the loader that `export_diffusers` copies into its folder; nothing here imports it"""
 
 INERT_GLOBALS = (
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
@@ -40,14 +43,13 @@ INERT_GLOBALS = (
     "numpy._core.multiarray.scalar",
     "numpy.dtype",
 )
-"""What Lightning's checkpoints pickle beside tensors: callbacks as keys of their states, learning
-rates as numpy scalars. None of it is weights, so nothing of it is imported: a stand-in takes its
-place."""
+"""What Lightning's checkpoints pickle beside tensors: callbacks, as keys of their states, and
+learning rates, as numpy scalars. None of it is weights, so a stand-in replaces each and nothing is
+imported."""
 
 
 class _Inert:
-    """Stands for a pickled object that nobody will look at. Takes any arguments and any state, and
-    forgets them."""
+    """Stand-in for a pickled object that is not needed; it ignores arguments and state."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         pass
@@ -57,12 +59,11 @@ class _Inert:
 
 
 def read_ldm_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a Lightning `.ckpt` (its "state_dict") or of a `.safetensors` file, by their
-    names of LDM.
+    """The tensors of a Lightning `.ckpt` (its "state_dict") or a `.safetensors` file, by name.
 
     Tensors are mapped into memory, not read. Raises CheckpointError for a file that is missing,
-    truncated, of another kind, or that would need more than tensors, plain containers and
-    `INERT_GLOBALS` to be unpickled.
+    truncated or of another kind, and for a pickle of anything but tensors, plain containers and
+    `INERT_GLOBALS`.
     """
     path = Path(path)
     if not path.is_file():
@@ -86,11 +87,10 @@ def read_ldm_checkpoint(path: str | Path) -> dict[str, Tensor]:
 
 
 def split_components(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """A checkpoint's tensors as {"unet", "vae", "text"}, each by its own names, without the
-    checkpoint's prefixes.
+    """Split a checkpoint into {"unet": ..., "vae": ..., "text": ...}, with prefixes removed.
 
-    A component that the checkpoint lacks is empty; tensors of no component (the noise schedule) are
-    left out.
+    A component that the checkpoint lacks is empty. Tensors of no component, such as the noise
+    schedule, are left out.
     """
     return {
         component: {
@@ -103,7 +103,7 @@ def split_components(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]
 
 
 def load_into(module: nn.Module, state: Mapping[str, Tensor], what: str, path: str | Path) -> None:
-    """Copies weights into a module, all of them or none. Raises what `require_fit` does."""
+    """Copy weights into a module, after `require_fit`, so either all are copied or none."""
     require_fit(module, state, what, path)
     module.load_state_dict(state)
 
@@ -111,10 +111,10 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], what: str, path: s
 def require_fit(
     module: nn.Module, state: Mapping[str, Tensor], what: str, path: str | Path
 ) -> None:
-    """CheckpointError where names or shapes differ; it calls the module `what` ("the UNet") and the
-    file `path`.
+    """CheckpointError where names or shapes of weights differ from those of the module.
 
-    The module may be on the meta device.
+    The sentence calls the module `what`, such as "the UNet", and the file `path`. The module may be
+    on the meta device.
     """
     own = module.state_dict()
     trouble = {
@@ -135,11 +135,10 @@ def require_fit(
 
 
 def read_diffusers_unet(folder: str | Path) -> tuple[dict[str, Tensor], UNetConfig]:
-    """Weights (by LDM names) and config of a diffusers UNet: a folder with `config.json`, or with
-    `unet/config.json`.
+    """Weights, under LDM's names, and config of a diffusers UNet.
 
-    Raises CheckpointError for a folder without one, and for a network that is not the UNet of
-    `sd_perf.config`.
+    The folder holds `config.json` or `unet/config.json`. Raises CheckpointError where it does not,
+    and for a network that `UNetConfig` cannot express.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
@@ -152,12 +151,12 @@ def read_diffusers_unet(folder: str | Path) -> tuple[dict[str, Tensor], UNetConf
             f"{path}: cannot be read as a diffusers config ({_reason(error)})"
         ) from error
     config = _unet_config(entries, path)
-    return from_diffusers(
-        _read_safetensors(folder / "diffusion_pytorch_model.safetensors"), config
-    ), config
+    weights = _read_safetensors(folder / "diffusion_pytorch_model.safetensors")
+    return from_diffusers(weights, config), config
 
 
 def _unpickled(path: Path) -> Any:
+    """The content of a torch.save file, with stand-ins for `INERT_GLOBALS` and nothing else."""
     with torch.serialization.safe_globals([(_Inert, name) for name in INERT_GLOBALS]):
         try:
             refused = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
@@ -182,6 +181,7 @@ def _unpickled(path: Path) -> Any:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; CheckpointError where it cannot be read."""
     safetensors = _safetensors()
     try:
         return safetensors.torch.load_file(path)
@@ -192,10 +192,10 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def safetensors_config(path: Path, kind: type[T]) -> T | None:
-    """The config, a dataclass, that a .safetensors file carries as JSON in its metadata; None where
-    it carries none.
+    """The config (a dataclass) in a .safetensors file: JSON under "config" in its metadata.
 
-    Raises CheckpointError for a file that cannot be read, and for metadata that is no such config.
+    None where the metadata has no such entry. Raises CheckpointError for a file that cannot be
+    read, and for metadata that is not a config of this kind.
     """
     safetensors = _safetensors()
     try:
@@ -222,7 +222,7 @@ def safetensors_config(path: Path, kind: type[T]) -> T | None:
 
 
 def _unet_config(entries: dict[str, Any], path: Path) -> UNetConfig:
-    """The config whose `diffusers_unet_config` says what the file says."""
+    """The inverse of `diffusers_unet_config`; CheckpointError where there is no such config."""
     try:
         widths, heads = entries["block_out_channels"], entries["attention_head_dim"]
         kinds = entries["down_block_types"]
@@ -246,6 +246,7 @@ def _unet_config(entries: dict[str, Any], path: Path) -> UNetConfig:
         raise CheckpointError(
             f"{path}: describes no UNet of this trainer ({type(error).__name__}: {_reason(error)})"
         ) from error
+    # Entries that the config does not hold, such as the activation, must be what ours would write.
     for key, value in diffusers_unet_config(config, entries.get("sample_size", 64)).items():
         if entries.get(key, value) != value:
             raise CheckpointError(
@@ -257,10 +258,10 @@ def _unet_config(entries: dict[str, Any], path: Path) -> UNetConfig:
 def export_ldm(
     unet_state: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str]
 ) -> None:
-    """Writes the UNet's weights as safetensors under the names of an LDM checkpoint, with text
-    beside them.
+    """Write the UNet's weights as safetensors under the names of an LDM checkpoint.
 
-    Raises CheckpointError where `path` exists or cannot be written.
+    `metadata` is text to store in the file. Raises CheckpointError where `path` exists or cannot be
+    written.
     """
     with _new(Path(path)) as draft:
         _save_safetensors(
@@ -271,12 +272,13 @@ def export_ldm(
 def export_diffusers(
     unet_state: Mapping[str, Tensor], config: UNetConfig, folder: str | Path, sample_size: int = 64
 ) -> None:
-    """Writes `unet/config.json` and `unet/diffusion_pytorch_model.safetensors` into a folder.
+    """Write `unet/config.json` and `unet/diffusion_pytorch_model.safetensors` into a folder.
 
-    Where ResBlocks and transformers have equal group counts, `UNet2DConditionModel.from_pretrained`
-    loads the result. The benchmark's have not, and there `unet/load_unet.py` comes with it and must
-    be used: it says why. sample_size is the latent side that pipelines draw by default. Raises
-    CheckpointError where `unet` exists or cannot be written.
+    Where ResBlocks and transformers have the same number of GroupNorm groups,
+    `UNet2DConditionModel.from_pretrained` loads the result. The benchmark's differ. Then
+    `unet/load_unet.py` is added and must be used; its docstring says why. sample_size is the side
+    of the latents that pipelines draw by default. Raises CheckpointError where `unet` exists or
+    cannot be written.
     """
     with _new(Path(folder) / "unet") as draft:
         draft.mkdir()
@@ -285,41 +287,12 @@ def export_diffusers(
         weights = to_diffusers(unet_state, config)
         _save_safetensors(weights, draft / "diffusion_pytorch_model.safetensors", {})
         if config.resblock_groups != config.transformer_groups:
-            (draft / "load_unet.py").write_text(LOADER)
-
-
-LOADER = '''\
-"""Loads the UNet in this folder into diffusers: `from load_unet import load_unet`, `load_unet()`.
-
-The network normalises its ResBlocks and its head in `norm_num_groups` groups of channels, and the
-entrance of its transformers in `transformer_norm_num_groups`. A stock UNet2DConditionModel has the
-first number alone. Group counts leave no trace in the shapes of weights, so
-`UNet2DConditionModel.from_pretrained` loads these weights without an error and computes something
-else (it does warn that it ignores `transformer_norm_num_groups`). This loader sets the norms that
-the stock model gets wrong. `save_pretrained` of the result drops the number: keep this folder.
-"""
-
-import json
-import sys
-from pathlib import Path
-
-from diffusers import Transformer2DModel, UNet2DConditionModel
-
-
-def load_unet(folder=Path(__file__).parent, **options):
-    """The UNet as it was trained. Options are those of `UNet2DConditionModel.from_pretrained`."""
-    groups = json.loads((Path(folder) / "config.json").read_text())["transformer_norm_num_groups"]
-    unet = UNet2DConditionModel.from_pretrained(folder, **options)
-    for module in unet.modules():
-        if isinstance(module, Transformer2DModel):
-            module.norm.num_groups = groups
-    return unet
-'''
+            shutil.copyfile(LOAD_UNET, draft / LOAD_UNET.name)
 
 
 @contextmanager
 def _new(target: Path) -> Iterator[Path]:
-    """`written_aside`, for a path at which nothing may stand yet."""
+    """`written_aside` for a path that must not exist; errors of the disk become CheckpointError."""
     if target.exists():
         raise CheckpointError(
             f"{target}: exists already; nothing is overwritten, so give another path or move it "
@@ -334,23 +307,22 @@ def _new(target: Path) -> Iterator[Path]:
 def _save_safetensors(
     tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]
 ) -> None:
+    """Write tensors from any device and of any layout; OSError where the library refuses."""
     safetensors = _safetensors()
     packed = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     try:
-        # Loaders of Hugging Face look for the format.
+        # Hugging Face's loaders require the entry "format".
         safetensors.torch.save_file(packed, path, {"format": "pt", **metadata})
     except safetensors.SafetensorError as error:
         raise OSError(_reason(error)) from error
 
 
 def _safetensors() -> Any:
-    """The package, imported where it is needed: models must import where nothing but torch is
-    installed."""
+    """The package safetensors, imported on use, so that this module imports with torch alone."""
     optional("safetensors.torch", "weights need safetensors", "cli")
     return sys.modules["safetensors"]
 
 
 def _reason(error: BaseException) -> str:
-    """The first sentence of what a library said; torch's go on with advice that does not fit
-    here."""
+    """The first sentence of a library's message; torch's messages go on with unfitting advice."""
     return one_line(error).split(". ", 1)[0]

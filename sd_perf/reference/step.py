@@ -1,4 +1,7 @@
-"""The diffusion training step as the paper has it: draws, noising, prediction, loss.
+"""The diffusion training step: draws, noising, prediction, loss.
+
+Rombach et al. 2022 (arXiv 2112.10752), equation 3, with the v-target of Salimans & Ho 2022 (arXiv
+2202.00512, section 4) in place of the noise. It is the oracle that the fast step is held to.
 
 Shape letters: B samples, C latent channels, H and W latent rows and columns, T text tokens, D
 context channels.
@@ -15,10 +18,12 @@ from sd_perf.diffusion.schedule import Schedule
 
 
 def sample_latents(moments: torch.Tensor, noise: torch.Tensor, latent_scale: float) -> torch.Tensor:
-    """Latents (B, C, H, W) from the autoencoder's posterior: latent_scale x (mean + std x noise).
+    """Draw latents (B, C, H, W) from the autoencoder's posterior: latent_scale (mean + std noise).
 
-    `moments` is (B, 2C, H, W) float32, mean then log-variance; the log-variance is clamped to [-30,
-    20].
+    `moments` is (B, 2C, H, W) float32, mean then log-variance; `noise` is (B, C, H, W) standard
+    normal. The log-variance is clamped to [-30, 20], as in the LDM code base
+    (`ldm/modules/distributions/distributions.py`). The scale gives latents unit variance (Rombach
+    et al. 2022, appendix G).
     """
     mean, logvar = moments.chunk(2, dim=1)
     std = torch.exp(0.5 * logvar.clamp(-30.0, 20.0))
@@ -26,10 +31,10 @@ def sample_latents(moments: torch.Tensor, noise: torch.Tensor, latent_scale: flo
 
 
 class DiffusionStep(torch.nn.Module):
-    """`step(unet, moments, context, sample_indices) -> loss`; holds the schedule, no weights.
+    """The loss of one micro-batch. Holds the noise schedule and no weights.
 
-    Every draw is keyed by (seed, sample index, stream), so the loss of a sample is the same on any
-    rank.
+    Every draw is keyed by (seed, sample index, stream), so the loss of a sample does not depend on
+    the rank or the batch that it is in.
     """
 
     def __init__(self, config: DiffusionConfig, seed: int) -> None:
@@ -39,8 +44,12 @@ class DiffusionStep(torch.nn.Module):
         self.schedule = Schedule(config)
 
     def draw(self, moments: torch.Tensor, sample_indices: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Latents, noise (B, C, H, W) float32 and timesteps (B,) int64 of the samples."""
-        batch, channels, height, width = moments.shape[0], moments.shape[1] // 2, *moments.shape[2:]
+        """Latents and noise, (B, C, H, W) float32, and timesteps (B,) int64 of the samples.
+
+        `moments` is (B, 2C, H, W) float32, `sample_indices` (B,) int64.
+        """
+        batch, double_channels, height, width = moments.shape
+        channels = double_channels // 2
         shape, num = (batch, channels, height, width), channels * height * width
         posterior_noise = normal(self.seed, Stream.MOMENTS, sample_indices, num).view(shape)
         noise = normal(self.seed, Stream.NOISE, sample_indices, num).view(shape)
@@ -56,7 +65,10 @@ class DiffusionStep(torch.nn.Module):
         context: torch.Tensor,
         sample_indices: torch.Tensor,
     ) -> torch.Tensor:
-        """Mean over the batch of the squared error of the v-prediction, a float32 scalar."""
+        """Mean squared error of the v-prediction over all elements of the batch, a float32 scalar.
+
+        `moments` is (B, 2C, H, W) float32, `context` (B, T, D), `sample_indices` (B,) int64.
+        """
         latents, noise, timesteps = self.draw(moments, sample_indices)
         noisy = self.schedule.add_noise(latents, noise, timesteps)
         target = self.schedule.v_target(latents, noise, timesteps)

@@ -1,8 +1,8 @@
 """The UNet of Stable Diffusion v2, written to be read.
 
 The network of Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models" (arXiv
-2112.10752, appendix E), in the sizes of SD v2. It is the oracle that the fast UNet is held to, so
-it uses plain torch alone. Parameters carry the names of the LDM code base
+2112.10752, section 3.3 and appendix E), in the sizes of SD v2. It is the oracle that the fast UNet
+is held to, so it uses plain torch alone. Parameters have the names of the LDM code base
 (`ldm/modules/diffusionmodules/openaimodel.py`), without the prefix `model.diffusion_model.` that
 checkpoints add.
 
@@ -25,12 +25,11 @@ MAX_PERIOD = 10_000
 
 
 def sinusoidal_embedding(timesteps: Tensor, dim: int) -> Tensor:
-    """Timesteps (B,) as float32 features (B, dim): dim/2 cosines, then the sines of the same
-    angles.
+    """Timesteps (B,) to float32 features (B, dim): dim/2 cosines, then sines of the same angles.
 
-    "Attention Is All You Need" (arXiv 1706.03762), section 3.5, with the two halves side by side
-    and not interleaved. Angles reach 999 radians, so they are float32 whatever the precision of the
-    network.
+    "Attention Is All You Need" (arXiv 1706.03762), section 3.5, but with cosines and sines in two
+    halves instead of interleaved. Angles reach 999 radians, so they are computed in float32
+    whatever the precision of the network.
     """
     half = dim // 2
     steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
@@ -40,8 +39,10 @@ def sinusoidal_embedding(timesteps: Tensor, dim: int) -> Tensor:
 
 
 def zeroed(layer: nn.Module) -> nn.Module:
-    """The layer with weight and bias 0, so that the branch it ends adds nothing at the start of
-    training."""
+    """Set the weight and bias of a layer to 0; returns the layer.
+
+    A residual branch that ends in such a layer adds nothing at the start of training.
+    """
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
@@ -52,8 +53,10 @@ def conv3x3(channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
 
 
 class ResBlock(nn.Module):
-    """x (B, C, H, W), emb (B, E) -> (B, C', H, W): two convolutions around which x is carried,
-    shifted by the time."""
+    """Residual block of two convolutions, between which the time embedding is added.
+
+    x (B, C, H, W), emb (B, E) -> (B, C', H, W). Ho et al. 2020 (arXiv 2006.11239), appendix B.
+    """
 
     def __init__(self, channels: int, out_channels: int, emb_channels: int, groups: int) -> None:
         super().__init__()
@@ -64,7 +67,8 @@ class ResBlock(nn.Module):
         self.out_layers = nn.Sequential(
             nn.GroupNorm(groups, out_channels, eps=1e-5),
             nn.SiLU(),
-            # LDM has its dropout here, which SD v2 sets to 0; the place keeps the conv's name
+            # LDM has dropout here, which SD v2 sets to 0. The Identity keeps the convolution's
+            # index, hence its parameter name, out_layers.3.
             nn.Identity(),
             zeroed(conv3x3(out_channels, out_channels)),
         )
@@ -79,8 +83,10 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """x (B, L, C) attends to context (B, L', C') -> (B, L, C). Nothing is masked: padded text
-    counts as text."""
+    """Multi-head attention: x (B, L, C), context (B, L', C') -> (B, L, C).
+
+    Rombach et al. 2022, section 3.3. Nothing is masked: padding tokens are attended like others.
+    """
 
     def __init__(self, channels: int, context_channels: int, head_channels: int) -> None:
         super().__init__()
@@ -96,12 +102,15 @@ class Attention(nn.Module):
         return self.to_out(attended.transpose(1, 2).flatten(2))
 
     def heads(self, x: Tensor) -> Tensor:
-        """(B, L, C) -> (B, heads, L, D)"""
+        """Split channels into heads: (B, L, C) -> (B, C / D, L, D)."""
         return x.unflatten(2, (-1, self.head_channels)).transpose(1, 2)
 
 
 class GEGLU(nn.Module):
-    """x (B, L, C) -> value * GELU(gate) (B, L, C'), with the exact GELU (arXiv 2002.05202)."""
+    """value * GELU(gate), both linear in x: (B, L, C) -> (B, L, C').
+
+    Shazeer 2020 (arXiv 2002.05202), equation 5, with the exact GELU, not its tanh approximation.
+    """
 
     def __init__(self, channels: int, out_channels: int) -> None:
         super().__init__()
@@ -113,11 +122,11 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """x (B, L, C) -> (B, L, C) through 4C gated channels."""
+    """Feed-forward layer with 4C hidden channels: (B, L, C) -> (B, L, C)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        # The middle place is LDM's dropout, as in ResBlock.
+        # The Identity stands for LDM's dropout, as in ResBlock.
         self.net = nn.Sequential(
             GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)
         )
@@ -127,11 +136,14 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """x (B, L, C), context (B, L', C') -> (B, L, C): attention to itself, to the text,
-    feed-forward; norms first."""
+    """Self-attention, cross-attention to the text, feed-forward; each a residual branch.
+
+    x (B, L, C), context (B, L', C') -> (B, L, C). Every branch starts with its LayerNorm.
+    """
 
     def __init__(self, channels: int, context_dim: int, head_channels: int) -> None:
         super().__init__()
+        # The order of these lines is LDM's order of parameters, not that of computation.
         self.attn1 = Attention(channels, channels, head_channels)
         self.ff = FeedForward(channels)
         self.attn2 = Attention(channels, context_dim, head_channels)
@@ -147,12 +159,14 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """x (B, C, H, W), context (B, L', C') -> (B, C, H, W): a transformer over the H*W pixels as
-    tokens."""
+    """A residual branch with a transformer whose tokens are the H W pixels.
+
+    x (B, C, H, W), context (B, L', C') -> (B, C, H, W).
+    """
 
     def __init__(self, channels: int, context_dim: int, head_channels: int, groups: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)  # LDM's eps here, 1e-5 elsewhere
         self.proj_in = nn.Linear(channels, channels)
         self.transformer_blocks = nn.ModuleList(
             [TransformerBlock(channels, context_dim, head_channels)]
@@ -167,7 +181,7 @@ class SpatialTransformer(nn.Module):
 
 
 class Downsample(nn.Module):
-    """(B, C, H, W) -> (B, C, H/2, W/2)"""
+    """Halve height and width by a strided convolution: (B, C, H, W) -> (B, C, H/2, W/2)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -178,7 +192,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """(B, C, H, W) -> (B, C, 2H, 2W)"""
+    """Repeat every pixel, then convolve: (B, C, H, W) -> (B, C, 2H, 2W)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -189,7 +203,7 @@ class Upsample(nn.Module):
 
 
 class Stage(nn.ModuleList):
-    """Layers in a row, each given what it asks for: ResBlocks the time, transformers the text."""
+    """Layers in sequence. ResBlocks also get the time embedding, transformers the context."""
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
         for layer in self:
@@ -203,11 +217,11 @@ class Stage(nn.ModuleList):
 
 
 class UNet(nn.Module):
-    """The denoiser: 865,910,724 parameters in the benchmark's configuration.
+    """The denoising network: 865,910,724 parameters in the benchmark's configuration.
 
-    Weights start at torch's defaults, but the last layer of every ResBlock, of every transformer
-    and of the network starts at 0, hence so does the output. Parameters are registered in LDM's
-    order.
+    Weights have torch's default initialisation, except that the last layer of every ResBlock, of
+    every SpatialTransformer and of the network is 0. So the first output is 0. Parameters are
+    registered in LDM's order.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -237,7 +251,7 @@ class UNet(nn.Module):
         )
 
         channels = config.model_channels
-        skips = [channels]  # channels of every activation that the way up will want back
+        skips = [channels]  # channels of each skip, in the order in which they are pushed
         self.input_blocks = nn.ModuleList([Stage([conv3x3(config.in_channels, channels)])])
         for level, width in enumerate(widths):
             for _ in range(config.num_res_blocks):
@@ -269,11 +283,13 @@ class UNet(nn.Module):
         )
 
     def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
-        """Predicts v (arXiv 2202.00512) from noisy latents.
+        """Predict v (Salimans & Ho 2022, arXiv 2202.00512, section 4) from noisy latents.
 
-        latents (B, 4, H, W), with H and W multiples of `config.downsampling`; timesteps (B,) int64;
-        context (B, L, context_dim) text states. Returns (B, 4, H, W) in the precision of the
-        network: that of the weights, or autocast's.
+        latents: (B, in_channels, H, W); H and W are multiples of `config.downsampling`.
+        timesteps: (B,) int64.
+        context: text states (B, L, context_dim).
+
+        Returns (B, out_channels, H, W) in the dtype of the weights, or autocast's.
         """
         features = sinusoidal_embedding(timesteps, self.config.model_channels)
         emb = self.time_embed(features.to(latents.dtype))

@@ -1,9 +1,9 @@
-"""Checkpoints of a run: written aside by a thread, renamed when complete, stored by torch's
-distributed checkpoint.
+"""Checkpoints of a run: writing them in a thread, finding and reading them.
 
-A checkpoint is a folder `checkpoints/samples_<position>` with the tensors (`model.<LDM key>`,
-`exp_avg.<LDM key>`, `exp_avg_sq.<LDM key>`) and `state.json`. Whatever moment the process dies at,
-every folder of that name is complete.
+A checkpoint is a folder `checkpoints/samples_<position>`. It holds `state.json` and, in the format
+of torch.distributed.checkpoint, the tensors `model.<LDM key>`, `exp_avg.<LDM key>` and
+`exp_avg_sq.<LDM key>`. It is written under another name and renamed when complete, so every folder
+of that name is complete, at whatever moment the process dies.
 """
 
 from __future__ import annotations
@@ -26,22 +26,25 @@ from sd_perf.errors import CheckpointError
 from sd_perf.files import ASIDE, one_line, write_json, written_aside
 
 MAKE_ROOM = "make room, then continue the run with --resume"
-"""what to do where a file of a run cannot be written"""
+"""advice where a file of a run cannot be written"""
 GO_BACK = "move this checkpoint away to go back to an older one"
+"""advice where a checkpoint cannot be read"""
 _NAME = re.compile(r"samples_(\d{10})")
-_ERRORS = (
-    Exception,
-    CheckpointException,
-)  # the library's own error is no Exception but a BaseException
+# The library's own error is a BaseException, not an Exception.
+_ERRORS = (Exception, CheckpointException)
 
-# Saving and loading in one process is what is asked for here, not an oversight.
+# The library warns of saving and loading without a process group. It is intended here: rank 0 alone
+# writes, and every rank reads for itself.
 warnings.filterwarnings(
     "ignore", message="torch.distributed is disabled, unavailable or uninitialized"
 )
 
 
 class CheckpointStore:
-    """The `checkpoints` folder of one run; only the main rank writes."""
+    """The `checkpoints` folder of one run. Only the main rank writes.
+
+    `keep` is how many checkpoints stay; None keeps all.
+    """
 
     def __init__(self, folder: Path, keep: int | None = None) -> None:
         self.folder = folder
@@ -61,7 +64,7 @@ class CheckpointStore:
         return next(reversed(self.complete()), None)
 
     def newest_in_words(self) -> str:
-        """What there is to go back to, for messages."""
+        """Names the newest complete checkpoint, for error messages."""
         newest = self.newest()
         return (
             f"the newest complete checkpoint is {newest}"
@@ -70,13 +73,13 @@ class CheckpointStore:
         )
 
     def save(self, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> Path:
-        """Copy the tensors to the host, then write them in a thread; returns the folder they will
-        have.
+        """Copy the tensors to the host, then write them in a thread; returns the folder's path.
 
-        Waits for a write still under way; raises CheckpointError where that one failed.
+        Waits for the write before it; raises CheckpointError where that one failed.
         """
         self.wait()
         path = self.folder / f"samples_{state['samples']:010d}"
+        # A copy, so that the optimizer may change the weights while the thread writes.
         host = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         self._thread = threading.Thread(
             target=self._write, args=(path, host, state), name="checkpoint writer"
@@ -107,13 +110,10 @@ class CheckpointStore:
     def _write(self, path: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob(
-                f"{ASIDE}*"
-            ):  # of a process that was killed while it wrote
+            for leftover in self.folder.glob(f"{ASIDE}*"):  # of a process killed while it wrote
                 shutil.rmtree(leftover)
-            if (
-                path.exists()
-            ):  # this position is saved already, and a resumed run would write the same again
+            # A resumed run may come to a saved position again; what it would write is the same.
+            if path.exists():
                 return
             with written_aside(path) as draft:
                 dcp.save(
@@ -128,14 +128,14 @@ class CheckpointStore:
             self._failure = error
 
     def _drop_old(self) -> None:
+        """Delete all but the newest `keep` checkpoints."""
         for path in self.complete()[: -self.keep] if self.keep else []:
-            shutil.rmtree(
-                path.rename(path.with_name(ASIDE + path.name))
-            )  # a kill leaves no half of a checkpoint
+            # Renamed first: killed halfway, it leaves no checkpoint that looks complete.
+            shutil.rmtree(path.rename(path.with_name(ASIDE + path.name)))
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """`state.json` of a checkpoint folder."""
+    """`state.json` of a checkpoint folder; CheckpointError where it is missing or damaged."""
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
@@ -152,8 +152,10 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def load_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Fill the tensors in place from a checkpoint folder. Names and shapes must be the
-    checkpoint's."""
+    """Fill tensors, {name: tensor}, in place from a checkpoint folder.
+
+    Raises CheckpointError where the checkpoint lacks a name, has another shape, or is damaged.
+    """
     metadata = _read_metadata(path)
     for name, tensor in tensors.items():
         stored = metadata.state_dict_metadata.get(name)
@@ -172,8 +174,10 @@ def load_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def load_component(path: Path, component: str) -> dict[str, torch.Tensor]:
-    """All tensors of one component ("model", "exp_avg", ...) with the prefix taken off, on the
-    CPU."""
+    """The tensors of a component ("model", "exp_avg" or "exp_avg_sq"), unprefixed, on the CPU.
+
+    Raises CheckpointError where there are none, or the checkpoint is damaged.
+    """
     stored = _read_metadata(path).state_dict_metadata
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -187,7 +191,10 @@ def load_component(path: Path, component: str) -> dict[str, torch.Tensor]:
 
 
 def _read_metadata(path: Path) -> Metadata:
-    """The folder's table of contents, checked against the sizes of its files."""
+    """The checkpoint's table of contents, after a check that its files are long enough.
+
+    So a truncated file is told by name and size, before any tensor is read.
+    """
     read_state(path)
     try:
         metadata = dcp.FileSystemReader(path).read_metadata()
@@ -206,7 +213,7 @@ def _read_metadata(path: Path) -> Metadata:
 
 
 def _root_cause(error: BaseException) -> str:
-    """What the operating system or the library said first, on one line."""
+    """The first error of a chain, that of the operating system or the library, on one line."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     first, cause = error, error.__cause__ or error.__context__

@@ -1,12 +1,14 @@
-"""The run folder: its manifest, who may write into it, and what a resumed run must not have
-changed."""
+"""The run folder: its manifest, and whether a new start may use it.
+
+A start may use a folder that holds no run, continue the run in it (`resume`, with a config that
+computes the same), or move that run aside (`fresh`).
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
 import itertools
-import json
 import os
 import platform
 import secrets
@@ -23,12 +25,12 @@ import torch
 import sd_perf
 from sd_perf.config import SPEED_ONLY, Config
 from sd_perf.errors import ConfigError, UserError
-from sd_perf.files import disk_errors, one_line, read_json, write_json
+from sd_perf.files import disk_errors, read_json, write_json
 from sd_perf.presets import config_differences, config_from_dict
 from sd_perf.runs.checkpoints import CheckpointStore, read_state
 
-# A resumed run may differ from its beginning in these: they change where and how, not what is
-# computed.
+# Keys, or starts of keys, that a resumed run may change: they say where and how a run computes, not
+# what it computes.
 _FREE_KEYS = (
     "run.",
     "logging.",
@@ -52,12 +54,12 @@ _FREE_KEYS = (
 _PACKAGES = ("torch", "triton", "numpy", "open-clip-torch", "safetensors")
 
 
-def settle_run(config: Config, resume: bool, fresh: bool = False) -> Config:
-    """The config with its seed settled, where the folder `config.run.dir` lets this run begin.
-    Writes nothing.
+def settle_run(config: Config, *, resume: bool, fresh: bool = False) -> Config:
+    """Decide whether this run may start in `config.run.dir`; returns the config with its seed.
 
-    Raises UserError for a folder that holds a run (without `resume` or `fresh`) or a run of another
-    config.
+    Writes nothing. The seed is the config's, else that of the run to resume, else a new one from
+    the system's entropy. Raises UserError for a folder that holds a run (without `resume` or
+    `fresh`), a run of another config (`resume`), or an unfinished run (`fresh`).
     """
     if resume and fresh:
         raise UserError(
@@ -78,17 +80,15 @@ def settle_run(config: Config, resume: bool, fresh: bool = False) -> Config:
 
 
 def open_run(
-    config: Config, resume: bool, fresh: bool = False, records: Mapping[str, Any] | None = None
+    config: Config, *, resume: bool, fresh: bool = False, records: Mapping[str, Any] | None = None
 ) -> Config:
-    """Claim the folder for this run, with an earlier one moved aside if `fresh`; returns what
-    `settle_run` does.
+    """Claim the folder for this run: write its manifest; returns what `settle_run` returns.
 
-    `records` are JSON files, by name, that tell how this start came about; those that are None are
-    left out.
-
-    Raises UserError where that does, and for a folder that cannot be written or moved.
+    `fresh` moves an earlier run aside first. `records` are further JSON files to write, {file name:
+    content}, such as the choice of kernels; those with content None are left out. Raises UserError
+    where `settle_run` does, and for a folder that cannot be written or moved.
     """
-    config = settle_run(config, resume, fresh)
+    config = settle_run(config, resume=resume, fresh=fresh)
     folder = Path(config.run.dir)
     if fresh and _holds_run(folder):
         print(f"{folder}: the earlier run is now {_move_aside(folder)}")
@@ -105,7 +105,7 @@ def open_run(
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """`run_manifest.json` of a run folder."""
+    """`run_manifest.json` of a run folder; UserError where it is missing or damaged."""
     path = folder / "run_manifest.json"
     if not path.is_file():
         raise UserError(
@@ -113,71 +113,30 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             "made"
         )
     manifest = read_json(path)
-    parts = (
-        (manifest.get("config"), manifest.get("starts"))
-        if isinstance(manifest, dict)
-        else (None, None)
-    )
-    if not (isinstance(parts[0], dict) and are_objects(parts[1])):
+    if not (
+        isinstance(manifest, dict)
+        and isinstance(manifest.get("config"), dict)
+        and are_objects(manifest.get("starts"))
+    ):
         raise UserError(f"{path}: holds no config and starts of a run; restore it from a copy")
     return manifest
 
 
 def are_objects(value: Any) -> bool:
-    """Whether this is a list of JSON objects."""
+    """Whether a value from a JSON file is a list of objects."""
     return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
 def read_run_config(folder: Path) -> Config:
-    """The config a run was made with."""
+    """The config of a run, from its manifest; ConfigError where this version cannot take it."""
     try:
         return config_from_dict(read_manifest(folder)["config"])
     except ConfigError as error:
         raise ConfigError(f"{folder / 'run_manifest.json'}: {error}") from error
 
 
-def read_scores(folder: Path, keys: tuple[str, ...] = ("samples", "n")) -> list[dict[str, Any]]:
-    """One line of `scores.jsonl` per evaluated position, oldest first; the latest evaluation of
-    each counts."""
-    lines, _ = read_lines(folder / "scores.jsonl", keys)
-    by_position = {line["samples"]: line for line in lines}
-    return [by_position[samples] for samples in sorted(by_position)]
-
-
-def read_lines(path: Path, keys: tuple[str, ...]) -> tuple[list[dict[str, Any]], bool]:
-    """Objects that hold numbers under `keys`, one per line; and whether a torn last line was left
-    out."""
-    if not path.is_file():
-        return [], False
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({one_line(error)}); restore it from a copy"
-        ) from error
-    objects: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, 1):
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            if number == len(lines):
-                return objects, True
-            raise UserError(
-                f"{path}: line {number} cannot be read ({one_line(error)}); mend or remove it"
-            ) from error
-        if not (
-            isinstance(value, dict) and all(isinstance(value.get(key), int | float) for key in keys)
-        ):
-            raise UserError(
-                f"{path}: line {number} lacks a number for one of {', '.join(keys)}; mend or "
-                "remove it"
-            )
-        objects.append(value)
-    return objects, False
-
-
 def provenance() -> dict[str, Any]:
-    """Versions, git SHA and machine, for the manifest and for reports."""
+    """Versions of packages, git SHA and machine, for the manifest and for reports."""
     versions = {"sd-perf": sd_perf.__version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -199,14 +158,12 @@ def _holds_run(folder: Path) -> bool:
 
 
 def _require_finished(folder: Path) -> None:
-    """UserError for a run that was stopped on its way: moving it aside is easily regretted."""
+    """UserError for an unfinished run: `--fresh` in place of `--resume` is easily regretted."""
     newest = CheckpointStore(folder / "checkpoints").newest()
     if newest is None:
         return
-    samples, total = (
-        read_state(newest).get("samples", 0),
-        read_run_config(folder).training.max_samples,
-    )
+    samples = read_state(newest).get("samples", 0)
+    total = read_run_config(folder).training.max_samples
     if samples < total:
         raise UserError(
             f"{folder}: holds an unfinished run ({samples:,} of {total:,} samples); continue it "
@@ -216,7 +173,7 @@ def _require_finished(folder: Path) -> None:
 
 
 def _move_aside(folder: Path) -> Path:
-    """Rename runs/smoke to runs/smoke.1, or the first number that is free; nothing is replaced."""
+    """Rename runs/smoke to runs/smoke.1, or to the first free number. Nothing is replaced."""
     if Path.cwd().is_relative_to(folder.resolve()):
         raise UserError(f"{folder}: cannot be moved aside from within; start from another folder")
     names = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
@@ -226,6 +183,7 @@ def _move_aside(folder: Path) -> Path:
 
 
 def _same_run(config: Config, folder: Path) -> Config:
+    """The config with the seed of the run in the folder; ConfigError where it computes another."""
     old = read_run_config(folder)
     config = _with_seed(config, old.training.seed)
     for key, (was, now) in config_differences(old, config).items():
@@ -238,16 +196,18 @@ def _same_run(config: Config, folder: Path) -> Config:
 
 
 def _with_seed(config: Config, seed: int | None = None) -> Config:
-    """The config with a seed: its own, else the given one, else one from system entropy."""
+    """The config with a seed: its own, else the given one, else one from the system's entropy."""
     if config.training.seed is not None:
         return config
-    drawn = secrets.randbits(63) if seed is None else seed
+    drawn = secrets.randbits(63) if seed is None else seed  # 63 bits: an int64 without sign
     return dataclasses.replace(config, training=dataclasses.replace(config.training, seed=drawn))
 
 
 def _git_sha() -> str | None:
-    """HEAD of the checkout the package runs from ("+changes" where it is not clean); None outside a
-    checkout."""
+    """HEAD of the checkout that the package runs from, with "+changes" where it is not clean.
+
+    None outside a checkout.
+    """
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         sha = subprocess.run(

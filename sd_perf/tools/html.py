@@ -1,4 +1,4 @@
-"""The parts that reports are made of: one file each, no scripts, nothing fetched."""
+"""HTML that the reports of runs and of parity are made of: no scripts, nothing fetched."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def document(title: str, body: str) -> str:
-    """A page with the reports' style in it."""
+    """A whole page with report.css in it. `title` and `body` are HTML, already escaped."""
     style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
@@ -20,7 +20,7 @@ def document(title: str, body: str) -> str:
 
 
 def table(rows: Iterable[Iterable[Any]], head: tuple[str, ...] = ()) -> str:
-    """Cells are text and are escaped."""
+    """A table. Cells are shown as text, escaped here; the column titles in `head` are HTML."""
     body = "".join(
         "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows
     )
@@ -29,10 +29,10 @@ def table(rows: Iterable[Iterable[Any]], head: tuple[str, ...] = ()) -> str:
 
 
 def figure(content: str, caption: str) -> str:
-    """Markup with a caption."""
+    """HTML with a caption, which is HTML, too, below it."""
     return f"<figure>{content}<figcaption>{caption}</figcaption></figure>"
 
 
 def quiet(words: str) -> str:
-    """A remark."""
+    """A remark in small grey type. `words` is HTML, already escaped."""
     return f'<p class="quiet">{words}</p>'

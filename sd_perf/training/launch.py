@@ -13,7 +13,7 @@ from sd_kernels.conv.aten import tuned
 from sd_kernels.selection import Choice
 from sd_kernels.spec import Target
 from sd_perf.config import Config
-from sd_perf.data.loaders.build import build_loader
+from sd_perf.data.loaders.build_loader import build_loader
 from sd_perf.distributed.world import World
 from sd_perf.fast.choice import choose_kernels, require_used, used_ops
 from sd_perf.fast.ops import Ops
@@ -43,7 +43,7 @@ def launch(config: Config, world: World, resume: bool, fresh: bool, console: Con
     choices = world.on_main(lambda: choose_kernels(config, target))
     parity = world.on_main(lambda: _parity_record(config, console))
     world.on_main(lambda: config.micro_batch_size(world.size))
-    settled = world.on_main(lambda: settle_run(config, resume, fresh))
+    settled = world.on_main(lambda: settle_run(config, resume=resume, fresh=fresh))
     torch.use_deterministic_algorithms(settled.training.deterministic)
     if settled.training.cpu_threads is not None:
         torch.set_num_threads(settled.training.cpu_threads)
@@ -63,7 +63,7 @@ def launch(config: Config, world: World, resume: bool, fresh: bool, console: Con
     if kernels:
         console.print(*kernels_table(target.name, kernels), sep="\n")
     records = {"kernels.json": list(kernels.values()), "parity.json": parity}
-    world.on_main(lambda: open_run(settled, resume, fresh, records))
+    world.on_main(lambda: open_run(settled, resume=resume, fresh=fresh, records=records))
     # Convolutions have the same shapes for the whole run, so cuDNN may try its algorithms once per
     # shape. A deterministic run takes the algorithm that cuDNN's heuristics choose.
     with contextlib.nullcontext() if settled.training.deterministic else tuned(algorithms=10):

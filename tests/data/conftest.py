@@ -1,5 +1,7 @@
-"""Small shards for the data tests: sample i has moments full of i, caption "caption i", context
-full of -i."""
+"""Small shards for the data tests.
+
+Sample i has moments full of i, caption "caption i" and context full of -i.
+"""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 
 from sd_perf.config import DataConfig
-from sd_perf.data.shards import ShardWriter
+from sd_perf.data.shard_writer import ShardWriter
 
 SIDE, TOKENS, CONTEXT_DIM = 2, 3, 5
 

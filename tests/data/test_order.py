@@ -1,3 +1,5 @@
+"""The order of samples: permutations, splits over ranks, and fixed values."""
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -24,7 +26,7 @@ def test_order_depends_on_seed_and_epoch_and_nothing_else(monkeypatch):
 
 
 def test_order_is_fixed():
-    """A change here makes old checkpoints resume into other data."""
+    """A change here would make old checkpoints resume into other data."""
     assert epoch_order(42, 0, 10).tolist() == GOLDEN_0
     assert epoch_order(42, 1, 10).tolist() == GOLDEN_1
 
@@ -34,8 +36,10 @@ GOLDEN_1 = [4, 1, 0, 8, 3, 9, 7, 2, 5, 6]
 
 
 def test_order_looks_random():
-    """Where each sample lands over many epochs is uniform: chi-squared of 16 bins within 4 sigma of
-    its mean."""
+    """A sample's place is uniform over many epochs.
+
+    Chi-squared of 16 bins is within 4 sigma of its mean.
+    """
     places = np.concatenate([np.argsort(epoch_order(5, epoch, 64))[None] for epoch in range(800)])
     counts = np.stack([np.bincount(places[:, sample] // 4, minlength=16) for sample in range(64)])
     chi_squared = ((counts - 50.0) ** 2 / 50.0).sum()

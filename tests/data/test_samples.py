@@ -1,3 +1,5 @@
+"""Decoding a sample: what is accepted, and a reason for all that is not."""
+
 import io
 import pickle
 

@@ -6,7 +6,12 @@ import torch
 from diffusers.schedulers import DDIMScheduler
 
 from sd_perf.config import DiffusionConfig
-from sd_perf.diffusion.ddim import ddim_sample, ddim_timesteps, guidance_text, guided_prediction
+from sd_perf.diffusion.ddim import (
+    ddim_sample,
+    ddim_timesteps,
+    guidance_context,
+    guided_prediction,
+)
 from sd_perf.diffusion.schedule import Schedule, make_alphas_cumprod
 
 
@@ -72,7 +77,7 @@ def test_guidance_scale_one_is_the_conditional_prediction():
     x, timesteps = torch.randn(2, 4, 4, 4), torch.tensor([7, 7])
     context, uncond = torch.randn(2, 3, 4), torch.randn(1, 3, 4)
     plain, almost = (
-        guided_prediction(model, x, timesteps, guidance_text(context, uncond, scale), scale)
+        guided_prediction(model, x, timesteps, guidance_context(context, uncond, scale), scale)
         for scale in (1.0, 1.0 + 1e-7)
     )
     torch.testing.assert_close(plain, almost, atol=1e-5, rtol=0)

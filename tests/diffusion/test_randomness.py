@@ -1,5 +1,4 @@
-"""Philox: published vectors, independence of how samples are split, the shape of the
-distribution."""
+"""Philox: published vectors, independence of the split, the numbers' distribution."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The noise schedule against published golden values, and the algebra of noising and v."""
+"""The noise schedule against published values, and the algebra of noising and v."""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""CLIP score against a computation by hand and against open_clip's own code."""
+
 import json
 from pathlib import Path
 
@@ -43,13 +45,15 @@ def scorer(files) -> ClipScorer:
 
 
 def pictures() -> torch.Tensor:
-    """Three wide pictures whose middle 80 columns are all that a centre crop may see."""
+    """Three wide pictures, of which a centre crop sees the middle 80 columns."""
     return torch.rand(3, 3, 80, 110, generator=torch.Generator().manual_seed(0))
 
 
 def by_hand(weights: Path, images: torch.Tensor) -> torch.Tensor:
-    """Spec by Pillow, numpy and the towers: truncate, shorter side to 64, centre crop, normalise,
-    dot product."""
+    """The benchmark's definition by Pillow, numpy and the two towers.
+
+    Truncate, resize the shorter side to 64, centre crop, normalise, dot product.
+    """
     model = open_clip.model.CLIP(**MODEL).eval()
     model.load_state_dict(torch.load(weights))
     mean = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
@@ -75,7 +79,7 @@ def test_cosines_by_hand(scorer, files):
 
 
 def test_cosines_are_open_clips(scorer, files):
-    """open_clip's own preparation and towers, on the truncated pictures."""
+    """Compared with open_clip's own preprocessing and towers, on the truncated pictures."""
     model, _, prepare = open_clip.create_model_and_transforms("clip_score_test", str(files[1]))
     model.eval()
     truncated = [
@@ -101,7 +105,7 @@ def test_batches_do_not_matter(scorer):
 
 
 def test_model_of_the_benchmark_is_known():
-    """ViT-H-14 with 224-pixel pictures and CLIP's mean and deviation; built without memory."""
+    """open_clip has ViT-H-14 with 224-pixel pictures, and resizes as the benchmark does."""
     config = open_clip.get_model_config("ViT-H-14")
     assert config["vision_cfg"]["image_size"] == 224 and config["embed_dim"] == 1024
     default = open_clip.transform.PreprocessCfg()

@@ -1,5 +1,4 @@
-"""Evaluation of a run of the tiny world from end to end: scores, grid, MLPerf log, report; and bad
-input."""
+"""Evaluation of a run of the tiny world: scores, grid, MLPerf log, report, and bad input."""
 
 from __future__ import annotations
 
@@ -23,12 +22,11 @@ from sd_perf.errors import CheckpointError, ConfigError, DataError
 from sd_perf.evaluation import evaluate
 from sd_perf.evaluation.evaluate import GRID, Evaluator, evaluate_run, write_grid, write_statistics
 from sd_perf.evaluation.fid import FeatureStatistics, Gaussian, frechet_distance
-from sd_perf.evaluation.generate import save_pictures
 from sd_perf.evaluation.judge import judge
 from sd_perf.evaluation.prompts import read_prompts
-from sd_perf.mlperf.check import check
+from sd_perf.mlperf.compliance import check_log
 from sd_perf.presets import load_preset
-from sd_perf.runs.folder import read_scores
+from sd_perf.runs.scores import read_scores
 from sd_perf.training.launch import launch
 
 ROOT = Path(__file__).parents[2]
@@ -36,8 +34,10 @@ PROMPTS = 12
 
 
 def small_run(folder: Path) -> Config:
-    """The smoke preset with a smaller UNet, random latents, 64 samples and few prompts, inside
-    `folder`."""
+    """The smoke preset inside `folder`, made small.
+
+    It has a smaller UNet, synthetic latents, 64 samples and few prompts.
+    """
     config = load_preset(ROOT / "configs" / "smoke.yaml")
     asset = {
         key: str(ROOT / getattr(config.evaluation, key))
@@ -116,7 +116,7 @@ def test_grid_and_its_captions(config):
 
 
 def test_mlperf_log_passes_the_open_division(config):
-    verdict = check(Path(config.run.dir) / "result_0.txt", "open")
+    verdict = check_log(Path(config.run.dir) / "result_0.txt", "open")
     assert verdict.passed, str(verdict)
     assert verdict.status == "aborted"  # random latents converge to nothing
 
@@ -175,7 +175,7 @@ def test_grid_of_pictures_keeps_their_places(tmp_path):
 
 @pytest.fixture(scope="module")
 def evaluator(config) -> Evaluator:
-    """Of 100 scenes with prompts, two thirds of which are those of the scene before."""
+    """An evaluator of 100 prompts, two thirds of which repeat the prompt before."""
     prompts = Path(config.evaluation.prompts).parent.parent / "more"
     write_scenes(prompts, 100, seed=5)
     options = {"prompts": str(prompts / "captions.jsonl"), "num_prompts": 100, "batch_size": 13}
@@ -240,18 +240,6 @@ def test_no_picture_outlives_its_batch(evaluator):
     assert len(alive) == 10 and max(alive) <= 1
 
 
-def test_pictures_are_saved_as_they_come(tmp_path):
-    paths = [tmp_path / f"{i}.png" for i in range(4)]
-
-    def draw():
-        yield torch.zeros(2, 3, 4, 4)
-        assert [path.exists() for path in paths] == [True, True, False, False]
-        yield torch.ones(2, 3, 4, 4)
-
-    save_pictures(draw(), paths)
-    assert [np.asarray(Image.open(path)).max() for path in paths] == [0, 0, 255, 255]
-
-
 def test_statistics_of_another_network_are_told_before_anything_is_drawn(config, tmp_path):
     Gaussian(torch.zeros(3), torch.eye(3)).save_npz(tmp_path / "other.npz")
     options = dataclasses.replace(config.evaluation, statistics=str(tmp_path / "other.npz"))
@@ -259,35 +247,6 @@ def test_statistics_of_another_network_are_told_before_anything_is_drawn(config,
         DataError, match=r"other\.npz: holds statistics of 3 features, and .* gives 64"
     ):
         Evaluator(dataclasses.replace(config, evaluation=options), torch.device("cpu"))
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "expected"),
-    [
-        ("p.tsv", 'image_id\tid\tcaption\n1\t2\ta "dog"\n3\t4\ta cat\n', ['a "dog"', "a cat"]),
-        (
-            "p.jsonl",
-            '{"file": "a", "captions": ["x", "y"]}\n{"file": "b", "caption": "z"}\n',
-            ["x", "z"],
-        ),
-    ],
-)
-def test_prompts(name, text, expected, tmp_path):
-    (tmp_path / name).write_text(text)
-    assert read_prompts(tmp_path / name, 2) == expected
-    with pytest.raises(DataError, match=r"holds 2 captions, and evaluation\.num_prompts is 3"):
-        read_prompts(tmp_path / name, 3)
-
-
-@pytest.mark.parametrize(
-    ("name", "text"), [("p.tsv", "a\tb\n1\t2\n"), ("p.jsonl", "{"), ("p.jsonl", '{"a": 1}')]
-)
-def test_bad_prompts(name, text, tmp_path):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(DataError, match=r"not a \.tsv with a column"):
-        read_prompts(tmp_path / name, 1)
-    with pytest.raises(DataError, match="no such file"):
-        read_prompts(tmp_path / "absent.tsv", 1)
 
 
 def test_what_scores_need_must_be_named(config):

@@ -1,3 +1,5 @@
+"""The feature net: shapes, its file, and bad files."""
+
 import dataclasses
 import json
 

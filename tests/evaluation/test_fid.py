@@ -1,3 +1,5 @@
+"""Fréchet distance: scipy, closed forms, streaming statistics, and bad files."""
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from sd_perf.models.torchvision_schemas import define_missing_torchvision_ops
 
 
 def features(count: int, size: int, seed: int) -> torch.Tensor:
-    """Correlated, off-centre features with a spectrum over five decades, as real ones have."""
+    """Correlated features with a mean and a spectrum over five decades, as real ones have."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(size, size, generator=generator, dtype=torch.float64)
     scales = torch.logspace(0, -5, size, dtype=torch.float64)
@@ -24,7 +26,7 @@ def statistics(*batches: torch.Tensor) -> FeatureStatistics:
 
 
 def by_sqrtm(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The benchmark's definition, from the samples, with numpy and scipy alone."""
+    """The benchmark's definition, computed from the samples with numpy and scipy alone."""
     linalg = pytest.importorskip("scipy.linalg")
     mu, sigma = zip(
         *((x.numpy().mean(0), np.cov(x.numpy(), rowvar=False)) for x in (a, b)), strict=True
@@ -75,8 +77,10 @@ def test_distance_is_torchmetrics():
 
 
 def test_distance_in_closed_form():
-    """Diagonal covariances: sum of (difference of standard deviations)²; equal ones: 0; singular
-    ones, too."""
+    """Diagonal covariances give the sum of squared differences of standard deviations.
+
+    Equal Gaussians give 0, also where the covariance is singular.
+    """
     a = Gaussian(
         torch.tensor([1.0, 0.0, 2.0]).double(), torch.diag(torch.tensor([4.0, 0.0, 1.0]).double())
     )

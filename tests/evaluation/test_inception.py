@@ -1,3 +1,5 @@
+"""FID's Inception against torchvision's with the same changes; its weight file."""
+
 import hashlib
 from pathlib import Path
 
@@ -14,8 +16,10 @@ F = torch.nn.functional
 
 
 def patched(block: torch.nn.Module, pool) -> None:
-    """torchvision's block with the pool of FID's network: its forward, written out for another
-    pool."""
+    """torchvision's block with the pool of FID's network.
+
+    Its forward is written out here, with another pool.
+    """
     original = block._forward
 
     def forward(x):
@@ -31,8 +35,10 @@ def average(x):
 
 @pytest.fixture(scope="module")
 def theirs() -> torch.nn.Module:
-    """torchvision's Inception3 with FID's patches and random weights that keep the signal's
-    size."""
+    """torchvision's Inception3 with FID's changes.
+
+    Its random weights keep the size of the activations.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = inception.Inception3(num_classes=1008, aux_logits=False, init_weights=False).eval()

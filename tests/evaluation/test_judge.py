@@ -1,3 +1,5 @@
+"""The judge: right captions, wrong captions, blur, and pictures that are no scene."""
+
 import numpy as np
 import pytest
 
@@ -11,7 +13,7 @@ def scenes() -> list[Scene]:
 
 
 def paint(*shapes: tuple[str, str, float, float], grey: float = 200) -> np.ndarray:
-    """A picture of (colour, shape, x, y), each 12 pixels to its edge."""
+    """A picture of shapes (colour, shape, x, y), each with a half width of 12 pixels."""
     image = np.full((64, 64, 3), grey)
     for colour, shape, x, y in shapes:
         cover = coverage(shape, x, y, 12)[..., None]
@@ -25,8 +27,7 @@ def test_yes_to_true_captions(scenes):
 
 
 def test_no_to_shuffled_captions(scenes):
-    """Each picture with the caption of another; where that is the same by chance, it is true and
-    not counted."""
+    """Each picture with the caption of another; pairs with equal captions are not counted."""
     order = np.random.default_rng(0).permutation(len(scenes))
     pairs = [(scene, scenes[other]) for scene, other in zip(scenes, order, strict=True)]
     answers = [
@@ -39,7 +40,7 @@ def test_no_to_shuffled_captions(scenes):
 
 
 def test_no_to_every_other_caption(scenes):
-    """One word changed, the two things exchanged, and all the rest."""
+    """Among them: one word changed, and the two objects exchanged."""
     for scene in scenes[:10]:
         yes = [
             attributes.caption

@@ -310,12 +310,17 @@ def test_computing_again_changes_no_bit_and_keeps_less(linear: Any) -> None:
     assert 0 < few < many / 5
 
 
+@pytest.mark.parametrize("levels", [(1,), pytest.param((1, 2), marks=pytest.mark.slow)], ids=len)
 @pytest.mark.parametrize(
     ("linear", "again"), [("bf16", False), ("fp8_native", True)], ids=["bf16", "fp8-again"]
 )
-def test_compiles_as_one_graph(linear: Any, again: bool) -> None:
+def test_compiles_as_one_graph(linear: Any, again: bool, levels: tuple[int, ...]) -> None:
     config = replace(
-        CONFIG, attention_resolutions=(), implementation="fast", activation_checkpointing=again
+        CONFIG,
+        channel_mult=levels,
+        attention_resolutions=(),
+        implementation="fast",
+        activation_checkpointing=again,
     )
     unet = randomised(built(config, precision=PrecisionConfig(linear=linear)))
     names, eager = list(unet.state_dict()), bf16_results(unet)

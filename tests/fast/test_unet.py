@@ -182,7 +182,7 @@ def test_runs_on_triton_kernels() -> None:
         model_channels=32,
         channel_mult=(1, 2),
         num_res_blocks=1,
-        attention_resolutions=(2,),
+        attention_resolutions=(),
         num_head_channels=32,
         context_dim=24,
         resblock_groups=16,

@@ -40,10 +40,8 @@ def narrow_store(x, y, N: tl.constexpr):
 def narrow_masked_loads(x, y, N: tl.constexpr):
     i = tl.arange(0, N)
     one = tl.load(x + 3 * i, mask=i < N - 1, other=1.0)
-    other = tl.load(
-        x + 5 * i + N, mask=i < N - 2, other=2.0
-    )  # narrow: the line above is not excused by this
-    tl.store(y + i, one + other)
+    two = tl.load(x + 5 * i + N, mask=i < N - 2, other=2.0)  # narrow: excuses only this line
+    tl.store(y + i, one + two)
 
 
 @triton.jit
@@ -71,9 +69,8 @@ def explained_in_a_helper(x, y, N: tl.constexpr):
 
 @triton.jit
 def explained_by_the_caller_of_a_helper(x, y, N: tl.constexpr):
-    _store_thirds(
-        y, tl.load(x + tl.arange(0, N)), N
-    )  # narrow: of no avail, the access is elsewhere
+    value = tl.load(x + tl.arange(0, N))
+    _store_thirds(y, value, N)  # narrow: of no avail, the access is elsewhere
 
 
 @triton.jit

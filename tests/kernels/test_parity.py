@@ -19,7 +19,8 @@ from sd_kernels.spec import Backend, Case, Inputs, OpSpec, Target
 
 OPS = list(all_ops().values())
 SAMPLED = 4
-"""small cases per op that `make test` runs; `make test-all` runs all"""
+"""small cases per op that `make test` runs, by turns in the first and the second dtype of ours;
+`make test-all` runs all in all"""
 
 
 def combinations(spec: OpSpec) -> Iterator[Any]:
@@ -32,7 +33,8 @@ def combinations(spec: OpSpec) -> Iterator[Any]:
         if not other.ours
     )
     for backend, (number, case), dtype in chain(ours, adapters):
-        often = number < SAMPLED and dtype != torch.float16
+        turn = spec.dtypes[number % 2 % len(spec.dtypes)] if backend == "triton" else dtype
+        often = number < SAMPLED and dtype == turn
         label = f"{spec.name}-{backend}-{case.name}-{dtype}".replace(" ", "_")
         yield pytest.param(
             spec, backend, case, dtype, id=label, marks=[] if often else pytest.mark.slow
@@ -128,12 +130,15 @@ def test_opcheck(spec: OpSpec, device: str) -> None:
 AUTOMATIC = [(spec, backend) for spec in OPS for backend in spec.backends[:-1] if backend.automatic]
 
 
+@pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("spec", "backend"),
     [pytest.param(*pair, id=f"{pair[0].name}-{pair[1].name}") for pair in AUTOMATIC],
 )
-def test_traces_without_a_graph_break(spec: OpSpec, backend: Backend, device: str) -> None:
-    case, dtype = spec.small_cases[1], on_gpu(backend) or spec.dtypes[0]
+def test_traces_without_a_graph_break(
+    spec: OpSpec, backend: Backend, number: int, device: str
+) -> None:
+    case, dtype = spec.small_cases[number], on_gpu(backend) or spec.dtypes[0]
     skip_if_absent(spec, backend.name, case, dtype)
     function = backend.function(spec.name)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")

@@ -49,7 +49,7 @@ def closed() -> Callable[..., Config]:
 
 @pytest.fixture
 def write_log(closed, tmp_path) -> Callable[..., Path]:
-    """A log of a run of four blocks of an hour from time 0, evaluated afterwards and concluded."""
+    """A concluded log of a run of four one-hour blocks from time 0, evaluated afterwards."""
 
     def write(
         config: Config | None = None, scores: dict[int, tuple[float, float]] = SCORES

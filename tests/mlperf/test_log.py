@@ -1,3 +1,5 @@
+"""The MLPerf log: its lines and their order, resumed runs, damaged files."""
+
 import json
 import sys
 from pathlib import Path
@@ -5,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sd_perf.errors import ConfigError, DataError, UserError
-from sd_perf.mlperf.log import MLPerfLog, read_log, scores_of
+from sd_perf.mlperf.log import MLPerfLog, logged_scores, read_log
 
 pytest.importorskip("mlperf_logging")
 
@@ -111,7 +113,7 @@ def test_resume_repeats_nothing(closed, tmp_path):
 
 @pytest.mark.parametrize("length", [5, 40, None], ids=["token", "middle", "all but the line's end"])
 def test_line_cut_off_by_a_kill(closed, tmp_path, length):
-    """A resumed run writes it again, whole; the rest stays."""
+    """A resumed run writes the line again, whole, and the others stay."""
     path = tmp_path / "result_0.txt"
     begin(path, closed())
     whole = keys(path)
@@ -142,7 +144,7 @@ def test_launchers_prefix_is_ignored(closed, tmp_path):
 def test_last_score_of_a_checkpoint_counts(write_log, closed):
     path = write_log()
     MLPerfLog(path, closed()).add_evaluation(512_000, 70.0, 0.2, 1, 2)
-    assert scores_of(read_log(path))[512_000] == {"FID": 70.0, "CLIP": 0.2}
+    assert logged_scores(read_log(path))[512_000] == {"FID": 70.0, "CLIP": 0.2}
 
 
 def test_bad_use(closed, tmp_path):

@@ -1,3 +1,5 @@
+"""The closed division: what is free, what is fixed, and what is refused."""
+
 import dataclasses
 from pathlib import Path
 

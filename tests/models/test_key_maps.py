@@ -1,3 +1,5 @@
+"""Names of weights against diffusers' own models, in both directions."""
+
 import hashlib
 
 import pytest
@@ -42,7 +44,7 @@ def state_of(model, config):
 
 
 def stock_state(config):
-    """The state dict of diffusers' own model of these sizes, without memory."""
+    """The state dict of diffusers' own model of these sizes, on the meta device."""
     define_missing_torchvision_ops()
     diffusers = pytest.importorskip("diffusers")
     with torch.device("meta"):

@@ -1,5 +1,4 @@
-"""The OpenCLIP text tower: published tokens, the penultimate states against open_clip's own
-forward, weights files."""
+"""The text tower: published tokens, open_clip's own penultimate states, weight files."""
 
 from __future__ import annotations
 
@@ -21,7 +20,10 @@ def encoder() -> OpenClipTextEncoder:
 
 
 def test_tokens_are_clips_padded_with_zero(encoder):
-    """CLIP's own numbers of "a photo of a cat"; case, spaces and entities do not matter."""
+    """CLIP's published tokens of "a photo of a cat".
+
+    Case, spaces and HTML entities do not matter.
+    """
     for caption in ("a photo of a cat", "  A photo\nof a &#99;at "):
         assert (
             encoder.tokenizer([caption])[0].tolist()
@@ -35,7 +37,7 @@ def test_long_captions_end_with_the_end_token(encoder):
 
 
 def test_states_are_penultimate(encoder):
-    """open_clip's own forward, cut off after the last block but one, through ln_final."""
+    """Compared with open_clip's own forward, hooked after the last block but one."""
     captions = ["a dog on a skateboard", ""]
     tower, seen = encoder.tower, []
     hook = tower.transformer.resblocks[-2].register_forward_hook(

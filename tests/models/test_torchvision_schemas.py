@@ -1,3 +1,5 @@
+"""Importing torchvision beside CPU-only torch, in a process of its own."""
+
 import importlib.util
 import subprocess
 import sys

@@ -1,3 +1,5 @@
+"""The autoencoder: parameters, names, work, and its output against diffusers' AutoencoderKL."""
+
 import hashlib
 
 import pytest
@@ -15,8 +17,7 @@ WIDE = AutoencoderConfig(
 
 
 def build(config: AutoencoderConfig) -> AutoencoderKL:
-    """A seeded autoencoder whose norms are not the identity, so that every weight shows in the
-    output."""
+    """A seeded autoencoder whose norms are not the identity, so every weight has an effect."""
     torch.manual_seed(0)
     vae = AutoencoderKL(config)
     for parameter in vae.parameters():

@@ -1,3 +1,5 @@
+"""Weight files: hostile and damaged pickles, strict loading, both exports."""
+
 import collections
 import importlib.util
 import json
@@ -35,8 +37,7 @@ STATE = {"model.diffusion_model.out.2.bias": torch.arange(4.0)}
 
 
 def build(config: UNetConfig) -> UNet:
-    """A seeded UNet with torch's own initial weights in the layers that start at 0, so that the
-    output is not 0."""
+    """A seeded UNet with no layer at 0, so that the output is not 0."""
     torch.manual_seed(0)
     unet = UNet(config)
     for layer in unet.modules():
@@ -47,7 +48,7 @@ def build(config: UNetConfig) -> UNet:
 
 @torch.no_grad()
 def relative_error(theirs, ours: UNet) -> float:
-    """Of diffusers' output against ours."""
+    """Relative error of the output of diffusers' UNet against ours."""
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(2, 4, 8, 8, generator=generator)
     timesteps, context = (
@@ -71,8 +72,7 @@ def diffusers():
 
 
 def pretend_lightning(monkeypatch, package: str) -> type:
-    """An importable ModelCheckpoint under the name that Lightning gives it, so that it can be
-    pickled."""
+    """An importable ModelCheckpoint under Lightning's name, so that it can be pickled."""
     name = f"{package}.callbacks.model_checkpoint"
     parts = name.split(".")
     for count in range(1, len(parts) + 1):
@@ -85,8 +85,10 @@ def pretend_lightning(monkeypatch, package: str) -> type:
 
 
 def test_lightning_checkpoint_without_lightning(tmp_path, monkeypatch):
-    """A real one has classes of Lightning as keys and numpy scalars as learning rates; neither
-    package is imported."""
+    """A real one has classes of Lightning as keys and numpy scalars as learning rates.
+
+    Neither package is imported.
+    """
     path = tmp_path / "epoch=0.ckpt"
     older, newer = (
         pretend_lightning(monkeypatch, package)

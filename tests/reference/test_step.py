@@ -1,5 +1,4 @@
-"""The plain training step against the formulas written out, and its independence of how samples are
-split."""
+"""The training step against its formulas, and its independence of the split."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from sd_perf.reference.step import DiffusionStep, sample_latents
 
 
 class ScaledInput(torch.nn.Module):
-    """v = weight x_t: the least network whose loss can be written down."""
+    """v = weight x_t: the smallest network whose loss can be written down."""
 
     def __init__(self) -> None:
         super().__init__()

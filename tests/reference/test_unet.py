@@ -30,7 +30,7 @@ ZERO_INITIALISED = ("out_layers.3.", "proj_out.", "out.2.")
 
 
 def build(config: UNetConfig, awake: bool = True) -> UNet:
-    """A seeded UNet; awake, nothing in it is 0 or 1, so that every weight shows in the output."""
+    """A seeded UNet. `awake` leaves no parameter at 0 or 1, so every weight has an effect."""
     torch.manual_seed(0)
     unet = UNet(config)
     if awake:

@@ -1,5 +1,4 @@
-"""The checkpoint store: what it leaves on disk, and what it says of damaged, foreign or unwritable
-folders."""
+"""The checkpoint store: what it leaves on disk, and what it says of unusable folders."""
 
 from __future__ import annotations
 

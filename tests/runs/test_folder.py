@@ -1,5 +1,4 @@
-"""The run folder: what its manifest holds, what a second start may change, and how an earlier run
-is moved aside."""
+"""The run folder: its manifest, what a resumed run may change, moving a run aside."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 import pytest
 
-from sd_perf.mlperf.check import check
+from sd_perf.mlperf.compliance import check_log
 from sd_perf.mlperf.log import LOG_NAME, MLPerfLog, read_log
 from sd_perf.training.callbacks.base import Callback
 from sd_perf.training.callbacks.checkpointer import Checkpointer
@@ -50,7 +50,7 @@ def test_log_of_a_run_stopped_resumed_and_evaluated(make_config, make_trainer):
     for samples, fid, clip in ((40, 9.0, 0.2), (80, 5.0, 0.6), (120, 4.0, 0.7)):
         log.add_evaluation(samples, fid, clip, now + samples, now + samples + 5)
     assert log.conclude(fid_target=6.0, clip_target=0.5) == "success"
-    verdict = check(path, "open")
+    verdict = check_log(path, "open")
     assert verdict.passed and not verdict.findings, str(verdict)
     stop = read_log(path)[-1]
     assert stop.time_ms == next(

@@ -4,6 +4,7 @@ processes."""
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -15,7 +16,12 @@ from sd_perf.runs.checkpoints import CheckpointStore, load_component
 from sd_perf.training.callbacks.base import Callback
 from sd_perf.training.callbacks.checkpointer import Checkpointer
 from sd_perf.training.callbacks.metrics import MetricsFile
-from tests.small_run import start_train, train
+from sd_perf.training.callbacks.signals import StopOnSignal
+from tests.small_run import small_config, small_trainer, start_train, train
+
+LENGTH = {"max_samples": 80}
+"""20 steps, with checkpoints after 40 and 80 samples"""
+ENDLESS = ("--training.max-samples", "100000", "--logging.every-steps", "1")
 
 
 class StopAt(Callback):
@@ -49,16 +55,23 @@ def relative_error(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> fl
     return max(((a[name] - b[name]).norm() / b[name].norm()).item() for name in weights)
 
 
-@pytest.fixture
-def whole_run(make_config, make_trainer) -> dict[str, torch.Tensor]:
-    trainer = make_trainer(make_config("whole"), [MetricsFile(), Checkpointer()])
+@pytest.fixture(scope="module")
+def whole_folder(tmp_path_factory) -> Path:
+    """A run that never stopped, trained once."""
+    config = small_config(tmp_path_factory.mktemp("whole") / "run", training=LENGTH)
+    trainer = small_trainer(config, [MetricsFile(), Checkpointer()])
     trainer.fit()
-    return final_tensors(trainer.folder)
+    return trainer.folder
 
 
-@pytest.mark.parametrize("stop", [1, 10, 23, 49])
-def test_resumed_run_is_bit_identical(stop, make_config, make_trainer, whole_run, tmp_path):
-    config = make_config("stopped")
+@pytest.fixture
+def whole_run(whole_folder) -> dict[str, torch.Tensor]:
+    return final_tensors(whole_folder)
+
+
+@pytest.mark.parametrize("stop", [1, 10, 13, 19])
+def test_resumed_run_is_bit_identical(stop, make_config, make_trainer, whole_run, whole_folder):
+    config = make_config("stopped", training=LENGTH)
     first = make_trainer(config, [StopAt(stop), MetricsFile(), Checkpointer()])
     assert first.fit() == "test" and first.steps == stop
     second = make_trainer(config, [MetricsFile(), Checkpointer()], resume=True)
@@ -67,7 +80,7 @@ def test_resumed_run_is_bit_identical(stop, make_config, make_trainer, whole_run
     assert_bit_identical(final_tensors(second.folder), whole_run)
     # The metrics file, too, is the one of a run that never stopped.
     logs = [
-        (tmp_path / run / "metrics.jsonl").read_text().splitlines() for run in ("stopped", "whole")
+        (run / "metrics.jsonl").read_text().splitlines() for run in (second.folder, whole_folder)
     ]
     stopped, whole = (
         [{k: json.loads(line)[k] for k in ("samples", "loss", "lr")} for line in log]
@@ -81,15 +94,17 @@ def stopped_and_resumed(
 ) -> dict[str, torch.Tensor]:
     """The end of a run stopped at step 10, begun with the first implementation of the UNet and
     ended with the last."""
-    for stop, implementation in zip((10, 50), implementations, strict=True):
-        config = make_config("-".join(implementations), model={"implementation": implementation})
+    for stop, implementation in zip((10, 20), implementations, strict=True):
+        model = {"implementation": implementation}
+        config = make_config("-".join(implementations), model=model, training=LENGTH)
         trainer = make_trainer(config, [StopAt(stop), Checkpointer()], resume=stop > 10)
         trainer.fit()
     return final_tensors(trainer.folder)
 
 
 def test_a_run_of_the_fast_unet_resumes_bit_identically(make_config, make_trainer):
-    whole = make_trainer(make_config("whole", model={"implementation": "fast"}), [Checkpointer()])
+    config = make_config("whole", model={"implementation": "fast"}, training=LENGTH)
+    whole = make_trainer(config, [Checkpointer()])
     whole.fit()
     assert_bit_identical(
         stopped_and_resumed(make_config, make_trainer, ["fast", "fast"]),
@@ -104,7 +119,7 @@ def test_checkpoints_pass_between_implementations(
     error = relative_error(
         stopped_and_resumed(make_config, make_trainer, implementations), whole_run
     )
-    print(f"{implementations} against plain, 50 steps: largest relative error {error:.1e}")
+    print(f"{implementations} against plain, 20 steps: largest relative error {error:.1e}")
     assert 0 < error < 1e-5
 
 
@@ -124,38 +139,66 @@ def test_lines_after_the_checkpoint_are_set_aside(make_config, make_trainer, tmp
 
 
 def test_accumulation_changes_rounding_only(make_config, make_trainer, whole_run):
-    trainer = make_trainer(
-        make_config("accumulated", training={"accumulate_steps": 2}), [Checkpointer()]
-    )
+    config = make_config("accumulated", training={**LENGTH, "accumulate_steps": 2})
+    trainer = make_trainer(config, [Checkpointer()])
     trainer.fit()
     assert relative_error(final_tensors(trainer.folder), whole_run) < 1e-5
 
 
-def test_two_processes_equal_one_and_resume_across(preset, tmp_path, whole_run):
-    """50 steps on two gloo processes; stopped on two and resumed on one."""
-    train(preset, tmp_path / "two", processes=2)
+def test_two_processes_equal_one_and_resume_across(
+    preset, tmp_path, whole_run, whole_folder, sd_perf
+):
+    """20 steps on two gloo processes; and the last 10 of them on one."""
+    samples = ("--training.max-samples", str(LENGTH["max_samples"]))
+    train(preset, tmp_path / "two", *samples, processes=2)
     two = final_tensors(tmp_path / "two")
     error = relative_error(two, whole_run)
-    print(f"two processes against one, 50 steps: largest relative error {error:.1e}")
+    print(f"two processes against one, 20 steps: largest relative error {error:.1e}")
     assert error < 1e-5
     losses = [
-        [
-            json.loads(line)["loss"]
-            for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()
-        ]
-        for run in ("two", "whole")
+        [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (tmp_path / "two", whole_folder)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
-    train(preset, tmp_path / "across", "--training.max-samples", "100", processes=2)
-    train(preset, tmp_path / "across", "--resume")
+    shutil.copytree(tmp_path / "two", tmp_path / "across")
+    shutil.rmtree(tmp_path / "across" / "checkpoints" / "samples_0000000080")
+    command = ("train", "--config", preset, "--run.dir", tmp_path / "across", "--resume")
+    code, output, errors = sd_perf(*command, *samples)
+    assert code == 0 and "resuming at sample 40 of 80" in output, errors
     assert relative_error(final_tensors(tmp_path / "across"), whole_run) < 1e-5
 
 
+class SignalAt(Callback):
+    def __init__(self, step: int, number: signal.Signals) -> None:
+        self.step, self.number = step, number
+
+    def on_step(self, trainer) -> None:
+        if trainer.steps == self.step:
+            signal.raise_signal(self.number)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_signal_saves_and_leaves(number, preset, tmp_path):
+def test_signal_saves_and_stops(number, make_config, make_trainer):
+    handler = signal.getsignal(number)
+    callbacks = [SignalAt(3, number), StopOnSignal(), Checkpointer()]
+    trainer = make_trainer(make_config(), callbacks)
+    assert trainer.fit() == number.name and trainer.steps == 3
+    assert trainer.store.newest().name == "samples_0000000012"
+    assert signal.getsignal(number) is handler
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+    ],
+)
+def test_signal_saves_and_leaves(number, preset, tmp_path, sd_perf):
     run = tmp_path / "run"
-    process = start_train(preset, run, "--training.max-samples", "100000")
+    process = start_train(preset, run, *ENDLESS)
     wait_for(
         lambda: (
             (run / "metrics.jsonl").is_file()
@@ -169,13 +212,15 @@ def test_signal_saves_and_leaves(number, preset, tmp_path):
     newest = CheckpointStore(run / "checkpoints").newest()
     assert newest is not None
     samples = int(newest.name.removeprefix("samples_"))
-    output = train(preset, run, "--resume", "--training.max-samples", str(samples + 8))
+    command = ("train", "--config", preset, "--run.dir", run, "--resume")
+    code, output, errors = sd_perf(*command, "--training.max-samples", samples + 8)
+    assert code == 0, errors
     assert f"resuming at sample {samples:,}" in output
 
 
 def test_signal_to_one_rank_stops_both(preset, tmp_path):
     run = tmp_path / "run"
-    process = start_train(preset, run, "--training.max-samples", "100000", processes=2)
+    process = start_train(preset, run, *ENDLESS, processes=2)
     wait_for(
         lambda: (
             (run / "metrics.jsonl").is_file()

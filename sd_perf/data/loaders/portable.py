@@ -1,5 +1,4 @@
-"""The loader that runs everywhere: threads that read and decode whole micro-batches ahead of the
-step."""
+"""The loader that runs everywhere: threads read and decode micro-batches ahead of the step."""
 
 from __future__ import annotations
 
@@ -20,12 +19,14 @@ from sd_perf.errors import BadSampleError, DataError
 
 
 class PortableLoader:
-    """Micro-batches of moments shards; a `Loader`.
+    """Reads micro-batches from moments shards; a `Loader`.
 
-    Context comes as float32 whatever the shards hold. Raises DataError for shards that cannot be
-    used, and BadSampleError for a bad sample where data.max_bad_samples is 0; otherwise bad samples
-    are replaced and told in `Batch.replacements`, and the caller, who alone sees all ranks, holds
-    their number against the limit.
+    Context is float32, whatever dtype the shards store. Raises DataError for shards that cannot be
+    used.
+
+    A bad sample raises BadSampleError where data.max_bad_samples is 0. Otherwise it is replaced by
+    the next good one and listed in `Batch.replacements`. The trainer checks the number of
+    replacements against the limit, because a loader sees the samples of its own rank only.
     """
 
     def __init__(self, config: DataConfig, options: LoaderOptions) -> None:
@@ -34,23 +35,29 @@ class PortableLoader:
         self._index = ShardIndex.open(
             config.path, config.index, need_context=config.context == "precomputed"
         )
-        self._reader = SampleReader(self._index, config, options.in_channels, options.context_dim)
+        self._reader = SampleReader(
+            self._index, config, in_channels=options.in_channels, context_dim=options.context_dim
+        )
         self.num_samples = len(self._index)
         self.fingerprint = self._index.fingerprint
         self._order = SampleOrder(options.seed, self.num_samples)
 
     def batches(self, position: int) -> Iterator[Batch]:
-        """Micro-batches of this rank without end, from a position that is a multiple of the global
-        batch."""
-        work = self._options.positions(position)
-        return _made_ahead(self._make, work, self._config.workers, self._config.prefetch_batches)
+        """Micro-batches of this rank from a position on, without end; see `Loader`."""
+        return _prefetched(
+            self._make,
+            self._options.positions(position),
+            workers=self._config.workers,
+            depth=self._config.prefetch_batches,
+        )
 
     def _make(self, positions: np.ndarray) -> Batch:
         size, side, options = len(positions), self._config.latent_size, self._options
         moments, context = torch.empty(size, 2 * options.in_channels, side, side), None
         if self._config.context == "precomputed":
             context = torch.empty(size, self._config.context_tokens, options.context_dim)
-        batch = Batch(torch.from_numpy(positions), moments, [], context)
+        batch = Batch(torch.from_numpy(positions), moments, captions=[], context=context)
+        # Filled through numpy, row by row, so that each sample is copied (and cast) once.
         for row, position in enumerate(positions.tolist()):
             sample, replacement = self._good_sample(position)
             batch.moments.numpy()[row] = sample.moments
@@ -62,8 +69,7 @@ class PortableLoader:
         return batch.pinned() if options.pin_memory else batch
 
     def _good_sample(self, position: int) -> tuple[Sample, Replacement | None]:
-        """The sample of a position, or the next good one of the order with the record of what it
-        replaces."""
+        """The sample at a position, or the next good one of the order, with its `Replacement`."""
         replacement = None
         for candidate in range(position, position + self.num_samples):
             number = self._order.sample(candidate)
@@ -81,14 +87,16 @@ class PortableLoader:
         raise DataError(f"{self.num_samples} samples in a row are bad; the last is {culprit}")
 
 
-def _made_ahead(
-    make: Callable[[np.ndarray], Batch], work: Iterator[np.ndarray], workers: int, ahead: int
+def _prefetched(
+    make: Callable[[np.ndarray], Batch], work: Iterator[np.ndarray], workers: int, depth: int
 ) -> Iterator[Batch]:
-    """make(item) of each work item, in order, with `ahead` of them under way; closing it ends the
-    threads."""
+    """Yield make(item) of each item in order, with `depth` items in progress in a thread pool.
+
+    Closing the iterator ends the threads.
+    """
     pool = ThreadPoolExecutor(workers, thread_name_prefix="sd_perf_data")
     try:
-        pending = deque(pool.submit(make, item) for item in islice(work, ahead))
+        pending = deque(pool.submit(make, item) for item in islice(work, depth))
         for item in work:
             batch = pending.popleft().result()
             pending.append(pool.submit(make, item))

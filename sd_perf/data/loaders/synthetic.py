@@ -1,4 +1,4 @@
-"""Data without data sets: batches drawn from the seed.
+"""Synthetic data: batches drawn from the seed, without files.
 
 Shape letters: B samples, C latent channels, S latent rows and columns, L text tokens, D context
 channels.
@@ -18,8 +18,8 @@ from sd_perf.diffusion.randomness import Stream, normal
 
 LATENT_SCALE = DiffusionConfig().latent_scale
 LOG_VARIANCE = -8.0
-"""of the moments: a spread of 0.018, small beside the mean's, as the autoencoder gives real
-images"""
+"""log-variance of every synthetic moment: a standard deviation of 0.018, small beside that of the
+means, as the autoencoder gives for real images"""
 
 
 def draw_inputs(
@@ -29,11 +29,10 @@ def draw_inputs(
     context: tuple[int, int],
     latent_scale: float = LATENT_SCALE,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Moments (B, 2C, S, S) and context (B, L, D), float32, of samples (B,), for shapes (C, S, S)
-    and (L, D).
+    """Draw moments (B, 2C, S, S) and context (B, L, D), float32, of the samples numbered (B,).
 
-    Latents have unit variance, context is standard normal; each sample is a function of (seed, its
-    number).
+    `latents` is (C, S, S), `context` (L, D). Scaled latents have unit variance, context is standard
+    normal. Each sample is a function of (seed, its number).
     """
     split = math.prod(latents)
     numbers = normal(seed, Stream.SYNTHETIC, samples, split + math.prod(context))
@@ -43,10 +42,10 @@ def draw_inputs(
 
 
 class SyntheticLoader:
-    """Micro-batches of random moments and context, without files; a `Loader`.
+    """Micro-batches of random moments and context; a `Loader`.
 
-    Sample n of `num_samples` is a function of (seed, n); positions go round and round. Samples are
-    kept once drawn, so after one epoch a batch costs a copy.
+    Sample n of `num_samples` is a function of (seed, n), and position p holds sample p modulo
+    num_samples. Samples are kept once drawn, so from the second epoch on a batch costs a copy.
     """
 
     def __init__(
@@ -67,24 +66,26 @@ class SyntheticLoader:
         self.fingerprint = f"synthetic:seed={options.seed}:{shapes}"
 
     def batches(self, position: int) -> Iterator[Batch]:
-        """Micro-batches of this rank without end, from a position that is a multiple of the global
-        batch."""
+        """Micro-batches of this rank from a position on, without end; see `Loader`."""
         return map(self._make, self._options.positions(position))
 
     def _draw(self, samples: torch.Tensor) -> None:
         side, (tokens, channels) = self._moments.shape[-1], self._context.shape[1:]
-        latents = (self._options.in_channels, side, side)
-        drawn = draw_inputs(
-            self._options.seed, samples, latents, (tokens, channels), self._latent_scale
+        self._moments[samples], self._context[samples] = draw_inputs(
+            self._options.seed,
+            samples,
+            latents=(self._options.in_channels, side, side),
+            context=(tokens, channels),
+            latent_scale=self._latent_scale,
         )
-        self._moments[samples], self._context[samples] = drawn
         self._drawn[samples] = True
 
     def _make(self, positions: np.ndarray) -> Batch:
         indices = torch.from_numpy(positions)
         samples = indices % self.num_samples
-        for sample in samples[~self._drawn[samples]].unique().split(8):
-            self._draw(sample)
+        # Eight at a time: normal() holds several int64 and float64 copies of what it draws.
+        for missing in samples[~self._drawn[samples]].unique().split(8):
+            self._draw(missing)
         captions = [f"synthetic sample {sample}" for sample in samples.tolist()]
         batch = Batch(indices, self._moments[samples], captions, self._context[samples])
         return batch.pinned() if self._options.pin_memory else batch

@@ -1,12 +1,14 @@
-"""The benchmark's raw images: tar shards of `<key>.jpg`, `<key>.txt` and `<key>.json`, as
-img2dataset writes them."""
+"""Raw shards: tar files of images and captions, the benchmark's data before it is encoded.
+
+img2dataset writes them: `<key>.jpg`, `<key>.txt` (caption) and `<key>.json` (not read) per sample.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import BinaryIO
 
-from sd_perf.data.prepare.photographs import (
+from sd_perf.data.prepare.captioned_images import (
     MAX_CAPTION_BYTES,
     CaptionedImage,
     read_captioned_images,
@@ -15,50 +17,62 @@ from sd_perf.data.samples import parse_caption
 from sd_perf.data.shards import group_by_key
 from sd_perf.errors import BadSampleError, DataError
 
-EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-"""of the images"""
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
 
 def read_images(
     folder: Path, captions: Path | None = None, allow_empty: bool = False
 ) -> list[CaptionedImage]:
-    """Images of a folder's raw shards where it has *.tar files and no captions file is given, else
-    its own."""
+    """Captioned images of a folder, from its raw shards or its captions file.
+
+    The raw shards are read where the folder has *.tar files and no captions file is given. Raises
+    DataError as `read_raw_shards` and `read_captioned_images` do.
+    """
     if captions is None and any(folder.glob("*.tar")):
-        return read_raw_shards(folder, allow_empty)
-    return read_captioned_images(folder, captions or "", allow_empty)
+        return read_raw_shards(folder, allow_empty=allow_empty)
+    return read_captioned_images(folder, captions or "", allow_empty=allow_empty)
 
 
 def read_raw_shards(folder: str | Path, allow_empty: bool = False) -> list[CaptionedImage]:
-    """Images of a folder's *.tar shards with their captions, in the order of the shards.
+    """Captioned images of a folder's *.tar shards, in the order of the shards.
 
-    DataError, with shard and key, for a shard that cannot be read, a sample without image or
-    caption, and a caption that is not UTF-8, too long, or empty (unless allow_empty).
+    The images are not read, only located. Raises DataError, with shard and key, for a shard that
+    cannot be read, a sample without image or caption, and a caption that is not UTF-8, too long, or
+    empty (unless allow_empty).
     """
     images = []
     for path in sorted(Path(folder).glob("*.tar")):
         with path.open("rb") as shard:
             for key, files in group_by_key(path).items():
-                images.append(_image(path, shard, key, files, allow_empty))
+                images.append(_image(path, shard, key, files=files, allow_empty=allow_empty))
     if not images:
         raise DataError(f"{folder} holds no raw shards with images in them")
     return images
 
 
 def _image(
-    path: Path, shard: BinaryIO, key: str, files: dict[str, tuple[int, int]], allow_empty: bool
+    path: Path, shard: BinaryIO, key: str, *, files: dict[str, tuple[int, int]], allow_empty: bool
 ) -> CaptionedImage:
+    """One sample of a raw shard; `files` are its files as {extension: (byte offset, size)}."""
     where = f"{path}: sample {key}"
-    place = next((files[extension] for extension in EXTENSIONS if extension in files), None)
+    place = next((files[extension] for extension in IMAGE_EXTENSIONS if extension in files), None)
     if place is None or "txt" not in files:
         raise DataError(
-            f"{where} needs an image ({', '.join(EXTENSIONS)}) and a .txt; it has "
+            f"{where} needs an image ({', '.join(IMAGE_EXTENSIONS)}) and a .txt; it has "
             f"{', '.join(files)}"
         )
     offset, size = files["txt"]
     shard.seek(offset)
     try:
-        caption = parse_caption(shard.read(size), MAX_CAPTION_BYTES, allow_empty)
+        caption = parse_caption(
+            shard.read(size), max_bytes=MAX_CAPTION_BYTES, allow_empty=allow_empty
+        )
     except BadSampleError as error:
         raise DataError(f"{where}: {error}") from error
-    return CaptionedImage(path, (caption,), where, {"file": f"{path.name}/{key}"}, place)
+    return CaptionedImage(
+        path=path,
+        captions=(caption,),
+        where=where,
+        metadata={"file": f"{path.name}/{key}"},
+        place=place,
+    )

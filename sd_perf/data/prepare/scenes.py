@@ -1,10 +1,9 @@
-"""The tiny world: 64x64 pictures of two coloured shapes side by side or one above the other, with
-true captions.
+"""The tiny world: 64x64 pictures of two coloured shapes, with true captions.
 
-Small enough that a UNet of a few million parameters learns it in minutes on a CPU, and made so that
-a program can read a picture's caption back from its pixels (`sd_perf.evaluation.judge`). There are
-96 captions; where exactly the shapes lie, how large they are and how bright the background is
-differs from picture to picture.
+The shapes stand side by side or one above the other. There are 96 captions. Positions, sizes and
+the brightness of the background differ from picture to picture. A UNet of a few million parameters
+learns this world in minutes on a CPU, and a program can read a picture's caption back from its
+pixels (`sd_perf.evaluation.judge`).
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sd_perf.data.shards import ShardWriter
+from sd_perf.data.shard_writer import ShardWriter
 from sd_perf.errors import DataError
 from sd_perf.files import disk_errors, write_text
 from sd_perf.optional import optional
@@ -34,20 +33,23 @@ COLOURS = {
 SHAPES = ("square", "circle")
 RELATIONS = ("left of", "above")
 DISTANCE = (15.0, 17.0)
-"""of each shape's centre from the picture's, along the relation's axis, pixels"""
+"""smallest and largest distance of a shape's centre from the picture's, along the axis of the
+relation, pixels"""
 SIDESTEP = 5.0
-"""largest distance of a shape's centre from the picture's, across the relation's axis, pixels"""
+"""largest distance of a shape's centre from the picture's, across that axis, pixels"""
 HALF_WIDTH = (11.0, 13.5)
-"""half a square's side or a circle's radius, pixels; with DISTANCE, shapes neither touch nor leave
-the picture"""
+"""smallest and largest half side of a square, or radius of a circle, pixels. With DISTANCE it
+keeps shapes from touching and from leaving the picture."""
 BACKGROUND = (160.0, 235.0)
-"""grey level of the background, 0 to 255"""
+"""darkest and brightest grey level of the background, 0 to 255"""
 
 
 @dataclass(frozen=True)
 class Attributes:
-    """What a caption says: the first shape is left of the second, or above it. The colours
-    differ."""
+    """What a caption says: the first shape is left of the second, or above it.
+
+    The two colours differ.
+    """
 
     first_colour: str
     first_shape: str
@@ -57,7 +59,7 @@ class Attributes:
 
     @property
     def caption(self) -> str:
-        """Plain English: "a red square left of a blue circle"."""
+        """The caption in English, such as "a red square left of a blue circle"."""
         return (
             f"a {self.first_colour} {self.first_shape} {self.relation} a {self.second_colour} "
             f"{self.second_shape}"
@@ -75,7 +77,7 @@ class Scene:
 
 
 def all_attributes() -> list[Attributes]:
-    """Every combination that the world holds, each once."""
+    """Every combination that the world holds, each once: 96."""
     return [
         Attributes(first, shape, relation, second, other)
         for first in COLOURS
@@ -89,8 +91,8 @@ def all_attributes() -> list[Attributes]:
 
 def render(seed: int, index: int) -> Scene:
     """Scene number `index` of a seed: the same picture and caption on every call. Both are >= 0."""
-    # Uniform doubles alone, because numpy promises the same stream of these for a bit generator,
-    # not of every method.
+    # Only uniform doubles are drawn: numpy promises that random() of a bit generator gives the same
+    # stream in every version, but does not promise it of the other distributions.
     draws = iter(np.random.Generator(np.random.Philox(key=[seed, index])).random(8))
     world = all_attributes()
     attributes = world[int(next(draws) * len(world))]
@@ -99,6 +101,8 @@ def render(seed: int, index: int) -> Scene:
         (attributes.first_colour, attributes.first_shape),
         (attributes.second_colour, attributes.second_shape),
     )
+    # The first shape stands on the side of lower coordinates: left, or above. The order of draws
+    # is part of the data: tests and trained assets hold these very pictures.
     for side, (colour, shape) in zip((-1, 1), names, strict=True):
         along = (SIZE - 1) / 2 + side * _between(DISTANCE, next(draws))
         across = (SIZE - 1) / 2 + _between((-SIDESTEP, SIDESTEP), next(draws))
@@ -109,8 +113,10 @@ def render(seed: int, index: int) -> Scene:
 
 
 def coverage(shape: str, x: float, y: float, half_width: float) -> np.ndarray:
-    """How much of each pixel a shape covers: (64, 64) float64 in [0, 1], antialiased; x, y,
-    half_width in pixels."""
+    """Share of each pixel that a shape covers: (64, 64) float64 in [0, 1], antialiased.
+
+    x and y are the column and row of the centre; they and half_width are in pixels.
+    """
     pixels = np.arange(SIZE, dtype=np.float64)
     columns, rows = np.abs(pixels[None, :] - x), np.abs(pixels[:, None] - y)
     distance = np.maximum(columns, rows) if shape == "square" else np.hypot(columns, rows)
@@ -122,12 +128,12 @@ def _between(limits: tuple[float, float], draw: float) -> float:
 
 
 def write_scenes(folder: str | Path, num: int, seed: int, uncaptioned_every: int = 0) -> None:
-    """Scenes 0 to num - 1 of a seed as PNG files with a captions.jsonl, as `sd-perf data prepare`
-    reads them.
+    """Write scenes 0 to num - 1 of a seed as PNG files with a captions.jsonl.
 
-    Where `uncaptioned_every` is n > 0, each n-th scene has the empty caption, from which a model
-    learns what it is to be guided away from (Ho & Salimans, arXiv 2207.12598); preparing them takes
-    data.allow_empty_captions. DataError where the folder already holds something.
+    `sd-perf data prepare` reads such a folder. Where `uncaptioned_every` is n > 0, every n-th scene
+    has the empty caption: from these a model learns the unconditional prediction that
+    classifier-free guidance needs (Ho & Salimans, arXiv 2207.12598). Preparing them takes
+    data.allow_empty_captions. Raises DataError where the folder already holds something.
     """
     folder = Path(folder)
     with disk_errors(folder, "make room or choose another folder", DataError):
@@ -143,7 +149,7 @@ def write_scenes(folder: str | Path, num: int, seed: int, uncaptioned_every: int
 
 
 def write_scene_shards(folder: str | Path, num: int, seed: int, uncaptioned_every: int = 0) -> None:
-    """The same scenes as raw shards, the benchmark's layout of images before they are encoded."""
+    """Write the same scenes as raw shards; see `sd_perf.data.prepare.raw_shards`."""
     with ShardWriter(folder) as writer:
         for png, caption in _pictures(num, seed, uncaptioned_every):
             writer.write_files({"json": b"{}", "png": png, "txt": caption.encode()})

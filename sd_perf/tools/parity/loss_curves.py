@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from sd_perf.config import Config
-from sd_perf.data.loaders.build import build_loader
+from sd_perf.data.loaders.build_loader import build_loader
 from sd_perf.distributed.world import World
 from sd_perf.fast.ops import Ops
 from sd_perf.models.build import build_text_encoder, build_unet

@@ -18,8 +18,8 @@ from typing import Any
 from sd_perf.config import Config
 from sd_perf.errors import UserError
 from sd_perf.files import write_json
-from sd_perf.runs.folder import read_scores
 from sd_perf.runs.parity_record import Where
+from sd_perf.runs.scores import read_scores
 from sd_perf.tools.parity.comparison import Comparer, Comparison, Errors
 
 SEEDS = (0, 1, 2)

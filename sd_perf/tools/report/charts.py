@@ -1,5 +1,4 @@
-"""Charts as SVG images, each in a wide and a narrow drawing so that text stays readable on a
-phone."""
+"""Charts as SVG images. Each is drawn wide and narrow, so that a phone shows readable text."""
 
 from __future__ import annotations
 
@@ -8,73 +7,72 @@ import html
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_BLUE, _PALE, _INK, _RULE = (
-    "#0b5a94",
-    "#9cc3e0",
-    "#333333",
-    "#dddddd",
-)  # one hue, told apart by lightness alone
+# Curve and points are one hue and differ in lightness alone: readable in any colour vision, and in
+# print.
+_CURVE, _POINTS, _TEXT, _GRID_LINES = "#0b5a94", "#9cc3e0", "#333333", "#dddddd"
 _FONTS = "-apple-system, 'Segoe UI', 'Helvetica Neue', Helvetica, Arial, 'DejaVu Sans', sans-serif"
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "sd-perf",  # the same run draws the same bytes
-    # What matplotlib measures with; it is wider than the fonts of _FONTS
+    # Matplotlib measures text with this font. It is wider than those of _FONTS, which the page
+    # shows, so nothing overlaps there.
     "font.family": "DejaVu Sans",
     "font.size": 9,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "axes.edgecolor": _TEXT,
+    "axes.labelcolor": _TEXT,
+    "xtick.color": _TEXT,
+    "ytick.color": _TEXT,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.linewidth": 0.6,
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
 }
-_MANY = 2000  # points beyond which an SVG shape for each would make the file heavy
+# More points than this are drawn as pixels: an SVG shape for each would make the file heavy.
+_MANY = 2000
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One quantity over the position in samples."""
+    """One quantity over the position of the run in samples."""
 
     label: str
     """of the y axis, with unit"""
     samples: Sequence[float]
     values: Sequence[float]
-    style: str = "cloud"
-    """cloud: points and running median; line: a line; marks: a line with a mark and its number at
-    each point"""
-    log: bool = False
-    """logarithmic in samples"""
+    style: Literal["cloud", "line", "marks"] = "cloud"
+    """cloud: points and their running median; line: a line; marks: a line, a mark at each point,
+    and the numbers of the first and the last"""
+    logarithmic: bool = False
+    """whether the axis of samples is"""
     from_zero: bool = False
+    """whether the y axis begins at 0"""
 
 
 def median_window(count: int) -> int:
-    """Points a running median of `count` points spans: odd, a twentieth of them, at least 5."""
+    """Points that a running median of `count` points spans: odd, a twentieth, at least 5."""
     return max(5, count // 20 | 1)
 
 
 def running_median(values: Sequence[float] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(indices, medians), at some hundred indices. It shrinks towards the start, where a loss falls
-    fast."""
+    """(indices, medians), both (K,), of the running median at K of the points, at most 600.
+
+    The window shrinks towards the start, where a loss falls fast, down to 5 points.
+    """
     array, count = np.asarray(values, float), len(values)
-    half = median_window(count) // 2
-    even, towards_start = (
-        np.linspace(0, count - 1, min(count, 400)),
-        np.geomspace(1, count, min(count, 200)) - 1,
-    )
-    indices = np.unique(
-        np.concatenate([even, towards_start]).round().astype(int)
-    )  # dense on both kinds of axis
-    reach = np.clip(indices, 2, half)
+    # Evenly spaced indices draw a smooth curve over a linear axis, geometric ones over a
+    # logarithmic one.
+    even = np.linspace(0, count - 1, min(count, 400))
+    geometric = np.geomspace(1, count, min(count, 200)) - 1
+    indices = np.unique(np.concatenate([even, geometric]).round().astype(int))
+    reach = np.clip(indices, 2, median_window(count) // 2)
     medians = [
         np.median(array[max(i - r, 0) : i + r + 1]) for i, r in zip(indices, reach, strict=True)
     ]
@@ -83,7 +81,7 @@ def running_median(values: Sequence[float] | np.ndarray) -> tuple[np.ndarray, np
 
 def chart(panels: list[Panel], alt: str) -> str:
     """HTML of one image: the panels side by side, or one below the other on a narrow screen."""
-    wide, narrow = (_draw(panels, stacked) for stacked in (False, True))
+    wide, narrow = _draw(panels, stacked=False), _draw(panels, stacked=True)
     source = f'<source media="(max-width: 620px)" srcset="{narrow}">'
     return f'<picture>{source}<img class="chart" src="{wide}" alt="{html.escape(alt)}"></picture>'
 
@@ -108,44 +106,47 @@ def _draw(panels: list[Panel], stacked: bool) -> str:
 
 
 def _draw_panel(axes: Axes, panel: Panel) -> None:
-    from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
-
     samples, values = np.asarray(panel.samples, float), np.asarray(panel.values, float)
     if panel.style == "cloud":
-        many = len(values) > _MANY
-        axes.plot(
-            samples,
-            values,
-            "o",
-            color=_PALE,
-            markersize=1.6 if many else 3.2,
-            mew=0,
-            rasterized=many,
-        )
-        indices, medians = running_median(values)
-        axes.plot(samples[indices], medians, color=_BLUE, linewidth=1.6)
+        _draw_cloud(axes, samples, values)
     else:
-        axes.plot(
-            samples,
-            values,
-            color=_BLUE,
-            linewidth=1.6,
-            marker="o" if panel.style == "marks" else "",
-        )
+        marker = "o" if panel.style == "marks" else ""
+        axes.plot(samples, values, color=_CURVE, linewidth=1.6, marker=marker)
     if panel.style == "marks":
-        axes.margins(x=0.09, y=0.2)
-        for i, other in {0: -1, len(values) - 1: 0}.items():
-            y = 6 if values[i] >= values[other] else -14  # points, away from the line
-            offset: dict[str, Any] = {
-                "xytext": (0, y),
-                "textcoords": "offset points",
-                "ha": "center",
-            }
-            axes.annotate(f"{values[i]:.3g}", (samples[i], values[i]), color=_INK, **offset)
+        _write_first_and_last(axes, samples, values)
     if panel.from_zero:
         axes.set_ylim(bottom=0, top=1.15 * max(float(np.nanmax(values)), 1e-9))
+    _draw_axes(axes, panel)
+
+
+def _draw_cloud(axes: Axes, samples: np.ndarray, values: np.ndarray) -> None:
+    """Every point, and the running median over them."""
+    many = len(values) > _MANY
+    size = 1.6 if many else 3.2
+    axes.plot(samples, values, "o", color=_POINTS, markersize=size, mew=0, rasterized=many)
+    indices, medians = running_median(values)
+    axes.plot(samples[indices], medians, color=_CURVE, linewidth=1.6)
+
+
+def _write_first_and_last(axes: Axes, samples: np.ndarray, values: np.ndarray) -> None:
+    """The numbers of the first and the last point, on the side that the line does not take."""
+    axes.margins(x=0.09, y=0.2)
+    last = len(values) - 1
+    for i, other in {0: last, last: 0}.items():
+        points_up = 6 if values[i] >= values[other] else -14
+        offset: dict[str, Any] = {
+            "xytext": (0, points_up),
+            "textcoords": "offset points",
+            "ha": "center",
+        }
+        axes.annotate(f"{values[i]:.3g}", (samples[i], values[i]), color=_TEXT, **offset)
+
+
+def _draw_axes(axes: Axes, panel: Panel) -> None:
+    from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
+
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    if panel.log:
+    if panel.logarithmic:
         axes.set_xscale("log")
         axes.margins(x=0.02)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
@@ -154,7 +155,7 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.grid(axis="y", color=_RULE, linewidth=0.6)
+    axes.grid(axis="y", color=_GRID_LINES, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.set_xlabel("samples seen")
     axes.set_ylabel(panel.label)

@@ -1,5 +1,4 @@
-"""Sample grids as HTML: the newest cut into captioned pictures, the earlier ones as a strip of
-small copies."""
+"""Grids of pictures as HTML: the newest one cut into its pictures, the earlier ones made small."""
 
 from __future__ import annotations
 
@@ -11,19 +10,20 @@ from typing import TYPE_CHECKING
 
 from sd_perf.errors import UserError
 from sd_perf.files import one_line
-from sd_perf.tools.report.record import Pictures
+from sd_perf.tools.report.run_contents import PictureGrid
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_CELL = 320  # pixels a captioned picture has at most, twice its size on the page
-_COPY = 420  # and the width of an earlier grid
-_CELLS, _COPIES = 48, 12  # more would make the file heavy and tell no more
+# Sides in pixels that a picture and an earlier grid are reduced to: about twice their size on the
+# page, for screens with two pixels per CSS pixel.
+_PICTURE_SIDE, _GRID_WIDTH = 320, 420
+# Shown at most. More would make the file heavy and tell no more.
+_MAX_PICTURES, _MAX_GRIDS = 48, 12
 
 
-def newest_grid(grid: Pictures) -> str:
-    """Every picture of a grid over its prompt; the grid as it is where its prompts are not
-    known."""
+def newest_grid(grid: PictureGrid) -> str:
+    """Every picture of a grid with its prompt below; the whole grid where no prompts are known."""
     image = _open(grid)
     if not grid.prompts:
         return (
@@ -37,13 +37,13 @@ def newest_grid(grid: Pictures) -> str:
             f"{grid.path}: is too small for {rows} rows of {grid.columns} pictures; draw it again"
         )
     figures = []
-    for i, prompt in enumerate(grid.prompts[:_CELLS]):
+    for i, prompt in enumerate(grid.prompts[:_MAX_PICTURES]):
         row, column = divmod(i, grid.columns)
         left, top = round(column * width), round(row * height)
-        cell = image.crop((left, top, round((column + 1) * width), round((row + 1) * height)))
-        cell.thumbnail((_CELL, _CELL))
+        picture = image.crop((left, top, round((column + 1) * width), round((row + 1) * height)))
+        picture.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
         words = html.escape(prompt)
-        figures.append(f"<figure>{_img(cell, prompt)}<figcaption>{words}</figcaption></figure>")
+        figures.append(f"<figure>{_img(picture, prompt)}<figcaption>{words}</figcaption></figure>")
     more = len(grid.prompts) - len(figures)
     left_out = (
         f'<p class="quiet">{more} more pictures are in samples/{grid.path.name}.</p>'
@@ -53,21 +53,22 @@ def newest_grid(grid: Pictures) -> str:
     return f'<div class="grid">{"".join(figures)}</div>{left_out}'
 
 
-def progress_strip(grids: list[Pictures]) -> str:
-    """Small copies of grids with their positions: all of them, or twelve evenly apart."""
+def progress_strip(grids: list[PictureGrid]) -> str:
+    """Small copies of grids with their positions: all, or twelve evenly spaced ones."""
     shown = grids
-    if len(grids) > _COPIES:
-        shown = [grids[round(i * (len(grids) - 1) / (_COPIES - 1))] for i in range(_COPIES)]
+    if len(grids) > _MAX_GRIDS:
+        between = (len(grids) - 1) / (_MAX_GRIDS - 1)
+        shown = [grids[round(i * between)] for i in range(_MAX_GRIDS)]
     figures = []
     for grid in shown:
         image, caption = _open(grid), f"{grid.samples:,} samples"
-        image.thumbnail((_COPY, 4 * _COPY))
+        image.thumbnail((_GRID_WIDTH, 4 * _GRID_WIDTH))
         copy = _img(image, f"grid at {caption}")
         figures.append(f"<figure>{copy}<figcaption>{caption}</figcaption></figure>")
     return f'<div class="strip">{"".join(figures)}</div>'
 
 
-def _open(grid: Pictures) -> Image:
+def _open(grid: PictureGrid) -> Image:
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -83,7 +84,6 @@ def _img(image: Image, alt: str) -> str:
     file = io.BytesIO()
     image.save(file, format="PNG")
     data = base64.b64encode(file.getvalue()).decode()
-    kind = (
-        ' class="small-pixels"' if image.width <= 96 else ""
-    )  # enlarged by the page: show the pixels as they are
+    # The page enlarges a small picture; its pixels are then shown as squares, not blurred.
+    kind = ' class="small-pixels"' if image.width <= 96 else ""
     return f'<img{kind} src="data:image/png;base64,{data}" alt="{html.escape(alt)}">'

@@ -7,7 +7,7 @@ from typing import TextIO
 
 from sd_perf.files import disk_errors, json_lines, write_text
 from sd_perf.runs.checkpoints import MAKE_ROOM
-from sd_perf.runs.folder import read_lines
+from sd_perf.runs.scores import read_json_lines
 from sd_perf.training.callbacks.base import Callback, TrainerView
 
 
@@ -42,7 +42,7 @@ def _set_aside_lines_after(path: Path, samples: int) -> None:
     metrics.superseded.jsonl."""
     if not path.is_file():
         return
-    lines, _ = read_lines(path, ("samples",))
+    lines, _ = read_json_lines(path, ("samples",))
     later = [line for line in lines if line["samples"] > samples]
     if later:
         with path.with_name("metrics.superseded.jsonl").open("a", encoding="utf-8") as file:

@@ -1,3 +1,5 @@
+"""The portable loader: order, splits over ranks and workers, bad samples, threads."""
+
 import os
 import threading
 import time
@@ -30,7 +32,7 @@ def loader(config, world=1, rank=0, accumulate=1, **more) -> PortableLoader:
 
 
 def take(config, world=1, accumulate=1, position=0, steps=STEPS) -> list[Batch]:
-    """Batches of all ranks."""
+    """Batches of all ranks from a position on."""
     batches = []
     for rank in range(world):
         stream = loader(config, world, rank, accumulate).batches(position)
@@ -40,7 +42,7 @@ def take(config, world=1, accumulate=1, position=0, steps=STEPS) -> list[Batch]:
 
 
 def delivered(batches: list[Batch]) -> list[tuple[int, int, str]]:
-    """(position, sample, caption), sorted by position."""
+    """(position, sample, caption) of all samples in the batches, sorted by position."""
     rows = []
     for batch in batches:
         samples = batch.moments[:, 0, 0, 0].int().tolist()
@@ -123,7 +125,7 @@ def test_made_ahead_but_not_further(make_shards, monkeypatch):
 
 
 def test_pinning_covers_every_tensor(make_shards, monkeypatch):
-    """Page-locked memory needs a GPU, so only the asking is seen here."""
+    """Pinning needs a GPU, so only the calls that ask for it are checked."""
     asked = []
     monkeypatch.setattr(
         torch.Tensor, "pin_memory", lambda tensor: asked.append(tensor.shape[1:]) or tensor

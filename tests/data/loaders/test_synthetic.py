@@ -1,3 +1,5 @@
+"""The synthetic loader: samples are functions of seed and number."""
+
 from itertools import islice
 
 import numpy as np
@@ -23,7 +25,7 @@ def loader(world=1, rank=0, accumulate=1, num_samples=20, seed=1):
 
 
 def take(steps=4, **split):
-    """position -> (moments, context, caption) over all ranks."""
+    """{position: (moments, context, caption)} over all ranks."""
     rows = {}
     for rank in range(split.get("world", 1)):
         for batch in islice(

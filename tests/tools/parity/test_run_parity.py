@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sd_perf.config import Config
+from sd_perf.files import write_json
 from sd_perf.runs.parity_record import RECORD_NAME, record_folder
 from sd_perf.tools.parity import run_parity
+from sd_perf.tools.parity.__main__ import main as child_main
 from sd_perf.tools.parity.comparison import Comparison
 from tests.runs.test_parity_record import config, preset, sd_perf
 from tests.tools.parity.comparisons import GOOD, WRONG
@@ -41,6 +45,7 @@ def test_a_level_in_both_processes(preset: Path, config: Config, sd_perf: Any) -
     assert "green: 2 comparisons" in (record_folder(config) / "parity.html").read_text()
 
 
+@pytest.mark.slow
 def test_bad_input_of_a_child_is_its_sentence(preset: Path, config: Config, sd_perf: Any) -> None:
     options = [
         "--text-encoder.model",
@@ -53,6 +58,36 @@ def test_bad_input_of_a_child_is_its_sentence(preset: Path, config: Config, sd_p
     code, _, errors = sd_perf("parity", "--config", preset, *options)
     assert code == 2 and "ended with 2: it said why above" in errors
     assert not (record_folder(config) / RECORD_NAME).exists()
+
+
+def test_a_child_that_ends_with_an_error(
+    preset: Path, config: Config, sd_perf: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = tmp_path / "child"
+    child.write_text("#!/bin/sh\nexit 2\n")
+    child.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(child))
+    code, _, errors = sd_perf("parity", "--config", preset, "--level", "block")
+    assert code == 2 and "ended with 2: it said why above" in errors
+    assert not (record_folder(config) / RECORD_NAME).exists()
+
+
+def test_a_child_says_bad_input_in_one_sentence(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = dataclasses.replace(config.text_encoder, model="no-model", weights="random")
+    asked = {
+        "config": dataclasses.asdict(dataclasses.replace(config, text_encoder=text)),
+        "where": "structure",
+        "levels": ["block"],
+        "folder": str(tmp_path),
+        "answer": str(tmp_path / "answer.json"),
+    }
+    write_json(tmp_path / "request.json", asked)
+    assert child_main(tmp_path / "request.json") == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("sd-perf: ") and "no-model" in line
+    assert not (tmp_path / "answer.json").exists()
 
 
 def answered(monkeypatch: pytest.MonkeyPatch, *parts: dict[str, Any]) -> None:

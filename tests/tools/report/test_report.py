@@ -22,8 +22,8 @@ from sd_perf.cli import main
 from sd_perf.config import Config
 from sd_perf.errors import ConfigError, UserError
 from sd_perf.tools.report.charts import running_median
-from sd_perf.tools.report.page import write_report
-from sd_perf.tools.report.record import read_record
+from sd_perf.tools.report.run_contents import read_run
+from sd_perf.tools.report.write_report import write_report
 
 HOSTILE = (
     "</td><script>alert(1)</script><img src=http://example.com/x onerror=alert(2)> \" ' & $x_1$"
@@ -103,6 +103,19 @@ def write_full(folder: Path, prompt: str = "a red ball", **config: dict[str, Any
     return run
 
 
+@pytest.fixture(scope="module")
+def full_run(tmp_path_factory) -> Path:
+    """`write_full`, with its report.html."""
+    run = write_full(tmp_path_factory.mktemp("full") / "run")
+    write(run)
+    return run
+
+
+@pytest.fixture
+def full_page(full_run) -> str:
+    return (full_run / "report.html").read_text(encoding="utf-8")
+
+
 def write(run: Path) -> str:
     path = write_report(run)
     assert path == run / "report.html"
@@ -152,10 +165,8 @@ def test_full_run(tmp_path):
         )
 
 
-def test_pictures_are_cut_from_the_newest_grid(tmp_path):
-    pictures = [
-        Image.open(io.BytesIO(png)) for png in data(write(write_full(tmp_path / "run")), "png")
-    ]
+def test_pictures_are_cut_from_the_newest_grid(full_page):
+    pictures = [Image.open(io.BytesIO(png)) for png in data(full_page, "png")]
     assert [picture.size for picture in pictures] == [(16, 16)] * 5 + [
         (48, 32)
     ]  # five prompts, then the earlier grid
@@ -164,8 +175,8 @@ def test_pictures_are_cut_from_the_newest_grid(tmp_path):
     ]
 
 
-def test_axes_have_labels_and_units(tmp_path):
-    charts = b"".join(data(write(write_full(tmp_path / "run")), "svg+xml")).decode()
+def test_axes_have_labels_and_units(full_page):
+    charts = b"".join(data(full_page, "svg+xml")).decode()
     for label in (
         "loss (mean squared error of v)",
         "FID (lower is better)",
@@ -230,12 +241,10 @@ def assert_one_file(page: str) -> None:
         )
 
 
-def test_one_file_that_is_the_same_each_time(tmp_path):
-    run = write_full(tmp_path / "run")
-    page = write(run)
-    assert_one_file(page)
-    shutil.copytree(run, tmp_path / "elsewhere" / "run")
-    assert write(tmp_path / "elsewhere" / "run") == page
+def test_one_file_that_is_the_same_each_time(full_run, full_page, tmp_path):
+    assert_one_file(full_page)
+    shutil.copytree(full_run, tmp_path / "elsewhere" / "run")
+    assert write(tmp_path / "elsewhere" / "run") == full_page
 
 
 def test_scores_of_different_n_are_not_compared(tmp_path):
@@ -253,7 +262,7 @@ def test_later_evaluation_of_a_position_supersedes(tmp_path):
     write_lines(
         run / "scores.jsonl", [{"samples": 640, "fid": fid, "n": 256} for fid in (9.0, 8.0)]
     )
-    assert [line["fid"] for line in read_record(run).scores] == [8.0]
+    assert [line["fid"] for line in read_run(run).scores] == [8.0]
 
 
 def test_grid_without_prompts_is_shown_whole(tmp_path):

@@ -1,0 +1,153 @@
+"""From the arguments to a command and an exit code. The tables here list every command."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import inspect
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+
+import tyro
+
+from sd_perf.cli.console import LOCAL_RANK, RANK
+from sd_perf.cli.data import prepare, scenes, statistics
+from sd_perf.cli.evaluation import evaluate, sample
+from sd_perf.cli.mlperf import check
+from sd_perf.cli.tools import doctor, estimate, parity, report
+from sd_perf.cli.train import train
+from sd_perf.cli.weights import export
+from sd_perf.config import Config
+from sd_perf.errors import ConfigError, UserError
+from sd_perf.presets import load_preset
+
+Command = Callable[..., int]
+
+_BUG, _BAD_INPUT = 1, 2
+_CTRL_C = 130  # 128 + SIGINT, as shells have it
+_DESCRIPTION = (
+    "A fast, checkable trainer of the MLPerf text-to-image benchmark (Stable Diffusion v2). "
+    "Bad input is one sentence and exit code 2; --debug, with any command, adds the traceback."
+)
+
+
+def _group(name: str, about: str, commands: dict[str, Command]) -> Command:
+    """The entry of a group in `sd-perf --help`.
+
+    It is listed and never called: `_run` looks for the group's commands first.
+    """
+
+    def listed() -> int:
+        raise AssertionError(f"sd-perf {name} is a group of commands")
+
+    listed.__doc__ = f"{about}: `sd-perf {name} {' | '.join(commands)}`."
+    return listed
+
+
+_DATA: dict[str, Command] = {"prepare": prepare, "scenes": scenes, "statistics": statistics}
+_MLPERF: dict[str, Command] = {"check": check}
+_GROUPS = {"data": _DATA, "mlperf": _MLPERF}
+_COMMANDS: dict[str, Command] = {
+    "train": train,
+    "evaluate": evaluate,
+    "sample": sample,
+    "export": export,
+    "data": _group("data", "Make shards from images, the tiny world, FID's statistics", _DATA),
+    "mlperf": _group("mlperf", "MLPerf logs", _MLPERF),
+    "report": report,
+    "estimate": estimate,
+    "parity": parity,
+    "doctor": doctor,
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command and exit.
+
+    Exit codes: 0 done, 1 a bug (or a check that failed), 2 bad input, 75 stopped and saved,
+    130 stopped by Ctrl-C.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    logging.basicConfig(
+        level=logging.INFO if debug else logging.WARNING,
+        format="%(levelname)s %(name)s: %(message)s",
+    )
+    code: str | int | None
+    try:
+        code = _run([argument for argument in arguments if argument != "--debug"])
+    except SystemExit as leaving:  # tyro has said why, or another rank will
+        code = leaving.code
+    except _bad_input_errors() as error:
+        if debug:
+            traceback.print_exc()
+        if isinstance(error, ConfigError):  # every rank read the config; the first one speaks
+            _let_first_rank_speak()
+        print(f"sd-perf: {f'rank {RANK}: ' if RANK else ''}{error}", file=sys.stderr)
+        code = _BAD_INPUT
+    except KeyboardInterrupt:
+        if RANK == 0:
+            print("sd-perf: stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(_CTRL_C)
+    except BrokenPipeError:  # whatever read our output, such as `head`, has closed it
+        # Python flushes stdout at exit, and would complain of the same pipe again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = _BUG
+    if code:
+        _let_first_rank_speak()
+    sys.exit(code)
+
+
+def _let_first_rank_speak() -> None:
+    """On other ranks than a machine's first, wait long enough to be ended by the launcher.
+
+    A launcher ends all processes of a machine as soon as one fails. Without the wait, a rank that
+    fails first would end the rank that has the error to print.
+    """
+    if LOCAL_RANK:
+        time.sleep(10)
+
+
+def _bad_input_errors() -> tuple[type[Exception], ...]:
+    """The errors that a user can mend, which are printed as one sentence.
+
+    Kernels have an error of their own. Only a command that has loaded the kernels can raise it, so
+    it is looked up rather than imported: their package loads torch.
+    """
+    kernels = sys.modules.get("sd_kernels.errors")
+    return (UserError, kernels.KernelError) if kernels else (UserError,)
+
+
+def _run(arguments: list[str]) -> int:
+    """Run the command that the arguments name; returns its exit code."""
+    commands, program = _COMMANDS, "sd-perf"
+    if arguments and arguments[0] in _GROUPS:
+        program = f"sd-perf {arguments[0]}"
+        commands, arguments = _GROUPS[arguments[0]], arguments[1:]
+    chosen = commands.get(arguments[0]) if arguments else None
+    if chosen and "settings" in inspect.signature(chosen).parameters:
+        # Fields of the preset become options; their defaults are the preset's values.
+        with_preset = functools.partial(chosen, settings=_preset_named_by(arguments))
+        commands = {**commands, arguments[0]: with_preset}
+    return tyro.extras.subcommand_cli_from_dict(
+        commands,
+        args=arguments,
+        prog=program,
+        description=_DESCRIPTION,
+        console_outputs=LOCAL_RANK == 0,
+    )
+
+
+def _preset_named_by(arguments: list[str]) -> Config:
+    """The preset that --config names, or the defaults where there is no --config."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config")
+    try:
+        path = parser.parse_known_args(arguments)[0].config
+    except argparse.ArgumentError:
+        path = None  # "--config" without a value: tyro says so
+    return load_preset(path) if path else Config()

@@ -1,0 +1,68 @@
+"""`sd-perf train`, and its dry run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sd_perf.cli.console import CONSOLE, print_json, print_plain, table_console
+from sd_perf.cli.options import Settings, TargetName, require_option
+from sd_perf.config import Config
+
+INTERRUPTED = 75
+"""exit code of a run that was stopped and saved: EX_TEMPFAIL, "run me again" """
+
+
+def train(
+    config: Path,
+    settings: Settings,
+    resume: bool = False,
+    fresh: bool = False,
+    dry_run: bool = False,
+    ranks: int = 1,
+    target: TargetName = "here",
+    json: bool = False,
+) -> int:
+    """Train a UNet. Every field of the preset can be overridden.
+
+    Args:
+        config: YAML preset, such as configs/train_512_moments.yaml
+        settings: fields of the preset
+        resume: continue the run in its folder from its newest checkpoint (begin it where there is
+            none)
+        fresh: move a complete run in the folder aside (runs/smoke becomes runs/smoke.1, ...) and
+            begin anew
+        dry_run: print parameters, FLOPs, memory, batch arithmetic and kernels of the run, and exit
+        ranks: processes that the dry run counts with
+        target: GPU that the dry run chooses kernels for
+        json: print the dry run as JSON
+    """
+    if dry_run:
+        return _dry_run(settings, ranks, target, as_json=json)
+    from sd_perf.distributed.world import start_world, stop_world
+    from sd_perf.training.launch import launch
+
+    world = start_world(settings.training.device)
+    try:
+        stop_reason = launch(settings, world, resume, fresh, CONSOLE)
+    finally:
+        stop_world()
+    if stop_reason is None:
+        return 0
+    again = f"sd-perf train --config {config} --run.dir {settings.run.dir} --resume"
+    print_plain(f"stopped by {stop_reason} and saved; continue with:", f"  {again}")
+    return INTERRUPTED
+
+
+def _dry_run(settings: Config, ranks: int, target: str, as_json: bool) -> int:
+    from sd_perf.tools.estimate.dry_run import as_table, dry_run
+    from sd_perf.training.kernels_table import kernels_table
+    from sd_perf.training.launch import require_allowed
+
+    require_option("--ranks", ranks, ranks >= 1, "at least 1")
+    require_allowed(settings)
+    facts = dry_run(settings, ranks, target)
+    if as_json:
+        print_json(facts)
+    else:
+        table_console().print(as_table(facts), *kernels_table(facts["target"], facts["kernels"]))
+    return 0

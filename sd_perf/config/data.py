@@ -1,0 +1,43 @@
+"""Section `data`: where samples come from, how they are read, and which are refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from sd_perf.config.rules import Count, Rule, Section
+
+
+@dataclass(frozen=True)
+class DataConfig(Section):
+    """Where samples come from."""
+
+    section = "data"
+
+    format: Literal["moments", "synthetic"] = "moments"
+    """moments: the benchmark's tar shards; synthetic: drawn from the seed, no files"""
+    path: str = ""
+    """folder of the *.tar shards"""
+    index: str = ""
+    """file of the samples' byte offsets (default: sd_perf_index.npz in data.path)"""
+    latent_size: Count = 64
+    """height and width of the latents, latent pixels"""
+    context: Literal["precomputed", "open_clip"] = "open_clip"
+    """text states: from <key>.context.npy in the shards, or from captions in every step"""
+    context_tokens: Count = 77
+    """text tokens per caption"""
+    workers: Count = 4
+    """threads that read and decode"""
+    prefetch_batches: Count = 4
+    """micro-batches made ready ahead of the step"""
+    max_bad_samples: Annotated[int, Rule(lambda samples: samples >= 0, "0 or more")] = 0
+    """samples, over all ranks, that may be replaced by the next one before the run stops"""
+    allow_empty_captions: bool = False
+    """take samples whose caption is empty, as the benchmark does"""
+    max_caption_bytes: Count = 4096
+    """longest caption taken, bytes of UTF-8"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        right = "the folder of the moments shards (or set data.format to synthetic)"
+        self.require(self.format == "synthetic" or bool(self.path), "path", right)

@@ -1,0 +1,50 @@
+"""Sections `sampling` and `evaluation`: how pictures are drawn and scored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from sd_perf.config.rules import Count, NotNegative, Rule, Section
+
+
+@dataclass(frozen=True)
+class SamplingConfig(Section):
+    """DDIM with classifier-free guidance."""
+
+    section = "sampling"
+
+    steps: Count = 50
+    """DDIM steps"""
+    guidance_scale: NotNegative = 8.0
+    """1 is no guidance"""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig(Section):
+    """How `sd-perf evaluate` scores checkpoints."""
+
+    section = "evaluation"
+
+    prompts: str = ""
+    """captions to draw: a .tsv with a column `caption` (the benchmark's), or captions.jsonl"""
+    num_prompts: Annotated[int, Rule(lambda prompts: prompts > 1, "at least 2")] = 30_000
+    """prompts drawn, from the top of the file"""
+    batch_size: Count = 32
+    """pictures drawn at a time"""
+    autoencoder: str = ""
+    """file of the decoder: .onnx, .ckpt or .safetensors"""
+    features: str = ""
+    """network of FID's features: the FID Inception (.pth) or a feature net (.safetensors)"""
+    statistics: str = ""
+    """.npz with mu and sigma of the real pictures' features"""
+    clip_model: str = "ViT-H-14"
+    """open_clip model of the CLIP score, or the path of a model JSON"""
+    clip_weights: str = ""
+    """file of the weights of clip_model"""
+    fid_target: float = 90.0
+    """highest FID of a converged checkpoint; clip_target must hold at the same one"""
+    clip_target: float = 0.15
+    """lowest CLIP score of a converged checkpoint"""
+    judge: bool = False
+    """also count pictures that show their caption, read by a program (tiny world only)"""

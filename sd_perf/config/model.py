@@ -1,0 +1,170 @@
+"""Sections `model`, `diffusion`, `text_encoder` and `precision`: what is computed, in which format.
+
+Widths and timesteps default to the benchmark's network (Stable Diffusion v2, 512 x 512 pixels).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Literal
+
+from sd_perf.config.rules import Count, Positive, Rule, Section
+
+
+@dataclass(frozen=True)
+class UNetConfig(Section):
+    """The denoising UNet. Defaults are the benchmark's 865,910,724-parameter network."""
+
+    section = "model"
+
+    in_channels: Count = 4
+    """channels of the latents"""
+    out_channels: Count = 4
+    """channels of the prediction"""
+    model_channels: Annotated[Count, Rule(lambda channels: channels % 2 == 0, "even")] = 320
+    """channels of the first level"""
+    channel_mult: tuple[int, ...] = (1, 2, 4, 4)
+    """channels of each level, in units of model_channels"""
+    num_res_blocks: Count = 2
+    """ResBlocks per level on the way down (one more on the way up)"""
+    attention_resolutions: tuple[int, ...] = (4, 2, 1)
+    """down-sampling factors of the levels that have transformers"""
+    num_head_channels: Count = 64
+    """channels per attention head"""
+    context_dim: Count = 1024
+    """channels of the text states"""
+    resblock_groups: Count = 16
+    """GroupNorm groups in ResBlocks and head (benchmark 16, published SD v2 32)"""
+    transformer_groups: Count = 32
+    """GroupNorm groups at the entrance of each transformer"""
+    implementation: Literal["plain", "fast"] = "plain"
+    """plain: torch's own layers; fast: the operators that the section `kernels` chooses"""
+    activation_checkpointing: bool = False
+    """recompute each block in the backward pass to save memory (fast only)"""
+    compile: bool = False
+    """torch.compile the code between the operators, as one graph (fast only)"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("activation_checkpointing", "compile"):
+            right = f"false, since model.implementation is {self.implementation!r}"
+            self.require(self.implementation == "fast" or not getattr(self, name), name, right)
+        positive = bool(self.channel_mult) and min(self.channel_mult) > 0
+        self.require(positive, "channel_mult", "one positive multiple per level")
+        factors = tuple(2**level for level in range(len(self.channel_mult)))
+        drawn = set(self.attention_resolutions) <= set(factors)
+        self.require(drawn, "attention_resolutions", f"drawn from the levels' factors {factors}")
+        for channels in (mult * self.model_channels for mult in self.channel_mult):
+            for name in ("num_head_channels", "resblock_groups", "transformer_groups"):
+                right = f"a divisor of every level's channels (here {channels})"
+                self.require(channels % getattr(self, name) == 0, name, right)
+
+    @property
+    def network(self) -> UNetConfig:
+        """This config with the fields that change speed alone at their defaults (plain)."""
+        return replace(self, **{name: getattr(UNetConfig, name) for name in SPEED_ONLY})
+
+    @property
+    def transformer_channels(self) -> tuple[int, ...]:
+        """Channels of each level that has transformers, from the first level to the last.
+
+        The last level is always among them: the middle block has its channels and a transformer.
+        """
+        last = len(self.channel_mult) - 1
+        levels = [
+            level
+            for level in range(last + 1)
+            if level == last or 2**level in self.attention_resolutions
+        ]
+        return tuple(self.channel_mult[level] * self.model_channels for level in levels)
+
+    @property
+    def downsampling(self) -> int:
+        """Down-sampling factor of the last level. The sides of latents must be multiples of it."""
+        return 2 ** (len(self.channel_mult) - 1)
+
+
+SPEED_ONLY = ("implementation", "activation_checkpointing", "compile")
+"""fields of UNetConfig that change how fast the network is computed, not what it computes"""
+
+
+@dataclass(frozen=True)
+class DiffusionConfig(Section):
+    """Noise schedule (LDM's "linear", diffusers' "scaled_linear") and scale of the latents."""
+
+    section = "diffusion"
+
+    num_timesteps: Count = 1000
+    """timesteps of the forward process"""
+    beta_start: float = 0.00085
+    """variance of the noise added at the first timestep"""
+    beta_end: float = 0.0120
+    """variance of the noise added at the last timestep"""
+    latent_scale: Positive = 0.18215
+    """latents = this x a sample of the autoencoder's moments"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        in_order = 0 < self.beta_start <= self.beta_end < 1
+        self.require(in_order, "beta_start", f"positive and at most beta_end ({self.beta_end})")
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig(Section):
+    """The frozen OpenCLIP text encoder, for data.context open_clip and for sampling."""
+
+    section = "text_encoder"
+
+    model: str = "ViT-H-14"
+    """open_clip model name, or the path of an open_clip model JSON"""
+    weights: str = ""
+    """open_clip .bin, .pt or .safetensors, LDM .ckpt, or "random" for seeded random weights"""
+
+
+Arithmetic = Literal["bf16", "fp8_te", "fp8_native"]
+
+
+@dataclass(frozen=True)
+class PrecisionConfig(Section):
+    """Number formats of linear layers in the fast UNet's transformers (not the time embedding)."""
+
+    section = "precision"
+
+    linear: Arithmetic = "bf16"
+    """bf16: as training.precision; fp8_native: op fp8_linear; fp8_te: Transformer Engine"""
+    attention: Arithmetic | None = None
+    """q, k, v and output of the attentions, without the text's k, v; none: as linear"""
+    feed_forward: Arithmetic | None = None
+    """both layers of each feed-forward; none: as linear"""
+    transformer_ends: Arithmetic | None = None
+    """first and last layer of each transformer; none: as linear"""
+    text: Arithmetic | None = None
+    """keys and values of the text; none: as linear"""
+    fp8_recipe: Literal["current", "delayed"] = "current"
+    """scales of fp8_te: from this step's values, or from earlier steps' (in checkpoints)"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        right = "current, since no layer is fp8_te"
+        self.require(self.fp8_recipe == "current" or self.uses("fp8_te"), "fp8_recipe", right)
+
+    def of(self, layers: str) -> Arithmetic:
+        """The arithmetic of a class of layers, one of LINEAR_LAYERS."""
+        return getattr(self, layers) or self.linear
+
+    def in_fp8(self) -> Iterator[tuple[str, str, str]]:
+        """For each class of layers in FP8: its name, its arithmetic, and the field that says so."""
+        for layers in LINEAR_LAYERS:
+            if self.of(layers) != "bf16":
+                yield layers, self.of(layers), layers if getattr(self, layers) else "linear"
+
+    def uses(self, arithmetic: str) -> bool:
+        """Whether any class of layers has this arithmetic."""
+        return any(self.of(layers) == arithmetic for layers in LINEAR_LAYERS)
+
+
+LINEAR_LAYERS = tuple(
+    f.name for f in fields(PrecisionConfig) if f.name not in ("linear", "fp8_recipe")
+)
+"""classes of linear layers whose arithmetic can be chosen, each a field of PrecisionConfig"""

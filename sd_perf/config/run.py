@@ -1,0 +1,66 @@
+"""Sections `run`, `checkpoint`, `logging` and `mlperf`: what a run writes, where and when."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from sd_perf.config.rules import Count, Rule, Section
+
+
+@dataclass(frozen=True)
+class RunConfig(Section):
+    """The run folder."""
+
+    section = "run"
+
+    dir: str = "runs/default"
+    """folder that receives manifest, metrics and checkpoints"""
+    note: str = ""
+    """what the run can and cannot show; printed under its last table"""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig(Section):
+    """When training state is written, and how much of it is kept."""
+
+    section = "checkpoint"
+
+    every_samples: Count = 512_000
+    """distance between checkpoints, samples (rounded up to whole steps)"""
+    keep: Annotated[int | None, Rule(lambda keep: keep > 0, "at least 1, or none to keep all")] = (
+        None
+    )
+    """newest checkpoints kept; none keeps all"""
+
+
+@dataclass(frozen=True)
+class LoggingConfig(Section):
+    """How often the run reports while it trains."""
+
+    section = "logging"
+
+    every_steps: Count = 10
+    """optimizer steps between lines of metrics.jsonl and of the progress display"""
+
+
+@dataclass(frozen=True)
+class MLPerfConfig(Section):
+    """The MLPerf log of the run, `result_0.txt`."""
+
+    section = "mlperf"
+
+    division: Literal["none", "closed", "open"] = "none"
+    """none: no log; closed: refuse values that its rules forbid; open: take any"""
+    org: str = ""
+    """submission_org"""
+    platform: str = ""
+    """submission_platform"""
+    status: Literal["", "onprem", "cloud", "preview", "research"] = ""
+    """submission_status"""
+    parity_record: str = ""
+    """parity.json that proves the fast network (default: in the folder <run.dir>.parity)"""
+    waive: tuple[Literal["parity"], ...] = ()
+    """checks to start without, as the log will say; parity: a green parity record"""
+    caches_cleared: bool = False
+    """the system's file caches were dropped before this process; logged as cache_clear"""

@@ -1,0 +1,56 @@
+"""Sections `training` and `optimizer`: length, batch, arithmetic and update of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from sd_perf.config.rules import Count, Decay, NotNegative, Positive, Rule, Section
+
+
+@dataclass(frozen=True)
+class OptimizerConfig(Section):
+    """AdamW over every parameter, and the learning-rate schedule."""
+
+    section = "optimizer"
+
+    base_learning_rate: Positive = 1.25e-7
+    """learning rate per sample: the full rate is this x training.global_batch_size"""
+    warmup_steps: Annotated[int, Rule(lambda steps: steps >= 0, "0 or more")] = 1000
+    """optimizer steps of linear warm-up to the full rate"""
+    warmup_start: Annotated[float, Rule(lambda part: 0 <= part <= 1, "between 0 and 1")] = 1e-6
+    """fraction of the full rate at the first step"""
+    beta_1: Decay = 0.9
+    """decay of the first moment"""
+    beta_2: Decay = 0.999
+    """decay of the second moment"""
+    epsilon: Positive = 1e-8
+    """added to the root of the second moment"""
+    weight_decay: NotNegative = 0.01
+    """decoupled weight decay, on every parameter"""
+
+
+@dataclass(frozen=True)
+class TrainingConfig(Section):
+    """Length, batch and arithmetic of the run."""
+
+    section = "training"
+
+    global_batch_size: Count = 512
+    """samples per optimizer step, over all ranks and accumulation steps"""
+    accumulate_steps: Count = 1
+    """micro-batches per optimizer step on each rank"""
+    max_samples: Count = 5_120_000
+    """length of the run, samples (rounded up to whole steps)"""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """fp32 everywhere, or bf16 autocast over fp32 weights"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one and says what it took"""
+    cpu_threads: Annotated[int | None, Rule(lambda threads: threads > 0, "at least 1, or none")] = (
+        None
+    )
+    """threads of CPU arithmetic per process; none: as many as torch likes"""
+    seed: Annotated[int | None, Rule(lambda seed: 0 <= seed < 2**63, "in [0, 2**63)")] = None
+    """seed of weights, data order and every draw; none: random, kept in the manifest"""
+    deterministic: bool = False
+    """deterministic GPU algorithms, slower (CPU runs always are)"""

@@ -1,0 +1,33 @@
+"""Builds the loader that a config asks for."""
+
+from __future__ import annotations
+
+from sd_perf.config import Config
+from sd_perf.data.batch import Loader, LoaderOptions
+from sd_perf.data.loaders.portable import PortableLoader
+from sd_perf.data.loaders.synthetic import SyntheticLoader
+from sd_perf.data.shards import ShardIndex
+from sd_perf.distributed.world import World
+
+
+def build_loader(config: Config, seed: int, world: World) -> Loader:
+    """This rank's loader. Every rank of the world must call it.
+
+    Raises DataError for shards that cannot be used.
+    """
+    data = config.data
+    options = LoaderOptions(
+        seed=seed,
+        global_batch_size=config.training.global_batch_size,
+        micro_batch_size=config.micro_batch_size(world.size),
+        rank=world.rank,
+        world_size=world.size,
+        in_channels=config.model.in_channels,
+        context_dim=config.model.context_dim,
+        pin_memory=world.device.type == "cuda",
+    )
+    if data.format == "synthetic":
+        return SyntheticLoader(data, options, config.diffusion.latent_scale)
+    # The main rank builds the index file first; then every rank, the main one too, reads it.
+    world.on_main(lambda: len(ShardIndex.open(data.path, data.index)))
+    return world.together(lambda: PortableLoader(data, options))

@@ -1,0 +1,134 @@
+"""Run folders and checkpoints that cannot be used: exit code 2, and nothing saved is changed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.cli.bad_input import (
+    command_on,
+    cut,
+    data_options,
+    matches,
+    newest,
+    saved,
+)
+
+
+def truncate_tensors(checkpoint: Path, other: Path) -> None:
+    cut(checkpoint / "__0_0.distcp")
+
+
+def truncate_metadata(checkpoint: Path, other: Path) -> None:
+    cut(checkpoint / ".metadata")
+
+
+def truncate_state(checkpoint: Path, other: Path) -> None:
+    cut(checkpoint / "state.json")
+
+
+def another_model(checkpoint: Path, other: Path) -> None:
+    shutil.rmtree(checkpoint)
+    shutil.copytree(other, checkpoint)
+
+
+@pytest.mark.parametrize("command", ["resume", "export", "sample"])
+@pytest.mark.parametrize(
+    ("spoil", "parts"),
+    [
+        (truncate_tensors, ["__0_0.distcp: truncated", "move this checkpoint away"]),
+        (truncate_metadata, ["damaged (.metadata: ", "move this checkpoint away"]),
+        (
+            truncate_state,
+            ["not a checkpoint of sd-perf (state.json: ", "move this checkpoint away"],
+        ),
+        (another_model, [" shape"]),
+    ],
+)
+def test_checkpoint(command, spoil, parts, copied_run, preset, tmp_path, other_checkpoint, refused):
+    spoil(newest(copied_run), other_checkpoint)
+    before = saved(copied_run)
+    sentence = refused(*command_on(copied_run, command, preset, tmp_path / "output"))
+    matches(sentence, newest(copied_run), *parts)
+    assert saved(copied_run) == before and not (tmp_path / "output").exists()
+
+
+def test_a_damaged_checkpoint_moved_away(copied_run, preset, tmp_path, sd_perf):
+    """What the sentence advises works."""
+    newest(copied_run).rename(tmp_path / "damaged")
+    code, output, _ = sd_perf(*command_on(copied_run, "resume", preset, tmp_path))
+    assert code == 0 and "resuming at sample 4 of 12" in output
+
+
+@pytest.mark.parametrize("command", ["export", "sample"])
+@pytest.mark.parametrize(
+    ("source", "parts"),
+    [
+        ("absent", ["absent: no such run, checkpoint or weight file", "check the path"]),
+        ("folder", ["folder: holds no complete checkpoint", "give a run folder"]),
+        ("moved", ["is no run folder (no run_manifest.json)", "sd-perf train"]),
+        ("file", ["file: holds no complete checkpoint", "give a run folder"]),
+    ],
+)
+def test_source_is_no_run(command, source, parts, whole_run, preset, tmp_path, refused):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    if source == "moved":  # a checkpoint taken out of its run
+        shutil.copytree(newest(whole_run), tmp_path / "moved")
+    matches(refused(*command_on(tmp_path / source, command, preset, tmp_path / "output")), *parts)
+    assert not (tmp_path / "output").exists()
+
+
+def test_resume_where_there_is_nothing_yet_begins(preset, run, sd_perf):
+    """So that a job that is queued again needs one command."""
+    code, output, _ = sd_perf("train", "--config", preset, "--run.dir", run, "--resume")
+    assert (
+        code == 0 and "no checkpoint to resume from" in output and "starting at sample 0" in output
+    )
+
+
+def test_resume_of_a_complete_run_does_nothing(copied_run, preset, sd_perf):
+    """So that a job that is queued again, or `make resume`, goes on to what comes after
+    training."""
+    before = saved(copied_run)
+    code, output, _ = sd_perf("train", "--config", preset, "--run.dir", copied_run, "--resume")
+    assert (
+        code == 0
+        and "the run is complete (8 samples)" in output
+        and "larger --training.max-samples" in output
+    )
+    assert saved(copied_run) == before
+
+
+def test_a_folder_that_holds_a_run(copied_run, preset, refused):
+    before = saved(copied_run)
+    command = ["train", "--config", preset, "--run.dir", copied_run]
+    matches(
+        refused(*command), copied_run, "holds a run already", "--resume", "--fresh", "--run.dir"
+    )
+    sentence = refused(*command, "--resume", "--model.num-res-blocks", 2)
+    matches(
+        sentence, f"model.num_res_blocks: the run in {copied_run} has 1, this config 2", "--run.dir"
+    )
+    (copied_run / "run_manifest.json").rename(copied_run.parent / "manifest")
+    matches(refused(*command, "--resume"), "is no run folder (no run_manifest.json)")
+    (copied_run.parent / "manifest").rename(copied_run / "run_manifest.json")
+    assert saved(copied_run) == before
+
+
+def test_fresh(copied_run, preset, sd_perf):
+    before = saved(copied_run)
+    code, output, _ = sd_perf("train", "--config", preset, "--run.dir", copied_run, "--fresh")
+    assert code == 0 and "starting at sample 0" in output
+    assert f"{copied_run}: the earlier run is now {copied_run}.1" in output.splitlines()
+    assert saved(copied_run.with_name("run.1")) == before
+    assert newest(copied_run).name == "samples_0000000008"
+
+
+def test_fresh_moves_nothing_where_the_run_cannot_begin(copied_run, preset, refused):
+    refused(
+        "train", "--config", preset, "--run.dir", copied_run, "--fresh", *data_options(copied_run)
+    )
+    assert [path.name for path in copied_run.parent.glob("run*")] == ["run"]

@@ -1,0 +1,87 @@
+"""Commands start fast, are all listed, and take the fields of their preset as options."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from sd_kernels.targets import names
+from tests.cli.bad_input import matches
+
+WITH_SETTINGS = [
+    ["train"],
+    ["estimate"],
+    ["parity"],
+    ["data", "prepare"],
+    ["data", "statistics"],
+]
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["data", "--help"]])
+def test_help_does_not_load_torch(arguments):
+    """Torch takes seconds to load. Under `--help` nothing needs it."""
+    code = f"""
+import sys
+from sd_perf.cli import main
+try:
+    main({arguments})
+except SystemExit as leaving:
+    assert leaving.code == 0
+sys.exit("torch was loaded" if "torch" in sys.modules else 0)
+"""
+    process = python(code)
+    assert process.returncode == 0, process.stderr
+    assert "usage: sd-perf" in process.stdout
+
+
+@pytest.mark.parametrize("package", ["tyro", "rich", "yaml"])
+def test_a_missing_package(package):
+    process = python(f"import sys; sys.modules[{package!r}] = None; import sd_perf.cli")
+    assert process.returncode == 1
+    sentence = f"sd-perf: the command line needs {package}; pip install 'sd-perf[cli]'\n"
+    assert process.stderr == sentence
+
+
+def test_an_error_of_our_own_is_no_missing_package():
+    process = python("import sys; sys.modules['sd_perf.presets'] = None; import sd_perf.cli")
+    assert process.returncode == 1 and "Traceback" in process.stderr
+
+
+def test_help_lists_every_command(sd_perf):
+    code, output, _ = sd_perf("--help")
+    commands = "train evaluate sample export data mlperf report estimate parity doctor"
+    assert code == 0 and f"{{{','.join(commands.split())}}}" in output
+    assert "sd-perf mlperf check" in output
+
+
+@pytest.mark.parametrize(
+    ("group", "commands"), [("data", "prepare, scenes, statistics"), ("mlperf", "check")]
+)
+def test_a_group_alone_names_its_commands(group, commands, sd_perf):
+    code, _, errors = sd_perf(group)
+    assert code == 2 and f"{{{commands}}}" in errors and f"sd-perf {group} --help" in errors
+    code, output, _ = sd_perf(group, "--help")
+    assert code == 0 and f"{{{commands.replace(', ', ',')}}}" in output
+
+
+@pytest.mark.parametrize("command", WITH_SETTINGS, ids=" ".join)
+def test_defaults_are_the_presets(command, preset, sd_perf):
+    code, output, _ = sd_perf(*command, "--config", preset, "--help")
+    words = " ".join(output.replace("│", " ").split())
+    assert code == 0 and "--training.max-samples INT length of the run, samples" in words
+    assert "(rounded up to whole steps) (default: 8)" in words
+
+
+def test_gpus_are_those_of_the_table(preset, sd_perf, refused):
+    choices = ",".join(names())
+    assert f"--target {{here,{choices}}}" in sd_perf("doctor", "--help")[1]
+    assert f"--gpu {{{choices}}}" in sd_perf("estimate", "--help")[1]
+    for command in (["doctor"], ["train", "--config", preset, "--dry-run"]):
+        sentence = refused(*command, "--target", "h101")
+        matches(sentence, "--target: 'h101' is not known (did you mean", ", or here")
