@@ -21,6 +21,6 @@ def load_unet(folder=Path(__file__).parent, **options):
     unet = UNet2DConditionModel.from_pretrained(folder, **options)
     for module in unet.modules():
         if isinstance(module, Transformer2DModel):
-            norm: Any = module.get_submodule("norm")
+            norm: Any = module.get_submodule("norm")  # type: ignore[attr-defined]
             norm.num_groups = groups
     return unet
