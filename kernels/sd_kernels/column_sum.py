@@ -80,17 +80,8 @@ def column_sum(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         resident = TUNING.programs_per_processor * processors(x)
         stripes = min(triton.cdiv(M, TUNING.rows), triton.cdiv(resident, tiles))
     sums = empty(x, (stripes, N), torch.float32 if stripes > 1 else dtype)
-    launch(
-        column_sum_kernel,
-        (tiles, stripes),
-        x,
-        sums,
-        M,
-        x.stride(0),
-        N=N,
-        ROWS=TUNING.rows,
-        COLUMNS=columns,
-    )
+    sizes = {"N": N, "ROWS": TUNING.rows, "COLUMNS": columns}
+    launch(column_sum_kernel, (tiles, stripes), x, sums, M, x.stride(0), **sizes)
     return rounded(sums, dtype).flatten() if stripes == 1 else column_sum(sums, dtype)
 
 

@@ -36,6 +36,7 @@ def choose_kernels(config: Config, target: Target) -> dict[str, Choice]:
     `strict` binds the operators that training runs. Raises ConfigError naming the key.
     """
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    # A backend may refuse a call by its sizes, so it is asked about every call of this model.
     unet, used = architecture(config), used_ops(config)
     choices = {}
     for name, spec in all_ops().items():
@@ -83,6 +84,7 @@ def used_ops(config: Config) -> tuple[str, ...]:
 
 def require_used(config: Config) -> None:
     """ConfigError where the config chooses kernels that the rest of it leaves without work."""
+    # A key that is read and not obeyed would be a silent fallback.
     used, is_fast = used_ops(config), config.model.implementation == "fast"
     for key in (field.name for field in fields(KernelsConfig)):
         if key in used or (key == "strict" and is_fast):

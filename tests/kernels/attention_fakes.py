@@ -169,6 +169,9 @@ def flash_attention_3(calls: Calls) -> dict[str, types.ModuleType]:
     return {"flash_attn_interface": module}
 
 
+FLASH_4_MODULES = ("cute", "cute.interface")
+
+
 def flash_attention_4(calls: Calls) -> dict[str, types.ModuleType]:
     def flash_attn_func(
         q,
@@ -195,9 +198,8 @@ def flash_attention_4(calls: Calls) -> dict[str, types.ModuleType]:
         gather_bwd_recompute_p=False,
         gather_bwd_token_chunk=None,
     ):
-        calls.append(
-            {"q": q, "k": k, "v": v, "qv": qv, "softmax_scale": softmax_scale, "causal": causal}
-        )
+        tensors = {"q": q, "k": k, "v": v, "qv": qv}
+        calls.append({**tensors, "softmax_scale": softmax_scale, "causal": causal})
         lse = torch.zeros(q.shape[0], q.shape[2], q.shape[1]) if return_lse else None
         return plain(q, k, v, softmax_scale, causal), lse
 
@@ -221,17 +223,15 @@ def flash_attention_4(calls: Calls) -> dict[str, types.ModuleType]:
         dlse=None,
     ):
         calls.append({"dout": dout, "lse": lse, "dq": dq, "dk": dk, "dv": dv})
-        for slot, result in zip(
-            (dq, dk, dv), gradients(q, k, v, dout, softmax_scale, causal), strict=True
-        ):
+        results = gradients(q, k, v, dout, softmax_scale, causal)
+        for slot, result in zip((dq, dk, dv), results, strict=True):
             slot.copy_(result)
         return dq, dk, dv
 
-    names = "flash_attn", "flash_attn.cute", "flash_attn.cute.interface"
-    modules = {name: types.ModuleType(name) for name in names}
-    modules["flash_attn.cute"].flash_attn_func = flash_attn_func
-    modules["flash_attn.cute.interface"]._flash_attn_bwd = _flash_attn_bwd
-    return modules
+    cute, interface = (types.ModuleType(f"flash_attn.{name}") for name in FLASH_4_MODULES)
+    cute.flash_attn_func, interface._flash_attn_bwd = flash_attn_func, _flash_attn_bwd
+    package = types.ModuleType("flash_attn")
+    return {module.__name__: module for module in (package, cute, interface)}
 
 
 def _dense(x: torch.Tensor, parts: int) -> torch.Tensor:

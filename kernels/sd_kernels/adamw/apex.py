@@ -33,16 +33,8 @@ def adamw(
     weight_decay: float = 0.01,
 ) -> tuple[torch.Tensor, ...]:
     """See `reference.adamw`; float32 only, without remainders, fewer than 2^31 parameters."""
-    check(
-        weights,
-        remainders,
-        grads,
-        exp_avg,
-        exp_avg_sq,
-        step,
-        learning_rate,
-        floats=(torch.float32,),
-    )
+    tensors = weights, remainders, grads, exp_avg, exp_avg_sq, step, learning_rate
+    check(*tensors, floats=(torch.float32,))
     require(
         weights.numel() < 2**31, "adamw (apex)", f"{weights.numel()} parameters", "fewer than 2^31"
     )

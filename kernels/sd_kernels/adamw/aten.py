@@ -23,16 +23,8 @@ def adamw(
     weight_decay: float = 0.01,
 ) -> tuple[torch.Tensor, ...]:
     """See `reference.adamw`; float32 only, without remainders."""
-    check(
-        weights,
-        remainders,
-        grads,
-        exp_avg,
-        exp_avg_sq,
-        step,
-        learning_rate,
-        floats=(torch.float32,),
-    )
+    tensors = weights, remainders, grads, exp_avg, exp_avg_sq, step, learning_rate
+    check(*tensors, floats=(torch.float32,))
     torch._fused_adamw_(
         [weights],
         [grads.contiguous()],

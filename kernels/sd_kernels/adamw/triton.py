@@ -194,19 +194,13 @@ def adamw_update(
     eps: float,
 ) -> None:
     """`adamw` with `scalars` (3,) float32 in place of step, learning rate and weight decay."""
+    N, moments = weights.numel(), (_stream(exp_avg), _stream(exp_avg_sq))
+    lower = None if remainders is None else _stream(remainders)
+    buffers = _stream(weights), lower, _stream(grads.contiguous()), *moments
     launch(
         adamw_kernel,
-        (triton.cdiv(weights.numel(), TUNING.block),),
-        _stream(weights),
-        None if remainders is None else _stream(remainders),
-        _stream(grads.contiguous()),
-        _stream(exp_avg),
-        _stream(exp_avg_sq),
-        scalars,
-        weights.numel(),
-        1 - beta1,
-        1 - beta2,
-        eps,
+        (triton.cdiv(N, TUNING.block),),
+        *(*buffers, scalars, N, 1 - beta1, 1 - beta2, eps),
         BLOCK=TUNING.block,
         num_warps=TUNING.warps,
         # A fused multiply-add rounds once where the reference rounds twice.

@@ -165,18 +165,8 @@ def fp8_quantise(
         amax = torch.zeros((), dtype=torch.int32, device=x.device)
         launch(amax_kernel, grid, *inputs, amax, M, x.stride(0), **sizes)
     outputs = inverse, numbers, transposed
-    launch(
-        quantise_kernel,
-        grid,
-        *inputs,
-        amax,
-        *outputs,
-        M,
-        P,
-        x.stride(0),
-        LARGEST=FORMATS[dtype],
-        **sizes,
-    )
+    arguments = *inputs, amax, *outputs, M, P, x.stride(0)
+    launch(quantise_kernel, grid, *arguments, LARGEST=FORMATS[dtype], **sizes)
     return rounded(numbers, dtype), rounded(transposed, dtype), inverse
 
 

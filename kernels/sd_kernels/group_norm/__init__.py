@@ -40,53 +40,29 @@ class _Call:
 
 
 def _calls(unet: Architecture) -> list[_Call]:
-    """Norms from input to output; a convolution's bias and every residual is added by the norm that
-    reads it."""
+    """Norms from input to output, each adding what the layer before it left pending.
+
+    A convolution leaves its bias and every block its residual to the norm that reads them.
+    """
+
+    def of_block(side: int, sources: tuple[int, ...], added: Extras, return_sum: bool) -> _Call:
+        return _Call(
+            side, sources, added, unet.block_groups, 1e-5, silu=True, return_sum=return_sum
+        )
+
     calls, added = [], SHIFT
     for layer in layers(unet):
         if isinstance(layer, ResBlock):
-            calls.append(
-                _Call(
-                    layer.side,
-                    layer.sources,
-                    added,
-                    unet.block_groups,
-                    1e-5,
-                    silu=True,
-                    return_sum=True,
-                )
-            )
-            calls.append(
-                _Call(
-                    layer.side,
-                    (layer.channels,),
-                    SHIFT,
-                    unet.block_groups,
-                    1e-5,
-                    silu=True,
-                    return_sum=False,
-                )
-            )
+            calls.append(of_block(layer.side, layer.sources, added, return_sum=True))
+            calls.append(of_block(layer.side, (layer.channels,), SHIFT, return_sum=False))
             added = BOTH
         elif isinstance(layer, Transformer):
-            calls.append(
-                _Call(
-                    layer.side,
-                    (layer.channels,),
-                    added,
-                    unet.transformer_groups,
-                    1e-6,
-                    silu=False,
-                    return_sum=True,
-                )
-            )
+            call = layer.side, (layer.channels,), added, unet.transformer_groups, 1e-6
+            calls.append(_Call(*call, silu=False, return_sum=True))
             added = RESIDUAL
         else:
             added = SHIFT
-    last = (unet.widths[0],)
-    calls.append(
-        _Call(unet.side, last, added, unet.block_groups, 1e-5, silu=True, return_sum=False)
-    )
+    calls.append(of_block(unet.side, (unet.widths[0],), added, return_sum=False))
     return calls
 
 
@@ -100,7 +76,7 @@ def _case(call: _Call) -> Case:
     channels = "+".join(map(str, call.sources))
     name = f"{call.side}x{call.side}x{channels} in {call.num_groups}, adds {call.added}"
     return _make(
-        name + (", hands on" if call.return_sum else ""),
+        name + (", returns the sum" if call.return_sum else ""),
         BATCH,
         call.side,
         call.side,
@@ -204,26 +180,8 @@ SPEC = OpSpec(
     cases_of=lambda unet: counted(_calls(unet), _case),
     small_cases=(
         _small("tiny", 1, 2, 1, (32,), BOTH, return_sum=True),
-        _small(
-            "two sources, groups astride",
-            2,
-            3,
-            5,
-            (320, 640),
-            BOTH,
-            return_sum=True,
-        ),
-        _small(
-            "transformer's",
-            2,
-            5,
-            5,
-            (320,),
-            BOTH,
-            G=32,
-            return_sum=True,
-            silu=False,
-        ),
+        _small("two sources, groups astride", 2, 3, 5, (320, 640), BOTH, return_sum=True),
+        _small("transformer's", 2, 5, 5, (320,), BOTH, G=32, return_sum=True, silu=False),
         _small("shifted mean", 2, 9, 16, (320,), SHIFT, mean=-2.3, std=0.5),
         _small("several tiles", 2, 15, 20, (320,), BOTH, return_sum=True),
         _small("one pixel", 1, 1, 1, (2560,), RESIDUAL),

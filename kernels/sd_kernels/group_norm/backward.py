@@ -174,21 +174,11 @@ def group_norm_backward(
     channel_sums = empty(x, (B, pixel_tiles, sums, C), torch.float32)
     dy, dsummed = dense(dy), None if dsummed is None else dense(dsummed)
     sources, gradients = (x, skip, shift, residual), (dy, dsummed, dx, dskip)
+    inputs, scratch = (*sources, weight, bias, mean, rstd), (counters, group_sums, channel_sums)
     launch(
         group_norm_backward_kernel,
         (launch_plan.programs,),
-        *sources,
-        weight,
-        bias,
-        mean,
-        rstd,
-        *gradients,
-        counters,
-        group_sums,
-        channel_sums,
-        B,
-        *source_strides(*sources),
-        *strides(dy, dsummed),
+        *(*inputs, *gradients, *scratch, B, *source_strides(*sources), *strides(dy, dsummed)),
         C1=C1,
         SILU=silu,
         SUMS=sums,

@@ -178,22 +178,11 @@ def group_norm_forward(
     parts = B, num_groups, launch_plan.sizes["PIXEL_TILES"], launch_plan.sizes["SPAN"]
     means, deviations = (empty(x, parts, torch.float32) for _ in range(2))
     sources = x, skip, shift, residual
+    outputs, scratch = (y, summed, mean, rstd), (counters, means, deviations)
     launch(
         group_norm_forward_kernel,
         (launch_plan.programs,),
-        *sources,
-        weight,
-        bias,
-        y,
-        summed,
-        mean,
-        rstd,
-        counters,
-        means,
-        deviations,
-        B,
-        eps,
-        *source_strides(*sources),
+        *(*sources, weight, bias, *outputs, *scratch, B, eps, *source_strides(*sources)),
         C1=C1,
         SILU=silu,
         **launch_plan.sizes,

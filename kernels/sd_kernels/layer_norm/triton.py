@@ -252,24 +252,11 @@ def _forward(
     (M, C), tiling = rows.shape, _tiling(x.shape[-1])
     summed = empty(x, (0,) if residual_rows is None else tuple(x.shape))
     mean, rstd = (empty(x, (M,), torch.float32) for _ in range(2))
-    parameters = weight.contiguous(), bias.contiguous()
-    launch(
-        layer_norm_forward_kernel,
-        (triton.cdiv(M, tiling["ROWS"]),),
-        rows,
-        residual_rows,
-        *parameters,
-        y,
-        summed,
-        mean,
-        rstd,
-        amax,
-        M,
-        rows.stride(0),
-        C if residual_rows is None else residual_rows.stride(0),
-        eps,
-        **tiling,
-    )
+    inputs = rows, residual_rows, weight.contiguous(), bias.contiguous()
+    outputs = y, summed, mean, rstd, amax
+    strides = rows.stride(0), C if residual_rows is None else residual_rows.stride(0)
+    grid = (triton.cdiv(M, tiling["ROWS"]),)
+    launch(layer_norm_forward_kernel, grid, *inputs, *outputs, M, *strides, eps, **tiling)
     return rounded(summed, x.dtype), mean, rstd
 
 

@@ -81,16 +81,11 @@ def residual_add_forward(
     """The sum, in the shape, dtype and memory order of x."""
     rows, residual_rows = _rows(x), _rows(residual)
     (M, C), y = rows.shape, empty(x)
+    tensors = rows, residual_rows, None if bias is None else bias.contiguous(), y
     launch(
         residual_add_kernel,
         (triton.cdiv(C, TUNING.columns), triton.cdiv(M, TUNING.rows)),
-        rows,
-        residual_rows,
-        None if bias is None else bias.contiguous(),
-        y,
-        M,
-        rows.stride(0),
-        residual_rows.stride(0),
+        *(*tensors, M, rows.stride(0), residual_rows.stride(0)),
         C=C,
         ROWS=TUNING.rows,
         COLUMNS=TUNING.columns,
