@@ -1,11 +1,13 @@
 """Is a backend right? Its outputs and gradients are compared with the reference in float64.
 
-The rule (flash-attention's tests): the error may be twice what plain torch makes at the same dtype.
-Errors are relative norms, of the root mean square and of the largest deviation; a floor of a few
-float32 ulp is added, since plain torch is sometimes exact by chance. Plain torch is the reference
-at that dtype; for other people's kernels, which round as they like, it is the worse of the
-reference and torch's own operator (`Backend.yardstick`). Outputs that a spec calls exact must equal
-the reference at the same dtype bit for bit.
+The error may be at most twice that of plain torch at the same dtype, which is also the rule of
+flash-attention's tests. It is measured twice, as root mean square and as largest deviation, each
+relative to the float64 result. Four ulp of float32 are always allowed, since plain torch is
+sometimes exact by chance.
+
+Plain torch is the reference at that dtype. Kernels of other libraries may round elsewhere: for them
+it is the worse of the reference and torch's own operator (`Backend.yardstick`). Outputs that a spec
+calls exact must equal the reference at the same dtype bit for bit.
 """
 
 from __future__ import annotations
@@ -55,8 +57,10 @@ class Verdict:
 
 
 def evaluate(spec: OpSpec, function: Function, inputs: Mapping[str, Any], seed: int = 1) -> Tensors:
-    """Outputs by name and, as `grad NAME`, gradients of their sum weighted with fixed normal
-    numbers."""
+    """Outputs by name and, as `grad NAME`, the gradients of the inputs.
+
+    Gradients are those of a weighted sum of the outputs; the weights are normal numbers of `seed`.
+    """
     names = [
         name
         for name, value in inputs.items()
@@ -95,7 +99,7 @@ def _weights(output: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 def in_float64(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The same inputs with floating-point tensors, and dtypes of outputs, widened."""
+    """The same inputs in float64: floating-point tensors, and options that name a dtype."""
     return {name: _widened(value) for name, value in inputs.items()}
 
 
@@ -114,8 +118,10 @@ def check(
     seed: int = 0,
     function: Function | None = None,
 ) -> list[Verdict]:
-    """Verdicts of one case; `function` stands in for the backend's own (a planted fault, a compiled
-    one)."""
+    """Verdicts of one case.
+
+    `function` replaces the backend's own: one with a planted fault, or a compiled one.
+    """
     inputs = spec.inputs(case, Inputs(case, dtype, device, seed))
     exact = spec.exact if spec.backend(backend).exact else ()
     yardsticks = [
@@ -128,29 +134,35 @@ def check(
     )
     with poisoned_outputs():
         ours = evaluate(spec, function or spec.backend(backend).function(spec.name), inputs)
-    labels = spec.name, backend, case.name, str(dtype).removeprefix("torch.")
+    labels = {
+        "op": spec.name,
+        "backend": backend,
+        "case": case.name,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
     verdicts = []
     for name in ours.keys() | plain.keys():
         if name not in ours or name not in plain:
-            missing = float("nan")
-            verdicts.append(Verdict(*labels, name, "missing", missing, missing, 0.0))
+            missing = _measured("missing", error=float("nan"), torch_error=float("nan"), budget=0.0)
+            verdicts.append(Verdict(**labels, output=name, **missing))
         elif name in exact:
             different = (ours[name] != plain[name]).double().mean().item()
-            verdicts.append(Verdict(*labels, name, "bits", different, 0.0, 0.0))
+            bits = _measured("bits", error=different, torch_error=0.0, budget=0.0)
+            verdicts.append(Verdict(**labels, output=name, **bits))
         else:
             torch_results = [results[name] for results in yardsticks]
             verdicts += [
-                Verdict(*labels, name, *row)
-                for row in _compare(ours[name], torch_results, truth[name])
+                Verdict(**labels, output=name, **measured)
+                for measured in _compare(ours[name], torch_results, truth[name])
             ]
     return sorted(verdicts, key=lambda verdict: (verdict.output, verdict.measure))
 
 
 def _yardsticks(spec: OpSpec, backend: str, case: Case, dtype: torch.dtype) -> list[Function]:
-    """Plain torch, whose error the backend's may be twice: the reference first."""
+    """The plain torch functions that the backend's error is compared with; the reference first."""
     chosen = spec.backend(backend)
-    # In float32 torch's operator answers to the reference; in low precision it is a yardstick, of
-    # itself too.
+    # In float32 torch's operator is itself compared with the reference alone. In low precision it
+    # rounds as it likes, and is compared with itself, too.
     to_reference_alone = chosen.ours or (chosen.yardstick and dtype.itemsize >= 4)
     native = [] if to_reference_alone else [other for other in spec.backends if other.yardstick]
     taken = [other.function(spec.name) for other in native if not other.refuses(case, dtype)]
@@ -159,7 +171,8 @@ def _yardsticks(spec: OpSpec, backend: str, case: Case, dtype: torch.dtype) -> l
 
 def _compare(
     ours: torch.Tensor, torch_results: list[torch.Tensor], truth: torch.Tensor
-) -> list[tuple[str, float, float, float]]:
+) -> list[dict[str, Any]]:
+    """What a `Verdict` says of the root mean square, and of the largest deviation."""
     rows = []
     for measure, norm in (("rms", 2.0), ("max", float("inf"))):
         scale = torch.linalg.vector_norm(truth.double(), norm).clamp_min(1e-30)
@@ -167,5 +180,11 @@ def _compare(
             (torch.linalg.vector_norm(result.double() - truth, norm) / scale).item()
             for result in (ours, *torch_results)
         )
-        rows.append((measure, error, max(torch_errors), 2 * max(torch_errors) + FLOOR))
+        worst = max(torch_errors)
+        budget = 2 * worst + FLOOR
+        rows.append(_measured(measure, error=error, torch_error=worst, budget=budget))
     return rows
+
+
+def _measured(measure: str, *, error: float, torch_error: float, budget: float) -> dict[str, Any]:
+    return {"measure": measure, "error": error, "torch_error": torch_error, "budget": budget}

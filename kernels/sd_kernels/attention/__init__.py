@@ -51,7 +51,7 @@ def _make(name: str, B: int, L: int, T: int, H: int, D: int = SD_V2.head_dim, **
 
 
 def _calls(unet: Architecture) -> list[tuple[int, int, int, int]]:
-    """(queries, keys or 0, heads, head dim)"""
+    """(queries, keys or 0 for self-attention, heads, head dim) of every attention."""
     sizes = [(layer.side**2, layer.channels // unet.head_dim) for layer in transformers(unet)]
     return [(L, T, H, unet.head_dim) for (L, H), T in product(sizes, (0, unet.context_length))]
 
@@ -69,8 +69,10 @@ def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
 
 
 def _work(case: Case, dtype: torch.dtype) -> Work:
-    """Two matrix products forward; five backward, one of which makes the scores again. float32 row
-    sums not counted."""
+    """Two matmuls forward; five backward, one of which computes the scores again.
+
+    The float32 sums of the rows of scores are not counted.
+    """
     B, L, T, H, D = case.sizes("B", "L", "T", "H", "D")
     forward, queries, keys = (
         4.0 * B * H * L * T * D,
@@ -170,9 +172,9 @@ SPEC = OpSpec(
     ),
     cases=counted(_calls(SD_V2), _case),
     cases_of=lambda unet: counted(_calls(unet), _case),
-    # Not single keys, nor means far from 0: there a gradient is the small rest of large terms,
-    # which flash attention's algorithm (the output, rounded, gives the rows' sums) leaves with up
-    # to four times plain torch's error.
+    # No single keys, and no means far from 0. There a gradient is the small difference of large
+    # terms, one of which flash attention computes from the rounded output: its error is then up to
+    # four times plain torch's.
     small_cases=(
         _make("tiny, cross", 1, 7, 9, 2, 16),
         _make("self, 5 heads", 2, 37, 0, 5),

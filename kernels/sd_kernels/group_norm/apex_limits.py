@@ -1,4 +1,7 @@
-"""The inputs that Apex's NHWC group norm kernels take; its module gives others to torch."""
+"""The inputs that Apex's NHWC group norm kernels take; its module gives others to torch.
+
+Source: the class `GroupNorm` in apex/contrib/group_norm/group_norm.py, at the commit in `apex`.
+"""
 
 from __future__ import annotations
 

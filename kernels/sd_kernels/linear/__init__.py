@@ -1,7 +1,7 @@
-"""Linear layers in 16 bits: torch's product, with the bias in its epilogue.
+"""Linear layers in 16 bits: torch's matmul, with the bias in its epilogue.
 
-A residual is not taken here: torch's product copies it into the output before it adds, which is a
-pass more than the next norm needs, which reads it anyway.
+There is no residual here. torch's matmul would first copy it into the output, a pass of its own;
+the next norm adds it while it reads its input anyway.
 """
 
 from __future__ import annotations
@@ -27,8 +27,11 @@ Call = tuple[str, int, int, int, bool]
 
 
 def _calls(unet: Architecture) -> list[Call]:
-    """Packed: queries, keys and values of a self-attention; keys and values of all texts; all time
-    embeddings."""
+    """Every linear layer, where several that read the same input are packed into one.
+
+    These are q, k and v of a self-attention, the keys and values of the text for all transformers,
+    and the time projections of all ResBlocks.
+    """
     calls: list[Call] = []
     for layer in transformers(unet):
         L, C = layer.side**2, layer.channels
@@ -85,7 +88,7 @@ def _work(case: Case, dtype: dtype) -> Work:
 
 SPEC = OpSpec(
     name="linear",
-    summary="product with a weight, and bias",
+    summary="matmul with a weight, and bias",
     backends=(
         Backend("torch", f"{__name__}.aten", yardstick=True),
         Backend("reference", f"{__name__}.reference"),
