@@ -11,8 +11,8 @@
   `fast.linear`.
 
 Parameters have the names, shapes and order of `reference.unet`, so weights, optimizer state and
-checkpoints pass between the two unchanged. Packed weights are concatenated in every step, which
-takes a two-thousandth of its time.
+checkpoints pass between the two unchanged. Packed weights are concatenated in every step, 0.05 % of
+its time by estimate.
 
 Shape letters: B batch, C channels, H and W rows and columns, L tokens, T text tokens, E channels of
 the time embedding.
@@ -47,11 +47,11 @@ class ResBlock(nn.Module):
         super().__init__()
         conv = nn.Conv2d(channels, out_channels, 3, padding=1)
         # The places of SiLU and dropout in LDM's Sequentials are kept, for the parameters' names.
-        norm = Norm(groups, channels, 1e-5, silu=True)
+        norm = Norm(groups, channels, eps=1e-5, silu=True)
         self.in_layers: Any = nn.Sequential(norm, nn.Identity(), conv)
         self.emb_layers: Any = nn.Sequential(nn.Identity(), nn.Linear(emb_channels, out_channels))
         last = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
-        norm = Norm(groups, out_channels, 1e-5, silu=True)
+        norm = Norm(groups, out_channels, eps=1e-5, silu=True)
         self.out_layers: Any = nn.Sequential(norm, nn.Identity(), nn.Identity(), last)
         same = channels == out_channels
         self.skip_connection: Any = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
@@ -140,7 +140,7 @@ class SpatialTransformer(nn.Module):
         precision: LinearPrecision,
     ) -> None:
         super().__init__()
-        self.norm = Norm(groups, channels, 1e-6, silu=False)
+        self.norm = Norm(groups, channels, eps=1e-6, silu=False)
         self.proj_in = nn.Linear(channels, channels)
         self.transformer_blocks = nn.ModuleList(
             [TransformerBlock(channels, context_dim, head_channels, precision)]
@@ -211,7 +211,7 @@ class FastUNet(nn.Module):
                 stage = [*self._layers(channels + skips.pop(), width, level), *upsample]
                 self.output_blocks.append(nn.ModuleList(stage))
                 channels = width
-        norm = Norm(config.resblock_groups, channels, 1e-5, silu=True)
+        norm = Norm(config.resblock_groups, channels, eps=1e-5, silu=True)
         last = zeroed(nn.Conv2d(channels, config.out_channels, 3, padding=1))
         self.out: Any = nn.Sequential(norm, nn.Identity(), last)
 
