@@ -93,7 +93,7 @@ def check_precisions(
         return _precision_checks(recipe, errors, note)
 
     for recipe in recipes:
-        checks += guarded(f"{recipe.implementation}: {note}", partial(of_recipe, recipe))
+        checks += guarded(note, partial(of_recipe, recipe), recipe=recipe.implementation)
     return checks
 
 
@@ -134,14 +134,15 @@ def precision_errors(results: list[torch.Tensor], exact: list[torch.Tensor]) -> 
 def _precision_checks(
     recipe: Recipe, errors: Mapping[str, Mapping[str, float]], note: str
 ) -> list[Check]:
-    """The recipe's errors beside their budgets. `errors`: by recipe, its yardstick's among them.
+    """The recipe's errors and their budgets.
 
-    A yardstick is not itself checked; a plain recipe has no budget for its worst parameter.
+    `errors` has those of the recipe and of its yardstick. A recipe that is only a yardstick is not
+    checked; a plain recipe has no budget for its worst parameter.
     """
     name = recipe.implementation
     if not isinstance(recipe, FastRecipe):
         return [
-            make_check(f"{name}: {what}", error, PRECISION_BUDGET[name], note)
+            make_check(what, error, PRECISION_BUDGET[name], note=note, recipe=name)
             for what, error in errors[name].items()
             if what != WORST
         ]
@@ -150,6 +151,6 @@ def _precision_checks(
     yardstick = recipe.yardstick.implementation
     note = f"twice {yardstick}; {note}"
     return [
-        make_check(f"{name}: {what}", error, 2 * errors[yardstick][what] + FLOOR, note)
+        make_check(what, error, 2 * errors[yardstick][what] + FLOOR, note=note, recipe=name)
         for what, error in errors[name].items()
     ]
