@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -134,27 +135,19 @@ def check(
     )
     with poisoned_outputs():
         ours = evaluate(spec, function or spec.backend(backend).function(spec.name), inputs)
-    labels = {
-        "op": spec.name,
-        "backend": backend,
-        "case": case.name,
-        "dtype": str(dtype).removeprefix("torch."),
-    }
+    verdict = partial(Verdict, spec.name, backend, case.name, str(dtype).removeprefix("torch."))
     verdicts = []
     for name in ours.keys() | plain.keys():
         if name not in ours or name not in plain:
-            missing = _measured("missing", error=float("nan"), torch_error=float("nan"), budget=0.0)
-            verdicts.append(Verdict(**labels, output=name, **missing))
+            nan = float("nan")
+            verdicts.append(verdict(name, "missing", error=nan, torch_error=nan, budget=0.0))
         elif name in exact:
             different = (ours[name] != plain[name]).double().mean().item()
-            bits = _measured("bits", error=different, torch_error=0.0, budget=0.0)
-            verdicts.append(Verdict(**labels, output=name, **bits))
+            verdicts.append(verdict(name, "bits", error=different, torch_error=0.0, budget=0.0))
         else:
             torch_results = [results[name] for results in yardsticks]
-            verdicts += [
-                Verdict(**labels, output=name, **measured)
-                for measured in _compare(ours[name], torch_results, truth[name])
-            ]
+            for measure, errors in _compare(ours[name], torch_results, truth[name]).items():
+                verdicts.append(verdict(name, measure, **errors))
     return sorted(verdicts, key=lambda verdict: (verdict.output, verdict.measure))
 
 
@@ -171,9 +164,9 @@ def _yardsticks(spec: OpSpec, backend: str, case: Case, dtype: torch.dtype) -> l
 
 def _compare(
     ours: torch.Tensor, torch_results: list[torch.Tensor], truth: torch.Tensor
-) -> list[dict[str, Any]]:
-    """What a `Verdict` says of the root mean square, and of the largest deviation."""
-    rows = []
+) -> dict[str, dict[str, float]]:
+    """`Verdict.error`, `torch_error` and `budget` by measure: rms and max."""
+    measured = {}
     for measure, norm in (("rms", 2.0), ("max", float("inf"))):
         scale = torch.linalg.vector_norm(truth.double(), norm).clamp_min(1e-30)
         error, *torch_errors = (
@@ -181,10 +174,5 @@ def _compare(
             for result in (ours, *torch_results)
         )
         worst = max(torch_errors)
-        budget = 2 * worst + FLOOR
-        rows.append(_measured(measure, error=error, torch_error=worst, budget=budget))
-    return rows
-
-
-def _measured(measure: str, *, error: float, torch_error: float, budget: float) -> dict[str, Any]:
-    return {"measure": measure, "error": error, "torch_error": torch_error, "budget": budget}
+        measured[measure] = {"error": error, "torch_error": worst, "budget": 2 * worst + FLOOR}
+    return measured

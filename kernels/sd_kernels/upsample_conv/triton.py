@@ -191,10 +191,9 @@ def _launch(
     kernel: Any,
     source: torch.Tensor,
     shape: tuple[int, ...],
-    *,
+    tile: dict[str, int],
     rows: int,
     columns: int,
-    tile: dict[str, int],
     **sizes: int,
 ) -> torch.Tensor:
     """Run a kernel over `rows` rows of `columns` channels; returns (B, C, H, W), channels-last.
@@ -219,7 +218,7 @@ def merge_forward(weight: torch.Tensor) -> torch.Tensor:
     """Weights (K, C, 3, 3) merged to (4 * K, C, 2, 2): see `merged.merge`."""
     K, C = weight.shape[:2]
     shape = 4 * K, C, 2, 2
-    return _launch(merge_forward_kernel, weight, shape, rows=K, columns=C, tile=_OUTPUTS, C=C)
+    return _launch(merge_forward_kernel, weight, shape, _OUTPUTS, rows=K, columns=C, C=C)
 
 
 @torch.library.custom_op("sd_kernels::upsample_conv_merge_backward", mutates_args=())
@@ -227,37 +226,23 @@ def merge_backward(dmerged: torch.Tensor) -> torch.Tensor:
     """The gradient of the weights (K, C, 3, 3)."""
     K, C = dmerged.shape[0] // 4, dmerged.shape[1]
     shape = K, C, 3, 3
-    return _launch(merge_backward_kernel, dmerged, shape, rows=K, columns=C, tile=_OUTPUTS, C=C)
+    return _launch(merge_backward_kernel, dmerged, shape, _OUTPUTS, rows=K, columns=C, C=C)
 
 
 @torch.library.custom_op("sd_kernels::upsample_conv_interleave_forward", mutates_args=())
 def interleave_forward(z: torch.Tensor) -> torch.Tensor:
     """z (B, 4 * K, H + 1, W + 1) to (B, K, 2H, 2W): see `merged.interleave`."""
     B, K, H, W = z.shape[0], z.shape[1] // 4, z.shape[2] - 1, z.shape[3] - 1
-    return _launch(
-        interleave_forward_kernel,
-        z,
-        (B, K, 2 * H, 2 * W),
-        rows=4 * B * H * W,
-        columns=K,
-        tile=_ROWS,
-        **{"H": H, "W": W, "K": K},
-    )
+    sizes = {"rows": 4 * B * H * W, "columns": K, "H": H, "W": W, "K": K}
+    return _launch(interleave_forward_kernel, z, (B, K, 2 * H, 2 * W), _ROWS, **sizes)
 
 
 @torch.library.custom_op("sd_kernels::upsample_conv_interleave_backward", mutates_args=())
 def interleave_backward(dy: torch.Tensor) -> torch.Tensor:
     """The gradient of z (B, 4 * K, H + 1, W + 1), from dy (B, K, 2H, 2W)."""
     B, K, H, W = dy.shape[0], dy.shape[1], dy.shape[2] // 2, dy.shape[3] // 2
-    return _launch(
-        interleave_backward_kernel,
-        dy,
-        (B, 4 * K, H + 1, W + 1),
-        rows=4 * B * (H + 1) * (W + 1),
-        columns=K,
-        tile=_ROWS,
-        **{"H": H, "W": W, "K": K},
-    )
+    sizes = {"rows": 4 * B * (H + 1) * (W + 1), "columns": K, "H": H, "W": W, "K": K}
+    return _launch(interleave_backward_kernel, dy, (B, 4 * K, H + 1, W + 1), _ROWS, **sizes)
 
 
 @merge_forward.register_fake
