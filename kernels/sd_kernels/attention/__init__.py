@@ -106,14 +106,16 @@ def _saved_bytes(case: Case, dtype: torch.dtype) -> int:
     return B * H * (2 * D * (L + T) * dtype.itemsize + 4 * L)
 
 
-def _flash(
-    name: str, requires: str, package: str, install: str, most: int, **limits: Any
-) -> Backend:
-    limits |= {"gpu_dtypes": HALF, "refuses": _head_dims(most)}
-    return Backend(name, f"{__name__}.flash", name, requires, package, install, **limits)
+def _flash(name: str, *, most: int, **fields: Any) -> Backend:
+    """A backend in `flash`, for head dims up to `most`; `fields` are those of `Backend`."""
+    refuses = _head_dims(most)
+    return Backend(
+        name, f"{__name__}.flash", attribute=name, gpu_dtypes=HALF, refuses=refuses, **fields
+    )
 
 
 def _sdpa(name: str, attribute: str, **limits: Any) -> Backend:
+    """A backend in `aten`: one of torch's kernels of scaled_dot_product_attention."""
     return Backend(name, f"{__name__}.aten", attribute=attribute, **limits)
 
 
@@ -123,19 +125,19 @@ SPEC = OpSpec(
     backends=(
         _flash(
             "fa3",
-            "flash_attn_interface",
-            "flash-attn-3 at 01afd16d",
-            "build hopper/ of github.com/Dao-AILab/flash-attention",
-            256,
+            most=256,
+            requires="flash_attn_interface",
+            package="flash-attn-3 at 01afd16d",
+            install="build hopper/ of github.com/Dao-AILab/flash-attention",
             capability=(9, 0),
             majors=(9,),
         ),
         _flash(
             "fa4",
-            "flash_attn.cute",
-            "flash-attn-4 4.0.0b36",
-            "pip install flash-attn-4==4.0.0b36",
-            128,
+            most=128,
+            requires="flash_attn.cute",
+            package="flash-attn-4 4.0.0b36",
+            install="pip install flash-attn-4==4.0.0b36",
             capability=(9, 0),
             majors=(9, 10),
         ),
@@ -151,10 +153,10 @@ SPEC = OpSpec(
         _sdpa("math", "math"),
         _flash(
             "fa2",
-            "flash_attn.flash_attn_interface",
-            "flash-attn 2.8.3.post2",
-            "pip install --no-build-isolation flash-attn==2.8.3.post2",
-            256,
+            most=256,
+            requires="flash_attn.flash_attn_interface",
+            package="flash-attn 2.8.3.post2",
+            install="pip install --no-build-isolation flash-attn==2.8.3.post2",
             capability=(8, 0),
             automatic=False,
         ),

@@ -64,7 +64,8 @@ def _make(
     **draw: Any,
 ) -> Case:
     shape = {"B": B, "L": L, "K": K, "N": N}
-    return Case(name, shape, {"producer": producer}, Draw(**draw), Extras(bias, residual))
+    extras = Extras(bias=bias, residual=residual)
+    return Case(name, shape, {"producer": producer}, Draw(**draw), extras)
 
 
 def _small(
@@ -77,7 +78,7 @@ def _small(
     residual: bool = False,
     **draw: Any,
 ) -> Case:
-    return _make(name, 1, L, K, N, producer, bias, residual, **draw)
+    return _make(name, 1, L, K, N, producer, bias=bias, residual=residual, **draw)
 
 
 def _inputs(case: Case, make: Inputs) -> dict[str, Any]:

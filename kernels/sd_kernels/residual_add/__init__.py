@@ -42,7 +42,8 @@ def _case(call: _Call) -> Case:
     side, channels, is_image, bias = call
     name = f"{side} x {side} x {channels}" if is_image else f"{side**2} tokens, {channels}"
     name += ", bias" if bias else ""
-    return Case(name, {"B": BATCH, "S": side, "C": channels}, extras=Extras(is_image, bias))
+    extras = Extras(image=is_image, bias=bias)
+    return Case(name, {"B": BATCH, "S": side, "C": channels}, extras=extras)
 
 
 def _calls(unet: Architecture) -> list[_Call]:
@@ -68,7 +69,7 @@ def _small(
     **draw: Any,
 ) -> Case:
     shape = {"B": batch, "S": side, "C": channels}
-    return Case(name, shape, draw=Draw(**draw), extras=Extras(image, bias))
+    return Case(name, shape, draw=Draw(**draw), extras=Extras(image=image, bias=bias))
 
 
 def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
