@@ -77,9 +77,8 @@ def check_precisions(
     latents = moments.chunk(2, dim=1)[0] * DiffusionConfig().latent_scale
     inputs = (latents, 500 + 37 * indices, context)
     float64 = dataclasses.replace(FP32, weights=torch.float64)
-    exact = _evaluate(
-        copy.deepcopy(unet).double(), float64, _moved(inputs, reference_device), gradients
-    )
+    wide, moved = copy.deepcopy(unet).double(), _moved(inputs, reference_device)
+    exact = _evaluate(wide, float64, moved, gradients=gradients)
     shape = f"{config.model_channels} channels, {latent_size}x{latent_size}, batch {batch}"
     note = f"float64 on {reference_device}; {shape}"
     errors: dict[str, dict[str, float]] = {}
@@ -88,7 +87,8 @@ def check_precisions(
     def of_recipe(recipe: Recipe) -> list[Check]:
         network = recipe.unet(config, device)
         network.load_state_dict(unet.state_dict())
-        results = _evaluate(network.to(recipe.weights), recipe, _moved(inputs, device), gradients)
+        network, moved = network.to(recipe.weights), _moved(inputs, device)
+        results = _evaluate(network, recipe, moved, gradients=gradients)
         errors[recipe.implementation] = precision_errors(results, exact)
         return _precision_checks(recipe, errors, note)
 
@@ -102,7 +102,7 @@ def _moved(tensors: tuple[torch.Tensor, ...], device: str) -> tuple[torch.Tensor
 
 
 def _evaluate(
-    unet: torch.nn.Module, recipe: Recipe, inputs: tuple[torch.Tensor, ...], gradients: bool
+    unet: torch.nn.Module, recipe: Recipe, inputs: tuple[torch.Tensor, ...], *, gradients: bool
 ) -> list[torch.Tensor]:
     """Output and, if asked for, the gradients of sum(output^2) / 2 by all parameters."""
     with torch.set_grad_enabled(gradients):

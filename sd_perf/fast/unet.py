@@ -221,12 +221,17 @@ class FastUNet(nn.Module):
 
     def _res_block(self, channels: int, out_channels: int) -> nn.Module:
         emb_channels, groups = 4 * self.config.model_channels, self.config.resblock_groups
-        return ResBlock(channels, out_channels, emb_channels, groups)
+        return ResBlock(channels, out_channels, emb_channels=emb_channels, groups=groups)
 
     def _transformer(self, channels: int) -> nn.Module:
         config = self.config
-        sizes = config.context_dim, config.num_head_channels, config.transformer_groups
-        return SpatialTransformer(channels, *sizes, self.precision)
+        return SpatialTransformer(
+            channels,
+            context_dim=config.context_dim,
+            head_channels=config.num_head_channels,
+            groups=config.transformer_groups,
+            precision=self.precision,
+        )
 
     def _layers(self, channels: int, out_channels: int, level: int) -> list[nn.Module]:
         layers = [self._res_block(channels, out_channels)]
@@ -288,6 +293,7 @@ class FastUNet(nn.Module):
 
     def _predict(self, latents: Tensor, timesteps: Tensor, texts: list[Tensor]) -> Tensor:
         ops = self.ops
+        # Each ResBlock takes the next time shift, each transformer the next text.
         next_time, next_text = iter(self.project_time(timesteps, latents.dtype)), iter(texts)
         first = self.input_blocks[0][0]
         latents = latents.contiguous(memory_format=torch.channels_last)
@@ -299,7 +305,9 @@ class FastUNet(nn.Module):
                     summed = pending.written(ops)
                     pending = Pending(ops.conv(summed, layer.op.weight, stride=2), layer.op.bias)
                 else:
-                    pending, summed = self._layer(layer, pending, None, next_time, next_text)
+                    pending, summed = self._layer(
+                        layer, pending, skip=None, times=next_time, texts=next_text
+                    )
                 if place == 0:
                     skips.append(summed)
         for stage in self.output_blocks:
@@ -309,7 +317,9 @@ class FastUNet(nn.Module):
                     up = ops.upsample_conv(pending.written(ops), layer.conv.weight)
                     pending = Pending(up, layer.conv.bias)
                 else:
-                    pending, _ = self._layer(layer, pending, skip, next_time, next_text)
+                    pending, _ = self._layer(
+                        layer, pending, skip=skip, times=next_time, texts=next_text
+                    )
                     skip = None  # the stage's first layer has read it
         norm, last = self.out[0], self.out[2]
         shift, residual = pending.shift, pending.residual
@@ -320,6 +330,7 @@ class FastUNet(nn.Module):
         self,
         layer: nn.Module,
         pending: Pending,
+        *,
         skip: Tensor | None,
         times: Iterator[Tensor],
         texts: Iterator[Tensor],

@@ -121,7 +121,7 @@ def test_forward_and_backward_are_those_of_the_op() -> None:
 
 
 @pytest.mark.parametrize("op", ["conv", "linear", "skip_conv", "upsample_conv"])
-def test_the_products_of_a_backward_are_apart(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_matmuls_of_a_backward_are_apart(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = all_ops()[op]
     item = Candidate(
         spec,
