@@ -1,5 +1,4 @@
-"""The fast and the plain UNet on a GPU: are they right there, how fast are they, and where does the
-time go?
+"""The fast and the plain UNet on a GPU: are they right, how fast are they, where does time go?
 
     python -m benchmarks.gpu_acceptance --output DIR
 
