@@ -231,16 +231,11 @@ class UNet(nn.Module):
         widths = [mult * config.model_channels for mult in config.channel_mult]
 
         def res_block(channels: int, out_channels: int) -> nn.Module:
-            groups = config.resblock_groups
-            return ResBlock(channels, out_channels, emb_channels=emb_channels, groups=groups)
+            return ResBlock(channels, out_channels, emb_channels, config.resblock_groups)
 
         def transformer(channels: int) -> nn.Module:
-            return SpatialTransformer(
-                channels,
-                context_dim=config.context_dim,
-                head_channels=config.num_head_channels,
-                groups=config.transformer_groups,
-            )
+            head_channels, groups = config.num_head_channels, config.transformer_groups
+            return SpatialTransformer(channels, config.context_dim, head_channels, groups)
 
         def layers(channels: int, level: int) -> list[nn.Module]:
             attends = 2**level in config.attention_resolutions
