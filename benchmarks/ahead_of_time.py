@@ -77,7 +77,7 @@ class Compiled:
 
 
 class SkipConvolutions(TorchDispatchMode):
-    """Torch's convolutions return empty tensors: to compute them at full size takes a CPU hours."""
+    """Torch's convolutions return empty tensors; at full size a CPU would take hours for them."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket not in CONVOLUTIONS:

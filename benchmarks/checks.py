@@ -18,7 +18,9 @@ class Check(TypedDict):
     """One compared quantity."""
 
     check: str
-    """what is compared; checks of a recipe begin with its name and a colon"""
+    """what is compared, after the name of the recipe where it is of one"""
+    recipe: str
+    """`implementation` of the recipe that is checked; empty: the check is of no single one"""
     error: float | None
     """None: not finite"""
     budget: float
@@ -28,11 +30,14 @@ class Check(TypedDict):
     """what it is compared with, or what was raised instead"""
 
 
-def make_check(name: str, error: float, budget: float, note: str = "") -> Check:
+def make_check(
+    what: str, error: float, budget: float, *, note: str = "", recipe: str = ""
+) -> Check:
     """A check. An error that is not finite never passes."""
     finite = math.isfinite(error)
     return {
-        "check": name,
+        "check": titled(what, recipe),
+        "recipe": recipe,
         "error": error if finite else None,
         "budget": budget,
         "passed": finite and error <= budget,
@@ -40,12 +45,17 @@ def make_check(name: str, error: float, budget: float, note: str = "") -> Check:
     }
 
 
-def guarded(name: str, group: Callable[[], list[Check]]) -> list[Check]:
+def titled(what: str, recipe: str) -> str:
+    """What is checked, after the name of the recipe if there is one."""
+    return f"{recipe}: {what}" if recipe else what
+
+
+def guarded(what: str, group: Callable[[], list[Check]], *, recipe: str = "") -> list[Check]:
     """The group's checks; where it raises, one red check of that name with the error as note."""
     try:
         return group()
     except Exception as error:  # a missing kernel must not hide what other checks find
-        return [make_check(name, math.nan, 0.0, one_line(error))]
+        return [make_check(what, math.nan, 0.0, note=one_line(error), recipe=recipe)]
 
 
 def passed(checks: Sequence[Check]) -> bool:
@@ -54,7 +64,7 @@ def passed(checks: Sequence[Check]) -> bool:
 
 
 def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
-    """||out - reference|| / ||reference|| in float64, tensors of one shape on any device."""
+    """||out - reference|| / ||reference|| in float64, for tensors of one shape on any device."""
     reference = reference.double()
     return ((out.to(reference.device).double() - reference).norm() / reference.norm()).item()
 

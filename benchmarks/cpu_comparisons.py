@@ -168,9 +168,9 @@ def measure() -> list[ComparisonRow]:
     unets = compare_unets(network, smoke.data.latent_size, smoke.data.context_tokens)
     loaders = compare_loaders()
     return [
-        make_row(f"loader, {SAMPLES:,} samples", 1, loaders),
-        make_row(f"smoke's UNet, forward and backward, batch of {BATCH}", 1, unets),
-        make_row(f"smoke's training step, {STEPS} steps", 2, steps),
+        make_row(f"loader, {SAMPLES:,} samples", threads=1, seconds=loaders),
+        make_row(f"smoke's UNet, forward and backward, batch of {BATCH}", threads=1, seconds=unets),
+        make_row(f"smoke's training step, {STEPS} steps", threads=2, seconds=steps),
     ]
 
 

@@ -1,5 +1,4 @@
-"""The fast and the plain UNet on a GPU: are they right there, how fast are they, and where does the
-time go?
+"""The fast and the plain UNet on a GPU: are they right, how fast are they, where does time go?
 
     python -m benchmarks.gpu_acceptance --output DIR
 
@@ -41,7 +40,7 @@ from sd_perf.tools.results import KernelRow, Provenance, Result, write
 NAME = "gpu_acceptance"
 PARTS = ("environment", "correctness", "kernels", "profile", "throughput")
 TIMED_PARTS = {"profile", "throughput"}
-"""that need correctness in the same run"""
+"""parts that need correctness in the same run"""
 KERNELS_SHARE = 0.3
 """largest share of the seconds that `kernels` takes; `throughput` has what is left"""
 
@@ -62,7 +61,7 @@ class Report:
     throughput: list[ThroughputRow] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seconds: float | None = None
-    """that the whole run took"""
+    """time that the whole run took"""
 
     @property
     def gpu(self) -> str:
@@ -131,9 +130,9 @@ def run_parts(report: Report, options: argparse.Namespace, budget: Budget) -> No
 
 
 def set_arithmetic(timing: bool) -> None:
-    """Switch TF32 off; let cuDNN choose the fastest convolutions for timing.
+    """Switch TF32 off, and set how cuDNN chooses convolutions.
 
-    Otherwise it takes ones that repeat themselves bit for bit.
+    For timing it takes the fastest, otherwise those that repeat themselves bit for bit.
     """
     torch.backends.cuda.matmul.fp32_precision = "ieee"
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
@@ -143,11 +142,11 @@ def set_arithmetic(timing: bool) -> None:
 def run_checks(groups: list[Group]) -> list[Check]:
     """Every group's checks; a group that raises is one red check."""
     checks: list[Check] = []
-    for name, group in groups:
+    for group in groups:
         started = time.monotonic()
-        checks += guarded(name, group)
+        checks += guarded(group.what, group.run, recipe=group.recipe)
         attempt(release_memory)
-        print(f"checked: {name} ({time.monotonic() - started:.0f} s)", flush=True)
+        print(f"checked: {group.title} ({time.monotonic() - started:.0f} s)", flush=True)
     return checks
 
 
@@ -167,7 +166,7 @@ def profile_fast(gpu: str, batch: int, checks: list[Check]) -> dict[str, Any]:
     """One fast iteration by op, measured and predicted; status and reason where there is none."""
     if red := blocking(FAST_BF16, checks):
         return {"status": "red", "reason": f"wrong code has no speed: {red[0]}"}
-    ops = gpu_throughput.predictions(gpu, batch).get(FAST_BF16.way, {}).get("by_op", {})
+    ops = gpu_throughput.predictions(gpu, batch).get(FAST_BF16.estimated_as, {}).get("by_op", {})
     predicted = {op: figures["ms_per_sample"] * batch for op, figures in ops.items()}
     profile = attempt(partial(gpu_profile.measure_profile, FAST_BF16, batch, predicted))
     attempt(release_memory)

@@ -1,14 +1,14 @@
-"""The checks that a GPU goes through before anything is timed on it, and what a red one forbids."""
+"""The checks that run on a GPU before anything is timed, and which timings a red one forbids."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.checks import Check
+from benchmarks.checks import Check, titled
 from benchmarks.gpu_fast import FAST_CHECKED, FAST_FP32, FAST_TIMED, FastRecipe
 from benchmarks.gpu_workload import AUTOCAST, FP32, MASTERS, Recipe
 from benchmarks.network_checks import check_draws, check_precisions
@@ -22,8 +22,19 @@ FULL, FULL_LATENTS = UNetConfig(), 64
 
 CHECKED = (FP32, AUTOCAST, MASTERS, *FAST_CHECKED)
 
-Group = tuple[str, Callable[[], list[Check]]]
-"""a group of checks: its name, and what runs it"""
+
+class Group(NamedTuple):
+    """Checks that run together; one that raises is a single red check."""
+
+    what: str
+    run: Callable[[], list[Check]]
+    recipe: str = ""
+    """as `Check.recipe`"""
+
+    @property
+    def title(self) -> str:
+        """As a red check of the whole group is called."""
+        return titled(self.what, self.recipe)
 
 
 def check_groups() -> list[Group]:
@@ -34,18 +45,18 @@ def check_groups() -> list[Group]:
     full: dict[str, Any] = {"config": FULL, "latent_size": FULL_LATENTS, "device": "cuda"}
     precisions = partial(check_precisions, recipes=recipes, gradients=True)
     groups: list[Group] = [
-        ("draws", partial(check_draws, "cuda")),
-        ("small network", partial(precisions, **small, reference_device="cpu")),
-        ("full network", partial(precisions, **full, reference_device="cuda")),
+        Group("draws", partial(check_draws, "cuda")),
+        Group("small network", partial(precisions, **small, reference_device="cpu")),
+        Group("full network", partial(precisions, **full, reference_device="cuda")),
     ]
     for recipe in CHECKED:
-        groups.append((f"{recipe.implementation}: capture", partial(check_captures, recipe)))
+        groups.append(Group("capture", partial(check_captures, recipe), recipe.implementation))
     for fast in FAST_CHECKED:
         steps = partial(check_steps, fast, **small, iterations=ITERATIONS)
-        groups.append((f"{fast.implementation}: steps of the small network", steps))
+        groups.append(Group("steps of the small network", steps, fast.implementation))
     for fast in FAST_TIMED:
         step = partial(check_steps, fast, **full, iterations=1)
-        groups.append((f"{fast.implementation}: a step of the full network", step))
+        groups.append(Group("a step of the full network", step, fast.implementation))
     return groups
 
 
@@ -62,12 +73,13 @@ def blocking(recipe: Recipe, checks: Sequence[Check]) -> list[str]:
     A red check of a fast recipe forbids that recipe alone; one of the fast recipe in float32, which
     runs the same ops, forbids all fast ones. Any other red check forbids every recipe.
     """
-    red = [check["check"] for check in checks if not check["passed"]]
-    of_fast = {
-        name: fast
-        for name in red
-        for fast in FAST_CHECKED
-        if name.startswith(fast.implementation + ":")
-    }
-    concerned = (recipe, FAST_FP32) if isinstance(recipe, FastRecipe) else ()
-    return [name for name in red if name not in of_fast or of_fast[name] in concerned]
+    fast = {each.implementation for each in FAST_CHECKED}
+    # Red checks of these fast recipes concern the recipe; all other fast ones do not.
+    concerned = set()
+    if isinstance(recipe, FastRecipe):
+        concerned = {recipe.implementation, FAST_FP32.implementation}
+    return [
+        check["check"]
+        for check in checks
+        if not check["passed"] and (check["recipe"] not in fast or check["recipe"] in concerned)
+    ]

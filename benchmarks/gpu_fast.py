@@ -1,5 +1,4 @@
-"""The training iteration of sd_kernels' operators: the fast UNet, flat bf16 weights with masters,
-fused AdamW."""
+"""The fast training iteration: fast UNet, flat weights with float32 masters, fused AdamW."""
 
 from __future__ import annotations
 
@@ -29,14 +28,13 @@ class FastRecipe(Recipe):
     """One way to run the fast UNet."""
 
     yardstick: Recipe | None = MASTERS
-    """plain operations in the same number formats, whose error this one's may be twice of; none: it
-    is a yardstick"""
+    """plain torch in the same number formats: this recipe may have twice its error. None: this
+    recipe is itself only a yardstick"""
     sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """what differs from the default config: values by section and field, such as kernels that are
-    named"""
+    """what differs from the default config: values by section and field"""
 
     def fast_config(self, config: UNetConfig) -> Config:
-        """The whole config with which a trainer would run this."""
+        """The config with which the trainer would run this recipe."""
         whole = Config(model=dataclasses.replace(config, implementation="fast"))
         precision = {"precision": "bf16" if self.weights == torch.bfloat16 else "fp32"}
         sections = {"training": precision, **self.sections}
@@ -49,11 +47,15 @@ class FastRecipe(Recipe):
     def choices(self, config: UNetConfig) -> dict[str, Choice]:
         """The backend of every operator."""
         whole, target = self.fast_config(config), Target.here()
-        # For another model than the benchmark's, no calls are looked at; whether the optimizer's
-        # can be made depends on the buffers' formats alone.
-        calls = all_ops()["adamw"].cases[:1]
+        # AdamW is chosen for the dtype of this recipe's buffers; which backends take its calls
+        # depends on nothing else, so the benchmark's own call stands for that of any model.
         adamw = choose(
-            "adamw", whole.kernels.adamw, target, calls, self.weights, whole.kernels.strict
+            "adamw",
+            wanted=whole.kernels.adamw,
+            target=target,
+            cases=all_ops()["adamw"].cases[:1],
+            dtype=self.weights,
+            strict=whole.kernels.strict,
         )
         return {**choose_kernels(whole, target), "adamw": adamw}
 
@@ -62,9 +64,9 @@ class FastRecipe(Recipe):
         return self.fast_unet(config, device, Ops.chosen(self.choices(config)))
 
     def fast_unet(self, config: UNetConfig, device: str, ops: Ops) -> torch.nn.Module:
-        """The network, made where it will live.
+        """The fast network with the operators `ops`, initialised on the device.
 
-        To draw 866 million initial weights takes milliseconds on a GPU and seconds on a CPU.
+        Drawing 866 million initial weights takes seconds on a CPU.
         """
         with torch.device(device):
             whole = self.fast_config(config)
@@ -79,8 +81,8 @@ FAST_FP32 = FastRecipe(
     "fp32, TF32 off; flat buffers",
     torch.float32,
     yardstick=FP32,
-    # As its yardstick's: other attentions emulate float32, and would hide what the kernels around
-    # them do.
+    # The attention of its yardstick: others compute float32 in lower precision, which would hide
+    # the errors of all other kernels.
     sections={"kernels": {"attention": "math"}},
 )
 FAST_BF16 = FastRecipe(
@@ -88,15 +90,15 @@ FAST_BF16 = FastRecipe(
     "bf16 weights and activations; AdamW on fp32 masters kept as the bf16 weights and 16-bit "
     "remainders",
     torch.bfloat16,
-    way="fused",
+    estimated_as="fused",
 )
 FAST_FP8 = replace(
     FAST_BF16,
     implementation="fast_fp8",
     precision="as fast_bf16, but the transformers' linear layers multiply in FP8",
-    way="",
+    estimated_as="",
     sections={"precision": {"linear": "fp8_native"}},
-    # Plain torch has no FP8; what rounding to it costs is known from the operator's reference.
+    # Plain torch has no FP8 layers, so the yardstick runs the operator's reference.
     yardstick=replace(
         FAST_BF16,
         implementation="fast_fp8_reference",
@@ -105,8 +107,9 @@ FAST_FP8 = replace(
     ),
 )
 FAST_TIMED = (FAST_BF16, FAST_FP8)
-"""those that rows are measured of"""
+"""fast recipes whose throughput is measured"""
 FAST_CHECKED = (FAST_FP32, *FAST_TIMED)
+"""fast recipes whose correctness is checked"""
 
 
 def unwrapped(name: str, op: Op) -> Op:
@@ -115,10 +118,10 @@ def unwrapped(name: str, op: Op) -> Op:
 
 
 class FastWorkload(Workload):
-    """Draws, network, loss and AdamW by sd_kernels' operators; weights, remainders, gradients in a
-    flat buffer each.
+    """Draws, network, loss and AdamW by the operators of sd_kernels.
 
-    It starts from the weights of the plain one with the same seed, and from the same samples.
+    Weights, remainders and gradients are in one flat buffer each. Weights and samples at the start
+    are those of the plain workload with the same seed.
     """
 
     def __init__(
@@ -130,14 +133,14 @@ class FastWorkload(Workload):
         wrap: Wrap = unwrapped,
         **sizes: int,
     ) -> None:
-        """Other sizes as `Workload` has them. `wrap` is called once for every operator."""
+        """`sizes` are those of `Workload`. `wrap` is called once for every operator."""
         super().__init__(config, batch, device, **sizes)
         whole = recipe.fast_config(config)
         self.kernels: dict[str, str] = {}
         choices = recipe.choices(config)
 
         def noted(name: str, op: Op) -> Op:
-            """The operator, which leaves its backend in `kernels` when it is called."""
+            """The operator; a call notes its backend in `kernels`."""
 
             def call(*arguments: Any, **options: Any) -> Any:
                 self.kernels[name] = choices[name].backend

@@ -1,10 +1,9 @@
-"""Where the time of a fast iteration goes, by operator, beside what `sd-perf estimate` says each
-must cost.
+"""Time of a fast iteration by operator, beside the least time by `sd-perf estimate`.
 
-A kernel belongs to an operator because of where it was launched, not because of its name: within
-the operator's marked range or a custom operator `sd_kernels::<op>...` in forward, and in backward
-within the autograd node that the range made, which carries the same sequence number. All else are
-torch's own sums, copies and casts: `elementwise`.
+A kernel is counted for the operator that launched it, whatever its name. In the forward pass that
+is the operator in whose marked range, or custom operator `sd_kernels::<op>...`, it was launched. In
+the backward pass it is the operator whose range made the autograd node; both have the same sequence
+number. The rest are torch's own sums, copies and casts: `elementwise`.
 """
 
 from __future__ import annotations
@@ -23,23 +22,23 @@ from sd_perf.config import UNetConfig
 from sd_perf.fast.ops import Op
 
 RANGE = "sd_perf op "
-"""begins the names of marked ranges; the operator follows"""
+"""the names of marked ranges are this and the operator"""
 REST = "elementwise"
-"""as the estimate calls what is no operator of sd_kernels"""
+"""the estimate's row for kernels of no operator of sd_kernels"""
 ENGINE = "autograd::engine::"
-"""begins the names of what backward runs within"""
+"""the names of the profiler's events around backward nodes begin with this"""
 BACKWARD_NODE = 1
 """scope of an autograd node's event (ATen/record_function.h)"""
 WARM_UP_ITERATIONS = 2
 MOST_KERNELS = 4
-"""of an operator, that are named"""
+"""kernels of an operator that are listed by name, the longest first"""
 
 Times = list[tuple[str, float]]
 """kernels and their microseconds"""
 
 
 class Event(Protocol):
-    """What is read of torch.autograd.profiler_util.FunctionEvent."""
+    """The part of torch.autograd.profiler_util.FunctionEvent that is read here."""
 
     name: str
     scope: int
@@ -60,8 +59,10 @@ def marked(name: str, op: Op) -> Op:
 
 
 def device_times(event: Any) -> Times:
-    """Kernels that the event itself launched; the profiler's copies of ranges on the GPU's time
-    line are none."""
+    """Kernels that the event itself launched.
+
+    The profiler also lists marked ranges on the GPU's time line; these are no kernels.
+    """
     return [
         (kernel.name, kernel.duration)
         for kernel in event.kernels
@@ -72,12 +73,12 @@ def device_times(event: Any) -> Times:
 def by_op(
     events: Iterable[Event], times: Callable[[Any], Times] = device_times
 ) -> dict[str, dict[str, Any]]:
-    """Milliseconds, number of kernels and the longest kernels of each operator, longest operator
-    first."""
+    """Milliseconds, number of kernels and longest kernels by operator, the longest first."""
     events = sorted(events, key=lambda event: event.time_range.start)
     made_by: dict[int, str] = {}
     for event in events:
-        # Of all forward events with the number of a node that is to come, the last made it.
+        # An autograd node has the sequence number of the forward events around its making; the last
+        # of them, in order of time, made it.
         if event.sequence_nr >= 0 and not any(
             around.name.startswith(ENGINE) for around in _ancestors(event)
         ):
@@ -152,11 +153,10 @@ def compare(
 def profile(
     recipe: FastRecipe, config: UNetConfig, batch: int, device: str, **sizes: int
 ) -> list[Any]:
-    """Events of one eager iteration after a warm-up. On a GPU the current stream must be a side
-    stream.
+    """Profiler events of one eager iteration after a warm-up.
 
-    Not of a graph's replay: that has no ranges. Its kernels are the same; the gaps between them are
-    not looked at.
+    The replay of a graph has the same kernels, but no ranges to count them by. On a GPU the current
+    stream must be a side stream.
     """
     workload = FastWorkload(recipe, config, batch, device, wrap=marked, **sizes)
     with tuned():
@@ -176,8 +176,7 @@ def profile(
 def measure_profile(
     recipe: FastRecipe, batch: int, predicted: Mapping[str, float]
 ) -> dict[str, Any]:
-    """The table of one iteration at full size on the GPU, with the milliseconds predicted for each
-    operator."""
+    """The table of one full-size iteration on the GPU; `predicted` has milliseconds by operator."""
     with torch.cuda.stream(torch.cuda.Stream()):
         measured = by_op(profile(recipe, UNetConfig(), batch, "cuda"))
     if not measured:

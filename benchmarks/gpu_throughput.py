@@ -32,16 +32,16 @@ from sd_perf.tools.estimate.predict import predict
 from sd_perf.tools.results import Status
 
 MOST_SECONDS = 15.0
-"""for one row, so that later ones have their share; clocks have settled by then"""
+"""longest time for one row, so that later rows have their share; clocks have settled by then"""
 COMPILE_SECONDS = 70.0
-"""that torch.compile of a full-size network takes; it is not begun with less left"""
+"""time that torch.compile of a full-size network takes; it is not begun with less left"""
 FLOPS_PER_SAMPLE = 2.409e12
-"""of the MFU: forward and backward of one sample of the benchmark's UNet, whatever a recipe adds"""
+"""FLOPs that the MFU counts: forward and backward of one sample of the benchmark's UNet"""
 WARM_UP_ITERATIONS = 3
 """kernels, plans and gradients exist after the first. The 11 that torch's documentation asks for
 before a capture are for DistributedDataParallel"""
 LEAST_ITERATIONS, MOST_ITERATIONS = 10, 2000
-"""that are timed"""
+"""fewest and most iterations that are timed"""
 FIRST_LOSS_BUDGET = 1e-3
 """largest relative difference of the first timed loss from the first warm-up loss, which has the
 same weights and samples"""
@@ -120,19 +120,21 @@ def plan(batches: list[int], rival_batch: int) -> list[TimedRecipe]:
     that must be compiled last.
     """
     fast = [
-        TimedRecipe(recipe, batch, True) for recipe in FAST_TIMED for batch in reversed(batches)
+        TimedRecipe(recipe, batch, graph=True)
+        for recipe in FAST_TIMED
+        for batch in reversed(batches)
     ]
     rivals = [
-        (AUTOCAST, False),
-        (MASTERS, False),
-        (AUTOCAST, True),
-        (MASTERS, True),
-        (DIFFUSERS, False),
-        (COMPILED, True),
-        (DIFFUSERS_COMPILED, True),
+        TimedRecipe(AUTOCAST, rival_batch, graph=False),
+        TimedRecipe(MASTERS, rival_batch, graph=False),
+        TimedRecipe(AUTOCAST, rival_batch, graph=True),
+        TimedRecipe(MASTERS, rival_batch, graph=True),
+        TimedRecipe(DIFFUSERS, rival_batch, graph=False),
+        TimedRecipe(COMPILED, rival_batch, graph=True),
+        TimedRecipe(DIFFUSERS_COMPILED, rival_batch, graph=True),
     ]
-    eager = TimedRecipe(FAST_BF16, min(batches), False)
-    return [*fast, eager, *(TimedRecipe(recipe, rival_batch, graph) for recipe, graph in rivals)]
+    eager = TimedRecipe(FAST_BF16, min(batches), graph=False)
+    return [*fast, eager, *rivals]
 
 
 @cache
@@ -154,7 +156,8 @@ def make_row(gpu: str, entry: TimedRecipe, measured: dict[str, Any]) -> Throughp
     """A row from the measured columns: `time_iterations`', or `status` and `reason`."""
     recipe = entry.recipe
     rate, peak = measured.get("samples_per_second"), peak_of_driver(gpu)
-    predicted = predictions(gpu, entry.batch).get(recipe.way) if recipe.way else None
+    known = predictions(gpu, entry.batch) if recipe.estimated_as else {}
+    predicted = known.get(recipe.estimated_as)
     columns: dict[str, Any] = {
         **dict.fromkeys(ThroughputRow.__annotations__),
         "status": "measured",

@@ -1,5 +1,4 @@
-"""A training iteration as a repeatable piece of GPU work, eager or captured in one CUDA graph: the
-plain one.
+"""A training iteration as repeatable GPU work, eager or captured in one CUDA graph; the plain one.
 
 Shape letters: B samples, C latent channels, S latent rows and columns, L text tokens, D context
 channels.
@@ -28,7 +27,7 @@ from sd_perf.training.optimizer import build_optimizer
 
 
 class DiffusersUNet(torch.nn.Module):
-    """diffusers' UNet of this config, taking and giving what `UNet` does."""
+    """diffusers' UNet of this config, with the arguments and the result of `UNet`."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -38,9 +37,8 @@ class DiffusersUNet(torch.nn.Module):
 
         self.model = UNet2DConditionModel.from_config(diffusers_unet_config(config))
         for module in self.model.modules():
-            if isinstance(
-                module, Transformer2DModel
-            ):  # stock diffusers has one number of groups for all norms
+            # Stock diffusers has one number of groups for all norms.
+            if isinstance(module, Transformer2DModel):
                 module.norm.num_groups = config.transformer_groups
 
     def forward(
@@ -58,23 +56,22 @@ class Recipe:
     precision: str
     """where each number format is used, in words"""
     weights: torch.dtype
-    """of the parameters that forward and backward read"""
+    """dtype of the parameters that forward and backward read"""
     autocast: bool = False
     """whether torch.autocast casts to bfloat16, layer by layer"""
     attention: SDPBackend | None = None
-    """the only attention kernel of torch allowed; none: the network chooses by itself"""
+    """the only kernel that torch's attention may use; None: the network chooses"""
     network: Callable[[UNetConfig], torch.nn.Module] = UNet
     """makes the UNet"""
     compiled: bool = False
     """whether torch.compile compiles it"""
     requires: str = ""
     """package without which this cannot run, beside torch, Triton and NumPy"""
-    way: str = ""
-    """of `sd-perf estimate`, if it estimates this one"""
+    estimated_as: str = ""
+    """the recipe of `sd-perf estimate` that predicts this one; empty: none does"""
 
     def unet(self, config: UNetConfig, device: str) -> torch.nn.Module:
-        """The network with float32 parameters, convolutions in the layout that tensor cores
-        read."""
+        """The network with float32 parameters, those of convolutions in channels-last memory."""
         with torch.device(device):
             return channels_last(self.network(config))
 
@@ -90,7 +87,7 @@ AUTOCAST = Recipe(
     torch.float32,
     autocast=True,
     attention=SDPBackend.CUDNN_ATTENTION,
-    way="plain",
+    estimated_as="plain",
 )
 MASTERS = Recipe(
     "plain_bf16_masters",
@@ -113,8 +110,7 @@ DIFFUSERS_COMPILED = replace(
 
 
 class Predictor(torch.nn.Module):
-    """A UNet run by a recipe: `predictor(latents, timesteps, context)` takes the inputs of `UNet`
-    in any precision."""
+    """A UNet run by a recipe: takes the inputs of `UNet` in any precision."""
 
     def __init__(self, unet: torch.nn.Module, recipe: Recipe) -> None:
         super().__init__()
@@ -152,11 +148,10 @@ def copy_all(sources: Iterable[torch.Tensor], targets: Iterable[torch.Tensor]) -
 
 
 def randomize(unet: torch.nn.Module, seed: int) -> None:
-    """Torch's default initialization of every layer, in place; the same values for the same seed
-    and device.
+    """Torch's default initialization of every layer, in place, by seed and device.
 
-    Training starts some layers at 0, which would leave most gradients 0, and work on zeros can run
-    faster than real work; checks and timings use weights without zeros.
+    Training starts some layers at 0. Checks and timings do not: most gradients would be 0, and work
+    on zeros can run faster than real work.
     """
     torch.manual_seed(seed)
     for module in unet.modules():
@@ -169,14 +164,14 @@ def randomize(unet: torch.nn.Module, seed: int) -> None:
 class Workload(ABC):
     """Training iterations over one batch of inputs that stays in device memory; no loader.
 
-    `iteration()` draws moments sample, noise and timesteps from the sample indices, runs forward,
-    backward and AdamW, and advances the indices by B; it never waits for the device, so it can be
-    captured. Everything it changes is in `state()`, and `reset()` brings the start state back bit
-    for bit. What a recipe does is in the abstract methods.
+    `iteration()` draws latents, noise and timesteps by the sample indices, runs forward, backward
+    and AdamW, and advances the indices by B. It never waits for the device, so that it can be
+    captured. Everything that it changes is in `state()`, and `reset()` restores the start state bit
+    for bit. The abstract methods are what differs between recipes.
     """
 
     unet: torch.nn.Module
-    """whose parameters forward and backward read"""
+    """the network whose parameters forward and backward read"""
     kernels: Mapping[str, str] = {}
     """backend of each operator of sd_kernels that iterations have called"""
 
@@ -189,8 +184,7 @@ class Workload(ABC):
         context_tokens: int = 77,
         seed: int = 0,
     ) -> None:
-        """Inputs are moments (B, 2C, S, S) with S = latent_size, and context (B, L, D), as
-        `make_inputs` draws them."""
+        """Inputs are moments (B, 2C, S, S), S = latent_size, and context (B, L, D)."""
         self.config, self.batch, self.device, self.seed = config, batch, device, seed
         self.sample_indices = torch.arange(batch, device=device)
         self.loss = torch.zeros((), device=device)
@@ -201,12 +195,11 @@ class Workload(ABC):
 
     @abstractmethod
     def masters(self) -> list[torch.Tensor]:
-        """What AdamW updates, float32, parameter by parameter; may be copies."""
+        """The float32 weights that AdamW updates, by parameter; may be copies."""
 
     @abstractmethod
     def training_loss(self) -> torch.Tensor:
-        """Mean loss of the batch with the draws of `sample_indices`, a float32 scalar that backward
-        can start from."""
+        """Mean loss of the batch `sample_indices`, a float32 scalar with a gradient."""
 
     @abstractmethod
     def update(self) -> None:
@@ -218,13 +211,11 @@ class Workload(ABC):
 
     @abstractmethod
     def changing(self) -> list[torch.Tensor]:
-        """Every tensor that `update` and the network change and the next iteration reads; the
-        tensors themselves."""
+        """The tensors that `update` and the network change and the next iteration reads."""
 
     @torch.no_grad()
     def reset(self) -> None:
-        """The start state: weights of the seed, moments and step count 0, sample indices 0 to B -
-        1."""
+        """Restore the start state: `restart`, and sample indices 0 to B - 1."""
         self.restart()
         torch.arange(self.batch, out=self.sample_indices)
         self.loss.zero_()
@@ -262,10 +253,9 @@ class PlainWorkload(Workload):
         self.unet = self.master_unet
         if recipe.weights != torch.float32:
             self.unet = copy.deepcopy(self.master_unet).to(recipe.weights)
+            # The gradients of `unet` are cast into these.
             for parameter in self.master_unet.parameters():
-                parameter.grad = torch.zeros_like(
-                    parameter
-                )  # a place for the gradients of `unet`, cast
+                parameter.grad = torch.zeros_like(parameter)
         self.predictor = Predictor(self.unet, recipe)
         self.optimizer = build_optimizer(self.master_unet, Config())
         # A number would be frozen into the graph; a tensor is read at every replay.
@@ -311,7 +301,6 @@ class PlainWorkload(Workload):
 def make_inputs(
     config: UNetConfig, samples: torch.Tensor, latent_size: int, context_tokens: int, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Moments (B, 2C, S, S) and context (B, L, D) of samples (B,), as the trainer's synthetic
-    loader draws them."""
+    """Moments (B, 2C, S, S) and context (B, L, D) of samples (B,), by the synthetic loader."""
     latents = (config.in_channels, latent_size, latent_size)
     return draw_inputs(seed, samples, latents, (context_tokens, config.context_dim))

@@ -11,16 +11,14 @@ import torch
 from sd_kernels.registry import all_ops
 from sd_kernels.sd_v2_shapes import BATCH
 from sd_kernels.selection import reasons_against
-from sd_kernels.spec import Case, Function, OpSpec
+from sd_kernels.spec import Case, Function, Matmuls, OpSpec
 from sd_kernels.targets import Target
 
 COMPILED = "torch.compile"
 """backend name of the op's reference under torch.compile"""
-MATMUL_OPS = ("conv", "linear", "skip_conv", "upsample_conv")
-"""ops whose backward is two matmuls, timed apart: dgrad, the gradient of the input, and wgrad, the
-gradients of weight and bias"""
-
 Direction = Literal["forward", "backward", "dgrad", "wgrad"]
+"""dgrad and wgrad are the two matmuls of a backward pass: the gradient of the input, and the
+gradients of weight and bias"""
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,8 @@ class Candidate:
 
     def directions(self) -> list[Direction]:
         """The directions that are timed apart; an op without a backward has the forward alone."""
-        if self.spec.name in MATMUL_OPS:
+        computed = self.spec.matmuls(self.case) if self.spec.matmuls else None
+        if isinstance(computed, Matmuls):
             return ["forward", "dgrad", "wgrad"]
         return ["forward", "backward"] if self.moved_bytes("backward") else ["forward"]
 

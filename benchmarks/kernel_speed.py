@@ -41,7 +41,7 @@ from sd_kernels.targets import GPUS, Target
 from sd_perf.tools.results import KernelRow, Provenance, Result, write
 
 SECONDS, QUICK_SECONDS = 0.3, 0.05
-"""of replays for each row"""
+"""time of replays for each row, s"""
 
 SaveRows = Callable[[list[KernelRow]], None]
 

@@ -77,9 +77,8 @@ def check_precisions(
     latents = moments.chunk(2, dim=1)[0] * DiffusionConfig().latent_scale
     inputs = (latents, 500 + 37 * indices, context)
     float64 = dataclasses.replace(FP32, weights=torch.float64)
-    exact = _evaluate(
-        copy.deepcopy(unet).double(), float64, _moved(inputs, reference_device), gradients
-    )
+    wide, moved = copy.deepcopy(unet).double(), _moved(inputs, reference_device)
+    exact = _evaluate(wide, float64, moved, gradients=gradients)
     shape = f"{config.model_channels} channels, {latent_size}x{latent_size}, batch {batch}"
     note = f"float64 on {reference_device}; {shape}"
     errors: dict[str, dict[str, float]] = {}
@@ -88,12 +87,13 @@ def check_precisions(
     def of_recipe(recipe: Recipe) -> list[Check]:
         network = recipe.unet(config, device)
         network.load_state_dict(unet.state_dict())
-        results = _evaluate(network.to(recipe.weights), recipe, _moved(inputs, device), gradients)
+        network, moved = network.to(recipe.weights), _moved(inputs, device)
+        results = _evaluate(network, recipe, moved, gradients=gradients)
         errors[recipe.implementation] = precision_errors(results, exact)
         return _precision_checks(recipe, errors, note)
 
     for recipe in recipes:
-        checks += guarded(f"{recipe.implementation}: {note}", partial(of_recipe, recipe))
+        checks += guarded(note, partial(of_recipe, recipe), recipe=recipe.implementation)
     return checks
 
 
@@ -102,7 +102,7 @@ def _moved(tensors: tuple[torch.Tensor, ...], device: str) -> tuple[torch.Tensor
 
 
 def _evaluate(
-    unet: torch.nn.Module, recipe: Recipe, inputs: tuple[torch.Tensor, ...], gradients: bool
+    unet: torch.nn.Module, recipe: Recipe, inputs: tuple[torch.Tensor, ...], *, gradients: bool
 ) -> list[torch.Tensor]:
     """Output and, if asked for, the gradients of sum(output^2) / 2 by all parameters."""
     with torch.set_grad_enabled(gradients):
@@ -134,14 +134,15 @@ def precision_errors(results: list[torch.Tensor], exact: list[torch.Tensor]) -> 
 def _precision_checks(
     recipe: Recipe, errors: Mapping[str, Mapping[str, float]], note: str
 ) -> list[Check]:
-    """The recipe's errors beside their budgets. `errors`: by recipe, its yardstick's among them.
+    """The recipe's errors and their budgets.
 
-    A yardstick is not itself checked; a plain recipe has no budget for its worst parameter.
+    `errors` has those of the recipe and of its yardstick. A recipe that is only a yardstick is not
+    checked; a plain recipe has no budget for its worst parameter.
     """
     name = recipe.implementation
     if not isinstance(recipe, FastRecipe):
         return [
-            make_check(f"{name}: {what}", error, PRECISION_BUDGET[name], note)
+            make_check(what, error, PRECISION_BUDGET[name], note=note, recipe=name)
             for what, error in errors[name].items()
             if what != WORST
         ]
@@ -150,6 +151,6 @@ def _precision_checks(
     yardstick = recipe.yardstick.implementation
     note = f"twice {yardstick}; {note}"
     return [
-        make_check(f"{name}: {what}", error, 2 * errors[yardstick][what] + FLOOR, note)
+        make_check(what, error, 2 * errors[yardstick][what] + FLOOR, note=note, recipe=name)
         for what, error in errors[name].items()
     ]

@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -38,15 +39,15 @@ REPLAY_BUDGETS = {
     True: Allowed(loss=1e-5, update=1e-3),
     False: Allowed(loss=1e-3, update=0.2),
 }
-"""of replays against eager iterations, by whether all arithmetic is float32. Early AdamW steps are
-near the sign of the gradient, so rounding that differs from run to run turns whole steps of tiny
-gradients"""
+"""allowed between replays and eager iterations, by whether all arithmetic is float32. Early AdamW
+steps have the size of the learning rate and the sign of the gradient, so that a rounding error
+reverses the whole step of a tiny gradient"""
 FAST_FLOORS = {
     True: Allowed(loss=1e-5, update=1e-3),
     False: Allowed(loss=1e-3, update=1e-3),
 }
-"""allowed of a fast recipe beside twice its yardstick's error, by whether all is float32.
-The yardstick may be the float32 iterations themselves, or close to them by chance"""
+"""allowed to a fast recipe in addition to twice its yardstick's error, by whether all is float32.
+That error can be 0: the yardstick may be the float32 iterations themselves"""
 TARGET_BUDGET = 1e-6
 """relative error of the v-target: float32 arithmetic on equal draws"""
 
@@ -91,15 +92,13 @@ def check_replay(
     replay = capture()
     changed = differing(workload.state(), start)
     replayed = train(workload, replay, ITERATIONS)
-    name, allowed = recipe.implementation, REPLAY_BUDGETS[_is_float32(recipe)]
+    allowed, check = REPLAY_BUDGETS[_is_float32(recipe)], _checks_of(recipe.implementation)
     losses, updates = _loss_error(replayed, eager), relative_error(replayed.update, eager.update)
     state = "elements of the state unlike the start's after warm-up, reset and capture"
     return [
-        make_check(f"{name}: {state}", changed, 0),
-        make_check(f"{name}: losses of replays against eager iterations", losses, allowed.loss),
-        make_check(
-            f"{name}: weight updates of replays against eager iterations", updates, allowed.update
-        ),
+        check(state, changed, 0),
+        check("losses of replays against eager iterations", losses, allowed.loss),
+        check("weight updates of replays against eager iterations", updates, allowed.update),
     ]
 
 
@@ -109,7 +108,7 @@ def check_steps(
     """Iterations of a fast recipe on 2 samples: losses, AdamW's updates, launches and draws."""
 
     def trained(each: Recipe) -> tuple[Workload, Trained]:
-        workload = each.workload(config, 2, device, latent_size=latent_size)
+        workload = each.workload(config, batch=2, device=device, latent_size=latent_size)
         return workload, train(workload, workload.iteration, iterations)
 
     # The plain workloads are dropped at once: one network after the other is in memory.
@@ -129,17 +128,22 @@ def compare_training(
 
     It may make twice the error of its yardstick, plus `FAST_FLOORS`.
     """
-    name, floors = recipe.implementation, FAST_FLOORS[_is_float32(recipe)]
+    floors, check = FAST_FLOORS[_is_float32(recipe)], _checks_of(recipe.implementation)
     note = f"{len(exact.losses)} iterations against float32; twice the yardstick's error"
     losses, updates = _loss_error(fast, exact), relative_error(fast.update, exact.update)
     loss_budget = 2 * _loss_error(yardstick, exact) + floors.loss
     update_budget = 2 * relative_error(yardstick.update, exact.update) + floors.update
     unlike = differing([fast.start], [exact.start])
     return [
-        make_check(f"{name}: masters unlike the plain start", unlike, 0),
-        make_check(f"{name}: losses of training", losses, loss_budget, note),
-        make_check(f"{name}: updates of AdamW", updates, update_budget, note),
+        check("masters unlike the plain start", unlike, 0),
+        check("losses of training", losses, loss_budget, note=note),
+        check("updates of AdamW", updates, update_budget, note=note),
     ]
+
+
+def _checks_of(recipe: str) -> Callable[..., Check]:
+    """`make_check` for a recipe."""
+    return partial(make_check, recipe=recipe)
 
 
 def _loss_error(trained: Trained, right: Trained) -> float:
@@ -161,11 +165,11 @@ def check_launches(name: str, kernels: Mapping[str, str], launches: Mapping[str,
     note = f"{sum(launches.values())} launches; backends: {backends}"
     note += f"; silent: {', '.join(silent)}" if silent else ""
     what = "operators on Triton without a launch (no such operator counts as one)"
-    return make_check(f"{name}: {what}", len(silent) if chosen else 1, 0, note)
+    return make_check(what, len(silent) if chosen else 1, 0, note=note, recipe=name)
 
 
 def _kernels_of(op: str) -> set[str]:
-    """Names of the kernels in an op's modules, as far as imported; those of one that ran are."""
+    """Names of the kernels in an op's imported modules; a kernel that ran has been imported."""
     prefix = f"sd_kernels.{op}."
     modules = [module for name, module in sys.modules.items() if name.startswith(prefix)]
     return {name for module in modules for name in vars(module) if name.endswith("_kernel")}
@@ -180,11 +184,9 @@ def check_inputs(workload: FastWorkload, name: str) -> list[Check]:
     target_error = relative_error(target, schedule.v_target(latents, noise, right))
     noisy_error = relative_error(noisy, right_noisy)
     rounding = relative_error(right_noisy.to(noisy.dtype), right_noisy)
-    unlike = differing([timesteps], [right])
+    unlike, check = differing([timesteps], [right]), _checks_of(name)
     return [
-        make_check(f"{name}: timesteps unlike the plain step's", unlike, 0),
-        make_check(f"{name}: v-target", target_error, TARGET_BUDGET),
-        make_check(
-            f"{name}: noised latents", noisy_error, 2 * rounding + FLOOR, "twice the rounding"
-        ),
+        check("timesteps unlike the plain step's", unlike, 0),
+        check("v-target", target_error, TARGET_BUDGET),
+        check("noised latents", noisy_error, 2 * rounding + FLOOR, note="twice the rounding"),
     ]

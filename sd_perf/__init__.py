@@ -1,4 +1,3 @@
-"""sd-perf: a fast, checkable trainer of the MLPerf text-to-image benchmark (Stable Diffusion
-v2)."""
+"""sd-perf: a fast, checkable trainer of the MLPerf text-to-image benchmark."""
 
 __version__ = "0.1.0"

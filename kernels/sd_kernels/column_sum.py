@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from sd_kernels.launch import empty, interpreted, launch, rounded
+from sd_kernels.targets import GPUS
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,13 @@ TUNING = Tuning()
 
 
 def processors(tensor: torch.Tensor) -> int:
-    """Multiprocessors of the tensor's GPU, an H100's 132 where a launch is only recorded.
+    """Multiprocessors of the tensor's GPU; an H100's where a launch is only recorded.
 
     One in the interpreter, so that each stripe takes several turns of the loop there.
     """
     if tensor.is_cuda:
         return torch.cuda.get_device_properties(tensor.device).multi_processor_count
-    return 1 if interpreted() else 132
+    return 1 if interpreted() else GPUS["h100"].multiprocessors
 
 
 @triton.jit

@@ -1,5 +1,4 @@
-"""The errors of this package; each message is one sentence that says what was given and what is
-taken."""
+"""The errors of this package. A message is one sentence: what was given, and what is accepted."""
 
 from __future__ import annotations
 
@@ -19,10 +18,9 @@ def require(condition: bool, op: str, got: str, takes: str) -> None:
 
 
 def require_floating(op: str, *tensors: torch.Tensor, double: bool = False) -> None:
-    """Raise KernelError unless the tensors are float32, bfloat16 or float16, on one device, and
-    none is empty.
+    """Raise KernelError for other dtypes than 32 and 16 bits, several devices, or an empty tensor.
 
-    `double` takes float64, too, in which adapters of torch are tested.
+    `double` also accepts float64, in which adapters of torch's operators are tested.
     """
     for tensor in tensors:
         is_taken = tensor.dtype in FLOATING or (double and tensor.dtype == torch.float64)
@@ -52,10 +50,10 @@ def require_one_dtype(op: str, *tensors: torch.Tensor) -> None:
 def require_convolution(
     op: str, x: torch.Tensor, weight: torch.Tensor, takes_wide: bool = False
 ) -> None:
-    """Raise KernelError unless x (B, C, H, W) and weight (O, C, h, w) are alike, and dense in
-    channels-last memory.
+    """Raise KernelError unless x (B, C, H, W) and weight (O, C, h, w) can be convolved.
 
-    With `takes_wide` the weight may also be float32.
+    Both must be dense in channels-last memory and have one dtype and device. With `takes_wide` the
+    weight may also be float32.
     """
     for name, tensor in (("x", x), ("weight", weight)):
         what = f"{name} of shape {tuple(tensor.shape)}"

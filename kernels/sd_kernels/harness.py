@@ -1,17 +1,20 @@
 """Is a backend right? Its outputs and gradients are compared with the reference in float64.
 
-The rule (flash-attention's tests): the error may be twice what plain torch makes at the same dtype.
-Errors are relative norms, of the root mean square and of the largest deviation; a floor of a few
-float32 ulp is added, since plain torch is sometimes exact by chance. Plain torch is the reference
-at that dtype; for other people's kernels, which round as they like, it is the worse of the
-reference and torch's own operator (`Backend.yardstick`). Outputs that a spec calls exact must equal
-the reference at the same dtype bit for bit.
+The error may be at most twice that of plain torch at the same dtype, which is also the rule of
+flash-attention's tests. It is measured twice, as root mean square and as largest deviation, each
+relative to the float64 result. Four ulp of float32 are always allowed, since plain torch is
+sometimes exact by chance.
+
+Plain torch is the reference at that dtype. Kernels of other libraries may round elsewhere: for them
+it is the worse of the reference and torch's own operator (`Backend.yardstick`). Outputs that a spec
+calls exact must equal the reference at the same dtype bit for bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,8 +58,10 @@ class Verdict:
 
 
 def evaluate(spec: OpSpec, function: Function, inputs: Mapping[str, Any], seed: int = 1) -> Tensors:
-    """Outputs by name and, as `grad NAME`, gradients of their sum weighted with fixed normal
-    numbers."""
+    """Outputs by name and, as `grad NAME`, the gradients of the inputs.
+
+    Gradients are those of a weighted sum of the outputs; the weights are normal numbers of `seed`.
+    """
     names = [
         name
         for name, value in inputs.items()
@@ -95,7 +100,7 @@ def _weights(output: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 def in_float64(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The same inputs with floating-point tensors, and dtypes of outputs, widened."""
+    """The same inputs in float64: floating-point tensors, and options that name a dtype."""
     return {name: _widened(value) for name, value in inputs.items()}
 
 
@@ -114,8 +119,10 @@ def check(
     seed: int = 0,
     function: Function | None = None,
 ) -> list[Verdict]:
-    """Verdicts of one case; `function` stands in for the backend's own (a planted fault, a compiled
-    one)."""
+    """Verdicts of one case.
+
+    `function` replaces the backend's own: one with a planted fault, or a compiled one.
+    """
     inputs = spec.inputs(case, Inputs(case, dtype, device, seed))
     exact = spec.exact if spec.backend(backend).exact else ()
     yardsticks = [
@@ -128,29 +135,27 @@ def check(
     )
     with poisoned_outputs():
         ours = evaluate(spec, function or spec.backend(backend).function(spec.name), inputs)
-    labels = spec.name, backend, case.name, str(dtype).removeprefix("torch.")
+    verdict = partial(Verdict, spec.name, backend, case.name, str(dtype).removeprefix("torch."))
     verdicts = []
     for name in ours.keys() | plain.keys():
         if name not in ours or name not in plain:
-            missing = float("nan")
-            verdicts.append(Verdict(*labels, name, "missing", missing, missing, 0.0))
+            nan = float("nan")
+            verdicts.append(verdict(name, "missing", error=nan, torch_error=nan, budget=0.0))
         elif name in exact:
             different = (ours[name] != plain[name]).double().mean().item()
-            verdicts.append(Verdict(*labels, name, "bits", different, 0.0, 0.0))
+            verdicts.append(verdict(name, "bits", error=different, torch_error=0.0, budget=0.0))
         else:
             torch_results = [results[name] for results in yardsticks]
-            verdicts += [
-                Verdict(*labels, name, *row)
-                for row in _compare(ours[name], torch_results, truth[name])
-            ]
+            for measure, errors in _compare(ours[name], torch_results, truth[name]).items():
+                verdicts.append(verdict(name, measure, **errors))
     return sorted(verdicts, key=lambda verdict: (verdict.output, verdict.measure))
 
 
 def _yardsticks(spec: OpSpec, backend: str, case: Case, dtype: torch.dtype) -> list[Function]:
-    """Plain torch, whose error the backend's may be twice: the reference first."""
+    """The plain torch functions that the backend's error is compared with; the reference first."""
     chosen = spec.backend(backend)
-    # In float32 torch's operator answers to the reference; in low precision it is a yardstick, of
-    # itself too.
+    # In float32 torch's operator is itself compared with the reference alone. In low precision it
+    # rounds as it likes, and is compared with itself, too.
     to_reference_alone = chosen.ours or (chosen.yardstick and dtype.itemsize >= 4)
     native = [] if to_reference_alone else [other for other in spec.backends if other.yardstick]
     taken = [other.function(spec.name) for other in native if not other.refuses(case, dtype)]
@@ -159,13 +164,15 @@ def _yardsticks(spec: OpSpec, backend: str, case: Case, dtype: torch.dtype) -> l
 
 def _compare(
     ours: torch.Tensor, torch_results: list[torch.Tensor], truth: torch.Tensor
-) -> list[tuple[str, float, float, float]]:
-    rows = []
+) -> dict[str, dict[str, float]]:
+    """`Verdict.error`, `torch_error` and `budget` by measure: rms and max."""
+    measured = {}
     for measure, norm in (("rms", 2.0), ("max", float("inf"))):
         scale = torch.linalg.vector_norm(truth.double(), norm).clamp_min(1e-30)
         error, *torch_errors = (
             (torch.linalg.vector_norm(result.double() - truth, norm) / scale).item()
             for result in (ours, *torch_results)
         )
-        rows.append((measure, error, max(torch_errors), 2 * max(torch_errors) + FLOOR))
-    return rows
+        worst = max(torch_errors)
+        measured[measure] = {"error": error, "torch_error": worst, "budget": 2 * worst + FLOOR}
+    return measured

@@ -27,7 +27,7 @@ ONLY_NAMED = Reason("named", "only when named", "only when named")
 
 
 def refusal(takes: str, got: str = "") -> Reason:
-    """A backend takes no such call: what it takes, and what it was given where that helps."""
+    """Why a backend refuses a call: what it takes and, where that helps, what it was given."""
     return Reason("case", f"{takes}, not {got}" if got else takes, takes)
 
 

@@ -43,7 +43,7 @@ def sources(op: str) -> list[Path]:
 
 
 def source_digest(op: str) -> str:
-    """Of an op's sources: it tells whether a measured result is of them."""
+    """Digest of an op's sources. A measured result holds it, so that later changes show."""
     root = Path(sd_kernels.__path__[0])
     contents = b"".join(
         str(path.relative_to(root)).encode() + path.read_bytes() for path in sources(op)

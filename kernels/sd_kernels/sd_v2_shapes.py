@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 BATCH = 64
+"""samples of the full-size cases; a GPU with 80 GB holds so many"""
 
 
 @dataclass(frozen=True)

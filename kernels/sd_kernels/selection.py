@@ -37,10 +37,9 @@ def reasons_against(
     cases: Iterable[Case] = (),
     dtype: torch.dtype = torch.bfloat16,
 ) -> list[Reason]:
-    """Everything that keeps a backend from running these cases on the target; empty where nothing
-    does.
+    """Everything that keeps a backend from running these cases on the target; empty: it can.
 
-    A reason that several cases share is said once, of the first.
+    A reason that several cases share is given once, for the first of them.
     """
     missing = backend.missing(target) or _wrong_dtype(backend, target, dtype)
     refusals: dict[Reason, str] = {}
@@ -68,9 +67,9 @@ def choose(
 ) -> Choice:
     """The backend for an op.
 
-    A backend that is asked for by name and cannot be had is an error that lists every reason.
-    `auto` takes the first that can; with `strict` it may pass over none but those that are for
-    newer GPUs.
+    A backend that is asked for by name and cannot run here is a KernelError with every reason.
+    `auto` takes the first backend that can run. With `strict` it is an error that `auto` passes one
+    over, unless that one is for other GPUs than this, or runs only when it is named.
     """
     spec = _spec(op)
     target = target or Target.here()

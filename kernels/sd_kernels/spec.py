@@ -72,8 +72,8 @@ class Case:
     """arguments that are no tensors"""
     draw: Draw = Draw()
     extras: Any = None
-    """what else sets its inputs apart, such as an optional bias: the dataclass `Extras` of the
-    op's folder; None where the op has no such thing"""
+    """what else distinguishes its inputs, such as an optional bias: an instance of the dataclass
+    `Extras` in the op's folder; None where the op has none"""
     calls: int = 1
 
     def sizes(self, *letters: str) -> tuple[int, ...]:
@@ -91,8 +91,7 @@ def counted(calls: Iterable[Any], make: Callable[[Any], Case]) -> tuple[Case, ..
 
 
 class Inputs:
-    """Makes an op's input tensors: drawn from a seed, or left empty where only shapes and addresses
-    matter."""
+    """Makes an op's input tensors: drawn from a seed, or `empty`, where only shapes matter."""
 
     def __init__(
         self,
@@ -111,8 +110,7 @@ class Inputs:
     def tensor(
         self, *shape: int, dtype: torch.dtype | None = None, mean: float = 0.0, std: float = 1.0
     ) -> torch.Tensor:
-        """Normal numbers that take gradients; rows of the last axis are adjacent unless the case
-        says `padding`."""
+        """Normal numbers that take gradients; rows are apart by the case's `padding`."""
         padding = self.case.draw.padding if len(shape) > 1 else 0
         full = torch.empty(
             *shape[:-1], shape[-1] + padding, dtype=dtype or self.dtype, device=self.device
@@ -134,8 +132,7 @@ class Inputs:
         )
 
     def kernel(self, out_channels: int, in_channels: int, side: int) -> torch.Tensor:
-        """Weights (O, I, side, side) of a convolution that keeps the variance, in channels-last
-        memory."""
+        """Channels-last weights (O, I, side, side) of a convolution that keeps the variance."""
         weight = self.tensor(
             out_channels, side, side, in_channels, std=(in_channels * side**2) ** -0.5
         )
@@ -159,18 +156,20 @@ def takes_anything(case: Case, dtype: torch.dtype) -> Reason | None:
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of an op: a module of its folder with a function named after the op, or
-    `attribute`."""
+    """One implementation of an op: a function in a module of the op's folder.
+
+    The function has the name of the op, unless `attribute` says otherwise.
+    """
 
     name: str
     module: str
     attribute: str = ""
     """the function's name where a module holds several backends"""
     requires: str = ""
-    """what must be importable besides, where the module imports it no sooner than it is called"""
+    """another module that must be importable, where `module` imports it only when it is called"""
     package: str = ""
-    """the package it adapts, with the version whose signature its test binds; empty: none beside
-    torch and triton"""
+    """the package it adapts, and the version whose signature its test checks; empty: it needs torch
+    and triton alone"""
     install: str = ""
     """how to get that package"""
     capability: tuple[int, int] = (0, 0)
@@ -184,17 +183,17 @@ class Backend:
     automatic: bool = True
     """whether `auto` may choose it"""
     ours: bool = False
-    """Triton kernels of this package: the interpreter runs them on a CPU, and the reference in the
-    same dtype is what they are measured against"""
+    """whether these are Triton kernels of this package. They run in the interpreter on a CPU, and
+    are compared with the reference at the same dtype alone"""
     yardstick: bool = False
-    """torch's own operator for the whole op: in 16 bits other people's kernels, and it itself, may
-    be as far off as it is"""
+    """whether this is torch's own operator for the whole op. In 16 bits the errors of other
+    libraries' kernels are compared with its error, too (`harness`)"""
     exact: bool = True
-    """whether the outputs that the spec calls exact must be so; otherwise they follow the rule of
-    all others"""
+    """whether it must give the outputs that the spec calls exact bit for bit; otherwise they may
+    have errors as all others"""
 
     def unfit(self, target: Target) -> Reason | None:
-        """Why this backend is not for such hardware, or None."""
+        """Why this backend cannot run on the target's hardware, or None."""
         if target.device != "cuda":
             runs_here = self.capability == (0, 0) or (self.ours and target.interpreted)
             needs = "needs a CUDA GPU"
@@ -213,7 +212,7 @@ class Backend:
         return Reason("hardware", text, f"needs capability {needed}")
 
     def missing(self, target: Target) -> Reason | None:
-        """Why this backend cannot be had on the target, or None."""
+        """Why hardware or packages keep this backend from running on the target, or None."""
         if unfit := self.unfit(target):
             return unfit
         try:
@@ -231,19 +230,21 @@ class Backend:
 
 @dataclass(frozen=True)
 class Work:
-    """Floating-point operations of matrices, and the bytes that must move: inputs read once,
-    outputs written once."""
+    """FLOPs of a call's matmuls, and its least memory traffic.
+
+    The bytes are those of reading every input and writing every output once.
+    """
 
     flops: float
     """of the forward"""
     forward_bytes: float
     backward_bytes: float
     backward_flops: float = 0.0
-    """with what is computed again; 0 stands for twice the forward's"""
+    """including what is computed again; 0 stands for twice the forward's"""
 
 
 class Matmul(NamedTuple):
-    """A matrix product: (M, K) times (K, N)."""
+    """The sizes of a matmul: (M, K) times (K, N)."""
 
     M: int
     N: int
@@ -270,7 +271,7 @@ class Matmuls:
     stride: int = 1
     """in both directions"""
     bias: bool = False
-    """whether torch sums the output's gradient over its rows besides"""
+    """whether there is a bias, for whose gradient torch sums that of the output over its rows"""
 
     @property
     def forward(self) -> Matmul:
@@ -304,7 +305,7 @@ Family = Literal[
     "sums, copies, casts",
     "optimizer, inputs, loss",
 ]
-"""what ops are drawn in one colour in the chart of `sd-perf estimate`"""
+"""groups of ops; each has one colour in the chart of `sd-perf estimate`"""
 
 
 @dataclass(frozen=True)
@@ -323,19 +324,19 @@ class OpSpec:
     work: Callable[[Case, torch.dtype], Work]
     family: Family
     cases_of: Callable[[Architecture], tuple[Case, ...]] | None = None
-    """the same of a UNet of other sizes; None: no op of a step in bfloat16"""
+    """`cases` of a UNet of other sizes; None: a training step in bfloat16 does not call this op"""
     matmuls: Callable[[Case], Matmuls | Attention] | None = None
     """what the matrix units compute in a case; None: nothing"""
     saved_bytes: Callable[[Case, torch.dtype], int] | None = None
-    """bytes that a call keeps for the backward pass, of what it reads and writes; a tensor that two
-    ops keep is counted by one of them. None: nothing that another op does not count"""
+    """bytes of inputs and outputs that stay in memory until the backward pass. A tensor that two
+    ops keep is counted by one of them. None: nothing, or all is counted by other ops"""
     outputs: tuple[str, ...] = ("y",)
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     exact: tuple[str, ...] = ()
     """outputs that must equal the reference's bit for bit"""
     differentiable: bool = True
     in_place: bool = False
-    """whether it writes into its inputs and gives them back"""
+    """whether it writes its outputs into its inputs, and returns these"""
 
     def __post_init__(self) -> None:
         if self.family not in get_args(Family):

@@ -193,14 +193,18 @@ def named(name: str) -> GPU:
 
 
 def key_of_driver(driver_name: str) -> str | None:
-    """The name in the table of a card, by the exact name that the driver gives; None where it is
-    not there: PCIe and NVL cards of these chips are slower."""
+    """The key in `GPUS` of the card with this driver name; None where the table lacks it.
+
+    The name must match exactly, since PCIe and NVL cards of the same chips are slower.
+    """
     return next((key for key, gpu in GPUS.items() if driver_name in gpu.driver_names), None)
 
 
 def peak_of_driver(driver_name: str) -> Rate | None:
-    """Dense bfloat16 FLOP/s and source by the exact name that the driver gives; None where the
-    card is not in the table: a peak is never guessed."""
+    """Dense bfloat16 FLOP/s of the card with exactly this driver name, and their source.
+
+    None where the table lacks the card: a peak is never guessed.
+    """
     for gpu in GPUS.values():
         if driver_name in (*gpu.driver_names, *gpu.same_peak):
             return gpu.peak

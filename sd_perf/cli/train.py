@@ -43,7 +43,7 @@ def train(
 
     world = start_world(settings.training.device)
     try:
-        stop_reason = launch(settings, world, resume, fresh, CONSOLE)
+        stop_reason = launch(settings, world, resume=resume, fresh=fresh, console=CONSOLE)
     finally:
         stop_world()
     if stop_reason is None:

@@ -33,7 +33,7 @@ def target_named(name: str) -> Target:
 def choose_kernels(config: Config, target: Target) -> dict[str, Choice]:
     """The backend of every operator, for the calls that the config's model makes.
 
-    `strict` binds the operators that training runs. Raises ConfigError naming the key.
+    `kernels.strict` applies to the operators that training runs. ConfigError names the key.
     """
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
     # A backend may refuse a call by its sizes, so it is asked about every call of this model.
@@ -43,7 +43,12 @@ def choose_kernels(config: Config, target: Target) -> dict[str, Choice]:
         wanted, cases = getattr(config.kernels, name), spec.cases_of(unet) if spec.cases_of else ()
         try:
             choices[name] = choose(
-                name, wanted, target, cases, dtype, config.kernels.strict and name in used
+                name,
+                wanted=wanted,
+                target=target,
+                cases=cases,
+                dtype=dtype,
+                strict=config.kernels.strict and name in used,
             )
         except KernelError as error:
             raise ConfigError(str(error)) from error
@@ -52,7 +57,7 @@ def choose_kernels(config: Config, target: Target) -> dict[str, Choice]:
 
 
 def _require_fp8(config: Config, target: Target, native: Choice) -> None:
-    """ConfigError where a layer is configured in FP8 and the target cannot compute FP8."""
+    """ConfigError where a layer is configured in FP8 and the target cannot compute in FP8."""
     for _, arithmetic, key in config.precision.in_fp8():
         if arithmetic == "fp8_te":
             against = reasons_against(all_ops()["fp8_linear"].backend("te"), target)
@@ -83,7 +88,7 @@ def used_ops(config: Config) -> tuple[str, ...]:
 
 
 def require_used(config: Config) -> None:
-    """ConfigError where the config chooses kernels that the rest of it leaves without work."""
+    """ConfigError where the config names a backend for an operator that training never calls."""
     # A key that is read and not obeyed would be a silent fallback.
     used, is_fast = used_ops(config), config.model.implementation == "fast"
     for key in (field.name for field in fields(KernelsConfig)):

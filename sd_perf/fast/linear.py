@@ -89,7 +89,8 @@ class LinearPrecision:
 
         # Its weights are on the meta device and replaced at every call: the UNet's are used.
         recipe = self.config.fp8_recipe
-        scales = Linear(in_features, out_features, bias, recipe, torch.bfloat16, "meta")
+        dtype, sizes = torch.bfloat16, (in_features, out_features)
+        scales = Linear(*sizes, bias=bias, recipe=recipe, dtype=dtype, device="meta")
         return separate(self.ops, scales.with_weights, scales)
 
     def step(self) -> AbstractContextManager[None]:
@@ -112,7 +113,7 @@ def precision_state(unet: nn.Module) -> dict[str, Tensor]:
 
 
 def load_precision_state(unet: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Restore what `precision_state` gave, in place; KernelError where the layers differ."""
+    """Restore what `precision_state` returned, in place; KernelError where layers differ."""
     layers = _layers_with_state(unet)
     if layers:
         from sd_kernels.fp8_linear import te

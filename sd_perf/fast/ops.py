@@ -1,8 +1,8 @@
 """The operators of a fast training step, each by the backend that was chosen for it.
 
 Kernels are chosen once, when a run is launched (`fast.choice`). The `Ops` made of the choices are
-handed to the network, the diffusion step and the optimizer. What counts or profiles calls wraps
-these functions, and nothing chooses again.
+handed to the network, the diffusion step and the optimizer. Code that counts or profiles calls
+wraps these functions; it does not choose again.
 """
 
 from __future__ import annotations

@@ -50,9 +50,9 @@ def as_image(tokens: Tensor, like: Tensor) -> Tensor:
 
 
 class Norm(nn.Module):
-    """GroupNorm, optionally followed by SiLU, with the sums before it and the skip beside it."""
+    """GroupNorm of a pending sum, concatenated with a skip; optionally followed by SiLU."""
 
-    def __init__(self, groups: int, channels: int, eps: float, silu: bool) -> None:
+    def __init__(self, groups: int, channels: int, *, eps: float, silu: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))

@@ -11,8 +11,8 @@
   `fast.linear`.
 
 Parameters have the names, shapes and order of `reference.unet`, so weights, optimizer state and
-checkpoints pass between the two unchanged. Packed weights are concatenated in every step, which
-takes a two-thousandth of its time.
+checkpoints pass between the two unchanged. Packed weights are concatenated in every step, 0.05 % of
+its time by estimate.
 
 Shape letters: B batch, C channels, H and W rows and columns, L tokens, T text tokens, E channels of
 the time embedding.
@@ -47,11 +47,11 @@ class ResBlock(nn.Module):
         super().__init__()
         conv = nn.Conv2d(channels, out_channels, 3, padding=1)
         # The places of SiLU and dropout in LDM's Sequentials are kept, for the parameters' names.
-        norm = Norm(groups, channels, 1e-5, silu=True)
+        norm = Norm(groups, channels, eps=1e-5, silu=True)
         self.in_layers: Any = nn.Sequential(norm, nn.Identity(), conv)
         self.emb_layers: Any = nn.Sequential(nn.Identity(), nn.Linear(emb_channels, out_channels))
         last = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
-        norm = Norm(groups, out_channels, 1e-5, silu=True)
+        norm = Norm(groups, out_channels, eps=1e-5, silu=True)
         self.out_layers: Any = nn.Sequential(norm, nn.Identity(), nn.Identity(), last)
         same = channels == out_channels
         self.skip_connection: Any = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
@@ -140,7 +140,7 @@ class SpatialTransformer(nn.Module):
         precision: LinearPrecision,
     ) -> None:
         super().__init__()
-        self.norm = Norm(groups, channels, 1e-6, silu=False)
+        self.norm = Norm(groups, channels, eps=1e-6, silu=False)
         self.proj_in = nn.Linear(channels, channels)
         self.transformer_blocks = nn.ModuleList(
             [TransformerBlock(channels, context_dim, head_channels, precision)]
@@ -211,7 +211,7 @@ class FastUNet(nn.Module):
                 stage = [*self._layers(channels + skips.pop(), width, level), *upsample]
                 self.output_blocks.append(nn.ModuleList(stage))
                 channels = width
-        norm = Norm(config.resblock_groups, channels, 1e-5, silu=True)
+        norm = Norm(config.resblock_groups, channels, eps=1e-5, silu=True)
         last = zeroed(nn.Conv2d(channels, config.out_channels, 3, padding=1))
         self.out: Any = nn.Sequential(norm, nn.Identity(), last)
 
@@ -221,12 +221,17 @@ class FastUNet(nn.Module):
 
     def _res_block(self, channels: int, out_channels: int) -> nn.Module:
         emb_channels, groups = 4 * self.config.model_channels, self.config.resblock_groups
-        return ResBlock(channels, out_channels, emb_channels, groups)
+        return ResBlock(channels, out_channels, emb_channels=emb_channels, groups=groups)
 
     def _transformer(self, channels: int) -> nn.Module:
         config = self.config
-        sizes = config.context_dim, config.num_head_channels, config.transformer_groups
-        return SpatialTransformer(channels, *sizes, self.precision)
+        return SpatialTransformer(
+            channels,
+            context_dim=config.context_dim,
+            head_channels=config.num_head_channels,
+            groups=config.transformer_groups,
+            precision=self.precision,
+        )
 
     def _layers(self, channels: int, out_channels: int, level: int) -> list[nn.Module]:
         layers = [self._res_block(channels, out_channels)]
@@ -288,6 +293,7 @@ class FastUNet(nn.Module):
 
     def _predict(self, latents: Tensor, timesteps: Tensor, texts: list[Tensor]) -> Tensor:
         ops = self.ops
+        # Each ResBlock takes the next time shift, each transformer the next text.
         next_time, next_text = iter(self.project_time(timesteps, latents.dtype)), iter(texts)
         first = self.input_blocks[0][0]
         latents = latents.contiguous(memory_format=torch.channels_last)
@@ -299,7 +305,9 @@ class FastUNet(nn.Module):
                     summed = pending.written(ops)
                     pending = Pending(ops.conv(summed, layer.op.weight, stride=2), layer.op.bias)
                 else:
-                    pending, summed = self._layer(layer, pending, None, next_time, next_text)
+                    pending, summed = self._layer(
+                        layer, pending, skip=None, times=next_time, texts=next_text
+                    )
                 if place == 0:
                     skips.append(summed)
         for stage in self.output_blocks:
@@ -309,7 +317,9 @@ class FastUNet(nn.Module):
                     up = ops.upsample_conv(pending.written(ops), layer.conv.weight)
                     pending = Pending(up, layer.conv.bias)
                 else:
-                    pending, _ = self._layer(layer, pending, skip, next_time, next_text)
+                    pending, _ = self._layer(
+                        layer, pending, skip=skip, times=next_time, texts=next_text
+                    )
                     skip = None  # the stage's first layer has read it
         norm, last = self.out[0], self.out[2]
         shift, residual = pending.shift, pending.residual
@@ -320,6 +330,7 @@ class FastUNet(nn.Module):
         self,
         layer: nn.Module,
         pending: Pending,
+        *,
         skip: Tensor | None,
         times: Iterator[Tensor],
         texts: Iterator[Tensor],

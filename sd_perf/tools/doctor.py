@@ -1,4 +1,4 @@
-"""What is installed here, what is missing and for what, and which kernels can be had."""
+"""What is installed here, what is missing and needed for what, and which kernels can run."""
 
 from __future__ import annotations
 
@@ -164,36 +164,33 @@ def _described(device: dict[str, Any]) -> str:
 
 
 def _kernels_table(kernels: list[dict[str, Any]]) -> Table:
-    """A row for the backends of an op of which the same is said; the reference, which can always
-    be had, has none."""
+    """One row for each op and answer: backends of an op with the same answer share a row.
+
+    The reference, which always runs, has none.
+    """
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for column in ("op", "auto takes", "backends", "can they be had", "ran on"):
         table.add_column(column, no_wrap=column != "can they be had")
     for kernel in kernels:
         first = (kernel["op"], kernel["auto"])
         others = [row for row in kernel["backends"] if row["backend"] != REFERENCE]
-        alike: dict[tuple[str, str], list[str]] = {}
+        alike: dict[tuple[str, str, str], list[str]] = {}
         for row in others:
-            said = _availability(row, row["backend"] == kernel["auto"]), _ran(row)
-            alike.setdefault(said, []).append(row["backend"])
-        for (availability, ran), names in alike.items():
-            style = (
-                "dim"
-                if availability.startswith("no")
-                else "green"
-                if availability == "yes, taken"
-                else ""
-            )
+            answer = *_availability(row, taken=row["backend"] == kernel["auto"]), _ran(row)
+            alike.setdefault(answer, []).append(row["backend"])
+        for (availability, style, ran), names in alike.items():
             table.add_row(*first, ", ".join(names), Text(availability, style), ran)
             first = ("", "")
     return table
 
 
-def _availability(row: dict[str, Any], taken: bool) -> str:
-    """In few words; --json has all reasons in full."""
+def _availability(row: dict[str, Any], *, taken: bool) -> tuple[str, str]:
+    """Whether the backend can run, in few words, and their style; --json has every reason."""
     if row["against_in_short"]:
-        return f"no: {row['against_in_short']}"
-    return "yes, taken" if taken else "yes" if row["automatic"] else "yes, when named"
+        return f"no: {row['against_in_short']}", "dim"
+    if taken:
+        return "yes, taken", "green"
+    return "yes" if row["automatic"] else "yes, when named", ""
 
 
 def _ran(row: dict[str, Any]) -> str:
@@ -205,7 +202,7 @@ def _ran(row: dict[str, Any]) -> str:
 
 
 def _adapted(kernels: list[dict[str, Any]]) -> Iterable[Any]:
-    """A line per adapted package: whose signature is bound, and what is installed."""
+    """A line per adapted package: the version that its adapters fit, and the one installed."""
     packages: dict[tuple[str, str | None], list[str]] = {}
     for kernel in kernels:
         for row in (row for row in kernel["backends"] if row["package"]):

@@ -30,8 +30,10 @@ class FlatParameters:
     """
 
     def __init__(self, module: torch.nn.Module, dtype: torch.dtype) -> None:
-        """`dtype` is bfloat16, with 16-bit `remainders`, or float32, without. Parameters must be
-        float32 and dense (ValueError)."""
+        """`dtype` is bfloat16, with 16-bit `remainders`, or float32, without them.
+
+        ValueError unless all parameters are float32 and dense.
+        """
         self._parameters = dict(module.named_parameters())
         self._offsets, size = {}, 0
         for name, parameter in self._parameters.items():
@@ -49,15 +51,14 @@ class FlatParameters:
         self.set_masters(masters)
 
     def views(self, buffer: Tensor) -> dict[str, Tensor]:
-        """Each parameter's part of a buffer (N,), in the parameter's shape and memory order, by
-        name."""
+        """Views of a buffer (N,) by parameter name, in the parameters' shapes and memory order."""
         return {
             name: buffer.as_strided(parameter.shape, parameter.stride(), self._offsets[name])
             for name, parameter in self._parameters.items()
         }
 
     def masters(self) -> dict[str, Tensor]:
-        """float32 copies of what AdamW updates, by name."""
+        """Copies of the float32 weights that AdamW updates, by parameter name."""
         weights = self.views(self.weights)
         if self.remainders is None:
             return {name: weight.clone() for name, weight in weights.items()}
@@ -67,8 +68,7 @@ class FlatParameters:
         }
 
     def set_masters(self, masters: Mapping[str, Tensor]) -> None:
-        """Set weights, and remainders if any, from float32 tensors of every parameter's name and
-        shape."""
+        """Set weights, and remainders if any, from float32 tensors by parameter name."""
         if masters.keys() != self._parameters.keys():
             unlike = sorted(masters.keys() ^ self._parameters.keys())
             raise ValueError(
@@ -87,13 +87,12 @@ class FlatParameters:
             remainders[name].copy_(lower)
 
     def collect_gradients(self) -> Tensor:
-        """Copy every parameter's gradient into `grads` (N,) and give it back; the parameters have
-        none afterwards.
+        """Move every parameter's gradient into `grads` (N,), and return that buffer.
 
-        Views into `grads` as the parameters' gradients would cost more: zeroing writes them, and
-        autograd reads them, reads what it adds and writes the sum, 8 bytes a parameter in hundreds
-        of launches. Gradients that start from None are handed over as they are made, and this reads
-        and writes them once: 4 bytes, in few launches.
+        The parameters have no gradient afterwards. If their gradients were views into `grads`,
+        autograd would add to them, which costs more: zeroing writes them, adding reads two tensors
+        and writes one, in bfloat16 8 bytes a parameter in hundreds of launches. A gradient that
+        starts from None is the tensor that autograd made; copying it moves 4, in few launches.
         """
         alike: list[tuple[Tensor, Tensor]] = []
         begin, width = self.weights.data_ptr(), self.weights.element_size()
@@ -121,8 +120,7 @@ class FlatParameters:
 
 
 def _require_dense(name: str, parameter: Tensor) -> None:
-    """ValueError where elements do not lie side by side; they would overlap in the buffer, or leave
-    holes."""
+    """ValueError for a parameter that is not float32, or whose elements do not fill its memory."""
     reach = 1 + sum(
         (size - 1) * stride
         for size, stride in zip(parameter.shape, parameter.stride(), strict=True)
@@ -135,7 +133,7 @@ def _require_dense(name: str, parameter: Tensor) -> None:
 
 
 def _order(tensor: Tensor) -> list[tuple[int, int]]:
-    """Sizes and strides; those of an axis with one element say nothing."""
+    """Size and stride of every axis with more than one element: where the elements lie."""
     return [
         (size, stride)
         for size, stride in zip(tensor.shape, tensor.stride(), strict=True)

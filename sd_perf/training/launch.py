@@ -1,4 +1,4 @@
-"""From a config to a run: every part is built here, in the order of their dependence."""
+"""Trains a config: chooses kernels, builds every part of the run, and starts the loop."""
 
 from __future__ import annotations
 
@@ -32,11 +32,13 @@ from sd_perf.training.step import TrainStep
 from sd_perf.training.trainer import Trainer
 
 
-def launch(config: Config, world: World, resume: bool, fresh: bool, console: Console) -> str | None:
-    """Train; returns why the run was asked to stop, or None where it came to its end.
+def launch(
+    config: Config, world: World, *, resume: bool, fresh: bool, console: Console
+) -> str | None:
+    """Train to the end; returns None, or the reason why the run was asked to stop.
 
-    Kernels are chosen here, once, and handed to network, diffusion step and optimizer. Nothing is
-    written to the run folder before all that the run needs has been found good.
+    Kernels are chosen here, once, and handed to network, diffusion step and optimizer. The run
+    folder is written only when data, weights and checkpoint have been found good.
     """
     world.on_main(lambda: require_allowed(config))
     target = Target.here()
@@ -71,7 +73,7 @@ def launch(config: Config, world: World, resume: bool, fresh: bool, console: Con
 
 
 def require_allowed(config: Config) -> None:
-    """ConfigError where the closed division forbids the config, or kernels are named in vain."""
+    """ConfigError where the closed division forbids the config, or it names unused kernels."""
     if config.mlperf.division == "closed":
         require_closed(config)
     require_used(config)
@@ -89,9 +91,9 @@ def build_trainer(
     if config.data.format == "moments" and config.data.context == "open_clip":
         text_encoder = world.together(lambda: build_text_encoder(config, world.device))
     ops = Ops.chosen(choices) if config.model.implementation == "fast" else None
-    unet = build_unet(config, seed, world.device, ops)
-    step = TrainStep(unet, config, seed, world, text_encoder, ops)
-    return Trainer(config, world, step, loader, callbacks)
+    unet = build_unet(config, seed=seed, device=world.device, ops=ops)
+    step = TrainStep(unet, config, seed=seed, world=world, text_encoder=text_encoder, ops=ops)
+    return Trainer(config, world, step=step, loader=loader, callbacks=callbacks)
 
 
 def default_callbacks(config: Config, console: Console) -> list[Callback]:

@@ -21,7 +21,7 @@ TextEncoder = Callable[[list[str]], torch.Tensor]
 
 
 def build_diffusion_step(config: Config, seed: int, ops: Ops | None) -> torch.nn.Module:
-    """The diffusion step of the chosen operators, or the plain one where there are none."""
+    """The fused diffusion step with the operators `ops`; the plain one where that is None."""
     if ops is None:
         return DiffusionStep(config.diffusion, seed)
     return FusedDiffusionStep(config, seed, ops)
@@ -92,7 +92,7 @@ class TrainStep:
             )
 
     def _gradient_sync(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Ranks exchange gradients in the backward pass of a step's last micro-batch alone."""
+        """Context of a backward pass: ranks exchange gradients in a step's last one only."""
         if isinstance(self.parallel, DistributedDataParallel) and not last:
             return self.parallel.no_sync()
         return contextlib.nullcontext()

@@ -200,9 +200,10 @@ class Trainer:
                 callback.checkpoint_saved(self, path)
 
     def _next_batches(self, batches: Iterator[Batch]) -> list[Batch]:
-        """The micro-batches of a step, all before it begins, so that a rank without data says so.
+        """The micro-batches of the next step.
 
-        A checkpoint that a thread wrote meanwhile is told of here, where ranks can still agree.
+        All are read before the step begins, so that ranks can stop together where one has no data.
+        For the same reason, failed and finished writes of checkpoints are reported here.
         """
         self.store.raise_failure()
         self._tell_of_saved()

@@ -18,6 +18,7 @@ import torch
 from benchmarks import gpu_acceptance, gpu_profile, gpu_throughput, timing
 from benchmarks.checks import Check, make_check
 from benchmarks.gpu_acceptance import Report, exit_code, summary
+from benchmarks.gpu_checks import Group
 from benchmarks.gpu_fast import FAST_BF16
 from benchmarks.gpu_throughput import ThroughputRow, TimedRecipe, make_row, measure_rows
 from benchmarks.gpu_workload import AUTOCAST, COMPILED, MASTERS, Recipe
@@ -64,7 +65,7 @@ def test_rows_of_a_run_that_meets_everything() -> None:
     rows = measure_rows(
         H100,
         [
-            TimedRecipe(recipe, batch, True)
+            TimedRecipe(recipe, batch, graph=True)
             for recipe, batch in zip(recipes, (64, 8, 32, 32, 32), strict=True)
         ],
         timing.Budget(40.0, lambda: next(clock)),
@@ -100,7 +101,7 @@ def test_rows_of_a_run_that_meets_everything() -> None:
 
 
 def test_what_is_not_installed_is_absent() -> None:
-    entry = TimedRecipe(dataclasses.replace(AUTOCAST, requires="no_such_package"), 8, False)
+    entry = TimedRecipe(dataclasses.replace(AUTOCAST, requires="no_such_package"), 8, graph=False)
     row = make_row(H100, entry, gpu_throughput.measure(entry, 1.0))
     assert (row["status"], row["reason"]) == ("absent", "no_such_package is not installed")
     assert exit_code(make_report([row], []), ["throughput"]) == 0
@@ -116,7 +117,7 @@ def test_green_code_is_profiled_and_timed(monkeypatch: pytest.MonkeyPatch, tmp_p
         return {"status": "measured", "recipe": recipe.implementation, "batch": batch, "ops": rows}
 
     green = make_check("draws", 0.0, 0.0)
-    monkeypatch.setattr(gpu_acceptance, "check_groups", lambda: [("draws", lambda: [green])])
+    monkeypatch.setattr(gpu_acceptance, "check_groups", lambda: [Group("draws", lambda: [green])])
     monkeypatch.setattr(gpu_throughput, "measure", lambda entry, seconds: THROUGHPUT)
     monkeypatch.setattr(gpu_profile, "measure_profile", profile)
     report, options = begin(tmp_path, monkeypatch, "--batches", "8,64")
@@ -144,8 +145,8 @@ def test_red_code_gets_no_speed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         raise RuntimeError("No available kernel")
 
     groups = [
-        ("draws", lambda: [make_check("draws", 0.0, 0.0)]),
-        ("attention", break_down),
+        Group("draws", lambda: [make_check("draws", 0.0, 0.0)]),
+        Group("attention", break_down),
     ]
     monkeypatch.setattr(gpu_acceptance, "check_groups", lambda: groups)
     monkeypatch.setattr(gpu_throughput, "measure", refuse)

@@ -82,7 +82,7 @@ def test_bits_are_compared_not_values() -> None:
 def test_every_group_gets_the_arguments_it_needs() -> None:
     groups = check_groups()
     assert len(groups) == 3 + len(CHECKED) + len(FAST_CHECKED) + len(FAST_TIMED)
-    assert len({name for name, _ in groups}) == len(groups)
-    for _, group in groups:
-        assert isinstance(group, partial)
-        inspect.signature(group.func).bind(*group.args, **group.keywords)
+    assert len({group.title for group in groups}) == len(groups)
+    for group in groups:
+        assert isinstance(group.run, partial)
+        inspect.signature(group.run.func).bind(*group.run.args, **group.run.keywords)

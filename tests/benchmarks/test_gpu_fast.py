@@ -131,7 +131,7 @@ def test_a_parameter_outside_the_buffer_is_red() -> None:
     workload: Any = fast_workload()
     weight = workload.unet.out[2].weight
     weight.data = weight.data.clone()
-    checks = guarded("fast_bf16: steps", lambda: [trained(workload)])  # type: ignore[list-item]
+    checks = guarded("steps", lambda: [trained(workload)], recipe="fast_bf16")  # type: ignore[list-item]
     assert not passed(checks)
     assert "out.2.weight has left the flat buffer" in checks[0]["note"]
 
@@ -227,7 +227,9 @@ def test_launches_of_kernels_are_counted(plain: dict[str, Trained]) -> None:
     ],
 )
 def test_what_a_red_check_stands_against(red: str, recipe: Recipe, is_against: bool) -> None:
-    checks = [make_check(red, 1.0, 0.0), make_check("draws: words", 0.0, 0.0)]
+    name, _, what = red.rpartition(": ")
+    checks = [make_check(what, 1.0, 0.0, recipe=name), make_check("draws: words", 0.0, 0.0)]
+    assert checks[0]["check"] == red
     assert bool(blocking(recipe, checks)) == is_against
 
 

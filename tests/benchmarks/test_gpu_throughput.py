@@ -26,7 +26,7 @@ from tests.benchmarks.tiny import H100, RECIPES, THROUGHPUT, FakeClock, tiny_wor
 def test_an_unknown_gpu_has_no_peak() -> None:
     assert peak_of_driver(H100) == (989e12, GPUS["h100"].peak.source)
     assert peak_of_driver("NVIDIA H100 PCIe") is None
-    entry = TimedRecipe(AUTOCAST, 8, True)
+    entry = TimedRecipe(AUTOCAST, 8, graph=True)
     assert make_row(H100, entry, THROUGHPUT)["mfu"] == pytest.approx(0.2436, abs=1e-4)
     assert make_row("NVIDIA H100 PCIe", entry, THROUGHPUT)["mfu"] is None
 
@@ -52,7 +52,7 @@ def test_an_entry_is_timed_in_the_seconds_it_has(
     monkeypatch.setattr(gpu_throughput, "CudaClock", lambda: FakeClock([50.0] * 100))
     monkeypatch.setattr(gpu_throughput, "Telemetry", lambda: telemetry)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
-    entry = TimedRecipe(RECIPES[1], 2, graph)
+    entry = TimedRecipe(RECIPES[1], 2, graph=graph)
     row = make_row("a CPU", entry, gpu_throughput.time_iterations(entry, seconds=0.5))
     assert row["status"] == "measured"
     assert row["mfu"] is None
@@ -83,7 +83,7 @@ def test_compiling_is_not_begun_late() -> None:
         asked.append((entry.recipe.implementation, seconds))
         return THROUGHPUT
 
-    entries = [TimedRecipe(recipe, 8, True) for recipe in (AUTOCAST, COMPILED, AUTOCAST)]
+    entries = [TimedRecipe(recipe, 8, graph=True) for recipe in (AUTOCAST, COMPILED, AUTOCAST)]
     for seconds in (10.0, 600.0):
         measure_rows(
             H100, entries, timing.Budget(seconds, lambda: 0.0), [], measure, lambda rows: None
@@ -105,6 +105,6 @@ def test_without_an_estimate_there_are_measurements(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(gpu_throughput, "predict", fail)
     gpu_throughput.predictions.cache_clear()
-    row = make_row(H100, TimedRecipe(FAST_BF16, 8, True), THROUGHPUT)
+    row = make_row(H100, TimedRecipe(FAST_BF16, 8, graph=True), THROUGHPUT)
     gpu_throughput.predictions.cache_clear()
     assert (row["status"], row["predicted_memory_bytes"]) == ("measured", None)

@@ -45,7 +45,7 @@ CASES = {case.name: case for case in SPEC.small_cases}
         "weights' scale for the values'",
         "stale scale",
         "halves swapped in backward",
-        "handed gradient lost",
+        "gradient of the sum lost",
         "wrong eps",
         "last row left out of the bias",
         "bias forgotten",

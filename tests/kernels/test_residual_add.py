@@ -34,7 +34,7 @@ def test_planted_faults_are_red(case: str, fault: tuple[str, str]) -> None:
     assert_caught("residual_add", CASES[case], fault)
 
 
-def test_the_gradient_is_handed_on_uncopied() -> None:
+def test_the_gradient_is_returned_uncopied() -> None:
     x, residual = torch.zeros(2, 3, requires_grad=True), torch.zeros(2, 3, requires_grad=True)
     grad = torch.ones(2, 3)
     grads = torch.autograd.grad(residual_add(x, residual), (x, residual), grad)

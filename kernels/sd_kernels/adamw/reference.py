@@ -141,8 +141,8 @@ def adamw(
     g, m, v = (tensor.to(master.dtype) for tensor in (grads, exp_avg, exp_avg_sq))
     m = m + (g - m) * (1 - beta1)
     v = v + (g * g - v) * (1 - beta2)
-    # On a CPU the float32 root of torch is MKL's, an ulp off for some 0.6 % of numbers. The float64
-    # root rounded to float32 is always right.
+    # On a CPU torch's float32 root may be an ulp off. The float64 root, rounded to float32, is the
+    # correctly rounded one.
     root = v.double().sqrt().to(v.dtype)
     update = m / (root * root_scale + eps)
     master = master - (master * decay + update * step_size)

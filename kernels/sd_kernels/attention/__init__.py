@@ -51,7 +51,7 @@ def _make(name: str, B: int, L: int, T: int, H: int, D: int = SD_V2.head_dim, **
 
 
 def _calls(unet: Architecture) -> list[tuple[int, int, int, int]]:
-    """(queries, keys or 0, heads, head dim)"""
+    """(queries, keys or 0 for self-attention, heads, head dim) of every attention."""
     sizes = [(layer.side**2, layer.channels // unet.head_dim) for layer in transformers(unet)]
     return [(L, T, H, unet.head_dim) for (L, H), T in product(sizes, (0, unet.context_length))]
 
@@ -69,8 +69,10 @@ def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
 
 
 def _work(case: Case, dtype: torch.dtype) -> Work:
-    """Two matrix products forward; five backward, one of which makes the scores again. float32 row
-    sums not counted."""
+    """Two matmuls forward; five backward, one of which computes the scores again.
+
+    The float32 sums of the rows of scores are not counted.
+    """
     B, L, T, H, D = case.sizes("B", "L", "T", "H", "D")
     forward, queries, keys = (
         4.0 * B * H * L * T * D,
@@ -104,14 +106,16 @@ def _saved_bytes(case: Case, dtype: torch.dtype) -> int:
     return B * H * (2 * D * (L + T) * dtype.itemsize + 4 * L)
 
 
-def _flash(
-    name: str, requires: str, package: str, install: str, most: int, **limits: Any
-) -> Backend:
-    limits |= {"gpu_dtypes": HALF, "refuses": _head_dims(most)}
-    return Backend(name, f"{__name__}.flash", name, requires, package, install, **limits)
+def _flash(name: str, *, most: int, **fields: Any) -> Backend:
+    """A backend in `flash`, for head dims up to `most`; `fields` are those of `Backend`."""
+    refuses = _head_dims(most)
+    return Backend(
+        name, f"{__name__}.flash", attribute=name, gpu_dtypes=HALF, refuses=refuses, **fields
+    )
 
 
 def _sdpa(name: str, attribute: str, **limits: Any) -> Backend:
+    """A backend in `aten`: one of torch's kernels of scaled_dot_product_attention."""
     return Backend(name, f"{__name__}.aten", attribute=attribute, **limits)
 
 
@@ -121,19 +125,19 @@ SPEC = OpSpec(
     backends=(
         _flash(
             "fa3",
-            "flash_attn_interface",
-            "flash-attn-3 at 01afd16d",
-            "build hopper/ of github.com/Dao-AILab/flash-attention",
-            256,
+            most=256,
+            requires="flash_attn_interface",
+            package="flash-attn-3 at 01afd16d",
+            install="build hopper/ of github.com/Dao-AILab/flash-attention",
             capability=(9, 0),
             majors=(9,),
         ),
         _flash(
             "fa4",
-            "flash_attn.cute",
-            "flash-attn-4 4.0.0b36",
-            "pip install flash-attn-4==4.0.0b36",
-            128,
+            most=128,
+            requires="flash_attn.cute",
+            package="flash-attn-4 4.0.0b36",
+            install="pip install flash-attn-4==4.0.0b36",
             capability=(9, 0),
             majors=(9, 10),
         ),
@@ -149,10 +153,10 @@ SPEC = OpSpec(
         _sdpa("math", "math"),
         _flash(
             "fa2",
-            "flash_attn.flash_attn_interface",
-            "flash-attn 2.8.3.post2",
-            "pip install --no-build-isolation flash-attn==2.8.3.post2",
-            256,
+            most=256,
+            requires="flash_attn.flash_attn_interface",
+            package="flash-attn 2.8.3.post2",
+            install="pip install --no-build-isolation flash-attn==2.8.3.post2",
             capability=(8, 0),
             automatic=False,
         ),
@@ -170,9 +174,9 @@ SPEC = OpSpec(
     ),
     cases=counted(_calls(SD_V2), _case),
     cases_of=lambda unet: counted(_calls(unet), _case),
-    # Not single keys, nor means far from 0: there a gradient is the small rest of large terms,
-    # which flash attention's algorithm (the output, rounded, gives the rows' sums) leaves with up
-    # to four times plain torch's error.
+    # No single keys, and no means far from 0. There a gradient is the small difference of large
+    # terms, one of which flash attention computes from the rounded output: its error is then up to
+    # four times plain torch's.
     small_cases=(
         _make("tiny, cross", 1, 7, 9, 2, 16),
         _make("self, 5 heads", 2, 37, 0, 5),

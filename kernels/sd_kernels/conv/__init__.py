@@ -11,8 +11,10 @@ from sd_kernels.spec import Backend, Case, Draw, Inputs, Matmuls, OpSpec, Work, 
 
 
 def _calls(unet: Architecture) -> list[tuple[int, int, int, int]]:
-    """(side, channels, output channels, stride) from input to output; those after an upsampling are
-    another op."""
+    """(side, channels, output channels, stride) of every convolution, from input to output.
+
+    Those that follow an upsampling are the op `upsample_conv`.
+    """
     calls = [(unet.side, unet.in_channels, unet.stem, 1)]
     for layer in layers(unet):
         if isinstance(layer, ResBlock):

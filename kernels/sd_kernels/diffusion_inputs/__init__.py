@@ -52,8 +52,10 @@ def _small(
 
 
 def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
-    """A schedule of 1000 steps that is not the benchmark's; log-variances as the case has them,
-    means beside 0."""
+    """Means are drawn around 0, log-variances as the case says.
+
+    The schedule has 1000 steps, but not the benchmark's values: an op must not know those.
+    """
     B, C, H, W = case.sizes("B", "C", "H", "W")
     moments = torch.cat((make.tensor(B, C, H, W), make.data(B, C, H, W)), dim=1).detach()
     alphas_cumprod = torch.linspace(0.999, 0.005, 1000, dtype=torch.float64, device=make.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import bfloat16, dtype, float16
 
@@ -19,27 +19,34 @@ class Extras:
     residual: bool
 
 
-Call = tuple[str, int, int, int, bool, bool]
-"""producer, tokens of a sample, columns in, columns out, whether there is a bias, and a residual"""
+class _Call(NamedTuple):
+    producer: str
+    tokens: int
+    """of a sample"""
+    columns_in: int
+    columns_out: int
+    bias: bool = False
+    residual: bool = False
 
 
-def _calls() -> list[Call]:
-    """The linear layers of every transformer block; those around it, the text's and the times' stay
-    in 16 bits.
-
-    Queries, keys and values of the self-attention, queries of the cross-attention, and the
-    feed-forward come of norms.
-    """
-    calls: list[Call] = []
+def _calls() -> list[_Call]:
+    """The linear layers within every transformer block; all others stay in 16 bits."""
+    calls: list[_Call] = []
     for layer in transformers():
         L, C = layer.side**2, layer.channels
-        calls += [("layer_norm", L, C, 3 * C, False, False), ("layer_norm", L, C, C, False, True)]
-        calls += [("none", L, C, C, True, False)] * 2
-        calls += [("layer_norm", L, C, 8 * C, True, True), ("geglu", L, 4 * C, C, True, False)]
+        # Queries, keys and values of the self-attention; then queries of the cross-attention, whose
+        # LayerNorm first adds the output of the self-attention.
+        calls.append(_Call("layer_norm", L, C, 3 * C))
+        calls.append(_Call("layer_norm", L, C, C, residual=True))
+        # The output layers of both attentions.
+        calls += [_Call("none", L, C, C, bias=True)] * 2
+        # The two layers of the feed-forward.
+        calls.append(_Call("layer_norm", L, C, 8 * C, bias=True, residual=True))
+        calls.append(_Call("geglu", L, 4 * C, C, bias=True))
     return calls
 
 
-def _case(call: Call) -> Case:
+def _case(call: _Call) -> Case:
     producer, L, K, N, bias, residual = call
     name = f"{producer} {L} x {K} to {N}"
     return _make(name, BATCH, L, K, N, producer, bias=bias, residual=residual)
@@ -57,7 +64,8 @@ def _make(
     **draw: Any,
 ) -> Case:
     shape = {"B": B, "L": L, "K": K, "N": N}
-    return Case(name, shape, {"producer": producer}, Draw(**draw), Extras(bias, residual))
+    extras = Extras(bias=bias, residual=residual)
+    return Case(name, shape, {"producer": producer}, Draw(**draw), extras)
 
 
 def _small(
@@ -70,7 +78,7 @@ def _small(
     residual: bool = False,
     **draw: Any,
 ) -> Case:
-    return _make(name, 1, L, K, N, producer, bias, residual, **draw)
+    return _make(name, 1, L, K, N, producer, bias=bias, residual=residual, **draw)
 
 
 def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
@@ -88,17 +96,24 @@ def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
 
 
 def _work(case: Case, dtype: dtype) -> Work:
-    """Two sweeps over what makes the operands, both copies of each operand written once and read
-    once."""
+    """The bytes of `quantise`'s sweeps and of the three matmuls that read what these wrote.
+
+    Every operand of a matmul is written in FP8 twice, as it is and transposed: one byte a number
+    each. The matmul of the forward pass reads one copy, those of the backward pass the other.
+    """
     B, L, K, N = case.sizes("B", "L", "K", "N")
     producer, wide = case.options["producer"], dtype.itemsize
     M = B * L
     sources = M * K * wide * (2 if producer == "geglu" else 1)
-    handed = M * K * wide * 2 if case.extras.residual else 0
+    # A residual is read once, and the sum written once; so are their gradients.
+    residual = M * K * wide * 2 if case.extras.residual else 0
+    # Forward sweeps twice over x and over the weight, writes both copies of each, then multiplies.
     operands, results = 2 * (M * K + N * K), M * N * wide
-    forward = 2 * sources + handed + 2 * N * K * wide + operands + M * K + N * K + results
+    forward = 2 * sources + residual + 2 * N * K * wide + operands + M * K + N * K + results
+    # Backward sweeps twice over the gradient, writes and reads both its copies, reads the other
+    # copies of x and weight, and writes the two gradients; the producer's gradient comes last.
     backward = 2 * results + 2 * M * N + 2 * M * N + M * K + N * K + M * K * wide + N * K * wide
-    backward += {"none": 0, "geglu": 2 * sources, "layer_norm": sources + handed}[producer]
+    backward += {"none": 0, "geglu": 2 * sources, "layer_norm": sources + residual}[producer]
     return Work(2.0 * M * N * K, forward, backward)
 
 

@@ -128,7 +128,7 @@ def quantise_kernel(
     )
     tl.store(numbers + rows[:, None] * K + columns[None, :], value, mask=inside)
     place = transposed + columns[:, None].to(tl.int64) * P + rows[None, :]
-    # Rows from M to P are zero and are written: the product sums over them.
+    # Rows from M to P are zero and are written: the matmul sums over them.
     tl.store(place, tl.trans(value), mask=(columns < K)[:, None] & (rows < P)[None, :])
 
 

@@ -89,6 +89,6 @@ def fp8_linear(
     elif producer == "geglu":
         produced = geglu(produced)
     rows, weights = produced.reshape(-1, weight.shape[1]), _wide(weight)
-    product = F.linear(rows, weights) if exact else _Rounded.apply(rows, weights)
-    y = (product if bias is None else product + _wide(bias)).to(x.dtype).view(*x.shape[:-1], -1)
+    y = F.linear(rows, weights) if exact else _Rounded.apply(rows, weights)
+    y = (y if bias is None else y + _wide(bias)).to(x.dtype).view(*x.shape[:-1], -1)
     return (y, summed) if producer == "layer_norm" else y

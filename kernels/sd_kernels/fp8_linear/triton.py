@@ -78,9 +78,9 @@ class _Fp8Linear(torch.autograd.Function):
         )
         # An output without a gradient gives None, not a tensor of zeros that is written and read.
         ctx.set_materialize_grads(False)
-        # Forward accumulates fast: Hopper's matrix units then keep some 14 bits between additions
-        # (DeepSeek-V3 technical report, 2024, section 3.3.2). Gradients span more magnitudes, and
-        # are accumulated in float32.
+        # Forward accumulates fast: cuBLAS then leaves all sums to Hopper's FP8 matrix units, which
+        # keep about 14 bits (DeepSeek-V3 Technical Report, arXiv 2412.19437, section 3.3.2).
+        # Gradients span more magnitudes; for them cuBLAS moves partial sums to float32.
         y = _matmul(numbers, weights, (scale, weight_scale), x.dtype, bias, fast=True)
         return y, summed if producer == "layer_norm" else None
 

@@ -14,7 +14,7 @@ from sd_kernels.spec import Backend, Case, Draw, Inputs, OpSpec, Work, counted
 
 @dataclass(frozen=True)
 class Extras:
-    """What the norm adds to x first."""
+    """What is added to x before it is normalised."""
 
     shift: bool = False
     residual: bool = False
@@ -154,7 +154,7 @@ def _apex_refuses(case: Case, dtype: torch.dtype) -> Reason | None:
 
 
 def _saved_bytes(case: Case, dtype: torch.dtype) -> int:
-    """The sum that it norms, of which a skip is kept by the block that made it, and the result."""
+    """The sum that is normalised, and the result. A skip is counted by the block that made it."""
     B, H, W, C1, C2 = case.sizes("B", "H", "W", "C1", "C2")
     return B * H * W * (C1 + (C1 + C2)) * dtype.itemsize
 

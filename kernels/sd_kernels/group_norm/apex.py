@@ -41,7 +41,7 @@ def group_norm(
     is_dense = source.is_contiguous(memory_format=torch.channels_last)
     strides = f"an image of shape {tuple(source.shape)} with strides {source.stride()}"
     require(is_dense, "group_norm/apex", strides, "dense channels-last memory")
-    # Apex's one-pass kernels are for images of up to 1,024 pixels.
+    # As Apex's module chooses: one pass for images of up to 1,024 pixels, from capability 8.0 on.
     passes = 2 if source.shape[2] * source.shape[3] > 1024 else 1
     act = "silu" if silu else ""
     y, _ = torch.ops.apex.group_norm_nhwc_fprop(

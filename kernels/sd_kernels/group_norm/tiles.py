@@ -44,8 +44,8 @@ class Tuning:
     small_warps: int = 4
     """warps of a smaller tile: at 64 pixels a thread holds 32 elements, too"""
     window: int = 512
-    """items between the statistics of a sample and its results: about as many as a Hopper GPU runs
-    at a time (132 multiprocessors with 4 programs of 8 warps each)"""
+    """items between the statistics of a sample and its results: close to 528, the programs of 8
+    warps and 64 registers a thread that fit into an H100's 132 multiprocessors, 4 each, at once"""
 
 
 TUNING = Tuning()

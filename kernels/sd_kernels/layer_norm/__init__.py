@@ -1,4 +1,4 @@
-"""LayerNorm of a residual sum that is handed on: the three norms of a transformer block."""
+"""LayerNorm of x + residual, and that sum: the three norms of a transformer block."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
 
 
 def _saved_bytes(case: Case, dtype: torch.dtype) -> int:
-    """The sum that it norms, and the result, which the next layer reads."""
+    """The sum that is normalised, and the result, which the next layer reads."""
     B, L, C = case.sizes("B", "L", "C")
     return 2 * B * L * C * dtype.itemsize
 
 
 def _work(case: Case, dtype: torch.dtype) -> Work:
     elements = case.shape["B"] * case.shape["L"] * case.shape["C"] * dtype.itemsize
-    # Backward reads the normed sum and both gradients, and writes one.
+    # Backward reads the sum and the gradients of both outputs, and writes one gradient.
     return Work(0.0, (4 if case.extras.residual else 2) * elements, 4 * elements)
 
 

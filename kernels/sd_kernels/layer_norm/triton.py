@@ -36,8 +36,8 @@ class Tuning:
     """elements of a tile, of one row or of several: 4 warps have 8 a thread, 16 bytes in bfloat16;
     a row of up to 1280 columns then lies in one warp, and is summed without shared memory"""
     backward_per_processor: int = 2
-    """programs of the backward pass on a multiprocessor: as many as fit into its registers at once,
-    since each keeps 2 x 5 tiles of sums"""
+    """programs of the backward pass on a multiprocessor: 128 threads with 255 registers each, for 2
+    x 5 tiles of sums, fill half of its 65,536 registers"""
 
 
 TUNING = Tuning()

@@ -1,13 +1,13 @@
-"""Linear layers in 16 bits: torch's product, with the bias in its epilogue.
+"""Linear layers in 16 bits: torch's matmul, with the bias in its epilogue.
 
-A residual is not taken here: torch's product copies it into the output before it adds, which is a
-pass more than the next norm needs, which reads it anyway.
+There is no residual here. torch's matmul would first copy it into the output, a pass of its own;
+the next norm adds it while it reads its input anyway.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import bfloat16, dtype, float16, float32
 
@@ -22,36 +22,43 @@ class Extras:
     bias: bool
 
 
-Call = tuple[str, int, int, int, bool]
-"""name, rows of a sample, columns in, columns out, whether there is a bias"""
+class _Call(NamedTuple):
+    name: str
+    rows: int
+    """of a sample"""
+    columns_in: int
+    columns_out: int
+    bias: bool = True
 
 
-def _calls(unet: Architecture) -> list[Call]:
-    """Packed: queries, keys and values of a self-attention; keys and values of all texts; all time
-    embeddings."""
-    calls: list[Call] = []
+def _calls(unet: Architecture) -> list[_Call]:
+    """Every linear layer, where several that read the same input are packed into one.
+
+    These are q, k and v of a self-attention, the keys and values of the text for all transformers,
+    and the time projections of all ResBlocks.
+    """
+    calls: list[_Call] = []
     for layer in transformers(unet):
         L, C = layer.side**2, layer.channels
-        outputs = [("projection in or out", C, C, True)] * 2 + [
-            ("self qkv", C, 3 * C, False),
-            ("cross q", C, C, False),
-        ]
-        outputs += [("attention out", C, C, True)] * 2 + [("feed-forward in", C, 8 * C, True)]
-        calls += [
-            (name, L, K, N, bias)
-            for name, K, N, bias in [*outputs, ("feed-forward out", 4 * C, C, True)]
-        ]
+        calls += [_Call("projection in or out", L, C, C)] * 2
+        calls.append(_Call("self qkv", L, C, 3 * C, bias=False))
+        calls.append(_Call("cross q", L, C, C, bias=False))
+        calls += [_Call("attention out", L, C, C)] * 2
+        calls.append(_Call("feed-forward in", L, C, 8 * C))
+        calls.append(_Call("feed-forward out", L, 4 * C, C))
     texts = sum(2 * layer.channels for layer in transformers(unet))
     times = sum(block.channels for block in res_blocks(unet))
-    calls.append(
-        ("keys and values of all texts", unet.context_length, unet.context_width, texts, False)
-    )
-    width, embedding = unet.stem, 4 * unet.stem
-    calls += [("time in", 1, width, embedding, True), ("time out", 1, embedding, embedding, True)]
-    return [*calls, ("all time projections", 1, embedding, times, True)]
+    context, width, embedding = unet.context_width, unet.stem, 4 * unet.stem
+    return [
+        *calls,
+        _Call("keys and values of all texts", unet.context_length, context, texts, bias=False),
+        _Call("time in", 1, width, embedding),
+        _Call("time out", 1, embedding, embedding),
+        _Call("all time projections", 1, embedding, times),
+    ]
 
 
-def _case(call: Call) -> Case:
+def _case(call: _Call) -> Case:
     name, L, K, N, bias = call
     shape = {"B": BATCH, "L": L, "K": K, "N": N}
     return Case(f"{name}, {L} x {K} to {N}", shape, extras=Extras(bias))
@@ -85,7 +92,7 @@ def _work(case: Case, dtype: dtype) -> Work:
 
 SPEC = OpSpec(
     name="linear",
-    summary="product with a weight, and bias",
+    summary="matmul with a weight, and bias",
     backends=(
         Backend("torch", f"{__name__}.aten", yardstick=True),
         Backend("reference", f"{__name__}.reference"),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,26 +31,32 @@ class Extras:
     bias: bool
 
 
-Call = tuple[int, int, bool, bool]
-"""side, channels, whether it is of images, whether there is a bias"""
+class _Call(NamedTuple):
+    side: int
+    channels: int
+    image: bool
+    bias: bool
 
 
-def _case(call: Call) -> Case:
+def _case(call: _Call) -> Case:
     side, channels, is_image, bias = call
     name = f"{side} x {side} x {channels}" if is_image else f"{side**2} tokens, {channels}"
     name += ", bias" if bias else ""
-    return Case(name, {"B": BATCH, "S": side, "C": channels}, extras=Extras(is_image, bias))
+    extras = Extras(image=is_image, bias=bias)
+    return Case(name, {"B": BATCH, "S": side, "C": channels}, extras=extras)
 
 
-def _calls(unet: Architecture) -> list[Call]:
-    """A convolution's bias waits for the sum; a linear layer has added its own, so that after it
-    there is none."""
+def _calls(unet: Architecture) -> list[_Call]:
+    """Sums after a ResBlock also add its convolution's bias; a linear layer adds its own itself."""
     images = [
-        (layer.side, layer.channels, True, isinstance(before, ResBlock))
+        _Call(layer.side, layer.channels, image=True, bias=isinstance(before, ResBlock))
         for before, layer in pairwise(layers(unet))
         if isinstance(layer, Resample)
     ]
-    return images + [(layer.side, layer.channels, False, False) for layer in transformers(unet)]
+    tokens = [
+        _Call(layer.side, layer.channels, image=False, bias=False) for layer in transformers(unet)
+    ]
+    return images + tokens
 
 
 def _small(
@@ -63,7 +69,7 @@ def _small(
     **draw: Any,
 ) -> Case:
     shape = {"B": batch, "S": side, "C": channels}
-    return Case(name, shape, draw=Draw(**draw), extras=Extras(image, bias))
+    return Case(name, shape, draw=Draw(**draw), extras=Extras(image=image, bias=bias))
 
 
 def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
@@ -75,7 +81,7 @@ def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
 
 
 def _work(case: Case, dtype: torch.dtype) -> Work:
-    """Backward hands the gradient on as it is, and reads it for the bias alone."""
+    """Backward returns the gradient that it gets, and reads it for the bias's gradient alone."""
     B, S, C = case.sizes("B", "S", "C")
     size = B * S**2 * C * dtype.itemsize
     return Work(0.0, 3 * size, size if case.extras.bias else 0)

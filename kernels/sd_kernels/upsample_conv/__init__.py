@@ -37,8 +37,11 @@ def _matmuls(case: Case) -> Matmuls:
 
 
 def _work(case: Case, dtype: torch.dtype) -> Work:
-    """Operations of the merged form; the plain one takes 2 * B * 4HW * K * 9C, at the benchmark's
-    1.8 to 2.1 times."""
+    """FLOPs of the merged form.
+
+    The plain form has 2 * B * 4HW * K * 9C, which is 1.8 to 2.1 times as many at the benchmark's
+    sizes.
+    """
     B, C, H, W, K = case.sizes("B", "C", "H", "W", "K")
     x, weight, y = B * C * H * W, 9 * K * C, 4 * B * H * W * K
     flops = 2.0 * B * (H + 1) * (W + 1) * 4 * K * 4 * C

@@ -39,6 +39,7 @@ class Tuning:
 
 
 TUNING = Tuning()
+_ROWS, _OUTPUTS = {"ROWS": TUNING.rows}, {"OUTPUTS": TUNING.outputs}
 
 
 @triton.jit
@@ -187,16 +188,22 @@ def interleave_backward_kernel(
 
 
 def _launch(
-    kernel: Any, source: torch.Tensor, shape: tuple[int, ...], rows: int, N: int, **sizes: int
+    kernel: Any,
+    source: torch.Tensor,
+    shape: tuple[int, ...],
+    tile: dict[str, int],
+    rows: int,
+    columns: int,
+    **sizes: int,
 ) -> torch.Tensor:
-    """Run a kernel over `rows` rows of N channels; its output (B, C, H, W) in channels-last memory.
+    """Run a kernel over `rows` rows of `columns` channels; returns (B, C, H, W), channels-last.
 
-    `sizes` are the kernel's compile-time sizes; C among them marks a kernel of weights.
+    `tile` is the kernel's argument for the rows of a tile; `sizes` are its other constants.
     """
     B, channels, H, W = shape
     output = empty(source, (B, H, W, channels))
-    tile = {"OUTPUTS": TUNING.outputs} if "C" in sizes else {"ROWS": TUNING.rows}
-    grid = triton.cdiv(rows, *tile.values()), triton.cdiv(N, TUNING.columns)
+    [tile_rows] = tile.values()
+    grid = triton.cdiv(rows, tile_rows), triton.cdiv(columns, TUNING.columns)
     source = source.contiguous(memory_format=torch.channels_last)
     launch(kernel, grid, source, output, rows, **sizes, **tile, COLUMNS=TUNING.columns)
     return rounded(output, source.dtype).permute(0, 3, 1, 2)
@@ -210,33 +217,32 @@ def _fake(like: torch.Tensor, B: int, channels: int, H: int, W: int) -> torch.Te
 def merge_forward(weight: torch.Tensor) -> torch.Tensor:
     """Weights (K, C, 3, 3) merged to (4 * K, C, 2, 2): see `merged.merge`."""
     K, C = weight.shape[:2]
-    return _launch(merge_forward_kernel, weight, (4 * K, C, 2, 2), K, C, C=C)
+    shape = 4 * K, C, 2, 2
+    return _launch(merge_forward_kernel, weight, shape, _OUTPUTS, rows=K, columns=C, C=C)
 
 
 @torch.library.custom_op("sd_kernels::upsample_conv_merge_backward", mutates_args=())
 def merge_backward(dmerged: torch.Tensor) -> torch.Tensor:
     """The gradient of the weights (K, C, 3, 3)."""
     K, C = dmerged.shape[0] // 4, dmerged.shape[1]
-    return _launch(merge_backward_kernel, dmerged, (K, C, 3, 3), K, C, C=C)
+    shape = K, C, 3, 3
+    return _launch(merge_backward_kernel, dmerged, shape, _OUTPUTS, rows=K, columns=C, C=C)
 
 
 @torch.library.custom_op("sd_kernels::upsample_conv_interleave_forward", mutates_args=())
 def interleave_forward(z: torch.Tensor) -> torch.Tensor:
     """z (B, 4 * K, H + 1, W + 1) to (B, K, 2H, 2W): see `merged.interleave`."""
     B, K, H, W = z.shape[0], z.shape[1] // 4, z.shape[2] - 1, z.shape[3] - 1
-    return _launch(
-        interleave_forward_kernel, z, (B, K, 2 * H, 2 * W), 4 * B * H * W, K, H=H, W=W, K=K
-    )
+    sizes = {"rows": 4 * B * H * W, "columns": K, "H": H, "W": W, "K": K}
+    return _launch(interleave_forward_kernel, z, (B, K, 2 * H, 2 * W), _ROWS, **sizes)
 
 
 @torch.library.custom_op("sd_kernels::upsample_conv_interleave_backward", mutates_args=())
 def interleave_backward(dy: torch.Tensor) -> torch.Tensor:
     """The gradient of z (B, 4 * K, H + 1, W + 1), from dy (B, K, 2H, 2W)."""
     B, K, H, W = dy.shape[0], dy.shape[1], dy.shape[2] // 2, dy.shape[3] // 2
-    slots = 4 * B * (H + 1) * (W + 1)
-    return _launch(
-        interleave_backward_kernel, dy, (B, 4 * K, H + 1, W + 1), slots, K, H=H, W=W, K=K
-    )
+    sizes = {"rows": 4 * B * (H + 1) * (W + 1), "columns": K, "H": H, "W": W, "K": K}
+    return _launch(interleave_backward_kernel, dy, (B, 4 * K, H + 1, W + 1), _ROWS, **sizes)
 
 
 @merge_forward.register_fake

@@ -117,7 +117,9 @@ def v_mse_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     shapes = f"{tuple(prediction.shape)} and {tuple(target.shape)}"
     require(prediction.shape == target.shape, "v_mse_loss", shapes, "two tensors of one shape")
     # Elements are paired by address, so that both must have the same order in memory.
-    orders = [torch.contiguous_format] + [torch.channels_last] * (prediction.dim() == 4)
+    orders = [torch.contiguous_format]
+    if prediction.dim() == 4:
+        orders.append(torch.channels_last)
     same = any(
         all(tensor.is_contiguous(memory_format=order) for tensor in (prediction, target))
         for order in orders

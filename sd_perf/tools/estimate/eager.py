@@ -45,8 +45,10 @@ _NO_KERNEL = {"empty", "detach", "_unsafe_view", "lift_fresh", "zeros_like", "on
 
 
 class _Autocast(TorchFunctionMode):
-    """Casts as torch.autocast("cuda") does; a weight once per step. Attention by its fused
-    kernel."""
+    """Casts as torch.autocast("cuda") does, each weight once per step.
+
+    Attention runs by its fused kernel.
+    """
 
     def __init__(self, enabled: bool) -> None:
         super().__init__()
@@ -115,8 +117,8 @@ class _Recorder(TorchDispatchMode):
         elif "attention" in name:
             backward = name.endswith("backward")
             q, k = args[1:3] if backward else args[:2]
-            # q k^T and the product with v, forward; backward makes the scores again and has four
-            # more matmuls. Each takes 2 * B * H * L * T * D.
+            # Forward multiplies q k^T, then the scores with v; backward computes the scores again
+            # and has four more matmuls. Each takes 2 * B * H * L * T * D.
             matmuls = 5 if backward else 2
             flops = 2.0 * matmuls * math.prod(q.shape) * k.shape[2]
             work = AttentionWork(flops, queries=q.shape[2])
@@ -126,8 +128,10 @@ class _Recorder(TorchDispatchMode):
             yield Kernel(_NAMES.get(short, "elementwise"), moved * _PASSES.get(name, 1.0))
 
     def _convolution(self, name: str, args: Any, out: Any) -> Iterator[Kernel]:
-        """Matmuls, each with turning images from NCHW to the NHWC of the tensor cores and back, and
-        the bias."""
+        """The convolution's matmuls, the changes of memory order around each, and the bias.
+
+        Images are in NCHW memory, and the tensor cores read NHWC.
+        """
         forward = name == "convolution"
         x, weight, y = (args[0], args[1], out) if forward else (args[1], args[2], args[0])
         outputs, channels, height, width = weight.shape
@@ -157,7 +161,7 @@ class _Recorder(TorchDispatchMode):
 def recorded(forward: Callable[[], Any], autocast: bool = True) -> tuple[list[Kernel], float]:
     """Kernels of a forward and a backward pass on the meta device, and bytes saved between them.
 
-    The gradients of what `forward` returns are taken as given, neither made nor counted.
+    Backward starts from gradients of what `forward` returns, which are not counted.
     """
     recorder, casts, saved = _Recorder(), _Autocast(autocast), {}
 
@@ -183,7 +187,7 @@ def recorded(forward: Callable[[], Any], autocast: bool = True) -> tuple[list[Ke
 
 
 def plain(config: Config, batch: int, autocast: bool = True) -> tuple[list[Kernel], float]:
-    """`recorded` for the whole network and a loss, with so many samples."""
+    """`recorded` for the whole network and a loss, with `batch` samples."""
     with torch.device("meta"):
         unet = UNet(config.model)
         size, channels = config.data.latent_size, config.model.in_channels

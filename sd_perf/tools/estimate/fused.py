@@ -1,7 +1,7 @@
 """The kernels of a training step made of the ops of sd_kernels, from what their specs say.
 
-The trainer has no such step yet in one CUDA graph. The MLPerf submission's (submission.py) shares
-the ops that it has in common.
+The trainer does not run such a step in one CUDA graph yet. `submission` counts the ops that the
+MLPerf submission has in common with it by the same functions.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BYTES = bfloat16.itemsize
 
 
 def cases(op: str, unet: Architecture, batch: int) -> list[Case]:
-    """The op's calls in a step with so many samples."""
+    """The op's calls in a training step with `batch` samples."""
     cases_of = all_ops()[op].cases_of
     made = cases_of(unet) if cases_of else ()
     # The optimizer's buffers have no batch.
@@ -28,7 +28,7 @@ def cases(op: str, unet: Architecture, batch: int) -> list[Case]:
 
 
 def fused(unet: Architecture, batch: int) -> Iterator[Kernel]:
-    """Every op's calls, and torch's own sums: gradients of linears' biases, and of skips."""
+    """Every op's kernels, and torch's own: sums for the gradients of biases and of skips."""
     for op in all_ops():
         for case in cases(op, unet, batch):
             yield from kernels_of(op, case)
@@ -36,7 +36,7 @@ def fused(unet: Architecture, batch: int) -> Iterator[Kernel]:
 
 
 def kernels_of(op: str, case: Case) -> Iterator[Kernel]:
-    """Forward and backward of such calls, as the op's spec has them."""
+    """The forward and backward kernels of a case, as the op's spec describes them."""
     spec = all_ops()[op]
     work = spec.work(case, bfloat16)
     computed = spec.matmuls(case) if spec.matmuls else None
@@ -73,7 +73,7 @@ def matmul_kernels(
 
 
 def moving(op: str, rows: int, forward: float = 0, backward: float = 0) -> Iterator[Kernel]:
-    """One kernel each way that moves so many 16-bit numbers for each row; none where it is 0."""
+    """A forward and a backward kernel that move so many 16-bit numbers a row; none for 0."""
     for numbers, is_backward in ((forward, False), (backward, True)):
         if numbers:
             yield Kernel(op, float(numbers * rows * BYTES), backward=is_backward)
@@ -93,10 +93,10 @@ def skip_gradients(unet: Architecture, batch: int) -> Iterator[Kernel]:
 
 
 def saved_activations(unet: Architecture, batch: int, concatenated: bool) -> float:
-    """Bytes that forward saves for backward: what norms, matmuls and attentions read, each tensor
-    once.
+    """Bytes that the forward pass saves for the backward pass, each tensor once.
 
-    concatenated: whether every skip is saved again in a concatenation with the decoder's input.
+    These are what norms, matmuls and attentions read. `concatenated`: whether every skip is saved
+    again, in a concatenation with the decoder's input.
     """
     total = sum(
         case.calls * spec.saved_bytes(case, bfloat16)
@@ -114,6 +114,6 @@ def refusals(unet: Architecture, batch: int) -> Iterable[str]:
     for op, spec in all_ops().items():
         for case in cases(op, unet, batch):
             reasons = [backend.refuses(case, bfloat16) for backend in spec.backends[:-1]]
-            # Without other backends the reference is what is meant to run.
+            # An op that has the reference alone is meant to run it.
             if reasons and all(reasons):
                 yield f"{op}, {case.name}: {reasons[0]}; counted as if it could"

@@ -1,4 +1,4 @@
-"""The least time and the memory of a training step on one GPU, for three recipes of making it.
+"""The least time and the memory of a training step on one GPU, by three recipes.
 
 A kernel takes as long as its arithmetic or its bytes, whichever is longer; a step is the sum of its
 kernels, and of the gaps between them. Communication between GPUs is not counted. What the sums rest
@@ -31,14 +31,14 @@ _WORKSPACE = 32 * 2**20
 
 @dataclass(frozen=True)
 class Recipe:
-    """One way to make a step: how its kernels follow each other, and whose attention it has."""
+    """One way to run a step: the gaps between its kernels, and its attention library."""
 
     description: str
     gap: float
     """seconds between a kernel and the next (NVIDIA, "Getting Started with CUDA Graphs": 0.9 us in
     a stream, 0.5 us in a graph)"""
     attention: tuple[str, ...]
-    """libraries in order of preference; the first counts that the GPU's entry has a rate of"""
+    """libraries in order of preference: the first with a rate in the GPU's entry is counted"""
     is_eager: bool = False
     """whether the host issues each kernel by itself, and the GPU may have to wait for it"""
 
@@ -64,7 +64,7 @@ RECIPES = {
 
 
 def operators() -> dict[str, list[str]]:
-    """Rows of the figures by family: the ops, and what is no op of sd_kernels."""
+    """Rows of the figures by family: the ops of sd_kernels, and two rows for everything else."""
     rows: dict[str, list[str]] = {family: [] for family in get_args(Family)}
     rows["waiting for the host"] = ["waiting"]
     for op, spec in all_ops().items():
@@ -77,7 +77,7 @@ def operators() -> dict[str, list[str]]:
 def predict(config: Config, gpu: str, batch: int, ranks: int = 1) -> dict[str, Any]:
     """Figures of each recipe in bfloat16, as JSON takes them; those of `fused` at the top, too.
 
-    `fused` is what the ops amount to in one CUDA graph, not a step that the trainer has yet.
+    `fused` is the sum of the ops in one CUDA graph; the trainer does not run such a step yet.
     ranks: GPUs that share the submission's optimizer state.
     Raises ConfigError where the GPU is not known, or a number is below 1.
     """
@@ -99,7 +99,7 @@ def predict(config: Config, gpu: str, batch: int, ranks: int = 1) -> dict[str, A
     }
     held = _held(unet, batch, ranks, eager_saved)
     figures = {
-        name: _figures(recipe, kernels[name], held[name], card, batch)
+        name: _figures(recipe, kernels=kernels[name], held=held[name], gpu=card, batch=batch)
         for name, recipe in RECIPES.items()
     }
     notes = list(refusals(unet, batch))
@@ -150,7 +150,7 @@ def _held(
 
 
 def _attention_rates(gpu: GPU, recipe: Recipe) -> AttentionRates:
-    """Of the first library of the recipe that the GPU's entry has."""
+    """The rates of the recipe's most preferred library that the GPU's entry has."""
     known = [library for library in recipe.attention if library in gpu.attention]
     if not known:
         raise ConfigError(
@@ -161,8 +161,9 @@ def _attention_rates(gpu: GPU, recipe: Recipe) -> AttentionRates:
 
 
 def _figures(
-    recipe: Recipe, kernels: list[Kernel], held: dict[str, float], gpu: GPU, batch: int
+    recipe: Recipe, *, kernels: list[Kernel], held: dict[str, float], gpu: GPU, batch: int
 ) -> dict[str, Any]:
+    """One recipe's time, work and memory; `held` are the bytes that live through a step."""
     by_op: dict[str, dict[str, float]] = {
         op: {"ms_per_sample": 0.0, "gflop": 0.0, "gigabytes": 0.0, "kernels": 0}
         for ops in operators().values()

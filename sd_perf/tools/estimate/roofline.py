@@ -17,7 +17,7 @@ _TILES = ((128, 128), (128, 256), (256, 128))
 _SPLITS = (1, 2, 4, 8, 16, 32, 64)
 """programs that share the sum behind one output where there are fewer tiles than multiprocessors"""
 _LONG = 4096
-"""queries from which an attention runs at the rate of 4096 tokens, else at that of 1024"""
+"""queries from which an attention counts at the rate of 4096 tokens; below, at that of 1024"""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class AttentionWork:
 
 @dataclass(frozen=True)
 class Kernel:
-    """What a kernel moves in device memory, and what its matrix units compute."""
+    """A kernel: the bytes that it moves, and the matmul or attention that it computes."""
 
     op: str
     bytes: float
@@ -42,7 +42,7 @@ class Kernel:
 
     @property
     def flops(self) -> float:
-        """Those of one call."""
+        """FLOPs of one call."""
         if self.attention:
             return self.attention.flops
         return self.matmul.flops if self.matmul else 0.0
@@ -59,14 +59,14 @@ class Kernel:
 
 
 def matmul_seconds(matmul: Matmul, gpu: GPU) -> float:
-    """With the best tile and split, as the libraries' heuristics try to find them."""
+    """Least seconds of a matmul, over all tiles and splits: libraries try to find the best."""
     return min(
         _tiled_seconds(matmul, gpu, tile=tile, split=split) for tile in _TILES for split in _SPLITS
     )
 
 
 def _tiled_seconds(matmul: Matmul, gpu: GPU, tile: tuple[int, int], split: int) -> float:
-    """Whole waves of programs: the last one takes as long as a full one, however few it has."""
+    """Seconds with one tile and split. A wave of programs takes its time even if not full."""
     rows, columns = tile
     programs = math.ceil(matmul.M / rows) * math.ceil(matmul.N / columns) * split
     # A program has one multiprocessor: 2 * rows * columns * K FLOPs at its share of the GPU's rate.

@@ -1,10 +1,9 @@
 """The kernels of the best MLPerf submission's training step.
 
-NVIDIA's, rounds v4.1 and v5.0; logs and code are in mlcommons/training_results_v4.1 and _v5.0:
-16-bit weights, channels-last, Apex's GroupNorm with SiLU, cuDNN attention, what torch's Inductor
-makes of the rest, one CUDA graph, distributed fused AdamW. Its matmuls are those of our ops but
-that queries, keys, values, and every text and time projection are matmuls of their own, and that
-upsampling writes the large image.
+It is NVIDIA's, of rounds v4.1 and v5.0 (mlcommons/training_results_v4.1 and _v5.0): 16-bit weights,
+channels-last, Apex's GroupNorm with SiLU, cuDNN attention, torch's Inductor for the rest, one CUDA
+graph, distributed fused AdamW. Its matmuls are those of our ops, with two differences: queries,
+keys, values and every text and time projection are separate, and upsampling writes the large image.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ from sd_perf.tools.estimate.fused import (
 from sd_perf.tools.estimate.roofline import Kernel
 
 _SHARED = ("attention", "conv", "skip_conv", "diffusion_inputs", "v_mse_loss")
-"""ops that both have in common, call for call"""
+"""ops of sd_kernels that the submission calls in the same way"""
 _APEX_PIXELS = 1024
 """pixels of the largest image that Apex's GroupNorm keeps on chip between statistics and result"""
 
 
 def submission(unet: Architecture, batch: int, ranks: int) -> Iterator[Kernel]:
-    """The optimizer's state is divided among `ranks` GPUs; their communication is not counted."""
+    """All kernels of a step but communication; `ranks` GPUs share the optimizer's state."""
     for op in _SHARED:
         for case in cases(op, unet, batch):
             yield from kernels_of(op, case)
@@ -56,7 +55,7 @@ def submission(unet: Architecture, batch: int, ranks: int) -> Iterator[Kernel]:
 def _linear(
     rows: int, channels: int, columns: int, bias: bool = True, frozen_input: bool = False
 ) -> Iterator[Kernel]:
-    """The bias is in the matmul's epilogue. A frozen input takes no gradient."""
+    """A linear layer with its bias in the matmul's epilogue. A frozen input has no gradient."""
     size = float(rows * (channels + columns) + channels * columns) * BYTES
     sizes = Matmuls(rows=rows, columns=columns, channels=channels, bias=bias)
     work = Work(0.0, forward_bytes=size, backward_bytes=2 * size)
@@ -64,7 +63,7 @@ def _linear(
 
 
 def _group_norm(batch: int, side: int, channels: int) -> Iterator[Kernel]:
-    """Apex reads an image again for the result where it was too large to keep."""
+    """Apex's GroupNorm: it reads an image twice where that is too large to keep on chip."""
     readings = 2 if side**2 > _APEX_PIXELS else 1
     yield from moving(
         "group_norm",
@@ -103,8 +102,8 @@ def _transformer(layer: Transformer, unet: Architecture, batch: int) -> Iterator
     yield from _linear(rows, 4 * C, C)
     # GEGLU: 8C in, 4C out; backward reads both again and writes 8C.
     yield from moving("geglu", rows, forward=12 * C, backward=20 * C)
-    # In backward, weights' gradients read everything again; the first norm's gradient comes in
-    # three parts, the others are of a sum that is handed on.
+    # In backward, the gradients of the norm's weights read everything again. The gradient of the
+    # first norm arrives in three parts; the others also get that of the sum that they return.
     for forward, backward in ((2, 10), (4, 6), (4, 6)):
         yield from moving("layer_norm", rows, forward=forward * C, backward=backward * C)
     # The feed-forward's sum, whose gradient is the same for both, and the transformer's.

@@ -40,7 +40,7 @@ def compare_levels(
     if "trajectory" in levels:
         comparisons += compare_loss_curves(case, curves)
     if "world" in levels:
-        comparisons += compare_scores(config, where, folder / "world", tell)
+        comparisons += compare_scores(config, where=where, folder=folder / "world", tell=tell)
     executed: dict[str, dict[str, int]] = {}
     for (op, backend), calls in sorted(case.executed.items()):
         executed.setdefault(op, {})[backend] = calls

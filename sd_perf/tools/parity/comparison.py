@@ -119,9 +119,9 @@ class Comparer:
     def tensors(
         self, name: str, *, fast: Tensors, torch_results: Sequence[Tensors], truth: Tensors
     ) -> Comparison:
-        """Compare results of the fast path with those of plain torch, computed in one or more ways.
+        """Compare results of the fast path with one or more results of plain torch.
 
-        All are lists of tensors of the same shapes; `truth` is in float64.
+        A result is a list of tensors; all have the same shapes, and `truth` is in float64.
         """
         return self.errors(
             name,

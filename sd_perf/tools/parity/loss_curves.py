@@ -59,12 +59,12 @@ def _losses(
     """Loss of every step (STEPS,) float64; `moved` says which way initial weights are moved."""
     seed = config.training.seed or 0
     world = World(rank=0, size=1, device=device)
-    unet = build_unet(config, seed, device, ops)
+    unet = build_unet(config, seed=seed, device=device, ops=ops)
     if moved is not None:
         _move_by_half_an_ulp(unet, seed=SEED + moved)
     captions_only = config.data.format == "moments" and config.data.context == "open_clip"
     text_encoder = build_text_encoder(config, device) if captions_only else None
-    step = TrainStep(unet, config, seed, world, text_encoder, ops)
+    step = TrainStep(unet, config, seed=seed, world=world, text_encoder=text_encoder, ops=ops)
     batches = build_loader(config, seed, world).batches(0)
     losses = [step(batches, index)[0] for index in range(STEPS)]
     return torch.stack(losses).cpu().double()

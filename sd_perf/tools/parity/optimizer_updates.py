@@ -22,10 +22,10 @@ from sd_perf.training.optimizer import build_optimizer
 
 STEPS = 3
 RATE = 1e-3
-"""a learning rate whose changes float32 weights show"""
+"""learning rate: large enough that float32 weights show the changes"""
 MASTER_STEPS = 40
 MASTER_RATE = 1e-6
-"""a learning rate whose changes bfloat16 weights alone lose"""
+"""learning rate: so small that bfloat16 weights without remainders lose the changes"""
 
 
 def compare_optimizer(case: ParityCase) -> Iterator[Comparison]:
@@ -105,10 +105,7 @@ def _constants(config: Config) -> dict[str, Any]:
 
 
 def keeps_remainders(case: ParityCase) -> bool:
-    """Whether the chosen AdamW takes bfloat16 weights, whose master keeps the rest in remainders.
-
-    Other people's take float32 alone.
-    """
+    """Whether the chosen AdamW takes bfloat16 weights with remainders, not float32 alone."""
     spec = all_ops()["adamw"]
     # The first small case has weights of the model's dtype.
     return not spec.backend(case.choices["adamw"].backend).refuses(

@@ -1,4 +1,4 @@
-"""Parameters of a UNet: numbers that hide no fault, and kinds that a report can name."""
+"""Parameters of a UNet: random values that hide no fault, and kinds for the report."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ def randomise(unet: torch.nn.Module, seed: int) -> None:
     for name, parameter in unet.named_parameters():
         is_matrix, is_norm = parameter.dim() > 1, parameter.dim() == 1 and name.endswith("weight")
         std = parameter[0].numel() ** -0.5 if is_matrix else 0.1
+        mean = 1.0 if is_norm else 0.0
         # By copying: drawn in place, the numbers would follow the order of the memory.
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) * std + float(is_norm))
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * std + mean)
 
 
 def indices_by_kind(unet: torch.nn.Module) -> dict[str, list[int]]:

@@ -160,7 +160,7 @@ def _train_one_step(
     """
     start = [parameter.detach().clone() for parameter in unet.parameters()]
     world = World(rank=0, size=1, device=batch.moments.device)
-    step = TrainStep(unet, config, SEED, world, text_encoder=None, ops=ops)
+    step = TrainStep(unet, config, seed=SEED, world=world, text_encoder=None, ops=ops)
     loss, _ = step(iter([batch]), config.optimizer.warmup_steps)
     weights = zip(unet.parameters(), start, strict=True)
     return [loss, *(now.detach().double() - before.double() for now, before in weights)]

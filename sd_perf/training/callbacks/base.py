@@ -1,4 +1,4 @@
-"""What watches a run: callbacks, and what they see of the trainer."""
+"""Callbacks: hooks that the trainer calls, and the part of the trainer that they may use."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class TrainerView(Protocol):
         ...
 
     def checked_loss(self) -> float:
-        """Mean loss of the last step over all ranks, called by all of them; stops a bad run."""
+        """Mean loss of the last step over all ranks; all must call it. Raises for a bad run."""
         ...
 
     def save(self) -> Path:
@@ -75,8 +75,8 @@ class Callback:
         """Last of all, also after an exception."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, as JSON takes it; kept in checkpoints by the class's name."""
+        """State that a resumed run needs, as JSON; checkpoints keep it under the class's name."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave; called only where the checkpoint holds such a state."""
+        """Restore what `state_dict` returned; called only where the checkpoint holds a state."""

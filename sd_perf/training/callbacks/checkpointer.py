@@ -1,4 +1,4 @@
-"""Saves training state on its cadence, at the end, and when the run is asked to stop."""
+"""Saves the training state regularly, at the end, and when the run is asked to stop."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpointer(Callback):
-    """Training waits for the copy to host memory only; a thread writes it to disk.
+    """Training waits only while the state is copied to host memory; a thread writes it to disk.
 
-    Where that fails, the trainer stops before its next step.
+    Where writing fails, the trainer stops before its next step.
     """
 
     def on_step(self, trainer: TrainerView) -> None:

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object per logged step; bad_samples.jsonl: one per replaced sample."""
+"""metrics.jsonl: one JSON object per logged step."""
 
 from __future__ import annotations
 
@@ -31,15 +31,16 @@ class MetricsFile(Callback):
 
     def close(self, trainer: TrainerView) -> None:
         if self._file:
-            with disk_errors(
-                Path(self._file.name), MAKE_ROOM
-            ):  # it tries again what could not be written
+            # Closing tries again to write what is still in the buffer.
+            with disk_errors(Path(self._file.name), MAKE_ROOM):
                 self._file.close()
 
 
 def _set_aside_lines_after(path: Path, samples: int) -> None:
-    """Move lines of steps that a killed run took after its last checkpoint to
-    metrics.superseded.jsonl."""
+    """Move the lines after position `samples` to metrics.superseded.jsonl.
+
+    They are of steps that a killed run took after its last checkpoint.
+    """
     if not path.is_file():
         return
     lines, _ = read_json_lines(path, ("samples",))

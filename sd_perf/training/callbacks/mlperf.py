@@ -1,5 +1,4 @@
-"""Writes the training part of the run's MLPerf log; evaluation appends the rest
-(`sd_perf.mlperf.log`)."""
+"""Writes the training part of the run's MLPerf log; evaluation appends the rest."""
 
 from __future__ import annotations
 
@@ -13,11 +12,10 @@ from sd_perf.training.callbacks.base import Callback, TrainerView
 
 
 class MLPerfLogger(Callback):
-    """Initialisation begins when this is made, so make it first. Written by the main rank.
+    """The log's `init_start` is the time at which this object is made. The main rank writes.
 
-    A block is the way from one checkpoint to the next. A run that was asked to stop leaves its
-    block open, and the resumed run closes it; so the time between the two processes counts, as the
-    clock on the wall does.
+    A block of the log lasts from one checkpoint to the next. A run that is asked to stop leaves its
+    block open, and the resumed run closes it, so that the time between the two processes counts.
     """
 
     def __init__(self, config: Config) -> None:
@@ -27,9 +25,8 @@ class MLPerfLogger(Callback):
         self._log: MLPerfLog | None = None
 
     def on_start(self, trainer: TrainerView) -> None:
-        if (
-            trainer.world.is_main
-        ):  # the trainer lets no rank go on, and touch the data, before this one has
+        # The other ranks wait for this hook, so that none reads data before the run has started.
+        if trainer.world.is_main:
             self._log = MLPerfLog(trainer.folder / LOG_NAME, trainer.config)
             self._log.start_init(self._init_ms)
             self._log.describe(trainer.seed, trainer.loader.num_samples)

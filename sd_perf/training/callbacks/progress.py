@@ -13,7 +13,7 @@ from sd_perf.training.callbacks.base import Callback, TrainerView
 
 
 class ProgressDisplay(Callback):
-    """On the main rank: samples, loss, samples/s, time left; then what the run came to."""
+    """On the main rank: samples, loss, samples/s and time left; a summary at the end."""
 
     def __init__(self, console: Console) -> None:
         self.console = console

@@ -151,7 +151,10 @@ FAULTS: dict[str, tuple[Level, Where, str, Plant]] = {
         "structure",
         "ResBlock",
         in_unet(
-            ("norm = Norm(groups, out_channels, 1e-5", "norm = Norm(2 * groups, out_channels, 1e-5")
+            (
+                "norm = Norm(groups, out_channels, eps=1e-5",
+                "norm = Norm(2 * groups, out_channels, eps=1e-5",
+            )
         ),
     ),
     "missing residual": (
