@@ -16,35 +16,45 @@ from tests.cli.bad_input import (
     saved,
 )
 
+MODEL = "model_00000_of_00001.safetensors"
+
 
 def truncate_tensors(checkpoint: Path, other: Path) -> None:
-    cut(checkpoint / "__0_0.distcp")
+    cut(checkpoint / MODEL)
 
 
-def truncate_metadata(checkpoint: Path, other: Path) -> None:
-    cut(checkpoint / ".metadata")
+def flip_a_bit(checkpoint: Path, other: Path) -> None:
+    data = bytearray((checkpoint / MODEL).read_bytes())
+    data[-1000] ^= 4
+    (checkpoint / MODEL).write_bytes(data)
 
 
 def truncate_state(checkpoint: Path, other: Path) -> None:
     cut(checkpoint / "state.json")
 
 
-def another_model(checkpoint: Path, other: Path) -> None:
+def another_run(checkpoint: Path, other: Path) -> None:
     shutil.rmtree(checkpoint)
     shutil.copytree(other, checkpoint)
+
+
+def old_format(checkpoint: Path, other: Path) -> None:
+    (checkpoint / ".metadata").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    (checkpoint / "state.json").write_text('{"samples": 8, "steps": 2}')
 
 
 @pytest.mark.parametrize("command", ["resume", "export", "sample"])
 @pytest.mark.parametrize(
     ("spoil", "parts"),
     [
-        (truncate_tensors, ["__0_0.distcp: truncated", "move this checkpoint away"]),
-        (truncate_metadata, ["damaged (.metadata: ", "move this checkpoint away"]),
+        (truncate_tensors, [f"{MODEL}: truncated (", "move this checkpoint away"]),
+        (flip_a_bit, [f"{MODEL}: damaged (", "move this checkpoint away"]),
         (
             truncate_state,
             ["not a checkpoint of sd-perf (state.json: ", "move this checkpoint away"],
         ),
-        (another_model, [" shape"]),
+        (another_run, ["is of another run (", "move this checkpoint away"]),
+        (old_format, ["has the old format, which is a pickle", "sd-perf convert-checkpoints"]),
     ],
 )
 def test_checkpoint(command, spoil, parts, copied_run, preset, tmp_path, other_checkpoint, refused):
