@@ -31,6 +31,7 @@ from sd_perf.files import disk_errors, read_json, write_json
 from sd_perf.presets import config_differences, config_from_dict
 from sd_perf.runs.checkpoint_files import GO_BACK
 from sd_perf.runs.checkpoints import CheckpointStore, position
+from sd_perf.runs.lock import RunLock
 
 # Keys, or starts of keys, that a resumed run may change: they say where and how a run computes, not
 # what it computes.
@@ -54,6 +55,7 @@ _FREE_KEYS = (
     *(f"model.{name}" for name in SPEED_ONLY),
 )
 
+_ELSEWHERE = "make room there, or choose another --run.dir"
 _PACKAGES = ("torch", "triton", "numpy", "open-clip-torch", "safetensors")
 
 
@@ -83,18 +85,30 @@ def settle_run(config: Config, *, resume: bool, fresh: bool = False) -> Config:
 
 
 def open_run(
-    config: Config, *, resume: bool, fresh: bool = False, records: Mapping[str, Any] | None = None
+    config: Config,
+    *,
+    resume: bool,
+    fresh: bool = False,
+    records: Mapping[str, Any] | None = None,
+    lock: RunLock | None = None,
 ) -> Config:
     """Claim the folder for this run: write its manifest; returns what `settle_run` returns.
 
     `fresh` moves an earlier run aside first. `records` are further JSON files to write, {file name:
-    content}, such as the choice of kernels; those with content None are left out. Raises UserError
-    where `settle_run` does, and for a folder that cannot be written or moved.
+    content}, such as the choice of kernels; those with content None are left out. `lock` is moved
+    to the folder, which may be a new one, before anything is written there. Raises UserError where
+    `settle_run` does, and for a folder that cannot be written or moved.
     """
     config = settle_run(config, resume=resume, fresh=fresh)
     folder = Path(config.run.dir)
     if fresh and _holds_run(folder):
         print(f"{folder}: the earlier run is now {_move_aside(folder)}")
+    if lock is not None:
+        with disk_errors(folder, _ELSEWHERE):
+            folder.mkdir(parents=True, exist_ok=True)
+        lock.take(folder)
+        # Another start may have come first.
+        config = settle_run(config, resume=resume, fresh=False)
     earlier = read_manifest(folder) if _holds_run(folder) else {}
     start = {"time": _now(), "command": shlex.join(sys.argv), "host": platform.node()}
     manifest = {
@@ -103,7 +117,7 @@ def open_run(
         **provenance(),
         "starts": [*earlier.get("starts", []), start],
     }
-    with disk_errors(folder, "make room there, or choose another --run.dir"):
+    with disk_errors(folder, _ELSEWHERE):
         folder.mkdir(parents=True, exist_ok=True)
         for name, record in (records or {}).items():
             if record is not None:
