@@ -36,7 +36,8 @@ POSITION = re.compile(r"samples_(\d{10})")
 _FILE_NAME = re.compile(r"\w+_\d{5}_of_\d{5}\.safetensors", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_STATE_BYTES = 64 * 2**20  # that of Stable Diffusion v2 has half a megabyte
-_DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool")
+DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool")
+"""of tensors in a checkpoint"""
 
 
 def write_shard(
@@ -86,8 +87,8 @@ def read_state(path: Path) -> dict[str, Any]:
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint")
-    state = _read_json(path)
-    if "format" not in state and (path / ".metadata").exists():
+    state = read_json_state(path)
+    if "format" not in state and is_old_format(path):
         raise CheckpointError(
             f"{path}: has the old format, which is a pickle; convert it with "
             f"`sd-perf convert-checkpoints {shlex.quote(str(path.parent.parent))}`"
@@ -103,6 +104,34 @@ def read_state(path: Path) -> dict[str, Any]:
     if fault := _fault(state, path.name):
         raise CheckpointError(f"{path}: cannot be used (state.json: {fault}); {GO_BACK}")
     return state
+
+
+def read_json_state(path: Path) -> dict[str, Any]:
+    """`state.json` of either format, not checked; CheckpointError where it is no JSON object."""
+    file = path / STATE_NAME
+
+    def refuse(number: str) -> None:
+        raise ValueError(f"{number} is no number")
+
+    try:
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_STATE_BYTES:
+            raise ValueError(f"no regular file of at most {_MAX_STATE_BYTES} bytes")
+        state = json.loads(file.read_text(encoding="utf-8"), parse_constant=refuse)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: not a checkpoint of sd-perf (state.json: {one_line(error)}); {GO_BACK}"
+        ) from error
+    if not isinstance(state, dict):
+        raise CheckpointError(
+            f"{path}: not a checkpoint of sd-perf (state.json holds no entries); {GO_BACK}"
+        )
+    return state
+
+
+def is_old_format(path: Path) -> bool:
+    """Whether a folder is a checkpoint as torch.distributed.checkpoint writes it."""
+    return (path / ".metadata").exists()
 
 
 def read_tensors(path: Path, state: Mapping[str, Any], names: list[str]) -> dict[str, torch.Tensor]:
@@ -161,29 +190,6 @@ def _file_digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """`state.json` as JSON; CheckpointError where it cannot be read or is no object."""
-    file = path / STATE_NAME
-
-    def refuse(number: str) -> None:
-        raise ValueError(f"{number} is no number")
-
-    try:
-        status = file.stat()
-        if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_STATE_BYTES:
-            raise ValueError(f"no regular file of at most {_MAX_STATE_BYTES} bytes")
-        state = json.loads(file.read_text(encoding="utf-8"), parse_constant=refuse)
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: not a checkpoint of sd-perf (state.json: {one_line(error)}); {GO_BACK}"
-        ) from error
-    if not isinstance(state, dict):
-        raise CheckpointError(
-            f"{path}: not a checkpoint of sd-perf (state.json holds no entries); {GO_BACK}"
-        )
-    return state
-
-
 def _fault(state: Mapping[str, Any], folder_name: str) -> str:
     """The first entry of `state.json` that is not as it must be, in words; empty where all are."""
     for key, (right, words) in _SCHEMA.items():
@@ -238,7 +244,7 @@ def _are_tensors(value: Any) -> bool:
         and isinstance(entry["file"], str)
         and isinstance(entry["shape"], list)
         and all(map(_is_whole, entry["shape"]))
-        and entry["dtype"] in _DTYPES
+        and entry["dtype"] in DTYPES
         for entry in value.values()
     )
 

@@ -165,6 +165,14 @@ def read_run_id(folder: Path) -> str:
     return run_id
 
 
+def draw_run_id(folder: Path) -> str:
+    """The run's id; one is drawn and written where the manifest has none, as older versions did."""
+    manifest = read_manifest(folder)
+    if "run_id" not in manifest:
+        write_json(folder / "run_manifest.json", {"run_id": secrets.token_hex(16), **manifest})
+    return read_run_id(folder)
+
+
 def require_of_run(checkpoint: Path, state: Mapping[str, Any], folder: Path) -> None:
     """CheckpointError where a checkpoint's state has not the id of the run in `folder`."""
     run_id = read_run_id(folder)
