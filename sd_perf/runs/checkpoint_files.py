@@ -98,7 +98,7 @@ def read_state(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: damaged (state.json: not what was written); {GO_BACK}")
     if state.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path}: has format {_quoted(state.get('format'))}, and this version of sd-perf reads "
+            f"{path}: has format {quoted(state.get('format'))}, and this version of sd-perf reads "
             f"format {FORMAT}; read it with the version that wrote it"
         )
     if fault := _fault(state, path.name):
@@ -177,7 +177,7 @@ def _read_file(file: Path, state: Mapping[str, Any], names: list[str]) -> dict[s
         raise CheckpointError(f"{file}: damaged ({one_line(error)}); {GO_BACK}") from error
     for name, tensor in tensors.items():
         if {"file": file.name, **_describe(tensor)} != state["tensors"][name]:
-            raise CheckpointError(f"{file}: {name} is not as state.json says; {GO_BACK}")
+            raise CheckpointError(f"{file}: {quoted(name)} is not as state.json says; {GO_BACK}")
     return tensors
 
 
@@ -196,21 +196,22 @@ def _fault(state: Mapping[str, Any], folder_name: str) -> str:
         if key not in state:
             return f"{key} is missing"
         if not right(state[key]):
-            return f"{key} is {_quoted(state[key])}, not {words}"
+            return f"{key} is {quoted(state[key])}, not {words}"
     if unknown := sorted(state.keys() - _SCHEMA.keys()):
-        return f"{_quoted(unknown[0])} is unknown"
+        return f"{quoted(unknown[0])} is unknown"
     position = POSITION.fullmatch(folder_name)
     if position and int(position[1]) != state["samples"]:
         return f"samples is {state['samples']}, not what the folder's name says"
     for name, entry in state["tensors"].items():
         if entry["file"] not in state["files"]:
-            return f"{_quoted(name)} lies in a file that is not listed"
+            return f"{quoted(name)} lies in a file that is not listed"
     return ""
 
 
-def _quoted(value: Any) -> str:
+def quoted(value: Any, limit: int = 60) -> str:
+    """A value from a file, printable and short, to be quoted in a sentence."""
     text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
+    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def _is_whole(value: Any) -> bool:
@@ -218,7 +219,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and 0 < len(value) <= 100
+    return isinstance(value, str) and 0 < len(value) <= 100 and value.isprintable()
 
 
 def _is_object(value: Any) -> bool:

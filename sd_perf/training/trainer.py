@@ -17,7 +17,7 @@ from sd_perf.distributed.world import World
 from sd_perf.errors import CheckpointError, DataError, UserError
 from sd_perf.fast.linear import load_precision_state, precision_state
 from sd_perf.files import disk_errors, json_lines
-from sd_perf.runs.checkpoint_files import GO_BACK, read_state
+from sd_perf.runs.checkpoint_files import GO_BACK, quoted, read_state
 from sd_perf.runs.checkpoints import (
     MAKE_ROOM,
     CheckpointStore,
@@ -177,8 +177,8 @@ class Trainer:
         ):
             if state[key] != mine[key]:
                 raise CheckpointError(
-                    f"{path}: was trained {other} ({state[key]}, here {mine[key]}); resume with "
-                    f"the {key.partition('_')[0]} the run was begun with, or choose another "
+                    f"{path}: was trained {other} ({quoted(state[key], 200)}, here {quoted(mine[key], 200)}); "
+                    f"resume with the {key.partition('_')[0]} the run was begun with, or choose another "
                     "--run.dir"
                 )
         batch = self.config.training.global_batch_size

@@ -207,6 +207,7 @@ WHOLE = "not a whole number from 0"
         ("bad_samples", {}, f"bad_samples is {{}}, {WHOLE}"),
         ("run_id", 7, "run_id is 7, not a short text"),
         ("run_id", "x" * 10_000, "run_id is 'x{59}[.]{3}, not a short text"),
+        ("run_id", "a\n\x1b[1m", r"run_id is 'a\\n\\x1b\[1m', not a short text"),
         ("dataset", None, "dataset is None, not an object"),
         ("callbacks", {"Signals": 1}, "callbacks is .*, not an object of objects"),
         ("format", 2, "has format 2, and this version of sd-perf reads format 1"),
@@ -264,7 +265,7 @@ def test_a_pipe_and_a_link_are_not_opened(tmp_path):
 def test_tensors_unlike_their_entries(tmp_path):
     path = save(CheckpointStore(tmp_path), 10)
     reseal(path, lambda state: state["tensors"]["model.a"].update(dtype="int32"))
-    with pytest.raises(CheckpointError, match=r"model\.a is not as state\.json says"):
+    with pytest.raises(CheckpointError, match=r"'model\.a' is not as state\.json says"):
         load_component(path, "model")
 
 
