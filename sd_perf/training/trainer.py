@@ -176,10 +176,10 @@ class Trainer:
             ("dataset", "on other data"),
         ):
             if state[key] != mine[key]:
+                was, here = quoted(state[key], limit=200), quoted(mine[key], limit=200)
                 raise CheckpointError(
-                    f"{path}: was trained {other} ({quoted(state[key], 200)}, here {quoted(mine[key], 200)}); "
-                    f"resume with the {key.partition('_')[0]} the run was begun with, or choose another "
-                    "--run.dir"
+                    f"{path}: was trained {other} ({was}, here {here}); resume with the "
+                    f"{key.partition('_')[0]} the run was begun with, or choose another --run.dir"
                 )
         batch = self.config.training.global_batch_size
         if state["samples"] != state["steps"] * batch:
