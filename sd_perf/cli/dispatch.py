@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import tyro
 
+from sd_perf.cli.checkpoints import convert_checkpoints, verify
 from sd_perf.cli.console import LOCAL_RANK, RANK
 from sd_perf.cli.data import prepare, scenes, statistics
 from sd_perf.cli.evaluation import evaluate, sample
@@ -58,6 +59,8 @@ _COMMANDS: dict[str, Command] = {
     "export": export,
     "data": _group("data", "Make shards from images, the tiny world, FID's statistics", _DATA),
     "mlperf": _group("mlperf", "MLPerf logs", _MLPERF),
+    "verify": verify,
+    "convert-checkpoints": convert_checkpoints,
     "report": report,
     "estimate": estimate,
     "parity": parity,

@@ -19,12 +19,15 @@ def evaluate(run: RunFolder) -> int:
 
     from sd_perf.evaluation.evaluate import evaluate_run, scores_table
     from sd_perf.runs.folder import read_run_config
+    from sd_perf.runs.lock import RunLock
 
     config = read_run_config(run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if config.training.cpu_threads is not None:
         torch.set_num_threads(config.training.cpu_threads)
-    evaluate_run(run, config, device, print_plain)
+    with RunLock() as lock:
+        lock.take(run)
+        evaluate_run(run, config, device, print_plain)
     CONSOLE.print(scores_table(run))
     return 0
 

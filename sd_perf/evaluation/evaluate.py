@@ -35,7 +35,9 @@ from sd_perf.mlperf.log import LOG_NAME, MLPerfLog
 from sd_perf.models.build import build_sampling_unet, build_text_encoder
 from sd_perf.models.readers import read_decoder
 from sd_perf.models.vae import PIXELS_PER_LATENT
-from sd_perf.runs.checkpoints import CheckpointStore, load_component, read_state
+from sd_perf.runs.checkpoint_files import read_state
+from sd_perf.runs.checkpoints import CheckpointStore, load_component, position
+from sd_perf.runs.folder import require_of_run
 from sd_perf.runs.scores import read_json_lines, read_scores
 
 GRID = 64
@@ -187,10 +189,7 @@ def evaluate_run(
     has passed or is complete. Raises CheckpointError where the run has no complete checkpoint.
     """
     done = {line["samples"] for line in read_scores(run, _KEYS)}
-    checkpoints = {
-        read_state(path)["samples"]: path
-        for path in CheckpointStore(run / "checkpoints").complete()
-    }
+    checkpoints = {position(path): path for path in CheckpointStore(run / "checkpoints").complete()}
     if not checkpoints:
         raise CheckpointError(f"{run}: holds no complete checkpoint to evaluate")
     if waiting := sorted(checkpoints.keys() - done):
@@ -210,6 +209,7 @@ def _evaluate(evaluator: Evaluator, run: Path, checkpoint: Path, samples: int) -
     The line is written last: a checkpoint without one is evaluated again.
     """
     config, start = evaluator.config, time.time()
+    require_of_run(checkpoint, read_state(checkpoint), run)
     pictures = evaluator.draw(load_component(checkpoint, "model"), config.training.seed or 0)
     scores, first = evaluator.score(pictures, samples)
     write_grid(first, evaluator.prompts, run / "samples", samples)

@@ -20,8 +20,9 @@ from sd_perf.models.weight_files import (
     split_components,
 )
 from sd_perf.reference.unet import UNet
+from sd_perf.runs.checkpoint_files import STATE_NAME, read_state
 from sd_perf.runs.checkpoints import CheckpointStore, load_component
-from sd_perf.runs.folder import read_run_config
+from sd_perf.runs.folder import read_run_config, require_of_run
 
 
 def read_unet(source: Path) -> tuple[dict[str, torch.Tensor], UNetConfig]:
@@ -41,7 +42,9 @@ def read_unet(source: Path) -> tuple[dict[str, torch.Tensor], UNetConfig]:
         state, config = read_diffusers_unet(source)
     else:
         source, run = newest_checkpoint(source)
-        state, config = load_component(source, "model"), read_run_config(run).model
+        config = read_run_config(run).model
+        require_of_run(source, read_state(source), run)
+        state = load_component(source, "model")
     with torch.device("meta"):  # names and shapes only, no memory
         unet = UNet(config)
     require_fit(unet, state, "the UNet", source)
@@ -54,7 +57,7 @@ def newest_checkpoint(source: Path) -> tuple[Path, Path]:
     `source` is a run folder, of which the newest checkpoint is meant, or a checkpoint folder.
     Raises CheckpointError where there is no checkpoint.
     """
-    if (source / "state.json").is_file():
+    if (source / STATE_NAME).is_file():
         return source, source.parent.parent
     if not source.exists():
         raise CheckpointError(f"{source}: no such run, checkpoint or weight file; check the path")

@@ -1,43 +1,32 @@
 """Checkpoints of a run: writing them in a thread, finding and reading them.
 
-A checkpoint is a folder `checkpoints/samples_<position>`. It holds `state.json` and, in the format
-of torch.distributed.checkpoint, the tensors `model.<LDM key>`, `exp_avg.<LDM key>` and
-`exp_avg_sq.<LDM key>`. It is written under another name and renamed when complete, so every folder
-of that name is complete, at whatever moment the process dies.
+A checkpoint is a folder `checkpoints/samples_<position>`; `sd_perf.runs.checkpoint_files` has its
+format. It is written under another name and renamed when complete, so every folder of that name is
+complete, at whatever moment the process dies.
 """
 
 from __future__ import annotations
 
-import json
 import queue
-import re
 import shutil
 import threading
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from sd_perf.errors import CheckpointError
-from sd_perf.files import ASIDE, one_line, write_json, written_aside
+from sd_perf.files import ASIDE, one_line, written_aside
+from sd_perf.runs.checkpoint_files import (
+    POSITION,
+    read_state,
+    read_tensors,
+    write_shard,
+    write_state,
+)
 
 MAKE_ROOM = "make room, then continue the run with --resume"
 """advice where a file of a run cannot be written"""
-GO_BACK = "move this checkpoint away to go back to an older one"
-"""advice where a checkpoint cannot be read"""
-_NAME = re.compile(r"samples_(\d{10})")
-# The library's own error is a BaseException, not an Exception.
-_ERRORS = (Exception, CheckpointException)
-
-# The library warns of saving and loading without a process group. It is intended here: rank 0 alone
-# writes, and every rank reads for itself.
-warnings.filterwarnings(
-    "ignore", message="torch.distributed is disabled, unavailable or uninitialized"
-)
 
 
 class CheckpointStore:
@@ -50,14 +39,14 @@ class CheckpointStore:
         self.folder = folder
         self.keep = keep
         self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None
+        self._failure: Exception | None = None
         self._saved: queue.SimpleQueue[Path] = queue.SimpleQueue()
 
     def complete(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
         if not self.folder.is_dir():
             return []
-        return sorted(path for path in self.folder.iterdir() if _NAME.fullmatch(path.name))
+        return sorted(path for path in self.folder.iterdir() if POSITION.fullmatch(path.name))
 
     def newest(self) -> Path | None:
         """The newest complete checkpoint."""
@@ -80,7 +69,10 @@ class CheckpointStore:
         self.wait()
         path = self.folder / f"samples_{state['samples']:010d}"
         # A copy, so that the optimizer may change the weights while the thread writes.
-        host = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        host = {
+            name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for name, tensor in tensors.items()
+        }
         self._thread = threading.Thread(
             target=self._write, args=(path, host, state), name="checkpoint writer"
         )
@@ -116,15 +108,11 @@ class CheckpointStore:
             if path.exists():
                 return
             with written_aside(path) as draft:
-                dcp.save(
-                    tensors,
-                    storage_writer=dcp.FileSystemWriter(draft, single_file_per_rank=True),
-                    no_dist=True,
-                )
-                write_json(draft / "state.json", state)
+                draft.mkdir()
+                write_state(draft, state, write_shard(draft, tensors))
             self._saved.put(path)
             self._drop_old()
-        except _ERRORS as error:  # handed to the training thread by raise_failure
+        except Exception as error:  # handed to the training thread by raise_failure
             self._failure = error
 
     def _drop_old(self) -> None:
@@ -134,88 +122,52 @@ class CheckpointStore:
             shutil.rmtree(path.rename(path.with_name(ASIDE + path.name)))
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """`state.json` of a checkpoint folder; CheckpointError where it is missing or damaged."""
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such checkpoint")
-    try:
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: not a checkpoint of sd-perf (state.json: {one_line(error)}); {GO_BACK}"
-        ) from error
-    if not isinstance(state, dict):
-        raise CheckpointError(
-            f"{path}: not a checkpoint of sd-perf (state.json holds no entries); {GO_BACK}"
-        )
-    return state
+def position(path: Path) -> int:
+    """Position of a checkpoint in samples, as its folder's name says."""
+    return int(path.name.removeprefix("samples_"))
 
 
 def load_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Fill tensors, {name: tensor}, in place from a checkpoint folder.
 
-    Raises CheckpointError where the checkpoint lacks a name, has another shape, or is damaged.
+    Raises CheckpointError where the checkpoint lacks a name, has another shape or dtype, or is
+    damaged; then no tensor is changed.
     """
-    metadata = _read_metadata(path)
+    state = read_state(path)
     for name, tensor in tensors.items():
-        stored = metadata.state_dict_metadata.get(name)
-        if not isinstance(stored, TensorStorageMetadata):
+        stored = state["tensors"].get(name)
+        if stored is None:
             raise CheckpointError(f"{path}: does not hold {name}; it was made by another model")
-        if stored.size != tensor.shape:
+        if tuple(stored["shape"]) != tensor.shape:
             raise CheckpointError(
-                f"{path}: {name} has shape {tuple(stored.size)} there and {tuple(tensor.shape)} "
-                "in this model; "
-                f"use the config the run was made with"
+                f"{path}: {name} has shape {tuple(stored['shape'])} there and "
+                f"{tuple(tensor.shape)} in this model; use the config the run was made with"
             )
-    try:
-        dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(path), no_dist=True)
-    except _ERRORS as error:  # the library raises many kinds for damaged files
-        raise CheckpointError(f"{path}: damaged ({_root_cause(error)}); {GO_BACK}") from error
+        if f"torch.{stored['dtype']}" != str(tensor.dtype):
+            raise CheckpointError(
+                f"{path}: {name} is {stored['dtype']} there and {tensor.dtype} in this model; use "
+                "the config the run was made with"
+            )
+    for name, saved in read_tensors(path, state, list(tensors)).items():
+        tensors[name].copy_(saved)
 
 
 def load_component(path: Path, component: str) -> dict[str, torch.Tensor]:
     """The tensors of a component ("model", "exp_avg" or "exp_avg_sq"), unprefixed, on the CPU.
 
-    Raises CheckpointError where there are none, or the checkpoint is damaged.
+    Raises CheckpointError where there are none, or the checkpoint is damaged. Only the files of the
+    component are read.
     """
-    stored = _read_metadata(path).state_dict_metadata
-    tensors = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in stored.items()
-        if name.startswith(f"{component}.") and isinstance(entry, TensorStorageMetadata)
-    }
-    if not tensors:
+    state = read_state(path)
+    names = [name for name in state["tensors"] if name.startswith(f"{component}.")]
+    if not names:
         raise CheckpointError(f"{path}: holds no {component}")
-    load_tensors(path, tensors)
+    tensors = read_tensors(path, state, names)
     return {name.removeprefix(f"{component}."): tensor for name, tensor in tensors.items()}
-
-
-def _read_metadata(path: Path) -> Metadata:
-    """The checkpoint's table of contents, after a check that its files are long enough.
-
-    So a truncated file is told by name and size, before any tensor is read.
-    """
-    read_state(path)
-    try:
-        metadata = dcp.FileSystemReader(path).read_metadata()
-    except _ERRORS as error:  # a truncated pickle raises many kinds
-        raise CheckpointError(
-            f"{path}: damaged (.metadata: {_root_cause(error)}); {GO_BACK}"
-        ) from error
-    for entry in metadata.storage_data.values():
-        file, needed = path / entry.relative_path, entry.offset + entry.length
-        size = file.stat().st_size if file.is_file() else 0
-        if size < needed:
-            raise CheckpointError(
-                f"{file}: truncated ({size} of at least {needed} bytes); {GO_BACK}"
-            )
-    return metadata
 
 
 def _root_cause(error: BaseException) -> str:
     """The first error of a chain, that of the operating system or the library, on one line."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
     first, cause = error, error.__cause__ or error.__context__
     while cause is not None:
         first, cause = cause, cause.__cause__ or cause.__context__

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import hashlib
 import itertools
+import json
 import os
 import platform
 import secrets
@@ -24,10 +26,12 @@ import torch
 
 import sd_perf
 from sd_perf.config import SPEED_ONLY, Config
-from sd_perf.errors import ConfigError, UserError
+from sd_perf.errors import CheckpointError, ConfigError, UserError
 from sd_perf.files import disk_errors, read_json, write_json
 from sd_perf.presets import config_differences, config_from_dict
-from sd_perf.runs.checkpoints import CheckpointStore, read_state
+from sd_perf.runs.checkpoint_files import GO_BACK
+from sd_perf.runs.checkpoints import CheckpointStore, position
+from sd_perf.runs.lock import RunLock
 
 # Keys, or starts of keys, that a resumed run may change: they say where and how a run computes, not
 # what it computes.
@@ -51,6 +55,7 @@ _FREE_KEYS = (
     *(f"model.{name}" for name in SPEED_ONLY),
 )
 
+_ELSEWHERE = "make room there, or choose another --run.dir"
 _PACKAGES = ("torch", "triton", "numpy", "open-clip-torch", "safetensors")
 
 
@@ -80,22 +85,39 @@ def settle_run(config: Config, *, resume: bool, fresh: bool = False) -> Config:
 
 
 def open_run(
-    config: Config, *, resume: bool, fresh: bool = False, records: Mapping[str, Any] | None = None
+    config: Config,
+    *,
+    resume: bool,
+    fresh: bool = False,
+    records: Mapping[str, Any] | None = None,
+    lock: RunLock | None = None,
 ) -> Config:
     """Claim the folder for this run: write its manifest; returns what `settle_run` returns.
 
     `fresh` moves an earlier run aside first. `records` are further JSON files to write, {file name:
-    content}, such as the choice of kernels; those with content None are left out. Raises UserError
-    where `settle_run` does, and for a folder that cannot be written or moved.
+    content}, such as the choice of kernels; those with content None are left out. `lock` is moved
+    to the folder, which may be a new one, before anything is written there. Raises UserError where
+    `settle_run` does, and for a folder that cannot be written or moved.
     """
     config = settle_run(config, resume=resume, fresh=fresh)
     folder = Path(config.run.dir)
     if fresh and _holds_run(folder):
         print(f"{folder}: the earlier run is now {_move_aside(folder)}")
-    starts = read_manifest(folder)["starts"] if _holds_run(folder) else []
+    if lock is not None:
+        with disk_errors(folder, _ELSEWHERE):
+            folder.mkdir(parents=True, exist_ok=True)
+        lock.take(folder)
+        # Another start may have come first.
+        config = settle_run(config, resume=resume, fresh=False)
+    earlier = read_manifest(folder) if _holds_run(folder) else {}
     start = {"time": _now(), "command": shlex.join(sys.argv), "host": platform.node()}
-    manifest = {"config": dataclasses.asdict(config), **provenance(), "starts": [*starts, start]}
-    with disk_errors(folder, "make room there, or choose another --run.dir"):
+    manifest = {
+        "run_id": earlier.get("run_id") or secrets.token_hex(16),
+        "config": dataclasses.asdict(config),
+        **provenance(),
+        "starts": [*earlier.get("starts", []), start],
+    }
+    with disk_errors(folder, _ELSEWHERE):
         folder.mkdir(parents=True, exist_ok=True)
         for name, record in (records or {}).items():
             if record is not None:
@@ -135,6 +157,42 @@ def read_run_config(folder: Path) -> Config:
         raise ConfigError(f"{folder / 'run_manifest.json'}: {error}") from error
 
 
+def read_run_id(folder: Path) -> str:
+    """The id that was drawn when the run was opened; UserError where the manifest has none."""
+    run_id = read_manifest(folder).get("run_id")
+    if not isinstance(run_id, str):
+        raise UserError(f"{folder / 'run_manifest.json'}: holds no run_id; restore it from a copy")
+    return run_id
+
+
+def draw_run_id(folder: Path) -> str:
+    """The run's id; one is drawn and written where the manifest has none, as older versions did."""
+    manifest = read_manifest(folder)
+    if "run_id" not in manifest:
+        write_json(folder / "run_manifest.json", {"run_id": secrets.token_hex(16), **manifest})
+    return read_run_id(folder)
+
+
+def require_of_run(checkpoint: Path, state: Mapping[str, Any], folder: Path) -> None:
+    """CheckpointError where a checkpoint's state has not the id of the run in `folder`."""
+    run_id = read_run_id(folder)
+    if state["run_id"] != run_id:
+        raise CheckpointError(
+            f"{checkpoint}: is of another run ({state['run_id']}, the run in {folder} is "
+            f"{run_id}); {GO_BACK}"
+        )
+
+
+def config_digest(config: Config) -> str:
+    """SHA-256 of the keys that a resumed run must not change and that differ from the defaults.
+
+    A key that a later version adds changes no digest while it has its default.
+    """
+    changed = config_differences(Config(), config)
+    fixed = {key: now for key, (_, now) in changed.items() if not key.startswith(_FREE_KEYS)}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
+
+
 def provenance() -> dict[str, Any]:
     """Versions of packages, git SHA and machine, for the manifest and for reports."""
     versions = {"sd-perf": sd_perf.__version__, "python": platform.python_version()}
@@ -162,7 +220,7 @@ def _require_finished(folder: Path) -> None:
     newest = CheckpointStore(folder / "checkpoints").newest()
     if newest is None:
         return
-    samples = read_state(newest).get("samples", 0)
+    samples = position(newest)
     total = read_run_config(folder).training.max_samples
     if samples < total:
         raise UserError(

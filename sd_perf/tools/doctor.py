@@ -33,7 +33,7 @@ _PACKAGES = (
     ("tyro", "command line", "pip install 'sd-perf[cli]'"),
     ("rich", "command line", "pip install 'sd-perf[cli]'"),
     ("PyYAML", "presets", "pip install 'sd-perf[cli]'"),
-    ("safetensors", "export and import of weights", "pip install 'sd-perf[cli]'"),
+    ("safetensors", "checkpoints, export and import of weights", "pip install safetensors"),
     ("open-clip-torch", "text encoder in the step, sampling", "pip install 'sd-perf[text]'"),
     ("pillow", "data prepare, sampling", "pip install 'sd-perf[images]'"),
     ("onnxruntime", "autoencoders in .onnx files", "pip install 'sd-perf[onnx]'"),

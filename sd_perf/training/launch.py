@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from sd_perf.fast.ops import Ops
 from sd_perf.mlperf.rules import require_closed
 from sd_perf.models.build import build_text_encoder, build_unet
 from sd_perf.runs.folder import open_run, settle_run
+from sd_perf.runs.lock import RunLock
 from sd_perf.runs.parity_record import require_green
 from sd_perf.training.callbacks.base import Callback
 from sd_perf.training.callbacks.checkpointer import Checkpointer
@@ -37,9 +39,20 @@ def launch(
 ) -> str | None:
     """Train to the end; returns None, or the reason why the run was asked to stop.
 
-    Kernels are chosen here, once, and handed to network, diffusion step and optimizer. The run
-    folder is written only when data, weights and checkpoint have been found good.
+    Kernels are chosen here, once, and handed to network, diffusion step and optimizer. Nothing but
+    a lock is written to the run folder before data, weights and checkpoint have been found good.
+    Rank 0 holds the lock until training has ended.
     """
+    with RunLock() as lock:
+        return _launch(config, world, resume=resume, fresh=fresh, console=console, lock=lock)
+
+
+def _launch(
+    config: Config, world: World, *, resume: bool, fresh: bool, console: Console, lock: RunLock
+) -> str | None:
+    folder = Path(config.run.dir)
+    if resume or fresh:
+        world.on_main(lambda: lock.take(folder) if folder.is_dir() else None)
     world.on_main(lambda: require_allowed(config))
     target = Target.here()
     choices = world.on_main(lambda: choose_kernels(config, target))
@@ -65,7 +78,7 @@ def launch(
     if kernels:
         console.print(*kernels_table(target.name, kernels), sep="\n")
     records = {"kernels.json": list(kernels.values()), "parity.json": parity}
-    world.on_main(lambda: open_run(settled, resume=resume, fresh=fresh, records=records))
+    world.on_main(lambda: open_run(settled, resume=resume, fresh=fresh, records=records, lock=lock))
     # Convolutions have the same shapes for the whole run, so cuDNN may try its algorithms once per
     # shape. A deterministic run takes the algorithm that cuDNN's heuristics choose.
     with contextlib.nullcontext() if settled.training.deterministic else tuned(algorithms=10):

@@ -17,14 +17,14 @@ from sd_perf.distributed.world import World
 from sd_perf.errors import CheckpointError, DataError, UserError
 from sd_perf.fast.linear import load_precision_state, precision_state
 from sd_perf.files import disk_errors, json_lines
+from sd_perf.runs.checkpoint_files import GO_BACK, quoted, read_state
 from sd_perf.runs.checkpoints import (
-    GO_BACK,
     MAKE_ROOM,
     CheckpointStore,
     load_component,
     load_tensors,
-    read_state,
 )
+from sd_perf.runs.folder import config_digest, read_run_id, require_of_run
 from sd_perf.training.callbacks.base import Callback
 from sd_perf.training.optimizer import optimizer_tensors, set_step_count
 from sd_perf.training.step import TrainStep
@@ -139,6 +139,8 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """The rest of the training state, as `state.json` has it."""
         return {
+            "run_id": read_run_id(self.folder),
+            "config_digest": config_digest(self.config),
             "samples": self.samples,
             "steps": self.steps,
             "seed": self.seed,
@@ -154,23 +156,37 @@ class Trainer:
     def load(self, path: Path) -> None:
         """Continue from a checkpoint of this run, written at any world size."""
         state = read_state(path)
-        if not {"samples", "steps", "bad_samples", "dataset"} <= state.keys():
-            raise CheckpointError(f"{path}: its state.json lacks entries; {GO_BACK}")
-        dataset = self.state()["dataset"]
-        if state["dataset"] != dataset:
-            raise CheckpointError(
-                f"{path}: was trained on other data ({state['dataset']}, here {dataset}); resume "
-                "with the data the run "
-                f"was begun with, or choose another --run.dir"
-            )
+        self._require_continues(path, state)
         load_tensors(path, self.tensors())
         if precision_state(self.unet):
             load_precision_state(self.unet, load_component(path, "precision_state"))
         set_step_count(self.step.optimizer, state["steps"])
         for callback in self.callbacks:
-            if saved := state.get("callbacks", {}).get(type(callback).__name__):
+            if saved := state["callbacks"].get(type(callback).__name__):
                 callback.load_state_dict(saved)
         self.samples, self.bad_samples = state["samples"], state["bad_samples"]
+
+    def _require_continues(self, path: Path, state: dict[str, Any]) -> None:
+        """CheckpointError where `state` is not a position of this run."""
+        require_of_run(path, state, self.folder)
+        mine = self.state()
+        for key, other in (
+            ("config_digest", "with another config"),
+            ("seed", "with another seed"),
+            ("dataset", "on other data"),
+        ):
+            if state[key] != mine[key]:
+                was, here = quoted(state[key], limit=200), quoted(mine[key], limit=200)
+                raise CheckpointError(
+                    f"{path}: was trained {other} ({was}, here {here}); resume with the "
+                    f"{key.partition('_')[0]} the run was begun with, or choose another --run.dir"
+                )
+        batch = self.config.training.global_batch_size
+        if state["samples"] != state["steps"] * batch:
+            raise CheckpointError(
+                f"{path}: cannot be used (state.json: {state['samples']} samples are not "
+                f"{state['steps']} steps of {batch}); {GO_BACK}"
+            )
 
     def _log(self, window_start: float, window_samples: int) -> None:
         loss = self.checked_loss()

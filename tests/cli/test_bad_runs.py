@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
+from sd_perf.errors import UserError
+from sd_perf.runs.lock import RunLock
+from sd_perf.training.trainer import Trainer
 from tests.cli.bad_input import (
     command_on,
     cut,
@@ -16,35 +20,45 @@ from tests.cli.bad_input import (
     saved,
 )
 
+MODEL = "model_00000_of_00001.safetensors"
+
 
 def truncate_tensors(checkpoint: Path, other: Path) -> None:
-    cut(checkpoint / "__0_0.distcp")
+    cut(checkpoint / MODEL)
 
 
-def truncate_metadata(checkpoint: Path, other: Path) -> None:
-    cut(checkpoint / ".metadata")
+def flip_a_bit(checkpoint: Path, other: Path) -> None:
+    data = bytearray((checkpoint / MODEL).read_bytes())
+    data[-1000] ^= 4
+    (checkpoint / MODEL).write_bytes(data)
 
 
 def truncate_state(checkpoint: Path, other: Path) -> None:
     cut(checkpoint / "state.json")
 
 
-def another_model(checkpoint: Path, other: Path) -> None:
+def another_run(checkpoint: Path, other: Path) -> None:
     shutil.rmtree(checkpoint)
     shutil.copytree(other, checkpoint)
+
+
+def old_format(checkpoint: Path, other: Path) -> None:
+    (checkpoint / ".metadata").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    (checkpoint / "state.json").write_text('{"samples": 8, "steps": 2}')
 
 
 @pytest.mark.parametrize("command", ["resume", "export", "sample"])
 @pytest.mark.parametrize(
     ("spoil", "parts"),
     [
-        (truncate_tensors, ["__0_0.distcp: truncated", "move this checkpoint away"]),
-        (truncate_metadata, ["damaged (.metadata: ", "move this checkpoint away"]),
+        (truncate_tensors, [f"{MODEL}: truncated (", "move this checkpoint away"]),
+        (flip_a_bit, [f"{MODEL}: damaged (", "move this checkpoint away"]),
         (
             truncate_state,
             ["not a checkpoint of sd-perf (state.json: ", "move this checkpoint away"],
         ),
-        (another_model, [" shape"]),
+        (another_run, ["is of another run (", "move this checkpoint away"]),
+        (old_format, ["has the old format, which is a pickle", "sd-perf convert-checkpoints"]),
     ],
 )
 def test_checkpoint(command, spoil, parts, copied_run, preset, tmp_path, other_checkpoint, refused):
@@ -132,3 +146,38 @@ def test_fresh_moves_nothing_where_the_run_cannot_begin(copied_run, preset, refu
         "train", "--config", preset, "--run.dir", copied_run, "--fresh", *data_options(copied_run)
     )
     assert [path.name for path in copied_run.parent.glob("run*")] == ["run"]
+
+
+@pytest.mark.parametrize(
+    "options", [["train", "--resume"], ["train", "--fresh"], ["evaluate"]], ids=" ".join
+)
+def test_a_folder_that_another_process_writes_to(options, copied_run, preset, refused, sd_perf):
+    """One sentence names it, and nothing is touched: the draft of its checkpoint least of all."""
+    draft = copied_run / "checkpoints" / ".writing_samples_0000000012.x"
+    draft.mkdir()
+    name, *flags = options
+    config = ["--config", preset, "--run.dir", copied_run, "--training.max-samples", 12, *flags]
+    command = [name, *(config if name == "train" else [copied_run])]
+    with RunLock() as lock:
+        lock.take(copied_run)
+        before = saved(copied_run)
+        matches(refused(*command), copied_run, "is in use by", f"process {os.getpid()}, since")
+        assert saved(copied_run) == before and draft.is_dir()
+        assert [path.name for path in copied_run.parent.glob("run*")] == ["run"]
+        assert sd_perf("verify", copied_run)[0] == 0  # readers take no lock
+
+
+def test_training_holds_the_lock(preset, run, sd_perf, monkeypatch):
+    refusals = []
+
+    def look(trainer: Trainer) -> None:
+        with pytest.raises(UserError, match="is in use by") as told:
+            RunLock().take(run)
+        refusals.append(told)
+
+    monkeypatch.setattr(Trainer, "fit", look)
+    for options in ([], ["--resume"], ["--fresh"]):
+        assert sd_perf("train", "--config", preset, "--run.dir", run, *options)[0] == 0
+    assert len(refusals) == 3
+    for folder in (run, run.with_name("run.1")):
+        assert not (folder / ".lock").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -13,7 +14,14 @@ from pathlib import Path
 import pytest
 
 from sd_perf.errors import ConfigError, UserError
-from sd_perf.runs.folder import open_run, read_manifest, read_run_config, settle_run
+from sd_perf.runs.folder import (
+    config_digest,
+    open_run,
+    read_manifest,
+    read_run_config,
+    read_run_id,
+    settle_run,
+)
 
 PACKAGE = Path(__file__).parents[2] / "sd_perf"
 
@@ -38,6 +46,7 @@ def test_manifest(config, folder, monkeypatch):
     manifest = read_manifest(folder)
     assert manifest["config"] == json.loads(json.dumps(dataclasses.asdict(config)))
     assert read_run_config(folder) == config
+    assert re.fullmatch("[0-9a-f]{32}", manifest["run_id"])
     assert manifest["versions"]["torch"] == metadata.version("torch")
     assert manifest["versions"]["python"] == platform.python_version()
     assert manifest["machine"]["cpus"] >= 1
@@ -65,6 +74,24 @@ def test_starts_are_appended_on_resume(config, folder, monkeypatch):
     assert [start["command"] for start in read_manifest(folder)["starts"]] == [
         f"sd-perf train {n}" for n in range(3)
     ]
+
+
+def test_the_id_is_drawn_once_per_run(config, folder, make_config):
+    open_run(config, resume=False)
+    first = read_run_id(folder)
+    open_run(config, resume=True)
+    assert read_run_id(folder) == first
+    open_run(config, resume=False, fresh=True)
+    assert read_run_id(folder) != first and read_run_id(folder.with_name("run.1")) == first
+
+
+def test_config_digest(make_config):
+    """It changes with what a run computes, and not with where and how long it runs."""
+    config = make_config()
+    same = make_config("elsewhere", training={"max_samples": 8}, model={"implementation": "fast"})
+    assert config_digest(same) == config_digest(config)
+    others = [make_config(training={"seed": 1}), make_config(optimizer={"beta_1": 0.5})]
+    assert len({config_digest(c) for c in (config, *others)}) == 3
 
 
 def test_seed_is_drawn_once_and_kept(config, make_config):

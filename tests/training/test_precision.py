@@ -20,6 +20,7 @@ from sd_perf.training.callbacks.checkpointer import Checkpointer
 from sd_perf.training.callbacks.metrics import MetricsFile
 from sd_perf.training.launch import launch
 from tests.kernels import fake_te
+from tests.runs.test_checkpoints import reseal
 from tests.training.test_resume import StopAt, assert_bit_identical, final_tensors
 
 FAST = {"implementation": "fast"}
@@ -77,12 +78,17 @@ def test_resumed_with_delayed_scales_is_bit_identical(on_h100, make_config, make
 
 
 def test_a_checkpoint_without_scales_is_not_taken_for_one_with(on_h100, make_config, make_trainer):
-    without = make_trainer(
-        make_config("without", **{**DELAYED, "precision": {}}), [StopAt(3), Checkpointer()]
-    )
-    without.fit()
+    trainer = make_trainer(make_config("with", **DELAYED), [StopAt(3), Checkpointer()])
+    trainer.fit()
+    path = trainer.store.newest()
+    reseal(path, drop_scales)
     with pytest.raises(CheckpointError, match="holds no precision_state"):
-        make_trainer(make_config("with", **DELAYED)).load(without.store.newest())
+        trainer.load(path)
+
+
+def drop_scales(state: dict[str, Any]) -> None:
+    for name in [name for name in state["tensors"] if name.startswith("precision_state.")]:
+        del state["tensors"][name]
 
 
 @pytest.mark.parametrize(

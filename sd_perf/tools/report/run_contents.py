@@ -9,7 +9,7 @@ from typing import Any
 
 from sd_perf.errors import UserError
 from sd_perf.files import read_json
-from sd_perf.runs.checkpoints import CheckpointStore
+from sd_perf.runs.checkpoints import CheckpointStore, position
 from sd_perf.runs.folder import are_objects, read_manifest
 from sd_perf.runs.scores import read_json_lines, read_scores
 
@@ -79,7 +79,7 @@ def read_run(folder: Path) -> RunContents:
         torn=torn,
         scores=read_scores(folder),
         grids=[_read_grid(path) for path in sorted(folder.glob("samples/samples_*.png"))],
-        checkpoints=[int(path.name[-10:]) for path in checkpoints],
+        checkpoints=[position(path) for path in checkpoints],
         mlperf_verdict=_read_mlperf_verdict(folder / "mlperf_verdict.json"),
         kernels=_read_kernels(folder / "kernels.json"),
         parity=_read_parity(folder / "parity.json"),

@@ -1,0 +1,272 @@
+"""The files of one checkpoint: tensors as safetensors, everything else in `state.json`.
+
+A checkpoint folder holds one file `<component>_<rank>_of_<count>.safetensors` per component
+("model", "exp_avg", "exp_avg_sq", "precision_state") and rank that wrote. A tensor is named
+`<component>.<name>` and lies whole in one file. `state.json` has the state of training, the size
+and SHA-256 of every file, file, shape and dtype of every tensor, and the SHA-256 of itself.
+Nothing is ever unpickled, and no file outside the folder is ever opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shlex
+import stat
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from sd_perf.errors import CheckpointError
+from sd_perf.files import one_line, write_json
+
+GO_BACK = "move this checkpoint away to go back to an older one"
+"""advice where a checkpoint cannot be read"""
+FORMAT = 1
+"""number of the format described above"""
+STATE_NAME = "state.json"
+POSITION = re.compile(r"samples_(\d{10})")
+"""name of a checkpoint folder; the group is its position in samples"""
+_FILE_NAME = re.compile(r"\w+_\d{5}_of_\d{5}\.safetensors", re.ASCII)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_MAX_STATE_BYTES = 64 * 2**20  # that of Stable Diffusion v2 has half a megabyte
+DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool")
+"""of tensors in a checkpoint"""
+
+
+def write_shard(
+    folder: Path, tensors: Mapping[str, torch.Tensor], rank: int = 0, count: int = 1
+) -> dict[str, dict[str, Any]]:
+    """Write the tensors that one of `count` ranks holds, contiguous and on the CPU.
+
+    Returns the entries `files` and `tensors` that `write_state` takes.
+    """
+    components: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        components[name.partition(".")[0]][name] = tensor
+    files, described = {}, {}
+    for component, part in components.items():
+        file = folder / f"{component}_{rank:05d}_of_{count:05d}.safetensors"
+        save_file(part, file)
+        file.chmod(0o644)  # the library makes it readable for its owner alone
+        files[file.name] = {"size": file.stat().st_size, "sha256": _file_digest(file)}
+        for name, tensor in part.items():
+            described[name] = {"file": file.name, **_describe(tensor)}
+    return {"files": files, "tensors": described}
+
+
+def write_state(
+    folder: Path, state: Mapping[str, Any], *shards: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Write `state.json`: the state of training, and what `write_shard` returned on each rank."""
+    entries = {
+        "format": FORMAT,
+        **state,
+        "files": {name: entry for shard in shards for name, entry in shard["files"].items()},
+        "tensors": {name: entry for shard in shards for name, entry in shard["tensors"].items()},
+    }
+    write_json(folder / STATE_NAME, {**entries, "sha256": state_digest(entries)})
+
+
+def state_digest(entries: Mapping[str, Any]) -> str:
+    """SHA-256 of `state.json` without its own entry `sha256`, as compact JSON with sorted keys."""
+    text = json.dumps(entries, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """`state.json` of a checkpoint folder, every entry checked but what `callbacks` hold.
+
+    Raises CheckpointError where it is missing, damaged, or of another format.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such checkpoint")
+    state = read_json_state(path)
+    if "format" not in state and is_old_format(path):
+        raise CheckpointError(
+            f"{path}: has the old format, which is a pickle; convert it with "
+            f"`sd-perf convert-checkpoints {shlex.quote(str(path.parent.parent))}`"
+        )
+    own = state.pop("sha256", None)
+    if own != state_digest(state):
+        raise CheckpointError(f"{path}: damaged (state.json: not what was written); {GO_BACK}")
+    if state.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path}: has format {quoted(state.get('format'))}, and this version of sd-perf reads "
+            f"format {FORMAT}; read it with the version that wrote it"
+        )
+    if fault := _fault(state, path.name):
+        raise CheckpointError(f"{path}: cannot be used (state.json: {fault}); {GO_BACK}")
+    return state
+
+
+def read_json_state(path: Path) -> dict[str, Any]:
+    """`state.json` of either format, not checked; CheckpointError where it is no JSON object."""
+    file = path / STATE_NAME
+
+    def refuse(number: str) -> None:
+        raise ValueError(f"{number} is no number")
+
+    try:
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_STATE_BYTES:
+            raise ValueError(f"no regular file of at most {_MAX_STATE_BYTES} bytes")
+        state = json.loads(file.read_text(encoding="utf-8"), parse_constant=refuse)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: not a checkpoint of sd-perf (state.json: {one_line(error)}); {GO_BACK}"
+        ) from error
+    if not isinstance(state, dict):
+        raise CheckpointError(
+            f"{path}: not a checkpoint of sd-perf (state.json holds no entries); {GO_BACK}"
+        )
+    return state
+
+
+def is_old_format(path: Path) -> bool:
+    """Whether a folder is a checkpoint as torch.distributed.checkpoint writes it."""
+    return (path / ".metadata").exists()
+
+
+def read_tensors(path: Path, state: Mapping[str, Any], names: list[str]) -> dict[str, torch.Tensor]:
+    """The named tensors on the CPU; all digests of their files are checked before one is read.
+
+    `state` is what `read_state` gives. Raises CheckpointError where a file is damaged.
+    """
+    by_file: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        by_file[state["tensors"][name]["file"]].append(name)
+    for file in by_file:
+        _check_file(path / file, state["files"][file])
+    tensors: dict[str, torch.Tensor] = {}
+    for file, wanted in by_file.items():
+        tensors |= _read_file(path / file, state, wanted)
+    return {name: tensors[name] for name in names}
+
+
+def _check_file(file: Path, entry: Mapping[str, Any]) -> None:
+    """CheckpointError where a file has not the size and digest of its entry in `state.json`."""
+    try:
+        status = file.lstat()
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{file}: is no regular file; {GO_BACK}")
+        if status.st_size < entry["size"]:
+            raise CheckpointError(
+                f"{file}: truncated ({status.st_size} of {entry['size']} bytes); {GO_BACK}"
+            )
+        if status.st_size > entry["size"] or _file_digest(file) != entry["sha256"]:
+            raise CheckpointError(
+                f"{file}: damaged (its bytes are not those that were written); {GO_BACK}"
+            )
+    except OSError as error:
+        why = error.strerror or one_line(error)
+        raise CheckpointError(f"{file}: cannot be read ({why}); {GO_BACK}") from error
+
+
+def _read_file(file: Path, state: Mapping[str, Any], names: list[str]) -> dict[str, torch.Tensor]:
+    try:
+        with safe_open(file, framework="pt") as stored:
+            tensors = {name: stored.get_tensor(name) for name in names}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: damaged ({one_line(error)}); {GO_BACK}") from error
+    for name, tensor in tensors.items():
+        if {"file": file.name, **_describe(tensor)} != state["tensors"][name]:
+            raise CheckpointError(f"{file}: {quoted(name)} is not as state.json says; {GO_BACK}")
+    return tensors
+
+
+def _describe(tensor: torch.Tensor) -> dict[str, Any]:
+    return {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+
+
+def _file_digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _fault(state: Mapping[str, Any], folder_name: str) -> str:
+    """The first entry of `state.json` that is not as it must be, in words; empty where all are."""
+    for key, (right, words) in _SCHEMA.items():
+        if key not in state:
+            return f"{key} is missing"
+        if not right(state[key]):
+            return f"{key} is {quoted(state[key])}, not {words}"
+    if unknown := sorted(state.keys() - _SCHEMA.keys()):
+        return f"{quoted(unknown[0])} is unknown"
+    position = POSITION.fullmatch(folder_name)
+    if position and int(position[1]) != state["samples"]:
+        return f"samples is {state['samples']}, not what the folder's name says"
+    for name, entry in state["tensors"].items():
+        if entry["file"] not in state["files"]:
+            return f"{quoted(name)} lies in a file that is not listed"
+    return ""
+
+
+def quoted(value: Any, limit: int = 60) -> str:
+    """A value from a file, printable and short, to be quoted in a sentence."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63  # bool is an int, too
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= 100 and value.isprintable()
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _are_files(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        _FILE_NAME.fullmatch(name)
+        and isinstance(entry, dict)
+        and entry.keys() == {"size", "sha256"}
+        and _is_whole(entry["size"])
+        and isinstance(entry["sha256"], str)
+        and _SHA256.fullmatch(entry["sha256"])
+        for name, entry in value.items()
+    )
+
+
+def _are_tensors(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(entry, dict)
+        and entry.keys() == {"file", "shape", "dtype"}
+        and isinstance(entry["file"], str)
+        and isinstance(entry["shape"], list)
+        and all(map(_is_whole, entry["shape"]))
+        and entry["dtype"] in DTYPES
+        for entry in value.values()
+    )
+
+
+_WHOLE = (_is_whole, "a whole number from 0")
+_TEXT = (_is_text, "a short text")
+_OBJECT = (_is_object, "an object")
+_SCHEMA = {
+    "format": _WHOLE,
+    "run_id": _TEXT,
+    "config_digest": _TEXT,
+    "samples": _WHOLE,
+    "steps": _WHOLE,
+    "seed": _WHOLE,
+    "bad_samples": _WHOLE,
+    "dataset": _OBJECT,
+    "callbacks": (
+        lambda value: isinstance(value, dict) and all(map(_is_object, value.values())),
+        "an object of objects",
+    ),
+    "files": (_are_files, "sizes and digests of files in the folder"),
+    "tensors": (_are_tensors, "file, shape and dtype of tensors"),
+}
+"""key of `state.json` -> whether a value is right, and what is right in words"""
