@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from sd_perf.cli.console import CONSOLE, print_plain
 from sd_perf.cli.options import Settings, require_option
@@ -16,6 +17,7 @@ def prepare(
     captions: Path | None = None,
     captions_per_image: int = 1,
     samples_per_shard: int = 1000,
+    pixel_range: Literal["minus_one_one", "zero_one"] = "minus_one_one",
 ) -> int:
     """Make moments shards (and text states, where data.context is precomputed) from a folder of
     captioned images.
@@ -32,6 +34,8 @@ def prepare(
             parent)
         captions_per_image: samples made of each image, one per caption
         samples_per_shard: samples per tar file
+        pixel_range: range of the pixels that the encoder gets; autoencoders are trained on [-1, 1],
+            and the benchmark's own shards were made from [0, 1]
     """
     from sd_perf.data.prepare.prepare_shards import prepare_shards
 
@@ -47,6 +51,7 @@ def prepare(
         captions=captions,
         captions_per_image=captions_per_image,
         samples_per_shard=samples_per_shard,
+        pixel_range=pixel_range,
     )
     told = f"{count} samples of {pixels}x{pixels} pixels -> {settings.data.path}"
     CONSOLE.print(told, highlight=False)

@@ -8,7 +8,12 @@ from typing import Literal
 from sd_perf.cli.console import CONSOLE
 
 
-def export(source: Path, output: Path, format: Literal["ldm", "diffusers"] = "ldm") -> int:
+def export(
+    source: Path,
+    output: Path,
+    format: Literal["ldm", "diffusers"] = "ldm",
+    groups: Literal[16, 32] | None = None,
+) -> int:
     """Write the UNet's weights for other tools.
 
     Args:
@@ -16,15 +21,18 @@ def export(source: Path, output: Path, format: Literal["ldm", "diffusers"] = "ld
             LDM .ckpt/.safetensors
         output: file (ldm) or folder (diffusers) to write; must not exist
         format: ldm: one safetensors file in the names of Stable Diffusion checkpoints; diffusers: a
-            folder with unet/
+            folder with unet/ and scheduler/
+        groups: GroupNorm groups in ResBlocks and head, where source is a weight file that does not
+            tell: 32 in published Stable Diffusion v2, 16 in the benchmark's network
     """
-    from sd_perf.models.readers import read_unet
-    from sd_perf.models.weight_files import export_diffusers, export_ldm
+    from sd_perf.models.diffusers_folder import export_diffusers
+    from sd_perf.models.readers import read_diffusion, read_unet
+    from sd_perf.models.weight_files import export_ldm
 
-    state, model = read_unet(source)
+    state, model = read_unet(source, groups)
     if format == "ldm":
-        export_ldm(state, output, {"sd_perf.source": str(source)})
+        export_ldm(state, output, {"sd_perf.source": str(source)}, model)
     else:
-        export_diffusers(state, model, output)
+        export_diffusers(state, model, output, diffusion=read_diffusion(source))
     CONSOLE.print(f"{len(state)} tensors of {source} -> {output}", highlight=False)
     return 0

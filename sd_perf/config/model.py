@@ -50,6 +50,8 @@ class UNetConfig(Section):
         for name in ("activation_checkpointing", "compile"):
             right = f"false, since model.implementation is {self.implementation!r}"
             self.require(self.implementation == "fast" or not getattr(self, name), name, right)
+        same = self.out_channels == self.in_channels
+        self.require(same, "out_channels", f"model.in_channels ({self.in_channels})")
         positive = bool(self.channel_mult) and min(self.channel_mult) > 0
         self.require(positive, "channel_mult", "one positive multiple per level")
         factors = tuple(2**level for level in range(len(self.channel_mult)))

@@ -112,3 +112,10 @@ class Loader(Protocol):
         `position` is a multiple of the global batch.
         """
         ...
+
+    def require_unchanged(self) -> None:
+        """DataError where the data were written to since this loader was made.
+
+        Called before each checkpoint, so that none holds weights of mixed data unnoticed.
+        """
+        ...

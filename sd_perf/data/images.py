@@ -1,4 +1,4 @@
-"""Image files: decoded and cropped to tensors, and written as PNG. Needs Pillow.
+"""Image files: decoded, resized and cropped to tensors, and written as PNG. Needs Pillow.
 
 Shape letters: H and W rows and columns, pixels.
 """
@@ -6,39 +6,98 @@ Shape letters: H and W rows and columns, pixels.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from sd_perf.errors import DataError
-from sd_perf.files import written_aside
+from sd_perf.files import one_line, written_aside
 from sd_perf.optional import optional
 
 
-def load_image(path: str | Path | BinaryIO, size: int) -> torch.Tensor:
-    """Load an image, by path or from a stream of its bytes, as (3, size, size) float32 in [0, 1].
+def load_image(
+    path: str | Path | BinaryIO,
+    size: int,
+    *,
+    fit: Literal["crop", "squash"] = "crop",
+    upright: bool = True,
+) -> torch.Tensor:
+    """Load an image, by path or from a stream of its bytes, as (3, size, size) float32.
 
-    The shorter side is resized to `size` (bicubic, antialiased), then the centre is cropped. EXIF
-    orientation is not applied. Raises DataError for an image that cannot be decoded, and
-    ConfigError without Pillow.
+    fit="crop" is the transform of the benchmark's training images: see `resize_and_crop`. Values
+    that the bicubic filter puts outside [0, 1] stay there. fit="squash" is that of the images
+    behind the benchmark's FID statistics: Pillow's bicubic resize to the square, in 8 bits.
+
+    `upright` turns the image as its EXIF orientation says; the benchmark's decoder does not.
+    Transparent images are laid on white. Raises DataError for an image that cannot be decoded or
+    has no defined range, and ConfigError without Pillow.
     """
     Image = optional("PIL.Image", "images need Pillow", "images")
+    image = _decode(path, upright)
+    if fit == "squash":
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float() / 255
+    return pixels if fit == "squash" else resize_and_crop(pixels, size)
+
+
+def resize_and_crop(pixels: torch.Tensor, size: int) -> torch.Tensor:
+    """Resize the shorter side of (3, H, W) floats to `size` and crop the centre (3, size, size).
+
+    This is torchvision's `Resize(size, BICUBIC, antialias=True)` on a float tensor, then
+    `CenterCrop(size)`: nothing is rounded or clipped, the longer side is rounded down, and the
+    crop's offset is half the surplus, rounded to the nearest even number.
+    """
+    short = min(pixels.shape[1:])
+    height, width = (side * size // short for side in pixels.shape[1:])
+    if short != size:
+        pixels = F.interpolate(
+            pixels[None], (height, width), mode="bicubic", align_corners=False, antialias=True
+        )[0]
+    top, left = (round((side - size) / 2) for side in (height, width))
+    return pixels[:, top : top + size, left : left + size].contiguous()
+
+
+def _decode(path: str | Path | BinaryIO, upright: bool) -> Any:
+    """An image file as a Pillow image of mode RGB; DataError where it cannot be one."""
+    Image = optional("PIL.Image", "images need Pillow", "images")
+    ImageOps = optional("PIL.ImageOps", "images need Pillow", "images")
+    name = path if isinstance(path, str | Path) else "the image"
     try:
         with Image.open(path) as file:
-            image = file.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        name = path if isinstance(path, str | Path) else "the image"
+            image = ImageOps.exif_transpose(file) if upright else file
+            return _to_rgb(image, file.format, str(name))
+    except DataError:
+        raise
+    except Exception as error:  # damage shows as nearly any error
         raise DataError(
-            f"{name} cannot be decoded as an image ({error}); mend or remove it"
+            f"{name} cannot be decoded as an image ({one_line(error)}); mend or remove it"
         ) from error
-    short = min(image.size)
-    width, height = (side * size // short for side in image.size)
-    left, top = (width - size) // 2, (height - size) // 2
-    image = image.resize((width, height), Image.Resampling.BICUBIC).crop(
-        (left, top, left + size, top + size)
-    )
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+
+def _to_rgb(image: Any, format: str, name: str) -> Any:
+    """A Pillow image of any mode in RGB: 16-bit grey scaled to 8 bits, transparency on white.
+
+    Pillow's own conversion clips 16-bit and float grey at 255, and shows the colours that a
+    transparent image hides.
+    """
+    Image = optional("PIL.Image", "images need Pillow", "images")
+    transparent = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+    # Older versions of Pillow give 16-bit PNG files the mode of 32-bit integers.
+    sixteen_bit = image.mode.startswith("I;16") or (image.mode, format) == ("I", "PNG")
+    if sixteen_bit and not transparent:
+        levels = np.array(image).astype(np.float64)
+        return Image.fromarray((levels * 255 / 65535).round().astype(np.uint8)).convert("RGB")
+    if image.mode == "F" or image.mode.startswith("I"):
+        raise DataError(
+            f"{name} has pixels of mode {image.mode}, whose black and white are not defined; save "
+            "it with 8 bits per colour"
+        )
+    if not transparent:
+        return image.convert("RGB")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
 def write_png(picture: torch.Tensor, path: Path) -> None:

@@ -138,7 +138,26 @@ class SampleReader:
         self._in_channels = in_channels
         self._context_dim = context_dim
         self._descriptors = _open_all(index)
+        self._states = self._fstat()
         weakref.finalize(self, _close_all, self._descriptors)
+
+    def _fstat(self) -> list[tuple[int, int]]:
+        """Size (bytes) and modification time (ns) of every shard that is open."""
+        states = map(os.fstat, self._descriptors)
+        return [(state.st_size, state.st_mtime_ns) for state in states]
+
+    def require_unchanged(self) -> None:
+        """DataError where a shard was written to since it was opened.
+
+        A shard that was replaced by another file of its name is read on as it was.
+        """
+        pairs = zip(self._index.shards, self._states, self._fstat(), strict=True)
+        for name, before, now in pairs:
+            if now != before:
+                raise DataError(
+                    f"{self._index.folder / name} was written to while it was read; samples since "
+                    "the last checkpoint may be of either content: bring the shard back and resume"
+                )
 
     def _part(self, row: np.void, part: str) -> bytes:
         size, offset = int(row[f"{part}_size"]), int(row[f"{part}_offset"])

@@ -32,10 +32,13 @@ from sd_perf.files import disk_errors, written_aside
 INDEX_NAME = "sd_perf_index.npz"
 _PARTS = {"npy": "moments", "txt": "caption", "context.npy": "context"}
 """file extension: part of the sample that it holds"""
-_MEMBER = re.compile(r"((?:.*/|)[^.]+)\.([^/]+)")
-"""key and extension: as in webdataset, the key ends at the first dot of the base name"""
+_MEMBER = re.compile(r"((?:.*/|)[^./]+)\.([^/]+)")
+"""key and extension: as in webdataset, the key ends at the first dot of the base name. Hidden
+files, such as the ._x that a Mac adds beside x, are no members of samples."""
 _END_OF_ARCHIVE = bytes(1024)
 """a whole tar file ends with two blocks of 512 zero bytes"""
+_BLOCK = 2**20
+"""bytes read at once of the padding behind the end"""
 _SHARDS_PER_PROCESS = 8
 """shards to scan per process: fewer are not worth the start of another process"""
 
@@ -51,7 +54,11 @@ def _row_type(key_bytes: int) -> np.dtype[Any]:
 
 
 def _list_files(path: Path) -> list[tarfile.TarInfo]:
-    """Regular files of a tar file; DataError where it is no tar file, or not a whole one."""
+    """Regular files of a tar file.
+
+    DataError where it is no tar file, not a whole one, or holds what would be left out: links,
+    devices, and whatever stands behind its end.
+    """
     try:
         with tarfile.open(path, "r:") as tar:
             members, end = tar.getmembers(), tar.offset
@@ -60,6 +67,7 @@ def _list_files(path: Path) -> list[tarfile.TarInfo]:
             # So a truncated or damaged tar shows only by what stands at that place.
             stream.seek(end)
             whole = stream.read(len(_END_OF_ARCHIVE)) == _END_OF_ARCHIVE
+            padding = all(not any(block) for block in iter(lambda: stream.read(_BLOCK), b""))
     except (tarfile.TarError, OSError) as error:
         raise DataError(
             f"{path} cannot be read as a tar file ({error}); fetch or make this shard again"
@@ -68,7 +76,23 @@ def _list_files(path: Path) -> list[tarfile.TarInfo]:
         raise DataError(
             f"{path} is truncated or damaged at byte {end}; fetch or make this shard again"
         )
+    if not padding:
+        raise DataError(
+            f"{path} goes on behind the end of the archive at byte {end}, as files put together "
+            "with cat do; unpack all parts and make one shard of them"
+        )
+    for member in members:
+        if not (member.isdir() or member.isreg()) or member.issparse():
+            raise DataError(
+                f"{path}: {member.name} is a link, a device or a sparse file, which is not read; "
+                "make the shard again of plain files (tar --dereference --hard-dereference)"
+            )
     return [member for member in members if member.isreg()]
+
+
+def find_tars(folder: Path) -> list[Path]:
+    """The *.tar files of a folder by name, without the ._*.tar that a Mac adds beside them."""
+    return sorted(path for path in folder.glob("*.tar") if not path.name.startswith("._"))
 
 
 def group_by_key(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
@@ -156,7 +180,7 @@ class ShardIndex:
         paths = _find_shards(folder)
         file = Path(file) if str(file) else folder / INDEX_NAME
         state: dict[str, Any] = {
-            "version": np.array(1),
+            "version": np.array(2),
             "names": np.array([path.name for path in paths]),
             "sizes": np.array([path.stat().st_size for path in paths], dtype=np.int64),
             "mtimes": np.array([path.stat().st_mtime_ns for path in paths], dtype=np.int64),
@@ -213,7 +237,7 @@ def _find_shards(folder: Path) -> list[Path]:
         raise DataError(
             f"{folder} is not a folder; data.path must name the folder of the *.tar moments shards"
         )
-    paths = sorted(folder.glob("*.tar"))
+    paths = find_tars(folder)
     if not paths:
         state = "holds no *.tar file" if any(folder.iterdir()) else "is empty"
         raise DataError(

@@ -141,8 +141,9 @@ def read_features(path: Path, device: torch.device) -> FeatureNet | FidInception
 def write_statistics(images: Path, config: Config) -> int:
     """Write evaluation.statistics, the features' Gaussian over real images; returns their number.
 
-    `images` is a folder of captioned images or of raw shards. The images are cropped to the size
-    that the config trains on.
+    `images` is a folder of captioned images or of raw shards. As for the benchmark's statistics,
+    the images are resized to the square that the config trains on without keeping their aspect. The
+    benchmark also saved them as JPEG before it read them; that is not done here.
     """
     _require_named(config.evaluation, "features", "statistics")
     size, batch_size = PIXELS_PER_LATENT * config.data.latent_size, config.evaluation.batch_size
@@ -151,7 +152,8 @@ def write_statistics(images: Path, config: Config) -> int:
     statistics = FeatureStatistics(features.num_features)
     for start in range(0, len(samples), batch_size):
         batch = [
-            load_captioned_image(sample, size) for sample in samples[start : start + batch_size]
+            load_captioned_image(sample, size, fit="squash")
+            for sample in samples[start : start + batch_size]
         ]
         statistics.update(features(torch.stack(batch)))
     path = Path(config.evaluation.statistics)

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sd_perf.config import UNetConfig
+from sd_perf.config import DiffusionConfig, UNetConfig
 from sd_perf.errors import CheckpointError, ConfigError
 from sd_perf.models.vae import AutoencoderConfig
 
@@ -120,6 +120,28 @@ def diffusers_unet_config(config: UNetConfig, sample_size: int = 64) -> dict[str
     if config.transformer_groups != config.resblock_groups:
         entries["transformer_norm_num_groups"] = config.transformer_groups
     return entries
+
+
+def scheduler_config(config: DiffusionConfig) -> dict[str, Any]:
+    """The content of `scheduler_config.json`: the noise schedule and sampling as `DDIMScheduler`.
+
+    Its timesteps are those of `ddim_timesteps` where the number of steps divides num_timesteps.
+    """
+    return {
+        "_class_name": "DDIMScheduler",
+        "beta_end": config.beta_end,
+        "beta_schedule": "scaled_linear",
+        "beta_start": config.beta_start,
+        "clip_sample": False,
+        "num_train_timesteps": config.num_timesteps,
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": False,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "thresholding": False,
+        "timestep_spacing": "leading",
+        "trained_betas": None,
+    }
 
 
 def module_map(config: UNetConfig | AutoencoderConfig) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Weight files: reads LDM checkpoints and diffusers UNets, writes both.
+"""Weight files: reads and writes tensors by name; LDM checkpoints and their components.
 
 Reading runs no code from a file. Pickles go through torch's weights-only unpickler with a short
 list of harmless stand-ins; safetensors files hold nothing but tensors. Writing never replaces a
@@ -8,7 +8,6 @@ file, and leaves either a complete file or none.
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +20,6 @@ from torch import Tensor, nn
 from sd_perf.config import UNetConfig
 from sd_perf.errors import CheckpointError, ConfigError
 from sd_perf.files import disk_errors, one_line, written_aside
-from sd_perf.models.key_maps import diffusers_unet_config, from_diffusers, to_diffusers
 from sd_perf.optional import optional
 
 T = TypeVar("T")
@@ -29,8 +27,13 @@ T = TypeVar("T")
 UNET_PREFIX = "model.diffusion_model."
 PREFIXES = {"unet": UNET_PREFIX, "vae": "first_stage_model.", "text": "cond_stage_model.model."}
 """component: prefix of its weights' names in an LDM checkpoint"""
-LOAD_UNET = Path(__file__).with_name("load_unet.py")
-"""the loader that `export_diffusers` copies into its folder; nothing here imports it"""
+FIRST_WEIGHTS = {
+    "unet": ("input_blocks.0.0.weight",),
+    "vae": ("encoder.conv_in.weight", "decoder.conv_in.weight"),
+}
+"""component: weights that tell a file of this component alone, whose names have no prefix"""
+UNET_CONFIG = "sd_perf.unet_config"
+"""entry of a .safetensors file's metadata: the UNet's config as JSON"""
 
 INERT_GLOBALS = (
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
@@ -59,11 +62,12 @@ class _Inert:
 
 
 def read_ldm_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a Lightning `.ckpt` (its "state_dict") or a `.safetensors` file, by name.
+    """The tensors of a weight file, by name.
 
-    Tensors are mapped into memory, not read. Raises CheckpointError for a file that is missing,
-    truncated or of another kind, and for a pickle of anything but tensors, plain containers and
-    `INERT_GLOBALS`.
+    It is a `.safetensors` file, or a pickle as `torch.save` writes it (`.ckpt`, `.bin`, `.pt`) of
+    tensors by name, alone or under Lightning's "state_dict". Tensors are mapped into memory, not
+    read. Raises CheckpointError for a file that is missing, truncated or of another kind, and for a
+    pickle of anything but tensors, plain containers and `INERT_GLOBALS`.
     """
     path = Path(path)
     if not path.is_file():
@@ -73,15 +77,16 @@ def read_ldm_checkpoint(path: str | Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     content = _unpickled(path)
-    state = content.get("state_dict") if isinstance(content, dict) else None
-    if not isinstance(state, dict):
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not state or not isinstance(state, dict):
         raise CheckpointError(
-            f'{path}: holds no "state_dict"; give a checkpoint as Lightning writes it'
+            f'{path}: holds no weights; give tensors by name, alone or under "state_dict"'
         )
     for name, value in state.items():
         if not (isinstance(name, str) and isinstance(value, Tensor)):
             raise CheckpointError(
-                f'{path}: {name!r} in its "state_dict" is no tensor; the file is damaged or hostile'
+                f"{path}: {name!r} is no tensor, so these are not the weights alone; the file is "
+                "of another kind, damaged or hostile"
             )
     return dict(state)
 
@@ -90,8 +95,13 @@ def split_components(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]
     """Split a checkpoint into {"unet": ..., "vae": ..., "text": ...}, with prefixes removed.
 
     A component that the checkpoint lacks is empty. Tensors of no component, such as the noise
-    schedule, are left out.
+    schedule, are left out. A file of the UNet or of the autoencoder alone, whose names have no
+    prefix, is that component.
     """
+    for component, names in FIRST_WEIGHTS.items():
+        if any(name in state for name in names):
+            own = _without_training(state) if component == "vae" else dict(state)
+            return {**{other: {} for other in PREFIXES}, component: own}
     return {
         component: {
             name.removeprefix(prefix): value
@@ -100,6 +110,12 @@ def split_components(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]
         }
         for component, prefix in PREFIXES.items()
     }
+
+
+def _without_training(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The autoencoder's weights in a file of its training, which has a loss with weights, too."""
+    parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+    return {name: value for name, value in state.items() if name.startswith(parts)}
 
 
 def load_into(module: nn.Module, state: Mapping[str, Tensor], what: str, path: str | Path) -> None:
@@ -134,27 +150,6 @@ def require_fit(
         )
 
 
-def read_diffusers_unet(folder: str | Path) -> tuple[dict[str, Tensor], UNetConfig]:
-    """Weights, under LDM's names, and config of a diffusers UNet.
-
-    The folder holds `config.json` or `unet/config.json`. Raises CheckpointError where it does not,
-    and for a network that `UNetConfig` cannot express.
-    """
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        folder = folder / "unet"
-    path = folder / "config.json"
-    try:
-        entries = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read as a diffusers config ({_reason(error)})"
-        ) from error
-    config = _unet_config(entries, path)
-    weights = _read_safetensors(folder / "diffusion_pytorch_model.safetensors")
-    return from_diffusers(weights, config), config
-
-
 def _unpickled(path: Path) -> Any:
     """The content of a torch.save file, with stand-ins for `INERT_GLOBALS` and nothing else."""
     with torch.serialization.safe_globals([(_Inert, name) for name in INERT_GLOBALS]):
@@ -162,7 +157,7 @@ def _unpickled(path: Path) -> Any:
             refused = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
         except Exception as error:  # damage shows as nearly any error
             raise CheckpointError(
-                f"{path}: no whole checkpoint of torch.save ({_reason(error)}); check its size "
+                f"{path}: no whole checkpoint of torch.save ({reason(error)}); check its size "
                 "and checksum "
                 f"(a file of torch before 1.6 must be saved anew)"
             ) from error
@@ -176,7 +171,7 @@ def _unpickled(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:
             raise CheckpointError(
-                f"{path}: cannot be read ({_reason(error)}); it is damaged or hostile"
+                f"{path}: cannot be read ({reason(error)}); it is damaged or hostile"
             ) from error
 
 
@@ -187,12 +182,12 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         return safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(
-            f"{path}: cannot be read as safetensors ({_reason(error)}); check its size and checksum"
+            f"{path}: cannot be read as safetensors ({reason(error)}); check its size and checksum"
         ) from error
 
 
-def safetensors_config(path: Path, kind: type[T]) -> T | None:
-    """The config (a dataclass) in a .safetensors file: JSON under "config" in its metadata.
+def safetensors_config(path: Path, kind: type[T], entry: str = "config") -> T | None:
+    """The config (a dataclass) in a .safetensors file: JSON under `entry` in its metadata.
 
     None where the metadata has no such entry. Raises CheckpointError for a file that cannot be
     read, and for metadata that is not a config of this kind.
@@ -200,11 +195,9 @@ def safetensors_config(path: Path, kind: type[T]) -> T | None:
     safetensors = _safetensors()
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get("config")
+            text = (file.metadata() or {}).get(entry)
     except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read as safetensors ({_reason(error)})"
-        ) from error
+        raise CheckpointError(f"{path}: cannot be read as safetensors ({reason(error)})") from error
     if text is None:
         return None
     try:
@@ -215,83 +208,34 @@ def safetensors_config(path: Path, kind: type[T]) -> T | None:
                 for key, value in entries.items()
             }
         )
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ConfigError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{path}: its metadata is no {kind.__name__} ({_reason(error)})"
+            f"{path}: its metadata is no {kind.__name__} ({reason(error)})"
         ) from error
-
-
-def _unet_config(entries: dict[str, Any], path: Path) -> UNetConfig:
-    """The inverse of `diffusers_unet_config`; CheckpointError where there is no such config."""
-    try:
-        widths, heads = entries["block_out_channels"], entries["attention_head_dim"]
-        kinds = entries["down_block_types"]
-        config = UNetConfig(
-            in_channels=entries["in_channels"],
-            out_channels=entries["out_channels"],
-            model_channels=widths[0],
-            channel_mult=tuple(width // widths[0] for width in widths),
-            num_res_blocks=entries["layers_per_block"],
-            attention_resolutions=tuple(
-                2**n for n in reversed(range(len(kinds))) if kinds[n] != "DownBlock2D"
-            ),
-            num_head_channels=widths[0] // heads[0],
-            context_dim=entries["cross_attention_dim"],
-            resblock_groups=entries["norm_num_groups"],
-            transformer_groups=entries.get(
-                "transformer_norm_num_groups", entries["norm_num_groups"]
-            ),
-        )
-    except (LookupError, TypeError, ArithmeticError, ConfigError) as error:
-        raise CheckpointError(
-            f"{path}: describes no UNet of this trainer ({type(error).__name__}: {_reason(error)})"
-        ) from error
-    # Entries that the config does not hold, such as the activation, must be what ours would write.
-    for key, value in diffusers_unet_config(config, entries.get("sample_size", 64)).items():
-        if entries.get(key, value) != value:
-            raise CheckpointError(
-                f"{path}: {key} is {entries[key]!r}, and this trainer's UNet has {value!r}"
-            )
-    return config
 
 
 def export_ldm(
-    unet_state: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str]
+    unet_state: Mapping[str, Tensor],
+    path: str | Path,
+    metadata: Mapping[str, str],
+    config: UNetConfig | None = None,
 ) -> None:
     """Write the UNet's weights as safetensors under the names of an LDM checkpoint.
 
-    `metadata` is text to store in the file. Raises CheckpointError where `path` exists or cannot be
+    `metadata` is text to store in the file. The config is stored there, too, since shapes do not
+    tell the groups of GroupNorms. Raises CheckpointError where `path` exists or cannot be
     written.
     """
-    with _new(Path(path)) as draft:
-        _save_safetensors(
+    if config is not None:
+        metadata = {**metadata, UNET_CONFIG: json.dumps(vars(config.network))}
+    with new_path(Path(path)) as draft:
+        save_safetensors(
             {UNET_PREFIX + name: value for name, value in unet_state.items()}, draft, metadata
         )
 
 
-def export_diffusers(
-    unet_state: Mapping[str, Tensor], config: UNetConfig, folder: str | Path, sample_size: int = 64
-) -> None:
-    """Write `unet/config.json` and `unet/diffusion_pytorch_model.safetensors` into a folder.
-
-    Where ResBlocks and transformers have the same number of GroupNorm groups,
-    `UNet2DConditionModel.from_pretrained` loads the result. The benchmark's differ. Then
-    `unet/load_unet.py` is added and must be used; its docstring says why. sample_size is the side
-    of the latents that pipelines draw by default. Raises CheckpointError where `unet` exists or
-    cannot be written.
-    """
-    with _new(Path(folder) / "unet") as draft:
-        draft.mkdir()
-        entries = diffusers_unet_config(config, sample_size)
-        (draft / "config.json").write_text(json.dumps(entries, indent=2) + "\n")
-        weights = to_diffusers(unet_state, config)
-        _save_safetensors(weights, draft / "diffusion_pytorch_model.safetensors", {})
-        if config.resblock_groups != config.transformer_groups:
-            shutil.copyfile(LOAD_UNET, draft / LOAD_UNET.name)
-
-
 @contextmanager
-def _new(target: Path) -> Iterator[Path]:
+def new_path(target: Path) -> Iterator[Path]:
     """`written_aside` for a path that must not exist; errors of the disk become CheckpointError."""
     if target.exists():
         raise CheckpointError(
@@ -304,17 +248,23 @@ def _new(target: Path) -> Iterator[Path]:
             yield draft
 
 
-def _save_safetensors(
+def save_safetensors(
     tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]
 ) -> None:
-    """Write tensors from any device and of any layout; OSError where the library refuses."""
+    """Write tensors from any device and of any layout; OSError where the library refuses.
+
+    The file has the permissions of any new file; the library alone would make it private.
+    """
     safetensors = _safetensors()
+    path.touch()
+    mode = path.stat().st_mode
     packed = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     try:
         # Hugging Face's loaders require the entry "format".
         safetensors.torch.save_file(packed, path, {"format": "pt", **metadata})
+        path.chmod(mode)
     except safetensors.SafetensorError as error:
-        raise OSError(_reason(error)) from error
+        raise OSError(reason(error)) from error
 
 
 def _safetensors() -> Any:
@@ -323,6 +273,6 @@ def _safetensors() -> Any:
     return sys.modules["safetensors"]
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """The first sentence of a library's message; torch's messages go on with unfitting advice."""
     return one_line(error).split(". ", 1)[0]

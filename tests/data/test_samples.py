@@ -1,14 +1,16 @@
 """Decoding a sample: what is accepted, and a reason for all that is not."""
 
 import io
+import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from sd_perf.data.samples import SampleReader, parse_caption, parse_context, parse_moments
 from sd_perf.data.shards import ShardIndex
-from sd_perf.errors import BadSampleError
+from sd_perf.errors import BadSampleError, DataError
 
 
 def npy(array: np.ndarray, version=None, allow_pickle: bool = False) -> bytes:
@@ -105,6 +107,23 @@ def test_reader(make_shards):
         and (sample.context == -7).all()
     )
     assert sample.moments.shape == (8, 2, 2) and sample.context.shape == (3, 5)
+
+
+def test_shards_written_to_since_they_were_opened(make_shards):
+    config = make_shards()
+    os.utime(Path(config.path) / "00000.tar", ns=(1, 1))  # clocks of files are coarse
+    reader = SampleReader(ShardIndex.open(config.path), config, 4, 5)
+    shard = Path(config.path) / "00001.tar"
+    content = shard.read_bytes()
+    replaced = shard.with_name("new")
+    replaced.write_bytes(content[::-1])
+    replaced.rename(shard)  # another file: what is open stays what it was
+    reader.require_unchanged()
+    assert reader.read(4).caption == "caption 4"
+    with (Path(config.path) / "00000.tar").open("r+b") as stream:
+        stream.write(content[:1])
+    with pytest.raises(DataError, match=r"00000\.tar was written to while it was read"):
+        reader.require_unchanged()
 
 
 def test_reader_opens_more_shards_than_the_soft_limit(make_shards):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -211,3 +212,65 @@ def test_foreign_index_file_is_left_alone(make_shards, tmp_path, content):
     with pytest.raises(DataError, match=r"precious is not a shard index; .*data\.index"):
         ShardIndex.open(make_shards().path, file)
     assert file.read_bytes() == before
+
+
+def test_the_half_behind_the_first_end_is_refused(make_shards):
+    """`cat a.tar b.tar` makes a file of which tar readers see the first part."""
+    folder = Path(make_shards(num=8).path)
+    both = (folder / "00000.tar").read_bytes() + (folder / "00001.tar").read_bytes()
+    (folder / "00000.tar").write_bytes(both)
+    with pytest.raises(DataError, match=r"00000\.tar goes on behind the end .*cat"):
+        ShardIndex.open(folder)
+    padded = (folder / "00001.tar").read_bytes() + bytes(3 * 2**20 + 5)
+    (folder / "00000.tar").write_bytes(padded)  # padding of any length is none
+    assert len(ShardIndex.open(folder)) > 0
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        tarfile.LNKTYPE,
+        tarfile.SYMTYPE,
+        tarfile.CHRTYPE,
+        tarfile.BLKTYPE,
+        tarfile.FIFOTYPE,
+        tarfile.GNUTYPE_SPARSE,
+    ],
+)
+def test_what_is_no_plain_file_is_refused(tmp_path, kind):
+    path = write_tar(tmp_path / "0.tar", [("a.npy", b"1"), ("a.txt", b"2"), ("b.txt", b"2")])
+    with tarfile.open(path, "a") as tar:
+        member = tarfile.TarInfo("b.npy")
+        member.type, member.linkname = kind, "a.npy"
+        tar.addfile(member)
+    with pytest.raises(DataError, match=r"0\.tar: b\.npy is a link, a device or a sparse file"):
+        ShardIndex.open(tmp_path)
+
+
+def test_a_hard_linked_folder_is_refused_and_its_advice_works(tmp_path):
+    source = tmp_path / "extracted"
+    source.mkdir()
+    (tmp_path / "shards").mkdir()
+    for name in ("a.npy", "a.txt"):
+        (source / name).write_text(name)
+    for name in ("b.npy", "b.txt"):
+        os.link(source / f"a{name[1:]}", source / name)
+    for option, count in (([], None), (["--dereference", "--hard-dereference"], 2)):
+        command = ["tar", *option, "-C", source, "-cf", tmp_path / "shards" / "0.tar", "."]
+        subprocess.run(command, check=True)
+        if count is None:
+            with pytest.raises(DataError, match="is a link"):
+                ShardIndex.open(tmp_path / "shards")
+        else:
+            assert len(ShardIndex.open(tmp_path / "shards")) == count
+
+
+def test_files_that_a_mac_adds(make_shards):
+    folder = Path(make_shards(num=4).path)
+    count = len(ShardIndex.open(folder))
+    (folder / "._00000.tar").write_bytes(b"\0\x05\x16\x07 no tar")
+    extra = [("d/._c.npy", b"x"), ("._c.txt", b"x"), ("d/c.npy", b"1"), ("d/c.txt", b"2")]
+    write_tar(folder / "9.tar", extra)
+    index = ShardIndex.open(folder)
+    assert len(index) == count + 1 and "._00000.tar" not in index.shards
+    assert index.samples["key"].tolist()[-1] == b"d/c"

@@ -97,6 +97,22 @@ def test_statistics_of_raw_shards_are_those_of_the_folder(config, tmp_path):
     )
 
 
+def test_statistics_are_of_whole_pictures_without_their_aspect(config, tmp_path):
+    means = []
+    for name, size in (("wide", (100, 70)), ("squashed", (64, 64))):
+        folder, pixels = tmp_path / name, np.random.default_rng(0).integers(0, 256, (3, 70, 100, 3))
+        folder.mkdir()
+        for number, picture in enumerate(pixels.astype(np.uint8)):
+            image = Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC)
+            image.save(folder / f"{number}.png")
+        lines = [f'{{"file": "{number}.png", "caption": "a"}}\n' for number in range(len(pixels))]
+        (folder / "captions.jsonl").write_text("".join(lines))
+        options = dataclasses.replace(config.evaluation, statistics=str(tmp_path / f"{name}.npz"))
+        write_statistics(folder, dataclasses.replace(config, evaluation=options))
+        means.append(Gaussian.load_npz(tmp_path / f"{name}.npz").mean)
+    assert torch.equal(*means)
+
+
 def test_every_checkpoint_has_a_line_with_n(config):
     lines = read_scores(Path(config.run.dir))
     assert [line["samples"] for line in lines] == [32, 64]

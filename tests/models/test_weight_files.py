@@ -1,8 +1,6 @@
 """Weight files: hostile and damaged pickles, strict loading, both exports."""
 
 import collections
-import importlib.util
-import json
 import os
 import sys
 import types
@@ -13,13 +11,11 @@ import torch
 
 from sd_perf.config import UNetConfig
 from sd_perf.errors import CheckpointError, ConfigError
-from sd_perf.models import weight_files
-from sd_perf.models.torchvision_schemas import define_missing_torchvision_ops
+from sd_perf.models import diffusers_folder, weight_files
+from sd_perf.models.diffusers_folder import export_diffusers
 from sd_perf.models.weight_files import (
-    export_diffusers,
     export_ldm,
     load_into,
-    read_diffusers_unet,
     read_ldm_checkpoint,
     split_components,
 )
@@ -46,29 +42,10 @@ def build(config: UNetConfig) -> UNet:
     return unet
 
 
-@torch.no_grad()
-def relative_error(theirs, ours: UNet) -> float:
-    """Relative error of the output of diffusers' UNet against ours."""
-    generator = torch.Generator().manual_seed(1)
-    latents = torch.randn(2, 4, 8, 8, generator=generator)
-    timesteps, context = (
-        torch.tensor([17, 981]),
-        torch.randn(2, 5, ours.config.context_dim, generator=generator),
-    )
-    right = ours(latents, timesteps, context)
-    return ((theirs(latents, timesteps, context).sample - right).norm() / right.norm()).item()
-
-
 def same(state, right) -> bool:
     return state.keys() == right.keys() and all(
         torch.equal(state[name], right[name]) for name in right
     )
-
-
-@pytest.fixture(scope="module")
-def diffusers():
-    define_missing_torchvision_ops()
-    return pytest.importorskip("diffusers")
 
 
 def pretend_lightning(monkeypatch, package: str) -> type:
@@ -150,8 +127,10 @@ def test_truncated_file(tmp_path, suffix, keep):
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        (STATE, "state_dict"),
+        ({}, "no weights"),
+        ({"state_dict": {}}, "no weights"),
         ([1, 2], "state_dict"),
+        ({"model": STATE}, "'model' is no tensor"),
         ({"state_dict": {"a": 1}}, "'a'.*no tensor"),
         ("<html>404</html>", "no whole checkpoint"),
         (None, "no such file"),
@@ -166,6 +145,11 @@ def test_not_an_ldm_checkpoint(tmp_path, content, complaint):
     with pytest.raises(CheckpointError, match=rf"odd\.ckpt.*{complaint}") as caught:
         read_ldm_checkpoint(path)
     assert "\n" not in str(caught.value)
+
+
+def test_tensors_without_a_wrapper(tmp_path):
+    torch.save(STATE, tmp_path / "bare.ckpt")
+    assert same(read_ldm_checkpoint(tmp_path / "bare.ckpt"), STATE)
 
 
 def test_split_components():
@@ -183,6 +167,23 @@ def test_split_components():
         "vae": {"quant_conv.bias": tensors[1]},
         "text": {"ln_final.bias": tensors[2]},
     }
+
+
+def test_components_without_prefix():
+    unet = {"input_blocks.0.0.weight": torch.zeros(1), "out.2.bias": torch.zeros(2)}
+    vae = {"decoder.conv_in.weight": torch.zeros(1), "post_quant_conv.bias": torch.zeros(2)}
+    training = {"loss.logvar": torch.zeros(1), "model_ema.decay": torch.zeros(1)}
+    assert split_components(unet) == {"unet": unet, "vae": {}, "text": {}}
+    assert split_components({**vae, **training}) == {"unet": {}, "vae": vae, "text": {}}
+
+
+def test_written_files_are_as_public_as_others(tmp_path):
+    (tmp_path / "any").touch()
+    export_ldm(STATE, tmp_path / "a.safetensors", {})
+    export_diffusers(build(UNIFORM).state_dict(), UNIFORM, tmp_path)
+    weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    for path in (tmp_path / "a.safetensors", weights):
+        assert path.stat().st_mode == (tmp_path / "any").stat().st_mode
 
 
 def test_load_into():
@@ -229,72 +230,6 @@ def test_export_ldm_round_trip(tmp_path, config):
         assert file.metadata()["samples"] == "512000"
 
 
-@pytest.mark.parametrize("config", [MIXED, UNIFORM], ids=["mixed", "uniform"])
-def test_export_diffusers_round_trip(tmp_path, config):
-    state = build(config).to(memory_format=torch.channels_last).state_dict()
-    export_diffusers(state, config, tmp_path)
-    for folder in (tmp_path, tmp_path / "unet"):
-        read, read_config = read_diffusers_unet(folder)
-        assert same(read, state)
-        assert read_config == config
-
-
-def test_uniform_groups_load_in_stock_diffusers(tmp_path, diffusers):
-    unet = build(UNIFORM)
-    export_diffusers(unet.state_dict(), UNIFORM, tmp_path, sample_size=8)
-    assert not (tmp_path / "unet" / "load_unet.py").exists()
-    stock = diffusers.UNet2DConditionModel.from_pretrained(tmp_path, subfolder="unet")
-    assert stock.config.sample_size == 8
-    assert relative_error(stock, unet) < 1e-5
-
-
-def test_mixed_groups_need_the_loader(tmp_path, diffusers):
-    unet = build(MIXED)
-    export_diffusers(unet.state_dict(), MIXED, tmp_path)
-    stock = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "unet")
-    assert relative_error(stock, unet) > 0.05, (
-        "stock diffusers got it right, so the loader is superfluous"
-    )
-    spec = importlib.util.spec_from_file_location("load_unet", tmp_path / "unet" / "load_unet.py")
-    loader = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loader)
-    assert relative_error(loader.load_unet(), unet) < 1e-5
-
-
-def test_reads_what_stock_diffusers_writes(tmp_path, diffusers):
-    unet = build(UNIFORM)
-    export_diffusers(unet.state_dict(), UNIFORM, tmp_path / "ours")
-    stock = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "ours" / "unet")
-    stock.save_pretrained(tmp_path / "theirs")
-    read, config = read_diffusers_unet(tmp_path / "theirs")
-    assert same(read, unet.state_dict())
-    assert config == UNIFORM
-
-
-@pytest.mark.parametrize(
-    ("change", "complaint"),
-    [
-        ({"_class_name": "FluxTransformer2DModel"}, "_class_name"),
-        ({"use_linear_projection": False}, "use_linear_projection"),
-        ({"attention_head_dim": [2, 2]}, "attention_head_dim"),
-        ({"block_out_channels": [64, 100]}, "config.json"),
-        ({"norm_num_groups": 7}, "resblock_groups"),
-        ({"layers_per_block": [2, 2]}, "config.json"),
-    ],
-)
-def test_foreign_diffusers_config(tmp_path, change, complaint):
-    export_diffusers(build(UNIFORM).state_dict(), UNIFORM, tmp_path)
-    path = tmp_path / "unet" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(CheckpointError, match=complaint):
-        read_diffusers_unet(tmp_path)
-
-
-def test_no_diffusers_folder(tmp_path):
-    with pytest.raises(CheckpointError, match=r"unet/config\.json"):
-        read_diffusers_unet(tmp_path)
-
-
 def test_nothing_is_overwritten(tmp_path):
     state = build(MIXED).state_dict()
     path = tmp_path / "unet.safetensors"
@@ -314,7 +249,8 @@ def test_failed_export_leaves_nothing(tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(weight_files, "_save_safetensors", full_disk)
+    for module in (weight_files, diffusers_folder):
+        monkeypatch.setattr(module, "save_safetensors", full_disk)
     with pytest.raises(CheckpointError, match="No space left"):
         export_ldm(state, tmp_path / "unet.safetensors", {})
     with pytest.raises(CheckpointError, match="No space left"):

@@ -6,6 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
+
+from sd_perf.data.shard_writer import ShardWriter
+from sd_perf.errors import DataError
 from sd_perf.training.callbacks.base import Callback, TrainerView
 from sd_perf.training.callbacks.checkpointer import Checkpointer
 
@@ -69,3 +74,28 @@ def test_a_checkpoint_without_the_state_leaves_it_as_it_is(make_config, make_tra
     resumed = Recorder()
     make_trainer(make_config(training={"max_samples": 80}), [resumed], resume=True)
     assert resumed.steps == 0
+
+
+class WriteToShardAt(Callback):
+    def __init__(self, shard: Path, samples: int) -> None:
+        self.shard, self.samples = shard, samples
+
+    def on_step(self, trainer: TrainerView) -> None:
+        if trainer.samples == self.samples:
+            with self.shard.open("r+b") as stream:
+                stream.write(stream.read(1))
+
+
+def test_no_checkpoint_of_shards_that_were_written_to(make_config, make_trainer, tmp_path) -> None:
+    with ShardWriter(tmp_path / "shards") as writer:
+        for number in range(8):
+            states = np.zeros((3, 16), np.float16)
+            writer.write(np.zeros((8, 8, 8)), f"caption {number}", {}, states)
+    data = {"format": "moments", "path": str(tmp_path / "shards"), "context": "precomputed"}
+    trainer = make_trainer(
+        make_config(data=data),
+        [WriteToShardAt(tmp_path / "shards" / "00000.tar", 60), Checkpointer()],
+    )
+    with pytest.raises(DataError, match=r"00000\.tar was written to while it was read"):
+        trainer.fit()
+    assert [path.name for path in trainer.store.complete()] == ["samples_0000000040"]

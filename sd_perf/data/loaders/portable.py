@@ -51,6 +51,10 @@ class PortableLoader:
             depth=self._config.prefetch_batches,
         )
 
+    def require_unchanged(self) -> None:
+        """DataError where a shard was written to since it was opened; see `Loader`."""
+        self._reader.require_unchanged()
+
     def _make(self, positions: np.ndarray) -> Batch:
         size, side, options = len(positions), self._config.latent_size, self._options
         moments, context = torch.empty(size, 2 * options.in_channels, side, side), None

@@ -69,6 +69,9 @@ class SyntheticLoader:
         """Micro-batches of this rank from a position on, without end; see `Loader`."""
         return map(self._make, self._options.positions(position))
 
+    def require_unchanged(self) -> None:
+        """Nothing can change; see `Loader`."""
+
     def _draw(self, samples: torch.Tensor) -> None:
         side, (tokens, channels) = self._moments.shape[-1], self._context.shape[1:]
         self._moments[samples], self._context[samples] = draw_inputs(

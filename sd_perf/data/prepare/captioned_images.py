@@ -6,7 +6,7 @@ import io
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -121,17 +121,20 @@ def _check_caption(caption: object, *, where: str, allow_empty: bool) -> None:
         raise DataError(f"{where}: {error}") from error
 
 
-def load_captioned_image(sample: CaptionedImage, size: int) -> torch.Tensor:
+def load_captioned_image(
+    sample: CaptionedImage, size: int, fit: Literal["crop", "squash"] = "crop"
+) -> torch.Tensor:
     """`load_image` of a captioned image, from its file or its raw shard.
 
+    Files are turned upright. Images of raw shards are not, since the benchmark's decoder does not.
     Raises DataError that says where the image is named.
     """
     try:
         if sample.place is None:
-            return load_image(sample.path, size)
+            return load_image(sample.path, size, fit=fit)
         offset, length = sample.place
         with sample.path.open("rb") as shard:
             shard.seek(offset)
-            return load_image(io.BytesIO(shard.read(length)), size)
+            return load_image(io.BytesIO(shard.read(length)), size, fit=fit, upright=False)
     except DataError as error:
         raise DataError(f"{sample.where}: {error}") from error

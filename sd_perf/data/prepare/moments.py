@@ -18,6 +18,8 @@ from sd_perf.data.shard_writer import ShardWriter
 from sd_perf.errors import DataError
 from sd_perf.models.vae import PIXELS_PER_LATENT
 
+PixelRange = Literal["minus_one_one", "zero_one"]
+
 _log = logging.getLogger(__name__)
 
 
@@ -29,7 +31,7 @@ def prepare_moments(
     *,
     samples_per_shard: int = 1000,
     text_encoder: Callable[[list[str]], torch.Tensor] | None = None,
-    pixel_range: Literal["minus_one_one", "zero_one"] = "minus_one_one",
+    pixel_range: PixelRange = "minus_one_one",
     captions_per_image: int = 1,
     batch_size: int = 8,
 ) -> int:

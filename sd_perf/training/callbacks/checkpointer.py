@@ -19,6 +19,7 @@ class Checkpointer(Callback):
         cadence = trainer.config.steps_of(trainer.config.checkpoint.every_samples)
         if trainer.steps % cadence == 0 or trainer.is_over:
             trainer.checked_loss()
+            trainer.world.on_main(trainer.loader.require_unchanged)
             path = trainer.world.on_main(trainer.save)
             logger.info("saving %s", path)
 

@@ -59,6 +59,15 @@ def test_moments_and_files(scenes, tmp_path):
     np.testing.assert_allclose(moments, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_the_benchmarks_pixel_range(scenes, tmp_path):
+    config = config_of(tmp_path / "shards")
+    prepare_shards(config, scenes, AUTOENCODER, pixel_range="zero_one")
+    images = torch.stack([load_image(scenes / f"{i:06d}.png", 64) for i in range(3)])
+    expected = read_encoder(AUTOENCODER)(images).numpy()
+    moments = read_arrays(tmp_path / "shards", "npy").reshape(expected.shape)
+    np.testing.assert_allclose(moments, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_text_states_where_they_are_precomputed(scenes, tmp_path):
     config = config_of(tmp_path / "shards", context="precomputed")
     prepare_shards(config, scenes, AUTOENCODER)

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from sd_perf.data.images import load_image
 from sd_perf.data.prepare.captioned_images import read_captioned_images
@@ -70,8 +71,9 @@ def test_written_scenes_are_read_as_photographs_are(tmp_path):
     assert [image.captions for image in images] == [
         (render(7, index).caption,) for index in range(5)
     ]
-    pixels = (load_image(images[4].path, 64) * 255).round().permute(1, 2, 0).numpy()
-    assert np.array_equal(pixels, render(7, 4).image)
+    expected = torch.from_numpy(render(7, 4).image).permute(2, 0, 1) / 255
+    assert torch.equal(load_image(images[4].path, 64), expected)
+    assert torch.equal(load_image(images[4].path, 64, fit="squash"), expected)
     assert set(
         json.loads((tmp_path / "scenes" / "captions.jsonl").read_text().splitlines()[0])
     ) == {"file", "caption"}

@@ -1,0 +1,165 @@
+"""Folders of diffusers: reads a UNet, writes a UNet with its scheduler."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sd_perf.config import DiffusionConfig, UNetConfig
+from sd_perf.errors import CheckpointError, ConfigError
+from sd_perf.models.key_maps import (
+    diffusers_unet_config,
+    from_diffusers,
+    scheduler_config,
+    to_diffusers,
+)
+from sd_perf.models.weight_files import new_path, read_ldm_checkpoint, reason, save_safetensors
+
+LOAD_UNET = Path(__file__).with_name("load_unet.py")
+"""the loader that `export_diffusers` copies into its folder; nothing here imports it"""
+NEEDS_LOADER = "norms of two numbers of groups: load this folder with its load_unet.py"
+"""the type of middle block of a network that stock diffusers would compute wrongly: it does not
+know this type, and stops with an error that names it"""
+WEIGHTS = "diffusion_pytorch_model"
+"""file name of a diffusers model's weights, without suffix"""
+
+
+def read_diffusers_unet(folder: str | Path) -> tuple[dict[str, Tensor], UNetConfig]:
+    """Weights, under LDM's names, and config of a diffusers UNet.
+
+    The folder holds `config.json` or `unet/config.json`, and beside it weights as safetensors or
+    .bin, whole or in shards; the full-precision ones are read where there are several. Raises
+    CheckpointError where it does not, and for a network that `UNetConfig` cannot express.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        folder = folder / "unet"
+    path = folder / "config.json"
+    try:
+        entries = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read as a diffusers config ({reason(error)})"
+        ) from error
+    config = _unet_config(entries, path)
+    return from_diffusers(_read_weights(folder), config), config
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of a diffusers model, under diffusers' names."""
+    for suffix in (".safetensors", ".bin"):
+        if (folder / f"{WEIGHTS}{suffix}").is_file():
+            return read_ldm_checkpoint(folder / f"{WEIGHTS}{suffix}")
+        if (folder / f"{WEIGHTS}{suffix}.index.json").is_file():
+            return _read_parts(folder / f"{WEIGHTS}{suffix}.index.json")
+    found = {
+        path.name: path
+        for suffix in (".safetensors", ".bin")
+        for path in sorted(folder.glob(f"{WEIGHTS}.*{suffix}"))
+        if path.name.count(".") == 2 and "-of-" not in path.name
+    }
+    if len(found) != 1:
+        names = f"several variants ({', '.join(found)})" if found else "no weights"
+        raise CheckpointError(
+            f"{folder}: holds {names}; put one file there as {WEIGHTS}.safetensors"
+        )
+    return read_ldm_checkpoint(*found.values())
+
+
+def _read_parts(index: Path) -> dict[str, Tensor]:
+    """The weights of all parts that an index names, each beside it."""
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        names = sorted(set(weight_map.values()))
+        outside = [name for name in names if Path(name).name != name]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{index}: cannot be read as the index of weights in parts ({reason(error)})"
+        ) from error
+    if outside:
+        raise CheckpointError(f"{index}: names {outside[0]!r}, which is no file beside it")
+    weights: dict[str, Tensor] = {}
+    for name in names:
+        weights |= read_ldm_checkpoint(index.with_name(name))
+    if weights.keys() != weight_map.keys():
+        odd = sorted(weights.keys() ^ weight_map.keys())
+        raise CheckpointError(
+            f"{index}: its parts hold other weights than it names (the first is {odd[0]}); fetch "
+            "all of them again"
+        )
+    return weights
+
+
+def _unet_config(entries: dict[str, Any], path: Path) -> UNetConfig:
+    """The inverse of `diffusers_unet_config`; CheckpointError where there is no such config."""
+    try:
+        widths, heads = entries["block_out_channels"], entries["attention_head_dim"]
+        kinds = entries["down_block_types"]
+        config = UNetConfig(
+            in_channels=entries["in_channels"],
+            out_channels=entries["out_channels"],
+            model_channels=widths[0],
+            channel_mult=tuple(width // widths[0] for width in widths),
+            num_res_blocks=entries["layers_per_block"],
+            attention_resolutions=tuple(
+                2**n for n in reversed(range(len(kinds))) if kinds[n] != "DownBlock2D"
+            ),
+            num_head_channels=widths[0] // heads[0],
+            context_dim=entries["cross_attention_dim"],
+            resblock_groups=entries["norm_num_groups"],
+            transformer_groups=entries.get(
+                "transformer_norm_num_groups", entries["norm_num_groups"]
+            ),
+        )
+    except (LookupError, TypeError, ArithmeticError, ConfigError) as error:
+        raise CheckpointError(
+            f"{path}: describes no UNet of this trainer ({type(error).__name__}: {reason(error)})"
+        ) from error
+    # Entries that the config does not hold, such as the activation, must be what ours would write.
+    for key, value in diffusers_unet_config(config, entries.get("sample_size", 64)).items():
+        if entries.get(key, value) not in (value, NEEDS_LOADER):
+            raise CheckpointError(
+                f"{path}: {key} is {entries[key]!r}, and this trainer's UNet has {value!r}"
+            )
+    return config
+
+
+def export_diffusers(
+    unet_state: Mapping[str, Tensor],
+    config: UNetConfig,
+    folder: str | Path,
+    sample_size: int = 64,
+    diffusion: DiffusionConfig | None = None,
+) -> None:
+    """Write `unet/` (config.json, weights as safetensors) and `scheduler/` into a folder.
+
+    Where ResBlocks and transformers have the same number of GroupNorm groups,
+    `UNet2DConditionModel.from_pretrained` loads the result. The benchmark's differ. Then stock
+    diffusers refuses it, and `unet/load_unet.py` is added, which loads it; its docstring says why.
+
+    sample_size is the side of the latents that pipelines draw by default; `diffusion` (default: the
+    benchmark's) is the noise schedule. Raises CheckpointError where `unet` or `scheduler` exists or
+    cannot be written.
+    """
+    folder = Path(folder)
+    with new_path(folder / "unet") as unet, new_path(folder / "scheduler") as scheduler:
+        unet.mkdir()
+        entries = diffusers_unet_config(config, sample_size)
+        if config.resblock_groups != config.transformer_groups:
+            entries["mid_block_type"] = NEEDS_LOADER
+            shutil.copyfile(LOAD_UNET, unet / LOAD_UNET.name)
+        _write_json(unet / "config.json", entries)
+        weights = to_diffusers(unet_state, config)
+        save_safetensors(weights, unet / f"{WEIGHTS}.safetensors", {})
+        scheduler.mkdir()
+        schedule = scheduler_config(diffusion or DiffusionConfig())
+        _write_json(scheduler / "scheduler_config.json", schedule)
+
+
+def _write_json(path: Path, entries: dict[str, Any]) -> None:
+    path.write_text(json.dumps(entries, indent=2) + "\n")
