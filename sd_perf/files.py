@@ -244,30 +244,35 @@ def _require_shallow(value: Any) -> None:
 
 
 def require_shape(value: Any, shape: Any, where: str) -> None:
-    """UserError, with the place, where a value from a JSON file is not of this shape.
+    """UserError where a value from a JSON file has not this shape.
+
+    The sentence begins with `where`, such as "runs/a/parity.json: is no parity record".
 
     A shape is `str`, `int`, `float` (any number), `bool` or `None`; a tuple of shapes, of which one
     must fit; a set of the values that may stand there; `[shape]` for a list of any length; or
     {key: shape} for an object, where other keys are free and `"key?"` may be absent.
     """
-    if fault := _misfit(value, shape, ""):
-        raise UserError(f"{where}: {fault}; {RESTORE}")
+    if fault := misfit(value, shape):
+        raise UserError(f"{where} ({fault}); {RESTORE}")
 
 
-def _misfit(value: Any, shape: Any, place: str) -> str:
-    """What is wrong with a value, in words; empty where it has the shape."""
+def misfit(value: Any, shape: Any, place: str = "") -> str:
+    """What is wrong with a value that has not the shape, in words; empty where it has.
+
+    `place` is its own within a larger value, such as `rows[3].ok`.
+    """
     if isinstance(shape, dict) and isinstance(value, dict):
         for key, inner in shape.items():
             name = key.removesuffix("?")
             if name not in value and name == key:
                 return f"{place or 'it'} lacks {name!r}"
             if name in value and (
-                fault := _misfit(value[name], inner, f"{place}.{name}".lstrip("."))
+                fault := misfit(value[name], inner, f"{place}.{name}".lstrip("."))
             ):
                 return fault
         return ""
     if isinstance(shape, list) and isinstance(value, list):
-        faults = (_misfit(item, shape[0], f"{place}[{i}]") for i, item in enumerate(value))
+        faults = (misfit(item, shape[0], f"{place}[{i}]") for i, item in enumerate(value))
         return next(filter(None, faults), "")
     options = shape if isinstance(shape, tuple) else (shape,)
     if any(_fits(value, option) for option in options):
@@ -279,7 +284,7 @@ def _fits(value: Any, shape: Any) -> bool:
     if isinstance(shape, set):
         return isinstance(value, str) and value in shape
     if isinstance(shape, dict | list):
-        return type(value) is type(shape) and not _misfit(value, shape, "")
+        return type(value) is type(shape) and not misfit(value, shape, "")
     if shape is float:
         return type(value) in (int, float)
     return type(value) is (type(None) if shape is None else shape)

@@ -37,7 +37,7 @@ _SWITCH_WORDS = {"yes": True, "on": True, "true": True, "no": False, "off": Fals
 class _Loader(yaml.SafeLoader):
     """Reads plain words as numbers, true, false and null only where nobody means anything else."""
 
-    yaml_implicit_resolvers: typing.ClassVar[dict[str, list[Any]]] = {}
+    yaml_implicit_resolvers = {}  # noqa: RUF012 (a class attribute in yaml, too)
 
 
 for _kind, _words, _first in (
@@ -140,11 +140,11 @@ def _require_plain(text: str) -> None:
     """ConfigError for aliases, tags and deep nesting, with the line, before anything is built."""
     depth = 0
     for event in yaml.parse(text, _Loader):
-        where = f"line {event.start_mark.line + 1}"
+        where = f"line {event.start_mark.line + 1}"  # type: ignore[union-attr]
         if isinstance(event, yaml.AliasEvent):
             raise ConfigError(f"{where}: the alias *{event.anchor} is refused; write it out")
-        if getattr(event, "tag", None):
-            raise ConfigError(f"{where}: the tag {quoted(event.tag)} is refused; write plain YAML")
+        if tag := getattr(event, "tag", None):
+            raise ConfigError(f"{where}: the tag {quoted(tag)} is refused; write plain YAML")
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
         if depth > _MAX_DEPTH:
@@ -236,7 +236,7 @@ def _scalar(value: Any, hint: type, key: str) -> Any:
             return float(value)  # YAML 1.1 reads 1e-4, without a point, as text
         except (TypeError, ValueError, OverflowError):
             pass
-    elif type(value) is hint and not (hint is int and abs(value) >= 2**64):
+    elif type(value) is hint and not (isinstance(value, int) and abs(value) >= 2**64):
         return value
     elif hint is bool and isinstance(value, str) and value.lower() in _SWITCH_WORDS:
         return _SWITCH_WORDS[value.lower()]
