@@ -164,6 +164,16 @@ def is_absent(path: Path) -> bool:
     return False
 
 
+def is_storable(path: str) -> bool:
+    """Whether Linux can hold a path: no NUL, names of at most 255 bytes, UTF-8 or what it gave."""
+    try:
+        data = os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
+    names = data.split(b"/")
+    return b"\0" not in data and len(data) < 4096 and max(map(len, names)) <= 255
+
+
 def _shown(path: Path) -> str:
     """A path as it is quoted in a sentence: its end, where it is longer than any path can be."""
     text = str(path)

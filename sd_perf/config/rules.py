@@ -6,11 +6,11 @@ seed: Annotated[int, Rule(lambda seed: seed >= 0, "0 or more")]  # a rule of its
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
 from sd_perf.errors import ConfigError
+from sd_perf.files import is_storable
 
 
 class Rule(NamedTuple):
@@ -25,22 +25,10 @@ Count = Annotated[int, Rule(lambda value: value > 0, "at least 1")]
 Positive = Annotated[float, Rule(lambda value: value > 0, "positive")]
 NotNegative = Annotated[float, Rule(lambda value: value >= 0, "0 or more")]
 Decay = Annotated[float, Rule(lambda value: 0 <= value < 1, "in [0, 1)")]
-
-
-def _storable(path: str) -> bool:
-    """Whether Linux can hold a path: no NUL, names of at most 255 bytes, UTF-8 or what it gave."""
-    try:
-        data = os.fsencode(path)
-    except UnicodeEncodeError:
-        return False
-    names = data.split(b"/")
-    return b"\0" not in data and len(data) < 4096 and max(map(len, names)) <= 255
-
-
 PathText = Annotated[
     str,
     Rule(lambda path: not path.startswith("~"), "a path without ~: write out the home folder"),
-    Rule(_storable, "a path that a disk can hold (names of at most 255 bytes)"),
+    Rule(is_storable, "a path that a disk can hold (names of at most 255 bytes)"),
 ]
 """path of a file or folder. Nothing expands ~ but a shell, so it would be a folder's own name."""
 

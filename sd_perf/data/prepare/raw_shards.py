@@ -13,11 +13,13 @@ from sd_perf.data.prepare.captioned_images import (
     CaptionedImage,
     read_captioned_images,
 )
-from sd_perf.data.samples import parse_caption
-from sd_perf.data.shards import group_by_key
+from sd_perf.data.samples import parse_caption, require_caption_size
+from sd_perf.data.shards import group_by_key, list_shards
 from sd_perf.errors import BadSampleError, DataError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+MAX_IMAGE_BYTES = 2**27
+"""largest image file in a shard that is read; one of the most pixels has fewer bytes as PNG"""
 
 
 def read_images(
@@ -28,7 +30,7 @@ def read_images(
     The raw shards are read where the folder has *.tar files and no captions file is given. Raises
     DataError as `read_raw_shards` and `read_captioned_images` do.
     """
-    if captions is None and any(folder.glob("*.tar")):
+    if captions is None and list_shards(folder):
         return read_raw_shards(folder, allow_empty=allow_empty)
     return read_captioned_images(folder, captions or "", allow_empty=allow_empty)
 
@@ -41,7 +43,7 @@ def read_raw_shards(folder: str | Path, allow_empty: bool = False) -> list[Capti
     empty (unless allow_empty).
     """
     images = []
-    for path in sorted(Path(folder).glob("*.tar")):
+    for path in list_shards(Path(folder)):
         with path.open("rb") as shard:
             for key, files in group_by_key(path).items():
                 images.append(_image(path, shard, key, files=files, allow_empty=allow_empty))
@@ -59,11 +61,16 @@ def _image(
     if place is None or "txt" not in files:
         raise DataError(
             f"{where} needs an image ({', '.join(IMAGE_EXTENSIONS)}) and a .txt; it has "
-            f"{', '.join(files)}"
+            f"{', '.join(files)[:200]}"
+        )
+    if place[1] > MAX_IMAGE_BYTES:
+        raise DataError(
+            f"{where}: the image has {place[1]:,} bytes, more than {MAX_IMAGE_BYTES:,}; remove it"
         )
     offset, size = files["txt"]
     shard.seek(offset)
     try:
+        require_caption_size(size, MAX_CAPTION_BYTES)
         caption = parse_caption(
             shard.read(size), max_bytes=MAX_CAPTION_BYTES, allow_empty=allow_empty
         )
