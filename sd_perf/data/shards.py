@@ -111,7 +111,7 @@ def _read_headers(stream: BinaryIO) -> tuple[list[tarfile.TarInfo], int]:
     with tarfile.open(fileobj=stream, mode="r:", tarinfo=_BoundedTarInfo) as tar:
         end = 0
         while (member := tar.next()) is not None:
-            if tar.offset <= end:
+            if member.size < 0 or tar.offset <= end:
                 raise tarfile.ReadError(f"the header at byte {end} leads back")
             members.append(member)
             end = tar.offset
@@ -202,11 +202,12 @@ class ShardIndex:
         folder = Path(folder)
         paths = _find_shards(folder)
         file = Path(file) if str(file) else folder / INDEX_NAME
+        stats = [_stat(path) for path in paths]
         state: dict[str, Any] = {
             "version": np.array(1),
             "names": np.array([path.name for path in paths]),
-            "sizes": np.array([path.stat().st_size for path in paths], dtype=np.int64),
-            "mtimes": np.array([path.stat().st_mtime_ns for path in paths], dtype=np.int64),
+            "sizes": np.array([stat.st_size for stat in stats], dtype=np.int64),
+            "mtimes": np.array([stat.st_mtime_ns for stat in stats], dtype=np.int64),
         }
         samples = _load_saved(file, state)
         if samples is None:
@@ -273,6 +274,16 @@ def _find_shards(folder: Path) -> list[Path]:
     if not paths:
         raise DataError(f"{folder} {'holds no *.tar file' if names else 'is empty'}; {advice}")
     return paths
+
+
+def _stat(shard: Path) -> os.stat_result:
+    """Size and time of a shard; DataError where the name leads nowhere."""
+    try:
+        return shard.stat()
+    except OSError as error:
+        raise DataError(
+            f"{shard} cannot be read ({error.strerror}); fetch or make this shard again"
+        ) from error
 
 
 def _load_saved(file: Path, state: dict[str, Any]) -> np.ndarray | None:
