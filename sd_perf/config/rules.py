@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
 from sd_perf.errors import ConfigError
-from sd_perf.files import is_storable
+from sd_perf.files import is_storable, quoted
 
 
 class Rule(NamedTuple):
@@ -54,5 +54,6 @@ class Section:
         """Raise ConfigError unless `ok`: the field's key, its value, and what is right instead."""
         if not ok:
             raise ConfigError(
-                f"{self.section}.{name}: {getattr(self, name)!r} cannot be used; it must be {right}"
+                f"{self.section}.{name}: {quoted(getattr(self, name))} cannot be used; "
+                f"it must be {right}"
             )

@@ -32,8 +32,9 @@ from sd_perf.files import disk_errors, is_absent, one_line, opened_untrusted, wr
 INDEX_NAME = "sd_perf_index.npz"
 _PARTS = {"npy": "moments", "txt": "caption", "context.npy": "context"}
 """file extension: part of the sample that it holds"""
-_MEMBER = re.compile(r"((?:.*/|)[^.]+)\.([^/]+)")
-"""key and extension: as in webdataset, the key ends at the first dot of the base name"""
+_MEMBER = re.compile(r"((?:.*/|)[^./]+)\.([^/]+)")
+"""key and extension: as in webdataset, the key ends at the first dot of the base name. Hidden
+files, such as the ._x that a Mac adds beside x, are no members of samples."""
 _END_OF_ARCHIVE = bytes(1024)
 """a whole tar file ends with two blocks of 512 zero bytes"""
 _LONG_HEADERS = (
@@ -72,9 +73,10 @@ class _BoundedTarInfo(tarfile.TarInfo):
 
 
 def _list_files(path: Path) -> list[tarfile.TarInfo]:
-    """Files of a tar file; DataError where it is no tar file, not a whole one, or several.
+    """Regular files of a tar file.
 
-    Also for a link or a device: the samples that it stands for would be missing.
+    DataError where it is no tar file, not a whole one, or holds what would be left out: links,
+    devices, and whatever stands behind its end.
     """
     remedy = "fetch or make this shard again"
     with opened_untrusted(path, remedy, DataError) as stream:
@@ -88,19 +90,19 @@ def _list_files(path: Path) -> list[tarfile.TarInfo]:
         # So a truncated or damaged tar shows only by what stands at that place.
         stream.seek(end)
         whole = stream.read(len(_END_OF_ARCHIVE)) == _END_OF_ARCHIVE
-        more = whole and any(any(block) for block in iter(lambda: stream.read(_BLOCK), b""))
+        padding = all(not any(block) for block in iter(lambda: stream.read(_BLOCK), b""))
     if not whole:
         raise DataError(f"{path} is truncated or damaged at byte {end}; {remedy}")
-    if more:
+    if not padding:
         raise DataError(
-            f"{path} goes on after its end at byte {end}, as `cat` of two tar files makes it; "
-            "name each a shard of its own"
+            f"{path} goes on behind the end of the archive at byte {end}, as files put together "
+            "with cat do; unpack all parts and make one shard of them"
         )
     for member in members:
-        if not (member.isreg() or member.isdir()) and _MEMBER.fullmatch(member.name):
+        if not (member.isdir() or member.isreg()) or member.issparse():
             raise DataError(
-                f"{path}: {member.name[:200]} is a link or device, not a file; "
-                "make the shard again from files (tar --hard-dereference --dereference)"
+                f"{path}: {member.name[:200]} is a link, a device or a sparse file, which is not "
+                "read; make the shard again of plain files (tar --dereference --hard-dereference)"
             )
     return [member for member in members if member.isreg()]
 
@@ -204,7 +206,7 @@ class ShardIndex:
         file = Path(file) if str(file) else folder / INDEX_NAME
         stats = [_stat(path) for path in paths]
         state: dict[str, Any] = {
-            "version": np.array(1),
+            "version": np.array(2),
             "names": np.array([path.name for path in paths]),
             "sizes": np.array([stat.st_size for stat in stats], dtype=np.int64),
             "mtimes": np.array([stat.st_mtime_ns for stat in stats], dtype=np.int64),
@@ -256,8 +258,8 @@ class ShardIndex:
         return digest.hexdigest()
 
 
-def list_shards(folder: Path) -> list[Path]:
-    """The *.tar files of a folder by name, without the `._*.tar` that Macs write beside files."""
+def find_tars(folder: Path) -> list[Path]:
+    """The *.tar files of a folder by name, without the ._*.tar that a Mac adds beside them."""
     return sorted(path for path in folder.glob("*.tar") if not path.name.startswith("._"))
 
 
@@ -270,7 +272,7 @@ def _find_shards(folder: Path) -> list[Path]:
     except OSError as error:
         reason = "is not a folder" if is_absent(folder) else f"cannot be read ({error.strerror})"
         raise DataError(f"{folder} {reason}; {advice}") from error
-    paths = list_shards(folder)
+    paths = find_tars(folder)
     if not paths:
         raise DataError(f"{folder} {'holds no *.tar file' if names else 'is empty'}; {advice}")
     return paths

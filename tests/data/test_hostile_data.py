@@ -120,7 +120,7 @@ def test_a_link_is_no_sample(tmp_path, kind):
         info = tarfile.TarInfo("b.txt")
         info.type, info.linkname = kind, "a.txt"
         tar.addfile(info)
-    with pytest.raises(DataError, match=r"0\.tar: b\.txt is a link or device, not a file; make"):
+    with pytest.raises(DataError, match=r"0\.tar: b\.txt is a link, a device or a sparse file"):
         ShardIndex.open(tmp_path)
 
 
@@ -128,7 +128,9 @@ def test_a_second_archive_is_not_passed_over(tmp_path):
     first = write_tar(tmp_path / "0.tar", [("a.npy", b"x"), ("a.txt", b"x")])
     second = write_tar(tmp_path / "b" / "1.tar", [("b.npy", b"x"), ("b.txt", b"x")])
     first.write_bytes(first.read_bytes() + second.read_bytes())
-    with pytest.raises(DataError, match=r"0\.tar goes on after its end at byte 2048, as `cat`"):
+    with pytest.raises(
+        DataError, match=r"0\.tar goes on behind the end of the archive at byte 2048"
+    ):
         ShardIndex.open(tmp_path)
 
 
