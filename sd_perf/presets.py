@@ -1,13 +1,19 @@
 """YAML presets: read into a `Config`, strictly.
 
-An unknown key or a value of another type is an error, never ignored. A preset may say
-`extends: other.yaml`; its own keys then override those of the other file, section by section.
+An unknown key, a key given twice and a value of another type are errors, never ignored. A preset
+may say `extends: other.yaml`; its own keys then override those of the other file, section by
+section.
+
+YAML 1.1 reads some plain words as what few people mean: 1:30 as 90, 010 as 8, no as false and
+2026-05-01 as a date. Here they are text, which a field of numbers refuses. A field of true or false
+takes yes, no, on and off, too. Aliases and tags, which no preset needs, are refused.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from pathlib import Path
@@ -17,7 +23,35 @@ import yaml
 
 from sd_perf.config import Config
 from sd_perf.errors import ConfigError
-from sd_perf.files import one_line
+from sd_perf.files import is_absent, one_line, quoted, read_untrusted
+
+MAX_PRESET_BYTES = 2**18
+"""largest preset that is read; the reader is slow, and people write a few kilobytes"""
+_MAX_DEPTH = 16
+"""sections and lists within each other in a preset; the config has three"""
+_MAX_ITEMS = 64
+"""items in a list of a preset; the config's lists have one per level of the network"""
+_SWITCH_WORDS = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false": False}
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads plain words as numbers, true, false and null only where nobody means anything else."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012 (a class attribute in yaml, too)
+
+
+for _kind, _words, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
+        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^({_words})$"), _first)
 
 
 def load_preset(path: str | Path) -> Config:
@@ -57,15 +91,12 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _read_chain(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The file's sections, over those of the file that it extends."""
-    if path.resolve() in extended_by:
+    if _real(path) in extended_by:
         raise ConfigError(f"{path}: extends itself; name another file, or take `extends` out")
-    if not path.is_file():
+    if is_absent(path):
         advice = f"{extended_by[-1]} extends it" if extended_by else "presets are in configs/"
         raise ConfigError(f"{path}: no such config file; {advice}")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML ({one_line(error)})") from error
+    tree = _read_yaml(path)
     if not isinstance(tree, dict):
         raise ConfigError(
             f"{path}: must hold sections such as `training:`, not a {type(tree).__name__}"
@@ -73,7 +104,74 @@ def _read_chain(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any
     base = tree.pop("extends", None)
     if base is None:
         return tree
-    return _merge(_read_chain(path.parent / str(base), (*extended_by, path.resolve())), tree)
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: extends: {quoted(base)} cannot be used; it must be a file")
+    return _merge(_read_chain(path.parent / base, (*extended_by, _real(path))), tree)
+
+
+def _real(path: Path) -> Path:
+    """The path without links, by which a file is known again; one that leads nowhere stays."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError, ValueError):
+        return path.absolute()
+
+
+def _read_yaml(path: Path) -> Any:
+    """The value in a preset's file; {} for an empty one."""
+    content = read_untrusted(
+        path, MAX_PRESET_BYTES, remedy="give a YAML file of sections", kind=ConfigError
+    )
+    try:
+        loader = _Loader(content.decode("utf-8"))
+        _require_plain(content.decode("utf-8"))
+        node = loader.get_single_node()
+        if node is None:
+            return {}
+        _require_unique(node, "")
+        return loader.construct_document(node) or {}
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML ({one_line(error)})") from error
+
+
+def _require_plain(text: str) -> None:
+    """ConfigError for aliases, tags and deep nesting, with the line, before anything is built."""
+    depth = 0
+    for event in yaml.parse(text, _Loader):
+        where = f"line {event.start_mark.line + 1}"  # type: ignore[union-attr]
+        if isinstance(event, yaml.AliasEvent):
+            raise ConfigError(f"{where}: the alias *{event.anchor} is refused; write it out")
+        if tag := getattr(event, "tag", None):
+            raise ConfigError(f"{where}: the tag {quoted(tag)} is refused; write plain YAML")
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_DEPTH:
+            raise ConfigError(
+                f"{where}: nested deeper than {_MAX_DEPTH}; a config has no such value"
+            )
+
+
+def _require_unique(node: yaml.Node, prefix: str) -> None:
+    """ConfigError, with both lines, for a key that a mapping has twice."""
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _require_unique(item, prefix)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    lines: dict[str, int] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):
+            raise ConfigError(f"line {line}: a key must be a word")
+        name = f"{prefix}{key.value[:100]}"
+        if key.value in lines:
+            raise ConfigError(
+                f"{name}: given twice, on lines {lines[key.value]} and {line}; keep one"
+            )
+        lines[key.value] = line
+        _require_unique(value, f"{name}.")
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -89,13 +187,13 @@ def _build(cls: type, tree: Any, prefix: str) -> Any:
     """A config dataclass from a dict. `prefix` stands before its keys in messages: "training."."""
     if not isinstance(tree, dict):
         raise ConfigError(
-            f"{prefix.rstrip('.')}: {tree!r} cannot be used; it must be a section of keys"
+            f"{prefix.rstrip('.')}: {quoted(tree)} cannot be used; it must be a section of keys"
         )
     hints = typing.get_type_hints(cls)
     values = {}
     for key, value in tree.items():
         if key not in hints:
-            raise ConfigError(_unknown_key(f"{prefix}{key}", list(hints), prefix))
+            raise ConfigError(_unknown_key(f"{prefix}{str(key)[:100]}", list(hints), prefix))
         if dataclasses.is_dataclass(hints[key]):
             values[key] = _build(typing.cast(type, hints[key]), value, f"{prefix}{key}.")
         else:
@@ -119,12 +217,15 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         if value in arguments:
             return value
         raise ConfigError(
-            f"{key}: {value!r} cannot be used; it must be one of {', '.join(map(str, arguments))}"
+            f"{key}: {quoted(value)} cannot be used; "
+            f"it must be one of {', '.join(map(str, arguments))}"
         )
     if origin is tuple:
-        if isinstance(value, list | tuple):
+        if isinstance(value, list | tuple) and len(value) <= _MAX_ITEMS:
             return tuple(_convert(item, arguments[0], key) for item in value)
-        raise ConfigError(f"{key}: {value!r} cannot be used; it must be a list")
+        raise ConfigError(
+            f"{key}: {quoted(value)} cannot be used; it must be a list of at most {_MAX_ITEMS}"
+        )
     return _scalar(value, hint, key)
 
 
@@ -135,7 +236,9 @@ def _scalar(value: Any, hint: type, key: str) -> Any:
             return float(value)  # YAML 1.1 reads 1e-4, without a point, as text
         except (TypeError, ValueError, OverflowError):
             pass
-    elif type(value) is hint:
+    elif type(value) is hint and not (isinstance(value, int) and abs(value) >= 2**64):
         return value
+    elif hint is bool and isinstance(value, str) and value.lower() in _SWITCH_WORDS:
+        return _SWITCH_WORDS[value.lower()]
     name = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[hint]
-    raise ConfigError(f"{key}: {value!r} cannot be used; it must be {name}")
+    raise ConfigError(f"{key}: {quoted(value)} cannot be used; it must be {name}")

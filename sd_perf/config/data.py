@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from sd_perf.config.rules import Count, Rule, Section
+from sd_perf.config.rules import Count, PathText, Rule, Section
 
 
 @dataclass(frozen=True)
@@ -16,9 +16,9 @@ class DataConfig(Section):
 
     format: Literal["moments", "synthetic"] = "moments"
     """moments: the benchmark's tar shards; synthetic: drawn from the seed, no files"""
-    path: str = ""
+    path: PathText = ""
     """folder of the *.tar shards"""
-    index: str = ""
+    index: PathText = ""
     """file of the samples' byte offsets (default: sd_perf_index.npz in data.path)"""
     latent_size: Count = 64
     """height and width of the latents, latent pixels"""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from sd_perf.config.rules import Count, NotNegative, Rule, Section
+from sd_perf.config.rules import Count, NotNegative, PathText, Rule, Section
 
 
 @dataclass(frozen=True)
@@ -26,21 +26,21 @@ class EvaluationConfig(Section):
 
     section = "evaluation"
 
-    prompts: str = ""
+    prompts: PathText = ""
     """captions to draw: a .tsv with a column `caption` (the benchmark's), or captions.jsonl"""
     num_prompts: Annotated[int, Rule(lambda prompts: prompts > 1, "at least 2")] = 30_000
     """prompts drawn, from the top of the file"""
     batch_size: Count = 32
     """pictures drawn at a time"""
-    autoencoder: str = ""
+    autoencoder: PathText = ""
     """file of the decoder: .onnx, .ckpt or .safetensors"""
-    features: str = ""
+    features: PathText = ""
     """network of FID's features: the FID Inception (.pth) or a feature net (.safetensors)"""
-    statistics: str = ""
+    statistics: PathText = ""
     """.npz with mu and sigma of the real pictures' features"""
-    clip_model: str = "ViT-H-14"
+    clip_model: PathText = "ViT-H-14"
     """open_clip model of the CLIP score, or the path of a model JSON"""
-    clip_weights: str = ""
+    clip_weights: PathText = ""
     """file of the weights of clip_model"""
     fid_target: float = 90.0
     """highest FID of a converged checkpoint; clip_target must hold at the same one"""

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal
 
-from sd_perf.config.rules import Count, Positive, Rule, Section
+from sd_perf.config.rules import Count, PathText, Positive, Rule, Section
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,9 @@ class TextEncoderConfig(Section):
 
     section = "text_encoder"
 
-    model: str = "ViT-H-14"
+    model: PathText = "ViT-H-14"
     """open_clip model name, or the path of an open_clip model JSON"""
-    weights: str = ""
+    weights: PathText = ""
     """open_clip .bin, .pt or .safetensors, LDM .ckpt, or "random" for seeded random weights"""
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
 from sd_perf.errors import ConfigError
+from sd_perf.files import is_storable, quoted
 
 
 class Rule(NamedTuple):
@@ -24,6 +25,12 @@ Count = Annotated[int, Rule(lambda value: value > 0, "at least 1")]
 Positive = Annotated[float, Rule(lambda value: value > 0, "positive")]
 NotNegative = Annotated[float, Rule(lambda value: value >= 0, "0 or more")]
 Decay = Annotated[float, Rule(lambda value: 0 <= value < 1, "in [0, 1)")]
+PathText = Annotated[
+    str,
+    Rule(lambda path: not path.startswith("~"), "a path without ~: write out the home folder"),
+    Rule(is_storable, "a path that a disk can hold (names of at most 255 bytes)"),
+]
+"""path of a file or folder. Nothing expands ~ but a shell, so it would be a folder's own name."""
 
 
 class Section:
@@ -47,5 +54,6 @@ class Section:
         """Raise ConfigError unless `ok`: the field's key, its value, and what is right instead."""
         if not ok:
             raise ConfigError(
-                f"{self.section}.{name}: {getattr(self, name)!r} cannot be used; it must be {right}"
+                f"{self.section}.{name}: {quoted(getattr(self, name))} cannot be used; "
+                f"it must be {right}"
             )

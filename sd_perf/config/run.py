@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from sd_perf.config.rules import Count, Rule, Section
+from sd_perf.config.rules import Count, PathText, Rule, Section
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class RunConfig(Section):
 
     section = "run"
 
-    dir: str = "runs/default"
+    dir: Annotated[PathText, Rule(bool, "the name of a folder")] = "runs/default"
     """folder that receives manifest, metrics and checkpoints"""
     note: str = ""
     """what the run can and cannot show; printed under its last table"""
@@ -58,7 +58,7 @@ class MLPerfConfig(Section):
     """submission_platform"""
     status: Literal["", "onprem", "cloud", "preview", "research"] = ""
     """submission_status"""
-    parity_record: str = ""
+    parity_record: PathText = ""
     """parity.json that proves the fast network (default: in the folder <run.dir>.parity)"""
     waive: tuple[Literal["parity"], ...] = ()
     """checks to start without, as the log will say; parity: a green parity record"""

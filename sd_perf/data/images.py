@@ -5,16 +5,28 @@ Shape letters: H and W rows and columns, pixels.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from sd_perf.errors import DataError
-from sd_perf.files import one_line, written_aside
+from sd_perf.files import one_line, opened_untrusted, written_aside
 from sd_perf.optional import optional
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+
+MAX_PIXELS = 50_000_000
+"""pixels of the largest image that is decoded"""
+MAX_ASPECT = 32
+"""longer side over shorter side, at most; the crop would show nearly nothing of a longer image"""
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""formats that are decoded; some others of Pillow's start programs"""
 
 
 def load_image(
@@ -61,16 +73,19 @@ def resize_and_crop(pixels: torch.Tensor, size: int) -> torch.Tensor:
 
 def _decode(path: str | Path | BinaryIO, upright: bool) -> Any:
     """An image file as a Pillow image of mode RGB; DataError where it cannot be one."""
-    Image = optional("PIL.Image", "images need Pillow", "images")
+    if isinstance(path, str | Path):
+        with opened_untrusted(Path(path), "mend or remove it", DataError) as file:
+            return _decode_stream(file, str(path), upright)
+    return _decode_stream(path, "the image", upright)
+
+
+def _decode_stream(file: BinaryIO, name: str, upright: bool) -> Any:
     ImageOps = optional("PIL.ImageOps", "images need Pillow", "images")
-    name = path if isinstance(path, str | Path) else "the image"
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file) if upright else file
-            return _to_rgb(image, file.format, str(name))
-    except DataError:
-        raise
-    except Exception as error:  # damage shows as nearly any error
+        image = decode_image(file)
+        format = image.format  # turning makes a copy without it
+        return _to_rgb(ImageOps.exif_transpose(image) if upright else image, format or "", name)
+    except ValueError as error:
         raise DataError(
             f"{name} cannot be decoded as an image ({one_line(error)}); mend or remove it"
         ) from error
@@ -98,6 +113,34 @@ def _to_rgb(image: Any, format: str, name: str) -> Any:
         return image.convert("RGB")
     white = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+
+
+def decode_image(file: BinaryIO) -> PIL.Image.Image:
+    """The image in a file, in its own mode; its size is looked at before it is decoded.
+
+    Raises ValueError, with the bare reason, for an image that cannot be decoded, or is larger than
+    MAX_PIXELS or longer than MAX_ASPECT; and ConfigError without Pillow.
+    """
+    Image = optional("PIL.Image", "images need Pillow", "images")
+    try:
+        # Pillow warns of images beyond its own limit, which is above ours
+        with warnings.catch_warnings(action="ignore"):
+            image = Image.open(file, formats=_FORMATS)
+        _require_size(*image.size)
+        image.load()
+    except Exception as error:  # damage shows as nearly any error
+        raise ValueError(one_line(error)) from error
+    return image
+
+
+def _require_size(width: int, height: int) -> None:
+    """ValueError for a size in pixels that is not decoded."""
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"it has {width} x {height} pixels, more than {MAX_PIXELS:,}")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ValueError(
+            f"{width} x {height} pixels: one side is over {MAX_ASPECT} times the other"
+        )
 
 
 def write_png(picture: torch.Tensor, path: Path) -> None:

@@ -8,7 +8,7 @@ Shape letters: C latent channels, S latent side, T text tokens, D context channe
 
 from __future__ import annotations
 
-import io
+import math
 import os
 import resource
 import weakref
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sd_perf.config import DataConfig
+from sd_perf.data.npz import MAX_HEADER_BYTES, read_npy_header
 from sd_perf.data.shards import ShardIndex
 from sd_perf.errors import BadSampleError, DataError
 
@@ -34,48 +35,54 @@ class Sample:
 
 
 def _parse_npy(
-    data: bytes, what: str, shape: tuple[int, ...], dtypes: tuple[str, ...]
+    data: bytes, what: str, shape: tuple[int, ...], dtypes: tuple[str, ...], stored: int | None
 ) -> np.ndarray:
     """The array in a .npy file's bytes, of exactly this shape, one of these dtypes and finite.
 
-    np.load is not used: it would allocate whatever shape a damaged or hostile header claims. Here
-    the header is checked first, and the array is a view of `data`.
+    The array is a view of `data`. `stored` is the size of the file in bytes where `data` is but its
+    beginning, because the file is larger than the array could be.
     """
-    stream = io.BytesIO(data)
-    readers = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }
     try:
-        found_shape, fortran_order, dtype = readers[np.lib.format.read_magic(stream)](stream)
-    except (ValueError, KeyError) as error:
+        found_shape, fortran_order, dtype, offset = read_npy_header(data[:MAX_HEADER_BYTES])
+    except ValueError as error:
         raise BadSampleError(f"{what} is not a .npy array") from error
     if dtype.hasobject:
         raise BadSampleError(f"{what} holds pickled objects, which are refused")
     if dtype not in [np.dtype(name) for name in dtypes]:
-        raise BadSampleError(f"{what} has dtype {dtype}, not {' or '.join(dtypes)}")
+        raise BadSampleError(f"{what} has dtype {str(dtype)[:100]}, not {' or '.join(dtypes)}")
     if found_shape != shape or fortran_order:
         order = " in Fortran order" if fortran_order else ""
-        raise BadSampleError(f"{what} has shape {found_shape}{order}, not {shape}")
-    payload = len(data) - stream.tell()
-    if payload != np.prod(shape) * dtype.itemsize:
-        raise BadSampleError(
-            f"{what} has {payload} bytes of values, not {np.prod(shape) * dtype.itemsize}"
-        )
-    array = np.frombuffer(data, dtype=dtype, offset=stream.tell()).reshape(shape)
+        raise BadSampleError(f"{what} has shape {str(found_shape)[:100]}{order}, not {shape}")
+    right = math.prod(shape) * dtype.itemsize
+    payload = (len(data) if stored is None else stored) - offset
+    if payload != right:
+        raise BadSampleError(f"{what} has {payload} bytes of values, not {right}")
+    array = np.frombuffer(data, dtype=dtype, offset=offset).reshape(shape)
     if not np.isfinite(array).all():
         raise BadSampleError(f"{what} has values that are NaN or infinite")
     return array
 
 
-def parse_moments(data: bytes, channels: int, size: int) -> np.ndarray:
-    """Moments (2C, S, S) float32 from the bytes of a .npy file of shape (1, 2C, S, S)."""
-    return _parse_npy(data, "moments", (1, 2 * channels, size, size), ("float32",))[0]
+def parse_moments(data: bytes, channels: int, size: int, stored: int | None = None) -> np.ndarray:
+    """Moments (2C, S, S) float32 from the bytes of a .npy file of shape (1, 2C, S, S).
+
+    `stored` is the size of the file, where `data` is but its beginning.
+    """
+    return _parse_npy(data, "moments", (1, 2 * channels, size, size), ("float32",), stored)[0]
 
 
-def parse_context(data: bytes, tokens: int, channels: int) -> np.ndarray:
-    """Text states (T, D), float16 or float32 as stored, from the bytes of a .context.npy file."""
-    return _parse_npy(data, "context", (tokens, channels), ("float16", "float32"))
+def parse_context(data: bytes, tokens: int, channels: int, stored: int | None = None) -> np.ndarray:
+    """Text states (T, D), float16 or float32 as stored, from the bytes of a .context.npy file.
+
+    `stored` is the size of the file, where `data` is but its beginning.
+    """
+    return _parse_npy(data, "context", (tokens, channels), ("float16", "float32"), stored)
+
+
+def require_caption_size(size: int, max_bytes: int) -> None:
+    """BadSampleError for a caption of more bytes than are taken; to be asked before it is read."""
+    if size > max_bytes:
+        raise BadSampleError(f"caption has {size} bytes, more than {max_bytes}")
 
 
 def parse_caption(data: bytes, max_bytes: int, allow_empty: bool) -> str:
@@ -83,8 +90,7 @@ def parse_caption(data: bytes, max_bytes: int, allow_empty: bool) -> str:
 
     It must be UTF-8, at most max_bytes long, and not blank unless allow_empty.
     """
-    if len(data) > max_bytes:
-        raise BadSampleError(f"caption has {len(data)} bytes, more than {max_bytes}")
+    require_caption_size(len(data), max_bytes)
     try:
         caption = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -159,8 +165,10 @@ class SampleReader:
                     "the last checkpoint may be of either content: bring the shard back and resume"
                 )
 
-    def _part(self, row: np.void, part: str) -> bytes:
-        size, offset = int(row[f"{part}_size"]), int(row[f"{part}_offset"])
+    def _part(self, row: np.void, part: str, limit: int) -> tuple[bytes, int]:
+        """The bytes of a part of a sample, `limit` at most, and the size of all of it."""
+        stored, offset = int(row[f"{part}_size"]), int(row[f"{part}_offset"])
+        size = min(stored, limit)
         try:
             # pread takes the offset as an argument, so threads can share a descriptor
             data = os.pread(self._descriptors[row["shard"]], size, offset)
@@ -169,23 +177,31 @@ class SampleReader:
             raise DataError(f"{shard} cannot be read at byte {offset}: {error.strerror}") from error
         if len(data) != size:
             raise BadSampleError(
-                f"{part} ends after {len(data)} of {size} bytes; the shard shrank since it was "
+                f"{part} ends after {len(data)} of {stored} bytes; the shard shrank since it was "
                 "indexed"
             )
-        return data
+        return data, stored
 
     def read(self, sample: int) -> Sample:
-        """Read and decode a sample. BadSampleError, with the bare reason, for unusable bytes."""
+        """Read and decode a sample. BadSampleError, with the bare reason, for unusable bytes.
+
+        Never reads more of a part than the config lets it have.
+        """
         row, config = self._index.samples[sample], self._config
-        moments = parse_moments(self._part(row, "moments"), self._in_channels, config.latent_size)
+        channels, side = self._in_channels, config.latent_size
+        limit = MAX_HEADER_BYTES + 4 * 2 * channels * side**2
+        data, stored = self._part(row, "moments", limit)
+        moments = parse_moments(data, channels, side, stored)
+        require_caption_size(int(row["caption_size"]), config.max_caption_bytes)
+        data, _ = self._part(row, "caption", config.max_caption_bytes)
         caption = parse_caption(
-            self._part(row, "caption"),
+            data,
             max_bytes=config.max_caption_bytes,
             allow_empty=config.allow_empty_captions,
         )
         context = None
         if config.context == "precomputed":
-            context = parse_context(
-                self._part(row, "context"), config.context_tokens, self._context_dim
-            )
+            limit = MAX_HEADER_BYTES + 4 * config.context_tokens * self._context_dim
+            data, stored = self._part(row, "context", limit)
+            context = parse_context(data, config.context_tokens, self._context_dim, stored)
         return Sample(moments, caption, context)

@@ -15,19 +15,19 @@ import logging
 import os
 import re
 import tarfile
-import zipfile
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from sd_perf.data.npz import read_npz
 from sd_perf.errors import DataError
-from sd_perf.files import disk_errors, written_aside
+from sd_perf.files import disk_errors, is_absent, one_line, opened_untrusted, written_aside
 
 INDEX_NAME = "sd_perf_index.npz"
 _PARTS = {"npy": "moments", "txt": "caption", "context.npy": "context"}
@@ -37,8 +37,16 @@ _MEMBER = re.compile(r"((?:.*/|)[^./]+)\.([^/]+)")
 files, such as the ._x that a Mac adds beside x, are no members of samples."""
 _END_OF_ARCHIVE = bytes(1024)
 """a whole tar file ends with two blocks of 512 zero bytes"""
+_LONG_HEADERS = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
+"""headers that are followed by a name or by attributes, which tarfile reads into memory"""
+_MAX_LONG_HEADER = 2**16
 _BLOCK = 2**20
-"""bytes read at once of the padding behind the end"""
 _SHARDS_PER_PROCESS = 8
 """shards to scan per process: fewer are not worth the start of another process"""
 
@@ -53,29 +61,38 @@ def _row_type(key_bytes: int) -> np.dtype[Any]:
     return np.dtype([*fields, ("key", f"S{max(1, key_bytes)}")])
 
 
+class _BoundedTarInfo(tarfile.TarInfo):
+    """A header of a tar file, which is refused where tarfile would read what it claims at once."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _BoundedTarInfo:
+        info = super().frombuf(buf, encoding, errors)
+        if info.size < 0 or (info.type in _LONG_HEADERS and info.size > _MAX_LONG_HEADER):
+            raise tarfile.ReadError(f"a header claims {info.size} bytes")
+        return info
+
+
 def _list_files(path: Path) -> list[tarfile.TarInfo]:
     """Regular files of a tar file.
 
     DataError where it is no tar file, not a whole one, or holds what would be left out: links,
     devices, and whatever stands behind its end.
     """
-    try:
-        with tarfile.open(path, "r:") as tar:
-            members, end = tar.getmembers(), tar.offset
-        with path.open("rb") as stream:
-            # tarfile takes any header it cannot read for the end of the archive, without an error.
-            # So a truncated or damaged tar shows only by what stands at that place.
-            stream.seek(end)
-            whole = stream.read(len(_END_OF_ARCHIVE)) == _END_OF_ARCHIVE
-            padding = all(not any(block) for block in iter(lambda: stream.read(_BLOCK), b""))
-    except (tarfile.TarError, OSError) as error:
-        raise DataError(
-            f"{path} cannot be read as a tar file ({error}); fetch or make this shard again"
-        ) from error
+    remedy = "fetch or make this shard again"
+    with opened_untrusted(path, remedy, DataError) as stream:
+        try:
+            members, end = _read_headers(stream)
+        except Exception as error:  # tarfile meets damage with nearly any error
+            raise DataError(
+                f"{path} cannot be read as a tar file ({one_line(error)}); {remedy}"
+            ) from error
+        # tarfile takes any header it cannot read for the end of the archive, without an error.
+        # So a truncated or damaged tar shows only by what stands at that place.
+        stream.seek(end)
+        whole = stream.read(len(_END_OF_ARCHIVE)) == _END_OF_ARCHIVE
+        padding = all(not any(block) for block in iter(lambda: stream.read(_BLOCK), b""))
     if not whole:
-        raise DataError(
-            f"{path} is truncated or damaged at byte {end}; fetch or make this shard again"
-        )
+        raise DataError(f"{path} is truncated or damaged at byte {end}; {remedy}")
     if not padding:
         raise DataError(
             f"{path} goes on behind the end of the archive at byte {end}, as files put together "
@@ -84,15 +101,23 @@ def _list_files(path: Path) -> list[tarfile.TarInfo]:
     for member in members:
         if not (member.isdir() or member.isreg()) or member.issparse():
             raise DataError(
-                f"{path}: {member.name} is a link, a device or a sparse file, which is not read; "
-                "make the shard again of plain files (tar --dereference --hard-dereference)"
+                f"{path}: {member.name[:200]} is a link, a device or a sparse file, which is not "
+                "read; make the shard again of plain files (tar --dereference --hard-dereference)"
             )
     return [member for member in members if member.isreg()]
 
 
-def find_tars(folder: Path) -> list[Path]:
-    """The *.tar files of a folder by name, without the ._*.tar that a Mac adds beside them."""
-    return sorted(path for path in folder.glob("*.tar") if not path.name.startswith("._"))
+def _read_headers(stream: BinaryIO) -> tuple[list[tarfile.TarInfo], int]:
+    """The members of a tar file, and the byte at which the last one ends."""
+    members = []
+    with tarfile.open(fileobj=stream, mode="r:", tarinfo=_BoundedTarInfo) as tar:
+        end = 0
+        while (member := tar.next()) is not None:
+            if member.size < 0 or tar.offset <= end:
+                raise tarfile.ReadError(f"the header at byte {end} leads back")
+            members.append(member)
+            end = tar.offset
+        return members, tar.offset
 
 
 def group_by_key(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
@@ -179,11 +204,12 @@ class ShardIndex:
         folder = Path(folder)
         paths = _find_shards(folder)
         file = Path(file) if str(file) else folder / INDEX_NAME
+        stats = [_stat(path) for path in paths]
         state: dict[str, Any] = {
             "version": np.array(2),
             "names": np.array([path.name for path in paths]),
-            "sizes": np.array([path.stat().st_size for path in paths], dtype=np.int64),
-            "mtimes": np.array([path.stat().st_mtime_ns for path in paths], dtype=np.int64),
+            "sizes": np.array([stat.st_size for stat in stats], dtype=np.int64),
+            "mtimes": np.array([stat.st_mtime_ns for stat in stats], dtype=np.int64),
         }
         samples = _load_saved(file, state)
         if samples is None:
@@ -232,30 +258,65 @@ class ShardIndex:
         return digest.hexdigest()
 
 
+def find_tars(folder: Path) -> list[Path]:
+    """The *.tar files of a folder by name, without the ._*.tar that a Mac adds beside them."""
+    return sorted(path for path in folder.glob("*.tar") if not path.name.startswith("._"))
+
+
 def _find_shards(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise DataError(
-            f"{folder} is not a folder; data.path must name the folder of the *.tar moments shards"
-        )
+    advice = "data.path must name the folder of the *.tar moments shards"
+    try:
+        names = [path.name for path in folder.iterdir()]
+    except NotADirectoryError as error:
+        raise DataError(f"{folder} is not a folder; {advice}") from error
+    except OSError as error:
+        reason = "is not a folder" if is_absent(folder) else f"cannot be read ({error.strerror})"
+        raise DataError(f"{folder} {reason}; {advice}") from error
     paths = find_tars(folder)
     if not paths:
-        state = "holds no *.tar file" if any(folder.iterdir()) else "is empty"
-        raise DataError(
-            f"{folder} {state}; data.path must name the folder of the *.tar moments shards"
-        )
+        raise DataError(f"{folder} {'holds no *.tar file' if names else 'is empty'}; {advice}")
     return paths
 
 
-def _load_saved(file: Path, state: dict[str, Any]) -> np.ndarray | None:
-    """Rows of a saved index; None where there is none, or the shards have changed since."""
-    if not file.exists():
-        return None
+def _stat(shard: Path) -> os.stat_result:
+    """Size and time of a shard; DataError where the name leads nowhere."""
     try:
-        with np.load(file, allow_pickle=False) as saved:
-            same = all(np.array_equal(saved[name], value) for name, value in state.items())
-            return saved["samples"] if same else None
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
-        # It may be another file of the user's, so it is not overwritten.
+        return shard.stat()
+    except OSError as error:
         raise DataError(
-            f"{file} is not a shard index; delete it or set data.index to another file"
+            f"{shard} cannot be read ({error.strerror}); fetch or make this shard again"
         ) from error
+
+
+def _load_saved(file: Path, state: dict[str, Any]) -> np.ndarray | None:
+    """Rows of a saved index; None where there is none, or the shards have changed since.
+
+    DataError where the file is no index: it may be another file of the user's, so it is not
+    overwritten.
+    """
+    if is_absent(file):
+        return None
+    remedy = "delete it or set data.index to another file"
+    with opened_untrusted(file, remedy, DataError) as stream:
+        try:
+            saved = read_npz(stream)
+            if not all(np.array_equal(saved[name], value) for name, value in state.items()):
+                return None
+            _check_rows(saved["samples"], state["sizes"])
+        except (KeyError, ValueError, TypeError) as error:
+            raise DataError(f"{file} is not a shard index; {remedy}") from error
+    return saved["samples"]
+
+
+def _check_rows(rows: np.ndarray, sizes: np.ndarray) -> None:
+    """ValueError for rows of another type, or that name bytes outside of the shards."""
+    key_bytes = rows.dtype["key"].itemsize if rows.dtype.names else 1
+    if rows.ndim != 1 or rows.dtype != _row_type(key_bytes):
+        raise ValueError(f"its rows have dtype {rows.dtype}")
+    shard = rows["shard"]
+    if ((shard < 0) | (shard >= len(sizes))).any():
+        raise ValueError("a row names a shard that is not there")
+    for part in _PARTS.values():
+        offset, size, room = rows[f"{part}_offset"], rows[f"{part}_size"], sizes[shard]
+        if ((offset < 0) | (size < 0) | (offset > room) | (size > room - offset)).any():
+            raise ValueError(f"a row places its {part} outside of the shard")

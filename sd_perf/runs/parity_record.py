@@ -19,7 +19,7 @@ import sd_kernels
 import sd_perf
 from sd_perf.config import Config
 from sd_perf.errors import ConfigError
-from sd_perf.files import read_json
+from sd_perf.files import misfit, read_json, require_shape
 
 Level = Literal["op", "block", "unet", "grad", "step", "trajectory", "world"]
 LEVELS: tuple[Level, ...] = get_args(Level)
@@ -32,6 +32,22 @@ own network on the operators that a CPU has; gpu: full size"""
 RECORD_NAME = "parity.json"
 IDENTITY = ("config", "code", "device")
 """keys in which a record must agree with a run that it stands for"""
+_NUMBER = (float, {"nan", "inf", "-inf"})
+_ROW = {
+    "level": set(LEVELS),
+    "name": str,
+    "ok": bool,
+    **dict.fromkeys(("max_error", "max_budget", "rms_error", "rms_budget"), _NUMBER),
+}
+_RECORD = {
+    "levels": [str],
+    "rows": [_ROW],
+    "executed?": {},
+    "triton_launches?": {},
+    "notes?": [str],
+    "curves?": {},
+}
+"""shape of a record, see `sd_perf.files.require_shape`"""
 _SECTIONS = ("model", "diffusion", "optimizer", "kernels", "precision")
 
 
@@ -72,6 +88,14 @@ def identity(config: Config) -> dict[str, str]:
     return {"config": config_digest(config), "code": code_digest(), "device": device_name()}
 
 
+def read_record(path: Path) -> dict[str, Any] | None:
+    """A record; None where there is no file, UserError where it is damaged."""
+    record = read_json(path)
+    if record is not None:
+        require_shape(record, _RECORD, f"{path}: is no parity record")
+    return record
+
+
 def require_green(config: Config) -> dict[str, Any]:
     """The record that proves the config's fast path with this code on this device.
 
@@ -93,13 +117,13 @@ def _reason_against(record: Any, config: Config) -> str:
     """Empty where the record is good."""
     if record is None:
         return "is not there"
-    if not (isinstance(record, dict) and isinstance(record.get("rows"), list)):
-        return "is no parity record"
+    if fault := misfit(record, _RECORD):
+        return f"is no parity record ({fault})"
     now = identity(config)
     for key in IDENTITY:
         if record.get(key) != now[key]:
             return f"is of another {key} ({record.get(key)}, here {now[key]})"
-    missing = [level for level in DEFAULT_LEVELS if level not in record.get("levels", ())]
+    missing = [level for level in DEFAULT_LEVELS if level not in record["levels"]]
     if missing:
         return f"lacks the level {missing[0]}"
     return "" if record.get("ok") is True else "is red"

@@ -6,23 +6,44 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sd_perf.errors import UserError
-from sd_perf.files import one_line
+from sd_perf.files import is_absent, one_line, parse_json, untrusted_lines
+
+_WHOLE = ("samples", "n")
+"""keys of counts: whole numbers, 0 or more"""
+_LARGEST = 1e39
+"""larger numbers are damage: none of float32, in which losses and scores are computed, is"""
 
 
-def read_scores(folder: Path, keys: tuple[str, ...] = ("samples", "n")) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class JsonLines:
+    """A file of JSON objects, a line each: those that can be used, apart from the damaged ones."""
+
+    objects: list[dict[str, Any]]
+    damaged: list[str]
+    """what is wrong with each damaged line: its number and the reason"""
+    torn: bool
+    """whether the last line is incomplete, as a killed process leaves it; it is in neither list"""
+
+
+def read_scores(folder: Path, keys: tuple[str, ...] = _WHOLE) -> list[dict[str, Any]]:
     """The lines of a run's `scores.jsonl`, by ascending position; [] where there is no file.
 
     Where a position was evaluated more than once, the last line counts. Raises UserError for a line
     without a number for one of `keys`.
     """
     lines, _ = read_json_lines(folder / "scores.jsonl", keys)
-    by_position = {line["samples"]: line for line in lines}
-    return [by_position[samples] for samples in sorted(by_position)]
+    return by_position(lines)
+
+
+def by_position(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines of scores by ascending position, the last one of each position."""
+    latest = {line["samples"]: line for line in lines}
+    return [latest[samples] for samples in sorted(latest)]
 
 
 def read_json_lines(path: Path, keys: tuple[str, ...]) -> tuple[list[dict[str, Any]], bool]:
@@ -32,30 +53,40 @@ def read_json_lines(path: Path, keys: tuple[str, ...]) -> tuple[list[dict[str, A
     left out. Raises UserError for any other damage, and for a line without a number for one of
     `keys`.
     """
-    if not path.is_file():
-        return [], False
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({one_line(error)}); restore it from a copy"
-        ) from error
+    lines = sort_out_lines(path, keys)
+    if lines.damaged:
+        raise UserError(f"{path}: {lines.damaged[0]}; mend or remove it")
+    return lines.objects, lines.torn
+
+
+def sort_out_lines(path: Path, keys: tuple[str, ...]) -> JsonLines:
+    """Read a file with one JSON object per line, where lines may be damaged; see `JsonLines`.
+
+    No file gives no lines. Raises UserError for a file that cannot be read at all.
+    """
+    if is_absent(path):
+        return JsonLines([], [], torn=False)
     objects: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, 1):
+    damaged: list[str] = []
+    torn = ""  # the reason against the latest line, while that may be the last one
+    for number, line in enumerate(untrusted_lines(path), 1):
+        if torn:
+            damaged.append(torn)
+        torn = ""
         try:
-            value = json.loads(line)
+            value = parse_json(line)
         except ValueError as error:
-            if number == len(lines):
-                return objects, True
-            raise UserError(
-                f"{path}: line {number} cannot be read ({one_line(error)}); mend or remove it"
-            ) from error
-        if not (
-            isinstance(value, dict) and all(isinstance(value.get(key), int | float) for key in keys)
-        ):
-            raise UserError(
-                f"{path}: line {number} lacks a number for one of {', '.join(keys)}; mend or "
-                "remove it"
-            )
-        objects.append(value)
-    return objects, False
+            torn = f"line {number} cannot be read ({one_line(error)})"
+            continue
+        if isinstance(value, dict) and all(is_number(key, value.get(key)) for key in keys):
+            objects.append(value)
+        else:
+            damaged.append(f"line {number} lacks a number for one of {', '.join(keys)}")
+    return JsonLines(objects, damaged, torn=bool(torn))
+
+
+def is_number(key: str, value: Any) -> bool:
+    """Whether a value from JSON can stand for a key; true and false are no numbers."""
+    if key in _WHOLE:
+        return type(value) is int and value >= 0
+    return type(value) in (int, float) and abs(value) < _LARGEST

@@ -69,7 +69,7 @@ def test_config_file_is_missing_or_no_text(tmp_path, refused):
         "no such config file",
         "configs/",
     )
-    matches(refused("train", "--config", tmp_path), "no such config file")
+    matches(refused("train", "--config", tmp_path), "cannot be read (it is a folder)")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     for command in (["train"], ["data", "prepare"], ["data", "statistics"]):
         matches(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +12,7 @@ import torch
 from sd_perf.data.images import load_image
 from sd_perf.data.samples import parse_caption
 from sd_perf.errors import BadSampleError, DataError
+from sd_perf.files import is_storable, one_line, parse_json, quoted, untrusted_lines
 
 MAX_CAPTION_BYTES = 4096
 """longest caption that is accepted, bytes of UTF-8"""
@@ -49,12 +49,7 @@ def read_captioned_images(
     if not images_dir.is_dir():
         raise DataError(f"{images_dir} is not a folder; name the folder of the images")
     path = Path(captions_file) if str(captions_file) else _find_captions(images_dir)
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be read ({error.strerror}); name the captions file"
-        ) from error
+    lines = untrusted_lines(path, remedy="name the captions file", kind=DataError)
     images = [
         _parse_line(line, images_dir, where=f"{path} line {number}", allow_empty=allow_empty)
         for number, line in enumerate(lines, 1)
@@ -79,28 +74,30 @@ def _find_captions(images_dir: Path) -> Path:
 def _parse_line(line: bytes, images_dir: Path, *, where: str, allow_empty: bool) -> CaptionedImage:
     """The image of one line; `where` names file and line."""
     try:
-        entry = json.loads(line.decode("utf-8"))
+        entry = parse_json(line)
     except UnicodeDecodeError as error:
         raise DataError(f"{where} is not UTF-8; save the captions file as UTF-8") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise DataError(
-            f"{where} is not JSON ({error.msg}); write one JSON object per line"
+            f"{where} is not JSON ({one_line(error)}); write one JSON object per line"
         ) from error
     if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
         raise DataError(
             f"{where} does not name an image; it needs an object with `file` and `captions`"
         )
+    name = entry["file"][:300]
+    if reason := _reason_against(Path(entry["file"])):
+        raise DataError(f"{where} names {name!r}, {reason}; name a picture of {images_dir}")
     captions = entry.get("captions", [entry["caption"]] if "caption" in entry else [])
     if not isinstance(captions, list) or not captions:
         raise DataError(
-            f"{where} ({entry['file']}) has no captions; it needs a list `captions` or a string "
-            "`caption`"
+            f"{where} ({name}) has no captions; it needs a list `captions` or a string `caption`"
         )
     for caption in captions:
-        _check_caption(caption, where=f"{where} ({entry['file']})", allow_empty=allow_empty)
+        _check_caption(caption, where=f"{where} ({name})", allow_empty=allow_empty)
     path = images_dir / entry["file"]
     if not path.is_file():
-        raise DataError(f"{where} names {entry['file']}, which is not in {images_dir}")
+        raise DataError(f"{where} names {name}, which is not in {images_dir}")
     return CaptionedImage(
         path=path,
         captions=tuple(captions),
@@ -109,10 +106,21 @@ def _parse_line(line: bytes, images_dir: Path, *, where: str, allow_empty: bool)
     )
 
 
+def _reason_against(file: Path) -> str:
+    """Why a captions file may not name this picture; empty where it may."""
+    if file.is_absolute() or ".." in file.parts:
+        return "which lies outside of the folder"
+    if file.name.startswith("._"):
+        return "which a Mac wrote beside a picture and is none itself"
+    if not is_storable(str(file)):
+        return "which no disk can hold"
+    return ""
+
+
 def _check_caption(caption: object, *, where: str, allow_empty: bool) -> None:
     """DataError for a caption that shards could not hold or a loader would refuse."""
     if not isinstance(caption, str):
-        raise DataError(f"{where}: caption {caption!r} is not a string")
+        raise DataError(f"{where}: caption {quoted(caption)} is not a string")
     try:
         parse_caption(caption.encode("utf-8"), max_bytes=MAX_CAPTION_BYTES, allow_empty=allow_empty)
     except UnicodeEncodeError as error:  # JSON can hold half of a surrogate pair, UTF-8 cannot

@@ -13,11 +13,13 @@ from sd_perf.data.prepare.captioned_images import (
     CaptionedImage,
     read_captioned_images,
 )
-from sd_perf.data.samples import parse_caption
+from sd_perf.data.samples import parse_caption, require_caption_size
 from sd_perf.data.shards import find_tars, group_by_key
 from sd_perf.errors import BadSampleError, DataError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+MAX_IMAGE_BYTES = 2**27
+"""largest image file in a shard that is read; one of the most pixels has fewer bytes as PNG"""
 
 
 def read_images(
@@ -59,11 +61,16 @@ def _image(
     if place is None or "txt" not in files:
         raise DataError(
             f"{where} needs an image ({', '.join(IMAGE_EXTENSIONS)}) and a .txt; it has "
-            f"{', '.join(files)}"
+            f"{', '.join(files)[:200]}"
+        )
+    if place[1] > MAX_IMAGE_BYTES:
+        raise DataError(
+            f"{where}: the image has {place[1]:,} bytes, more than {MAX_IMAGE_BYTES:,}; remove it"
         )
     offset, size = files["txt"]
     shard.seek(offset)
     try:
+        require_caption_size(size, MAX_CAPTION_BYTES)
         caption = parse_caption(
             shard.read(size), max_bytes=MAX_CAPTION_BYTES, allow_empty=allow_empty
         )

@@ -25,7 +25,7 @@ import torch
 
 from sd_perf.config import Config
 from sd_perf.errors import UserError
-from sd_perf.files import disk_errors, read_json, write_json, write_text
+from sd_perf.files import disk_errors, write_json, write_text
 from sd_perf.runs.folder import provenance
 from sd_perf.runs.parity_record import (
     DEFAULT_LEVELS,
@@ -35,6 +35,7 @@ from sd_perf.runs.parity_record import (
     Level,
     Where,
     identity,
+    read_record,
     record_folder,
 )
 from sd_perf.tools.parity.comparison import Comparer
@@ -62,8 +63,9 @@ def run_parity(
     folder = record_folder(config)
     with disk_errors(folder, "choose another --run.dir"):
         folder.mkdir(parents=True, exist_ok=True)
+    earlier = read_record(folder / RECORD_NAME)  # before minutes of work, in case it is damaged
     record = _record(config, levels, _run_children(config, levels, folder, tell))
-    record = _with_earlier_levels(record, read_json(folder / RECORD_NAME))
+    record = _with_earlier_levels(record, earlier)
     with disk_errors(folder, "make room there"):
         write_json(folder / RECORD_NAME, record)
         write_text(folder / "parity.html", html_report(record, config))
@@ -145,9 +147,9 @@ def _with_earlier_levels(record: dict[str, Any], earlier: Any) -> dict[str, Any]
         **record,
         "ok": all(row["ok"] for row in rows),
         "levels": [level for level in LEVELS if level in (*kept, *record["levels"])],
-        "executed": {**earlier["executed"], **record["executed"]},
-        "triton_launches": {**earlier["triton_launches"], **record["triton_launches"]},
-        "notes": list(dict.fromkeys([*earlier["notes"], *record["notes"]])),
-        "curves": record["curves"] or earlier["curves"],
+        "executed": {**earlier.get("executed", {}), **record["executed"]},
+        "triton_launches": {**earlier.get("triton_launches", {}), **record["triton_launches"]},
+        "notes": list(dict.fromkeys([*earlier.get("notes", []), *record["notes"]])),
+        "curves": record["curves"] or earlier.get("curves", {}),
         "rows": rows,
     }

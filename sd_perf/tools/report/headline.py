@@ -9,6 +9,8 @@ from typing import Any
 from sd_perf.tools.report.run_contents import RunContents, as_dict
 from sd_perf.tools.report.scores import SCORES
 
+_DAMAGED_SHOWN = 5
+
 
 def state(run: RunContents) -> str:
     """Position, whether the run is complete, begin, time and machine; then its checkpoints."""
@@ -17,7 +19,7 @@ def state(run: RunContents) -> str:
     return (
         f"<p>{escape(' · '.join(fact for fact in facts if fact))}</p>"
         f'<p class="quiet">{_files(run)}</p>'
-        + (f'<p class="note">{escape(note)}</p>' if note else "")
+        f"{_damaged(run.damaged)}" + (f'<p class="note">{escape(note)}</p>' if note else "")
     )
 
 
@@ -53,6 +55,16 @@ def _files(run: RunContents) -> str:
     return (
         f"{kept} The last line of metrics.jsonl is torn, as a killed run leaves it, and left out."
     )
+
+
+def _damaged(lines: list[str]) -> str:
+    """The lines that were left out as damaged: how many, and the first of them."""
+    if not lines:
+        return ""
+    first = "; ".join(lines[:_DAMAGED_SHOWN])
+    more = f"; and {len(lines) - _DAMAGED_SHOWN:,} more" if len(lines) > _DAMAGED_SHOWN else ""
+    words = f"Damaged, and left out: {first}{more}."
+    return f'<p class="note">{escape(words)}</p>'
 
 
 def numbers(run: RunContents) -> str:

@@ -8,8 +8,9 @@ import io
 import math
 from typing import TYPE_CHECKING
 
+from sd_perf.data.images import decode_image
 from sd_perf.errors import UserError
-from sd_perf.files import one_line
+from sd_perf.files import one_line, opened_untrusted
 from sd_perf.tools.report.run_contents import PictureGrid
 
 if TYPE_CHECKING:
@@ -69,12 +70,10 @@ def progress_strip(grids: list[PictureGrid]) -> str:
 
 
 def _open(grid: PictureGrid) -> Image:
-    from PIL import Image, UnidentifiedImageError
-
     try:
-        with Image.open(grid.path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        with opened_untrusted(grid.path, "move it away") as file:
+            return decode_image(file).convert("RGB")
+    except ValueError as error:
         raise UserError(
             f"{grid.path}: cannot be read as a picture ({one_line(error)}); move it away"
         ) from error

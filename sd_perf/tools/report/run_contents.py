@@ -8,12 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from sd_perf.errors import UserError
-from sd_perf.files import read_json
+from sd_perf.files import RESTORE, read_json, require_shape
 from sd_perf.runs.checkpoints import CheckpointStore, position
-from sd_perf.runs.folder import are_objects, read_manifest
-from sd_perf.runs.scores import read_json_lines, read_scores
+from sd_perf.runs.folder import read_manifest
+from sd_perf.runs.parity_record import RECORD_NAME, read_record
+from sd_perf.runs.scores import by_position, sort_out_lines
 
 _METRICS = ("samples", "loss", "lr", "samples_per_second", "data_wait")
+_MACHINE = {"gpus?": ([str], None)}
+_VERDICT = {"passed": bool}
+_KERNELS = [{"op": str, "backend": str}]
+_GRID = {"prompts": [str], "columns": int}
+"""shapes of JSON files, see `sd_perf.files.require_shape`"""
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,8 @@ class RunContents:
     """one per logged step, oldest first"""
     torn: bool
     """whether the last line of metrics.jsonl is incomplete, as a killed run leaves it"""
+    damaged: list[str]
+    """other lines of metrics.jsonl and scores.jsonl that are left out: the file, line and reason"""
     scores: list[dict[str, Any]]
     """one per position, oldest first"""
     grids: list[PictureGrid]
@@ -67,22 +75,32 @@ class RunContents:
 def read_run(folder: Path) -> RunContents:
     """Read a run folder, of a run that still trains, too.
 
-    UserError for a folder that is no run, and for a file in it that cannot be understood.
+    Damaged lines of metrics and scores are listed and left out. UserError for a folder that is no
+    run, and for any other file in it that cannot be understood.
     """
     manifest = read_manifest(folder)
-    metrics, torn = read_json_lines(folder / "metrics.jsonl", _METRICS)
+    where = f"{folder / 'run_manifest.json'}: holds no machine of a run"
+    require_shape(as_dict(manifest.get("machine")), _MACHINE, where)
+    metrics = sort_out_lines(folder / "metrics.jsonl", _METRICS)
+    scores = sort_out_lines(folder / "scores.jsonl", ("samples", "n"))
     checkpoints = CheckpointStore(folder / "checkpoints").complete()
     return RunContents(
         folder=folder,
         manifest=manifest,
-        metrics=metrics,
-        torn=torn,
-        scores=read_scores(folder),
+        metrics=metrics.objects,
+        torn=metrics.torn,
+        damaged=[
+            *(f"metrics.jsonl {fault}" for fault in metrics.damaged),
+            *(f"scores.jsonl {fault}" for fault in scores.damaged),
+        ],
+        scores=by_position(scores.objects),
         grids=[_read_grid(path) for path in sorted(folder.glob("samples/samples_*.png"))],
         checkpoints=[position(path) for path in checkpoints],
-        mlperf_verdict=_read_mlperf_verdict(folder / "mlperf_verdict.json"),
-        kernels=_read_kernels(folder / "kernels.json"),
-        parity=_read_parity(folder / "parity.json"),
+        mlperf_verdict=_read_shaped(
+            folder / "mlperf_verdict.json", _VERDICT, "is no verdict of the compliance checker"
+        ),
+        kernels=_read_shaped(folder / "kernels.json", _KERNELS, "is no list of kernel choices"),
+        parity=read_record(folder / RECORD_NAME),
     )
 
 
@@ -94,25 +112,12 @@ def as_dict(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _read_mlperf_verdict(path: Path) -> dict[str, Any] | None:
-    verdict = read_json(path)
-    if verdict is None or (isinstance(verdict, dict) and isinstance(verdict.get("passed"), bool)):
-        return verdict
-    raise UserError(f"{path}: is no verdict (no true or false `passed`); check anew")
-
-
-def _read_kernels(path: Path) -> list[dict[str, Any]] | None:
-    kernels = read_json(path)
-    if kernels is None or are_objects(kernels):
-        return kernels
-    raise UserError(f"{path}: is no list of kernel choices; restore it from a copy")
-
-
-def _read_parity(path: Path) -> dict[str, Any] | None:
-    parity = read_json(path)
-    if parity is None or (isinstance(parity, dict) and are_objects(parity.get("rows"))):
-        return parity
-    raise UserError(f"{path}: is no parity record; make it again with sd-perf parity")
+def _read_shaped(path: Path, shape: Any, trouble: str) -> Any:
+    """The value of a JSON file, of this shape; None where there is no file."""
+    value = read_json(path)
+    if value is not None:
+        require_shape(value, shape, f"{path}: {trouble}")
+    return value
 
 
 def _read_grid(path: Path) -> PictureGrid:
@@ -122,13 +127,10 @@ def _read_grid(path: Path) -> PictureGrid:
             f"{path}: is not named samples_<position, 10 digits>.png; move it out of the run folder"
         )
     samples, sidecar = int(name[1]), path.with_suffix(".json")
-    description = read_json(sidecar)
-    if description is None:
+    trouble = "holds no prompts and columns of a grid"
+    grid = _read_shaped(sidecar, _GRID, trouble)
+    if grid is None:
         return PictureGrid(samples, path, prompts=[], columns=1)
-    prompts, columns = as_dict(description).get("prompts"), as_dict(description).get("columns")
-    if not (isinstance(prompts, list) and prompts and isinstance(columns, int) and columns > 0):
-        raise UserError(
-            f"{sidecar}: holds no prompts and columns of a grid; restore it from a copy, or "
-            "remove it"
-        )
-    return PictureGrid(samples, path, prompts=[str(prompt) for prompt in prompts], columns=columns)
+    if not grid["prompts"] or grid["columns"] < 1:
+        raise UserError(f"{sidecar}: {trouble} (one of them is empty); {RESTORE}")
+    return PictureGrid(samples, path, prompts=grid["prompts"], columns=grid["columns"])

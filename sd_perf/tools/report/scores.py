@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from sd_perf.runs.scores import is_number
+
 
 @dataclass(frozen=True)
 class Score:
@@ -21,7 +23,7 @@ class Score:
 
     def lines(self, scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The lines that have this score, in their order."""
-        return [line for line in scores if isinstance(line.get(self.key), int | float)]
+        return [line for line in scores if is_number(self.key, line.get(self.key))]
 
     def value(self, line: dict[str, Any]) -> float:
         """The number that is shown."""

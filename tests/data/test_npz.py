@@ -1,0 +1,74 @@
+"""Arrays of .npz files: what np.savez writes is read, and nothing that claims to be larger."""
+
+from __future__ import annotations
+
+import io
+import tracemalloc
+import zipfile
+
+import numpy as np
+import pytest
+
+from sd_perf.data.npz import read_npz
+
+
+def npz(**arrays: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.savez(stream, **arrays)
+    return stream.getvalue()
+
+
+def zipped(content: bytes, compression: int = zipfile.ZIP_STORED) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", compression) as archive:
+        archive.writestr("a.npy", content)
+    return stream.getvalue()
+
+
+def header(shape: tuple[int, ...], dtype: str = "<f4") -> bytes:
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        stream, {"descr": dtype, "fortran_order": False, "shape": shape}
+    )
+    return stream.getvalue()
+
+
+def test_arrays_come_back():
+    rows = np.array([(1, b"a"), (2, b"bc")], dtype=[("n", "<i4"), ("key", "S2")])
+    arrays = {"x": np.arange(6.0).reshape(2, 3), "rows": rows, "one": np.array(1)}
+    found = read_npz(io.BytesIO(npz(**arrays)))
+    assert found.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert found[name].dtype == array.dtype and np.array_equal(found[name], array)
+
+
+def objects() -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, np.array([{}], dtype=object), allow_pickle=True)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"no zip",
+        npz(x=np.ones(9))[:-30],
+        zipped(b"no array"),
+        zipped(header((1 << 40,))),
+        zipped(header((-1,)) + bytes(4)),
+        zipped(header((3,)) + bytes(8)),
+        zipped(header((1,), "|O") + bytes(8)),
+        zipped(objects()),
+        zipped(b"\x93NUMPY\x02\x00\xff\xff\xff\x7f" + b"(" * 100_000),
+        zipped(header((1 << 24,)) + bytes(1 << 26), zipfile.ZIP_DEFLATED),
+    ],
+)
+def test_what_is_refused_takes_no_memory(content):
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError):
+            read_npz(io.BytesIO(content))
+        assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
+    finally:
+        tracemalloc.stop()
