@@ -50,10 +50,10 @@ def notes(events: list[Event]) -> Iterator[str]:
         if len(set(map(str, values[key]))) > 1:
             yield f"{key} has several values: {', '.join(map(str, values[key]))}"
     if values["submission_division"] == ["closed"]:
-        for key, right in (("eval_samples", EVAL_SAMPLES), ("train_samples", TRAIN_SAMPLES)):
-            for value in values[key]:
-                if value != right:
-                    yield f"{key} is {value}, and the closed division's is {right}"
+        counts = {"eval_samples": EVAL_SAMPLES, "train_samples": TRAIN_SAMPLES}
+        odd = [(key, value) for key in counts for value in values[key] if value != counts[key]]
+        for key, value in odd:
+            yield f"{key} is {value}, and the closed division's is {counts[key]}"
     yield from _times(events)
 
 
