@@ -44,6 +44,16 @@ class LoggingConfig(Section):
     """optimizer steps between lines of metrics.jsonl and of the progress display"""
 
 
+LogText = Annotated[
+    str,
+    Rule(
+        lambda text: text.isprintable() and ":::MLLOG" not in text,
+        "one line of text without control characters and without :::MLLOG, which begins a log line",
+    ),
+]
+"""text that goes into the MLPerf log"""
+
+
 @dataclass(frozen=True)
 class MLPerfConfig(Section):
     """The MLPerf log of the run, `result_0.txt`."""
@@ -52,9 +62,9 @@ class MLPerfConfig(Section):
 
     division: Literal["none", "closed", "open"] = "none"
     """none: no log; closed: refuse values that its rules forbid; open: take any"""
-    org: str = ""
+    org: LogText = ""
     """submission_org"""
-    platform: str = ""
+    platform: LogText = ""
     """submission_platform"""
     status: Literal["", "onprem", "cloud", "preview", "research"] = ""
     """submission_status"""

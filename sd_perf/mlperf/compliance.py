@@ -11,7 +11,8 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 
 from sd_perf.errors import DataError
-from sd_perf.mlperf.log import import_mlperf, read_log
+from sd_perf.mlperf.log import import_mlperf, scan_log
+from sd_perf.mlperf.notes import faults, notes
 from sd_perf.mlperf.rules import CLIP_TARGET, FID_TARGET, RULESET
 
 _SEPARATOR = "-" * 30
@@ -48,6 +49,8 @@ class Verdict:
     """that of run_stop, success or aborted; empty where there is none"""
     findings: tuple[str, ...]
     """a sentence per violation; where the log passed, per warning"""
+    notes: tuple[str, ...] = ()
+    """a sentence per oddity of a log that passed, which the checker does not look at"""
 
     def __str__(self) -> str:
         verdict = "passes" if self.passed else "fails"
@@ -61,7 +64,8 @@ class Verdict:
                 f"; its run_stop says {self.status!r}, so it counts as a run that did not converge"
             )
         kind = "warning: " if self.passed else ""
-        return "\n".join([text, *(f"  - {kind}{finding}" for finding in self.findings)])
+        findings = [f"  - {kind}{finding}" for finding in self.findings]
+        return "\n".join([text, *findings, *(f"  - note: {note}" for note in self.notes)])
 
 
 def check_log(
@@ -81,11 +85,13 @@ def check_log(
         )
     if not path.is_file():
         raise DataError(f"{path}: no such MLPerf log")
-    passed, findings = _run_checker(path.resolve(), ruleset)
-    try:
-        events = read_log(path)
-    except DataError as error:
-        events, findings = [], [str(error), *findings]
+    events, damaged = scan_log(path)
+    causes = [*damaged, *faults(events)]
+    passed, findings = _run_checker(path.resolve(), ruleset, causes)
+    if not events:
+        findings = []  # each key that is missing, one by one
+    if not passed:
+        findings = [*causes, *findings]
     divisions = (str(event.value) for event in events if event.key == "submission_division")
     stops = (event.metadata.get("status", "") for event in events if event.key == "run_stop")
     declared, status = next(divisions, ""), str(next(stops, ""))
@@ -99,11 +105,16 @@ def check_log(
         ruleset=ruleset,
         status=status,
         findings=tuple(findings),
+        notes=tuple(notes(events)) if passed else (),
     )
 
 
-def _run_checker(path: Path, ruleset: str) -> tuple[bool, list[str]]:
-    """Whether the log passed, and the checker's findings in words."""
+def _run_checker(path: Path, ruleset: str, causes: list[str]) -> tuple[bool, list[str]]:
+    """Whether the log passed, and the checker's findings in words.
+
+    Where the checker breaks off, `causes` are why, as far as they are known; only without any its
+    own last words are a finding.
+    """
     with TemporaryDirectory() as folder:
         output = Path(folder) / "checker.log"  # the checker insists on writing one
         options = ["--usage", "training", "--ruleset", ruleset, "--log_output", str(output)]
@@ -112,19 +123,19 @@ def _run_checker(path: Path, ruleset: str) -> tuple[bool, list[str]]:
         text = output.read_text(encoding="utf-8", errors="replace") if output.is_file() else ""
     findings = [_in_words(finding) for finding in _findings(text)]
     # Some logs make the checker itself raise: it fails without having printed its verdict.
-    if done.returncode and "ERROR - FAILED" not in text:
+    if done.returncode and "ERROR - FAILED" not in text and not causes:
         last = (done.stderr.strip() or "no message").splitlines()[-1]
-        cause = (
-            "an evaluation has FID without CLIP, or the reverse"
-            if last.startswith("KeyError")
-            else "see the log"
-        )
-        findings.append(f"the checker broke off with {last}: {cause}")
+        findings.append(f"the checker broke off with {last}")
     return done.returncode == 0, findings
 
 
 def _findings(text: str) -> list[str]:
-    """The checker's findings: the parts of its one warning, separated by lines of dashes."""
+    """The checker's findings: the parts of its last warning, separated by lines of dashes.
+
+    The warning before it, of lines that it cannot parse, says what `scan_log` says better.
+    """
+    text = re.sub(r"^WARNING -  (Found parsing errors:| ).*\n", "", text, flags=re.MULTILINE)
+    text = text.replace("Log lines had parsing errors.", "")
     _, _, after = text.partition("WARNING -  ")
     body = re.split(
         r"^(?:ERROR|INFO) - (?:FAILED|SUCCESS)$", after, maxsplit=1, flags=re.MULTILINE

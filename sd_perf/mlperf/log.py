@@ -51,26 +51,51 @@ def import_mlperf(module: str) -> ModuleType:
 
 
 def read_log(path: Path) -> list[Event]:
-    """The events of a log in file order.
+    """The events of a log in file order; DataError where it is missing or a line is damaged."""
+    events, damaged = scan_log(path)
+    if damaged:
+        raise DataError(f"{path}: {damaged[0]}")
+    return events
 
-    As in the official parser, text before the last `:::MLLOG` of a line is ignored: launchers put
-    ranks there. Raises DataError for a file that is missing or has a damaged line.
+
+def scan_log(path: Path) -> tuple[list[Event], list[str]]:
+    """The events of a log in file order, and a sentence for each damaged line.
+
+    As in the official parser, only \\n, \\r and both end a line, and text before the last
+    `:::MLLOG` of a line is ignored: launchers put ranks there. Raises DataError for a file that is
+    missing or cannot be read.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such MLPerf log")
-    events = []
-    for number, line in enumerate(path.read_text(encoding="latin-1").splitlines(), start=1):
-        _, token, text = line.rpartition(_TOKEN)
-        if not token:
-            continue
+    events: list[Event] = []
+    damaged: list[str] = []
+    try:
+        # str.splitlines would also split at characters that may stand in a name, such as U+0085.
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            entries = [
+                (number, line.rpartition(_TOKEN)[2])
+                for number, line in enumerate(lines, start=1)
+                if _TOKEN in line
+            ]
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    for number, text in entries:
         try:
-            entry = json.loads(text)
-            events.append(
-                Event(entry["key"], entry["value"], entry["metadata"] or {}, int(entry["time_ms"]))
-            )
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}: line {number} is damaged ({one_line(error)})") from error
-    return events
+            events.append(_event(json.loads(text)))
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:
+            damaged.append(f"line {number} is damaged ({one_line(error)})")
+    return events, damaged
+
+
+def _event(entry: Any) -> Event:
+    """The event of a line's JSON; ValueError or TypeError where it is none."""
+    missing = [key for key in ("key", "value", "metadata", "time_ms") if key not in entry]
+    if missing:
+        raise ValueError(f"it has no {missing[0]!r}")
+    metadata = entry["metadata"] or {}
+    if not (isinstance(entry["key"], str) and isinstance(metadata, dict)):
+        raise ValueError("its key is no text, or its metadata no object")
+    return Event(entry["key"], entry["value"], metadata, int(entry["time_ms"]))
 
 
 class MLPerfLog:

@@ -43,7 +43,7 @@ def read_unet(
     Raises CheckpointError where the weights do not fit the config, where a file cannot tell its
     groups and `groups` does not, and where `groups` says otherwise than `source`.
     """
-    if source.is_file() or source.suffix in (".safetensors", *PICKLES):
+    if source.suffix in (".safetensors", *PICKLES):
         state, config = _read_unet_file(source, groups)
     elif (source / "unet" / "config.json").is_file() or (source / "config.json").is_file():
         state, config = read_diffusers_unet(source)

@@ -185,3 +185,9 @@ def test_what_changes_speed_only_leaves_the_network():
 
 def test_none_where_it_is_allowed():
     assert TrainingConfig(seed=None, cpu_threads=None).seed is None
+
+
+def test_the_prediction_has_the_channels_of_the_latents() -> None:
+    assert UNetConfig(in_channels=8, out_channels=8).out_channels == 8
+    with pytest.raises(ConfigError, match=r"model\.out_channels: 8 .* model\.in_channels \(4\)"):
+        UNetConfig(out_channels=8)
