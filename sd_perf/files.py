@@ -245,7 +245,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _require_shallow(value: Any) -> None:
     """ValueError for lists and objects nested deeper than _MAX_DEPTH."""
     layer = [value]
-    for _ in range(_MAX_DEPTH + 1):
+    for _ in range(_MAX_DEPTH):
         inner = (item.values() if isinstance(item, dict) else item for item in layer)
         layer = [item for items in inner for item in items if isinstance(item, dict | list)]
         if not layer:

@@ -38,15 +38,16 @@ def read_npy_header(beginning: bytes) -> tuple[tuple[int, ...], bool, np.dtype[A
     return shape, fortran_order, dtype, stream.tell()
 
 
-def read_npz(file: BinaryIO) -> dict[str, np.ndarray]:
-    """The arrays of an uncompressed .npz file, as np.savez writes it, by name; read-only.
+def read_npz(file: BinaryIO, unpacked: int = 0) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file by name, read-only.
 
-    Raises ValueError for any other file, and for one whose arrays are larger than itself.
+    Raises ValueError for any other file, and for one whose arrays are larger than itself, as those
+    of a compressed one are, and than `unpacked` bytes.
     """
     try:
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
-            _require_within(members, file.seek(0, os.SEEK_END))
+            _require_within(members, max(unpacked, file.seek(0, os.SEEK_END)))
             return {
                 member.filename.removesuffix(".npy"): _array(archive.read(member))
                 for member in members
@@ -56,15 +57,16 @@ def read_npz(file: BinaryIO) -> dict[str, np.ndarray]:
 
 
 def _require_within(members: list[zipfile.ZipInfo], size: int) -> None:
-    """ValueError for members of a zip file that unpack to more than its size in bytes."""
+    """ValueError for members of a zip file that unpack to more than so many bytes."""
     if len(members) > _MAX_ARRAYS or sum(member.file_size for member in members) > size:
-        raise ValueError("its arrays are larger than the file")
+        raise ValueError("its arrays are larger than they may be")
 
 
 def _array(data: bytes) -> np.ndarray:
     """The array in the bytes of a .npy file, without a copy."""
     shape, fortran_order, dtype, offset = read_npy_header(data[:MAX_HEADER_BYTES])
     count = math.prod(shape)
-    if dtype.hasobject or fortran_order or len(data) - offset != count * dtype.itemsize:
+    if dtype.hasobject or len(data) - offset != count * dtype.itemsize:
         raise ValueError(f"an array of shape {shape} and dtype {dtype} is not in it")
-    return np.frombuffer(data, dtype, count, offset).reshape(shape)
+    values = np.frombuffer(data, dtype, count, offset)
+    return values.reshape(shape, order="F" if fortran_order else "C")

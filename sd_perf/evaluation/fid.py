@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sd_perf.data.npz import read_npz
 from sd_perf.errors import DataError
 from sd_perf.files import one_line, written_aside
 
@@ -28,6 +29,9 @@ _ROUNDING = torch.finfo(torch.float64).eps
 _INDEFINITE = 1e-5
 """Share of the largest eigenvalue below which a negative one is taken for damage. A covariance
 stored in float32 has eigenvalues down to about -1e-6 of the largest."""
+
+_MAX_BYTES = 2**28
+"""what a compressed file of statistics may unpack to; 2,048 features need 34 MB"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,10 +79,11 @@ class Gaussian:
                 "sigma)"
             )
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                mean, covariance = (
-                    torch.from_numpy(arrays[name].astype(np.float64)) for name in ("mu", "sigma")
-                )
+            with path.open("rb") as file:
+                arrays = read_npz(file, _MAX_BYTES)
+            mean, covariance = (
+                torch.from_numpy(arrays[name].astype(np.float64)) for name in ("mu", "sigma")
+            )
         except Exception as error:  # zip, numpy and missing arrays raise many kinds
             raise DataError(
                 f"{path}: not a file of feature statistics ({one_line(error)})"

@@ -7,6 +7,7 @@ file, and leaves either a complete file or none.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from sd_perf.config import UNetConfig
 from sd_perf.errors import CheckpointError, ConfigError
-from sd_perf.files import disk_errors, one_line, written_aside
+from sd_perf.files import disk_errors, misfit, one_line, parse_json, quoted, written_aside
 from sd_perf.optional import optional
 
 T = TypeVar("T")
@@ -201,17 +202,32 @@ def safetensors_config(path: Path, kind: type[T], entry: str = "config") -> T | 
     if text is None:
         return None
     try:
-        entries = json.loads(text)
+        entries = parse_json(text)
+        _require_sizes(entries, kind)
         return kind(
             **{
                 key: tuple(value) if isinstance(value, list) else value
                 for key, value in entries.items()
             }
         )
-    except (ConfigError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ConfigError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path}: its metadata is no {kind.__name__} ({reason(error)})"
         ) from error
+
+
+def _require_sizes(entries: Any, kind: type) -> None:
+    """ValueError for values of other types than a config's defaults, and for absurd sizes."""
+    shape = {
+        f"{field.name}?": [int] if isinstance(field.default, tuple) else type(field.default)
+        for field in dataclasses.fields(kind)
+    }
+    if fault := misfit(entries, shape):
+        raise ValueError(fault)
+    for name, value in entries.items():
+        sizes = value if isinstance(value, list) else [value]
+        if len(sizes) > 16 or any(type(n) is int and not 0 < n <= 65_536 for n in sizes):
+            raise ValueError(f"{name} is {quoted(value)}, not of sizes from 1 to 65,536")
 
 
 def export_ldm(

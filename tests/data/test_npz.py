@@ -42,6 +42,15 @@ def test_arrays_come_back():
         assert found[name].dtype == array.dtype and np.array_equal(found[name], array)
 
 
+def test_a_compressed_file_unpacks_to_what_is_allowed():
+    stream = io.BytesIO()
+    np.savez_compressed(stream, x=np.asfortranarray(np.zeros((64, 64))))
+    with pytest.raises(ValueError, match="larger than they may be"):
+        read_npz(stream)
+    found = read_npz(stream, unpacked=40_000)
+    assert np.array_equal(found["x"], np.zeros((64, 64)))
+
+
 def objects() -> bytes:
     stream = io.BytesIO()
     np.save(stream, np.array([{}], dtype=object), allow_pickle=True)

@@ -13,10 +13,12 @@ from sd_perf.config import UNetConfig
 from sd_perf.errors import CheckpointError, ConfigError
 from sd_perf.models import diffusers_folder, weight_files
 from sd_perf.models.diffusers_folder import export_diffusers
+from sd_perf.models.vae import AutoencoderConfig
 from sd_perf.models.weight_files import (
     export_ldm,
     load_into,
     read_ldm_checkpoint,
+    safetensors_config,
     split_components,
 )
 from sd_perf.reference.unet import UNet
@@ -262,3 +264,28 @@ def test_missing_safetensors_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(ConfigError, match=r"pip install 'sd-perf\[cli\]'"):
         export_ldm(STATE, tmp_path / "unet.safetensors", {})
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "Expecting"),
+        ("[]", "it is [], not an object"),
+        ('{"channels": "x"}', "channels is 'x', not a whole number"),
+        ('{"channels": true}', "channels is True, not a whole number"),
+        ('{"channels": -8}', "channels is -8, not of sizes from 1 to 65,536"),
+        ('{"channel_mult": 3}', "channel_mult is 3, not a list"),
+        ('{"channel_mult": [1, 2.5]}', "channel_mult[1] is 2.5, not a whole number"),
+        ('{"channel_mult": [' + 99 * "1," + "1]}", "not of sizes"),
+        ('{"channels": ' + 5000 * "9" + "}", "a number of 5000 digits"),
+        ('{"sofa": 1}', "sofa"),
+        (100_000 * "[", "nested deeper than 64"),
+    ],
+)
+def test_hostile_metadata(tmp_path, text, reason):
+    path = tmp_path / "a.safetensors"
+    safetensors = pytest.importorskip("safetensors.torch", reason="needs safetensors")
+    safetensors.save_file({"x": torch.zeros(1)}, path, metadata={"config": text})
+    with pytest.raises(CheckpointError, match="its metadata is no AutoencoderConfig") as error:
+        safetensors_config(path, AutoencoderConfig)
+    assert reason in str(error.value) and len(str(error.value)) < 600

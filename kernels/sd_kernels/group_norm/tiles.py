@@ -125,7 +125,7 @@ def arrive(counters, sample):
     # One thread does the atomic. The barrier puts the stores of all threads before it, and the
     # release makes them visible with it (PTX ISA, Memory Consistency Model, causality order).
     tl.debug_barrier()
-    tl.atomic_add(counters + 1 + sample, 1, sem="acq_rel")
+    tl.atomic_add(counters + 1 + sample, 1, sem="acq_rel")  # narrow: a counter
 
 
 @triton.jit
