@@ -13,6 +13,8 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = {"sd_perf": ROOT / "sd_perf", "sd_kernels": ROOT / "kernels/sd_kernels"}
 ORDER = (
     "errors",
+    "visible",
+    "console",
     "files",
     "optional",
     "config",

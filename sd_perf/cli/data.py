@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sd_perf.cli.console import CONSOLE, print_plain
+from sd_perf.cli.console import print_plain
 from sd_perf.cli.options import Settings, require_option
 
 
@@ -48,8 +48,7 @@ def prepare(
         captions_per_image=captions_per_image,
         samples_per_shard=samples_per_shard,
     )
-    told = f"{count} samples of {pixels}x{pixels} pixels -> {settings.data.path}"
-    CONSOLE.print(told, highlight=False)
+    print_plain(f"{count} samples of {pixels}x{pixels} pixels -> {settings.data.path}")
     return 0
 
 

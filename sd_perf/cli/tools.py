@@ -57,7 +57,7 @@ def estimate(
     if json:
         print_json(facts)
     else:
-        table_console().print(*tables(facts), sep="\n", highlight=False)
+        table_console().print(*tables(facts), sep="\n")
     return 0
 
 
@@ -86,7 +86,7 @@ def parity(
         print_json(record)
     else:
         lines = *terminal_report(record), f"{folder}/parity.html"
-        table_console().print(*lines, sep="\n", highlight=False, soft_wrap=True)
+        table_console().print(*lines, sep="\n", soft_wrap=True)
     return 0 if record["ok"] else 1
 
 
@@ -104,5 +104,5 @@ def doctor(target: TargetName = "here", json: bool = False) -> int:
     if json:
         print_json(findings)
     else:
-        table_console().print(*screen(findings), sep="\n", highlight=False)
+        table_console().print(*screen(findings), sep="\n")
     return 0

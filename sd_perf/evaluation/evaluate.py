@@ -37,6 +37,7 @@ from sd_perf.models.readers import read_decoder
 from sd_perf.models.vae import PIXELS_PER_LATENT
 from sd_perf.runs.checkpoints import CheckpointStore, load_component, read_state
 from sd_perf.runs.scores import read_json_lines, read_scores
+from sd_perf.visible import visible
 
 GRID = 64
 """pictures in a grid, at most"""
@@ -261,7 +262,7 @@ def scores_table(run: Path) -> Table:
         *(["shows its caption", "shows another's"] if judged else []),
         "n",
     ]
-    table = Table(*columns, title=f"{run}", title_justify="left")
+    table = Table(*columns, title=visible(run), title_justify="left")
     for line in lines:
         shares = [f"{100 * line[key]:.0f} %" for key in ("judge", "judge_shuffled") if key in line]
         table.add_row(

@@ -28,6 +28,7 @@ from sd_perf.errors import ConfigError, UserError
 from sd_perf.files import disk_errors, read_json, write_json
 from sd_perf.presets import config_differences, config_from_dict
 from sd_perf.runs.checkpoints import CheckpointStore, read_state
+from sd_perf.visible import visible
 
 # Keys, or starts of keys, that a resumed run may change: they say where and how a run computes, not
 # what it computes.
@@ -91,7 +92,7 @@ def open_run(
     config = settle_run(config, resume=resume, fresh=fresh)
     folder = Path(config.run.dir)
     if fresh and _holds_run(folder):
-        print(f"{folder}: the earlier run is now {_move_aside(folder)}")
+        print(visible(f"{folder}: the earlier run is now {_move_aside(folder)}"))
     starts = read_manifest(folder)["starts"] if _holds_run(folder) else []
     start = {"time": _now(), "command": shlex.join(sys.argv), "host": platform.node()}
     manifest = {"config": dataclasses.asdict(config), **provenance(), "starts": [*starts, start]}

@@ -7,12 +7,12 @@ import dataclasses
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from sd_kernels.conv.aten import tuned
 from sd_kernels.selection import Choice
 from sd_kernels.spec import Target
 from sd_perf.config import Config
+from sd_perf.console import TextConsole
 from sd_perf.data.loaders.build_loader import build_loader
 from sd_perf.distributed.world import World
 from sd_perf.fast.choice import choose_kernels, require_used, used_ops
@@ -30,9 +30,12 @@ from sd_perf.training.callbacks.signals import StopOnSignal
 from sd_perf.training.kernels_table import kernels_table
 from sd_perf.training.step import TrainStep
 from sd_perf.training.trainer import Trainer
+from sd_perf.visible import visible
 
 
-def launch(config: Config, world: World, resume: bool, fresh: bool, console: Console) -> str | None:
+def launch(
+    config: Config, world: World, resume: bool, fresh: bool, console: TextConsole
+) -> str | None:
     """Train; returns why the run was asked to stop, or None where it came to its end.
 
     Kernels are chosen here, once, and handed to network, diffusion step and optimizer. Nothing is
@@ -52,9 +55,9 @@ def launch(config: Config, world: World, resume: bool, fresh: bool, console: Con
     if newest is not None:
         world.together(lambda: trainer.load(newest))
     elif resume:
-        console.print(f"{trainer.folder}: no checkpoint to resume from", soft_wrap=True)
+        console.print(f"{visible(trainer.folder)}: no checkpoint to resume from", soft_wrap=True)
     if trainer.samples >= trainer.total_samples:
-        told = f"{trainer.folder}: the run is complete ({trainer.samples:,} samples)"
+        told = f"{visible(trainer.folder)}: the run is complete ({trainer.samples:,} samples)"
         console.print(
             f"{told}; to train on, resume it with a larger --training.max-samples", soft_wrap=True
         )
@@ -94,7 +97,7 @@ def build_trainer(
     return Trainer(config, world, step, loader, callbacks)
 
 
-def default_callbacks(config: Config, console: Console) -> list[Callback]:
+def default_callbacks(config: Config, console: TextConsole) -> list[Callback]:
     """The callbacks of every run, in an order that matters.
 
     Signals come before checkpoints, so that the step that sees a signal saves. The MLPerf log comes
@@ -105,7 +108,7 @@ def default_callbacks(config: Config, console: Console) -> list[Callback]:
     return [StopOnSignal(), MetricsFile(), *log, Checkpointer(), ProgressDisplay(console)]
 
 
-def _parity_record(config: Config, console: Console) -> dict[str, Any] | None:
+def _parity_record(config: Config, console: TextConsole) -> dict[str, Any] | None:
     """The green parity record that an MLPerf run of the fast network needs; else None."""
     if config.mlperf.division == "none" or config.model.implementation == "plain":
         return None
