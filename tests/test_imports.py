@@ -15,6 +15,7 @@ ORDER = (
     "errors",
     "visible",
     "console",
+    "memory",
     "files",
     "optional",
     "config",

@@ -7,7 +7,15 @@ import sys
 from pathlib import Path
 
 from sd_perf.cli.console import print_json, print_plain, table_console
-from sd_perf.cli.options import GPUName, RunFolder, Settings, TargetName
+from sd_perf.cli.options import (
+    MAX_BATCH,
+    MAX_RANKS,
+    GPUName,
+    RunFolder,
+    Settings,
+    TargetName,
+    require_between,
+)
 from sd_perf.runs.parity_record import DEFAULT_LEVELS, Level
 
 
@@ -51,6 +59,8 @@ def estimate(
     from sd_perf.tools.estimate.page import draw, tables
     from sd_perf.tools.estimate.predict import predict
 
+    require_between("--batch", batch, 1, MAX_BATCH)
+    require_between("--ranks", ranks, 1, MAX_RANKS)
     facts = predict(settings, gpu, batch=batch, ranks=ranks)
     if png is not None:
         draw(facts, png)

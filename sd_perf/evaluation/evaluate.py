@@ -61,7 +61,7 @@ class Evaluator:
         self.device = device
         self.prompts = read_prompts(Path(options.prompts), options.num_prompts)
         self.decode = read_decoder(Path(options.autoencoder))
-        self.features = read_features(Path(options.features), device)
+        self.features = _features_of(config, device)
         self.real = Gaussian.load_npz(Path(options.statistics))
         # Told here, since the distance is computed only after all pictures are drawn.
         theirs, ours = len(self.real.mean), self.features.num_features
@@ -136,6 +136,20 @@ def read_features(path: Path, device: torch.device) -> FeatureNet | FidInception
     return network.to(device)
 
 
+def _features_of(config: Config, device: torch.device) -> FeatureNet | FidInception:
+    """`read_features` of evaluation.features; DataError where it takes pictures of another size."""
+    network = read_features(Path(config.evaluation.features), device)
+    pixels = PIXELS_PER_LATENT * config.data.latent_size
+    if isinstance(network, FeatureNet) and network.config.image_size != pixels:
+        size = network.config.image_size
+        raise DataError(
+            f"{config.evaluation.features}: takes pictures of {size}x{size} pixels, and "
+            f"data.latent_size {config.data.latent_size} gives {pixels}x{pixels}; name another "
+            "network as evaluation.features"
+        )
+    return network
+
+
 @torch.no_grad()
 def write_statistics(images: Path, config: Config) -> int:
     """Write evaluation.statistics, the features' Gaussian over real images; returns their number.
@@ -146,7 +160,7 @@ def write_statistics(images: Path, config: Config) -> int:
     _require_named(config.evaluation, "features", "statistics")
     size, batch_size = PIXELS_PER_LATENT * config.data.latent_size, config.evaluation.batch_size
     samples = read_images(images, allow_empty=True)
-    features = read_features(Path(config.evaluation.features), torch.device("cpu"))
+    features = _features_of(config, torch.device("cpu"))
     statistics = FeatureStatistics(features.num_features)
     for start in range(0, len(samples), batch_size):
         batch = [

@@ -28,6 +28,7 @@ from sd_perf.training.callbacks.mlperf import MLPerfLogger
 from sd_perf.training.callbacks.progress import ProgressDisplay
 from sd_perf.training.callbacks.signals import StopOnSignal
 from sd_perf.training.kernels_table import kernels_table
+from sd_perf.training.memory import require_step_fits
 from sd_perf.training.step import TrainStep
 from sd_perf.training.trainer import Trainer
 from sd_perf.visible import visible
@@ -45,7 +46,7 @@ def launch(
     target = Target.here()
     choices = world.on_main(lambda: choose_kernels(config, target))
     parity = world.on_main(lambda: _parity_record(config, console))
-    world.on_main(lambda: config.micro_batch_size(world.size))
+    world.on_main(lambda: require_step_fits(config, world))
     settled = world.on_main(lambda: settle_run(config, resume=resume, fresh=fresh))
     torch.use_deterministic_algorithms(settled.training.deterministic)
     if settled.training.cpu_threads is not None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rich.console import Console
 
+from sd_perf.console import TextConsole
 from sd_perf.distributed.world import start_world
 from sd_perf.training.launch import launch
 from sd_perf.training.trainer import Trainer
@@ -19,7 +19,9 @@ def test_convolutions_are_tuned_unless_the_run_is_deterministic(
     monkeypatch.setattr(Trainer, "fit", lambda trainer: seen.append(torch.backends.cudnn.benchmark))
     config = make_config(training={"deterministic": deterministic})
     try:
-        launch(config, start_world("cpu"), resume=False, fresh=False, console=Console(quiet=True))
+        launch(
+            config, start_world("cpu"), resume=False, fresh=False, console=TextConsole(quiet=True)
+        )
     finally:
         torch.use_deterministic_algorithms(False)
     assert seen == [not deterministic] and torch.backends.cudnn.benchmark is False
