@@ -31,7 +31,7 @@ class DataConfig(Section):
     prefetch_batches: Threads = 4
     """micro-batches made ready ahead of the step"""
     max_bad_samples: SamplesOrNone = 0
-    """samples, over all ranks, that may be replaced by the next one before the run stops"""
+    """samples, over all ranks, that training may replace; images that data prepare may leave out"""
     allow_empty_captions: bool = False
     """take samples whose caption is empty, as the benchmark does"""
     max_caption_bytes: Count = 4096

@@ -27,7 +27,8 @@ def prepare_shards(
 
     `images` and `captions` are those of `read_images`; `autoencoder` is the file of an encoder.
     Images are resized to 8 pixels per latent pixel of data.latent_size. Where data.context is
-    precomputed, the shards hold text states, too. Returns the number of samples written and the
+    precomputed, the shards hold text states, too. Up to data.max_bad_samples images that cannot be
+    decoded are left out and listed. Returns the number of samples written and the
     images' side in pixels. ConfigError where data.path is not set; DataError for images or captions
     that cannot be used, and for shards that exist already.
     """
@@ -45,5 +46,6 @@ def prepare_shards(
         samples_per_shard=samples_per_shard,
         text_encoder=text_encoder,
         captions_per_image=captions_per_image,
+        max_bad_samples=config.data.max_bad_samples,
     )
     return count, pixels
