@@ -60,7 +60,7 @@ class TrainingConfig(Section):
     cpu_threads: Annotated[
         int | None, Rule(lambda threads: threads > 0, "at least 1, or none"), at_most(1024)
     ] = None
-    """threads of CPU arithmetic per process; none: as many as torch likes"""
+    """threads of CPU arithmetic per process; none: the run's so far, at first torch's choice"""
     seed: Annotated[int | None, SEED] = None
     """seed of weights, data order and every draw; none: random, kept in the manifest"""
     deterministic: bool = False

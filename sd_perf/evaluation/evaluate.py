@@ -75,7 +75,9 @@ class Evaluator:
         self.text_encoder = build_text_encoder(config, device)
         self.unet = build_sampling_unet(config, device)
 
-    def draw(self, weights: dict[str, torch.Tensor], seed: int) -> Iterator[torch.Tensor]:
+    def draw(
+        self, weights: dict[str, torch.Tensor], seed: int, source: object = "the weights"
+    ) -> Iterator[torch.Tensor]:
         """One picture per prompt with these UNet weights, in batches (B, 3, H, W) in [0, 1]."""
         self.unet.load_state_dict(weights)
         return generate(
@@ -86,6 +88,7 @@ class Evaluator:
             config=self.config,
             seed=seed,
             batch_size=self.config.evaluation.batch_size,
+            source=source,
         )
 
     @torch.no_grad()
@@ -225,7 +228,8 @@ def _evaluate(evaluator: Evaluator, run: Path, checkpoint: Path, samples: int) -
     The line is written last: a checkpoint without one is evaluated again.
     """
     config, start = evaluator.config, time.time()
-    pictures = evaluator.draw(load_component(checkpoint, "model"), config.training.seed or 0)
+    seed = config.training.seed or 0
+    pictures = evaluator.draw(load_component(checkpoint, "model"), seed, source=checkpoint)
     scores, first = evaluator.score(pictures, samples)
     write_grid(first, evaluator.prompts, run / "samples", samples)
     if config.mlperf.division != "none":

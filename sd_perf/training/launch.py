@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from sd_perf.fast.choice import choose_kernels, require_used, used_ops
 from sd_perf.fast.ops import Ops
 from sd_perf.mlperf.rules import require_closed
 from sd_perf.models.build import build_text_encoder, build_unet
-from sd_perf.runs.folder import open_run, settle_run
+from sd_perf.runs.folder import open_run, read_run_config, settle_run
 from sd_perf.runs.parity_record import require_green
 from sd_perf.training.callbacks.base import Callback
 from sd_perf.training.callbacks.checkpointer import Checkpointer
@@ -47,7 +48,7 @@ def launch(
     choices = world.on_main(lambda: choose_kernels(config, target))
     parity = world.on_main(lambda: _parity_record(config, console))
     world.on_main(lambda: require_step_fits(config, world))
-    settled = world.on_main(lambda: settle_run(config, resume=resume, fresh=fresh))
+    settled = world.on_main(lambda: _settle(config, resume, fresh, console))
     torch.use_deterministic_algorithms(settled.training.deterministic)
     if settled.training.cpu_threads is not None:
         torch.set_num_threads(settled.training.cpu_threads)
@@ -72,6 +73,28 @@ def launch(
     # shape. A deterministic run takes the algorithm that cuDNN's heuristics choose.
     with contextlib.nullcontext() if settled.training.deterministic else tuned(algorithms=10):
         return trainer.fit()
+
+
+def _settle(config: Config, resume: bool, fresh: bool, console: TextConsole) -> Config:
+    """`settle_run`, with the threads of CPU arithmetic settled, too.
+
+    Sums depend on how many threads share them. So a resumed run takes the number in its manifest,
+    unless the config gives one, and says where that is another.
+    """
+    settled = settle_run(config, resume=resume, fresh=fresh)
+    folder, recorded = Path(settled.run.dir), None
+    if resume and (folder / "run_manifest.json").is_file():
+        recorded = read_run_config(folder).training.cpu_threads
+    threads = settled.training.cpu_threads or recorded or torch.get_num_threads()
+    if recorded not in (None, threads):
+        console.print(
+            f"training.cpu_threads: {recorded} in this run until now, {threads} from here; sums on "
+            "a CPU differ in their last bits, so the run does not end bit for bit where it would "
+            "have ended",
+            soft_wrap=True,
+        )
+    training = dataclasses.replace(settled.training, cpu_threads=threads)
+    return dataclasses.replace(settled, training=training)
 
 
 def require_allowed(config: Config) -> None:
