@@ -19,6 +19,8 @@ from sd_perf.diffusion.randomness import Stream, normal
 from sd_perf.errors import CheckpointError, UserError
 from sd_perf.fast.unet import FastUNet
 from sd_perf.files import disk_errors
+from sd_perf.memory import require_memory
+from sd_perf.models.vae import PIXELS_PER_LATENT
 
 Decoder = Callable[[torch.Tensor], torch.Tensor]
 
@@ -44,6 +46,13 @@ def generate(
     """
     device = next(unet.parameters()).device
     size, channels = config.data.latent_size, config.model.in_channels
+    pixels, batch_size = PIXELS_PER_LATENT * size, min(batch_size, len(prompts) or 1)
+    require_memory(
+        4 * 3 * pixels**2 * batch_size,
+        device,
+        f"drawing {batch_size} pictures of {pixels}x{pixels} pixels at a time",
+        "draw fewer (evaluation.batch_size), or train on a smaller data.latent_size",
+    )
     uncond = text_encoder([""])
     # The fast UNet projects the context to keys and values once, not at every DDIM step.
     once: dict[str, Any] = {"project_text": unet.project_text} if isinstance(unet, FastUNet) else {}

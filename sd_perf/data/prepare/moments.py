@@ -17,6 +17,7 @@ from sd_perf.data.prepare.captioned_images import CaptionedImage, load_captioned
 from sd_perf.data.shard_writer import ShardWriter
 from sd_perf.errors import DataError
 from sd_perf.files import disk_errors, json_lines, write_text
+from sd_perf.memory import require_memory
 from sd_perf.models.vae import PIXELS_PER_LATENT
 
 _log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def prepare_moments(
     Raises DataError where more images cannot be decoded, naming all of them, and for encoder output
     that has another shape or is not finite.
     """
-    _require_options(size, captions_per_image)
+    _require_options(size, captions_per_image, batch_size)
     bad: list[str] = []
     with ShardWriter(folder, samples_per_shard) as writer:
         for start in range(0, len(samples), batch_size):
@@ -84,7 +85,7 @@ def prepare_moments(
         return writer.num_samples
 
 
-def _require_options(size: int, captions_per_image: int) -> None:
+def _require_options(size: int, captions_per_image: int, batch_size: int) -> None:
     if size < PIXELS_PER_LATENT or size % PIXELS_PER_LATENT:
         raise DataError(
             f"image size {size} cannot be used; it must be a multiple of {PIXELS_PER_LATENT}"
@@ -93,6 +94,12 @@ def _require_options(size: int, captions_per_image: int) -> None:
         raise DataError(
             f"captions_per_image {captions_per_image} cannot be used; it must be at least 1"
         )
+    require_memory(
+        4 * 3 * size**2 * batch_size,
+        torch.device("cpu"),
+        f"encoding {batch_size} pictures of {size}x{size} pixels at a time",
+        "make data.latent_size smaller",
+    )
 
 
 def _load(
