@@ -39,7 +39,7 @@ from triton.runtime.jit import create_function_from_signature
 from benchmarks.command import command_parser
 from sd_kernels.launch import Launch, interpreted, recording
 from sd_kernels.registry import all_ops
-from sd_kernels.spec import Inputs, OpSpec
+from sd_kernels.spec import Backend, Inputs, OpSpec
 from sd_perf.tools.results import Provenance, Result, write
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -90,12 +90,19 @@ class SkipConvolutions(TorchDispatchMode):
         return tensors_only(lambda result: torch.empty_like(result, device="cpu"), results)
 
 
+def _ours(spec: OpSpec) -> Backend:
+    """The backend with our Triton kernels, of an op that has one."""
+    if spec.ours is None:
+        raise ValueError(f"{spec.name} has no Triton kernels of ours")
+    return spec.backend(spec.ours)
+
+
 def launches_of(spec: OpSpec, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
     """Case name and launch of every Triton kernel in the op's full-size calls.
 
     Forward and backward. The inputs are allocated and never touched.
     """
-    function = spec.backend("triton").function(spec.name)
+    function = _ours(spec).function(spec.name)
     for case in spec.cases:
         inputs = spec.inputs(case, Inputs(case, dtype, empty=True))
         with recording() as launches, SkipConvolutions():
@@ -216,7 +223,7 @@ def compile_all(
     rows: dict[tuple[str, int], Compiled] = {}
     launches = [(op, *recorded) for op in ops for recorded in launches_of(all_ops()[op], dtype)]
     for (op, case, launch), capability in product(launches, targets):
-        if divmod(capability, 10) < all_ops()[op].backend("triton").capability:
+        if divmod(capability, 10) < _ours(all_ops()[op]).capability:
             continue
         key, source, options = compile_for(launch, capability)
         if (key, capability) not in rows:
@@ -270,9 +277,7 @@ def row_line(row: Compiled) -> str:
 
 def main() -> int:
     """Compile, print, write; returns the exit code."""
-    with_triton = [
-        name for name, spec in all_ops().items() if any(b.name == "triton" for b in spec.backends)
-    ]
+    with_triton = [name for name, spec in all_ops().items() if spec.ours]
     targets = list(MATRIX_INSTRUCTIONS)
     parser = command_parser("ahead_of_time", __doc__)
     add = parser.add_argument

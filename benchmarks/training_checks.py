@@ -18,6 +18,7 @@ from benchmarks.gpu_fast import FastRecipe, FastWorkload
 from benchmarks.gpu_workload import FP32, Recipe, Workload
 from sd_kernels import launch
 from sd_kernels.harness import FLOOR
+from sd_kernels.registry import all_ops
 from sd_perf.config import UNetConfig
 
 ITERATIONS = 3
@@ -154,7 +155,7 @@ def check_launches(name: str, kernels: Mapping[str, str], launches: Mapping[str,
 
     kernels: backend by op. launches: count by the kernel's name.
     """
-    chosen = [op for op, backend in kernels.items() if backend == "triton"]
+    chosen = [op for op, backend in kernels.items() if backend == all_ops()[op].ours]
     silent = [op for op in chosen if not any(launches.get(kernel) for kernel in _kernels_of(op))]
     backends = ", ".join(f"{op} {kernels[op]}" for op in sorted(kernels))
     note = f"{sum(launches.values())} launches; backends: {backends}"

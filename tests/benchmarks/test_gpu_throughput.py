@@ -103,7 +103,7 @@ def test_without_an_estimate_there_are_measurements(monkeypatch: pytest.MonkeyPa
     def fail(*_: object) -> dict[str, Any]:
         raise RuntimeError("odd")
 
-    monkeypatch.setattr(gpu_throughput, "estimate", fail)
+    monkeypatch.setattr(gpu_throughput, "predict", fail)
     gpu_throughput.predictions.cache_clear()
     row = make_row(H100, TimedRecipe(FAST_BF16, 8, True), THROUGHPUT)
     gpu_throughput.predictions.cache_clear()

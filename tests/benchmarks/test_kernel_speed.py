@@ -93,7 +93,7 @@ def test_a_case_is_reduced_until_it_fits_float64(spec: Any) -> None:
     for case in spec.cases:
         small = reduced(spec, case, spec.dtypes[-1])
         assert spec.work(small, spec.dtypes[-1]).forward_bytes <= MOST_BYTES
-        assert small.shape.keys() == case.shape.keys() and small.data == case.data
+        assert small.shape.keys() == case.shape.keys() and small.draw == case.draw
     flat = Case("flat", {"B": 1, "L": 2**20, "N": 2**10})
     assert reduced(geglu.SPEC, flat, torch.float32).shape == {"B": 1, "L": 2**14, "N": 2**10}
 

@@ -13,6 +13,7 @@ H100 = "NVIDIA H100 80GB HBM3"
 TINY = UNetConfig(
     model_channels=32,
     channel_mult=(1, 2),
+    num_res_blocks=1,
     attention_resolutions=(1, 2),
     num_head_channels=32,
     context_dim=32,

@@ -11,7 +11,7 @@ from tests.cli.bad_input import (
     newest,
     write_preset,
 )
-from tests.small_run import train
+from tests.small_run import train_here
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def shards(tmp_path: Path) -> Path:
 def whole_run(tmp_path_factory) -> Path:
     """A run of two steps, with a checkpoint after each."""
     folder = tmp_path_factory.mktemp("whole")
-    train(write_preset(folder / "tiny.yaml"), folder / "run")
+    train_here(write_preset(folder / "tiny.yaml"), folder / "run")
     return folder / "run"
 
 
@@ -41,7 +41,7 @@ def whole_run(tmp_path_factory) -> Path:
 def other_checkpoint(tmp_path_factory) -> Path:
     """A checkpoint of another model on the same data."""
     folder = tmp_path_factory.mktemp("other")
-    train(write_preset(folder / "other.yaml", model={"channel_mult": [1, 1]}), folder / "run")
+    train_here(write_preset(folder / "other.yaml", model={"channel_mult": [1, 1]}), folder / "run")
     return newest(folder / "run")
 
 

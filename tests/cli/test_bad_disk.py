@@ -36,12 +36,18 @@ def test_read_only_disk(mount_tmpfs, preset, whole_run, refused):
     matches(refused(*command_on(whole_run, "export", preset, disk)), "cannot be written")
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_disk_full_in_a_checkpoint(processes, mount_tmpfs, preset, sd_perf):
+REAL = [pytest.param(number, marks=pytest.mark.slow) for number in (1, 2)]
+
+
+@pytest.mark.parametrize("processes", [0, *REAL])
+def test_disk_full_in_a_checkpoint(processes, mount_tmpfs, preset, sd_perf, refused):
     """The first of two checkpoints fits. The run stops, keeps it, and goes on once there is
     space."""
     disk = mount_tmpfs("size=20m")
-    sentence = fail(preset, disk / "run", processes=processes)
+    if processes:
+        sentence = fail(preset, disk / "run", processes=processes)
+    else:
+        sentence = refused("train", "--config", preset, "--run.dir", disk / "run")
     matches(
         sentence,
         "a checkpoint could not be written (",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from sd_perf.data.order import SampleOrder
 from tests.cli.bad_input import (
     data_options,
@@ -22,6 +24,7 @@ def test_process(preset, run, tmp_path):
     assert not run.exists()
 
 
+@pytest.mark.slow
 def test_two_processes_and_a_batch_that_does_not_divide(preset, run):
     sentence = fail(preset, run, "--training.global-batch-size", 5, processes=2)
     matches(

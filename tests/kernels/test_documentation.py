@@ -80,7 +80,7 @@ from sd_perf.tools.doctor import examine
 from sd_perf.tools.estimate.dry_run import dry_run
 from sd_perf.tools.estimate.predict import predict
 from sd_perf.tools.parity.operators import compare_operators
-from sd_perf.tools.parity.subject import Subject
+from sd_perf.tools.parity.parity_case import ParityCase
 
 smoke = load_preset(sys.argv[2])
 named = config_from_dict({"kernels": {"squared_relu": "reference"}}).kernels
@@ -97,11 +97,12 @@ facts = {
     "doctor": doctored["auto"],
     "estimate": predict(smoke, "h100", 2)["by_op"]["squared_relu"],
 }
-subject = Subject.of(fast, "interpreter")
-assert subject.choices["squared_relu"].backend == "triton"
+case = ParityCase.of(fast, "interpreter")
+assert case.choices["squared_relu"].backend == "triton"
+case.ops  # made of all
 for op in all_ops().keys() - {"squared_relu"}:  # the others have tests of their own
     del all_ops()[op]
-facts["parity"] = {f"{row.name} {row.dtype}": row.ok for row in compare_operators(subject)}
+facts["parity"] = {f"{row.name} {row.dtype}": row.ok for row in compare_operators(case)}
 print(json.dumps(facts))
 """
 

@@ -26,11 +26,11 @@ def prepare_shards(
     """Encode captioned images into shards of moments in data.path, as the config will read them.
 
     `images` and `captions` are those of `read_images`; `autoencoder` is the file of an encoder.
-    Images are resized to 8 pixels per latent pixel of data.latent_size. Where data.context is
-    precomputed, the shards hold text states, too. Up to data.max_bad_samples images that cannot be
-    decoded are left out and listed. Returns the number of samples written and the
-    images' side in pixels. ConfigError where data.path is not set; DataError for images or captions
-    that cannot be used, and for shards that exist already.
+    Images are resized to PIXELS_PER_LATENT * data.latent_size. Where data.context is precomputed,
+    the shards also hold text states. Up to data.max_bad_samples images that cannot be decoded are
+    left out and listed. Returns the number of samples written and the side of the images in pixels.
+    Raises ConfigError where data.path is not set, and DataError for images or captions that cannot
+    be used and for shards that exist already.
     """
     config.data.require(bool(config.data.path), "path", "the folder to write the shards to")
     samples = read_images(images, captions, config.data.allow_empty_captions)
