@@ -27,7 +27,8 @@ MAX_SAMPLES, MAX_RANKS, MAX_BATCH = 10_000_000, 100_000, 1_000_000
 
 def require_between(option: str, value: int, least: int, most: int) -> None:
     """`require_option` of a whole number between two limits, both included."""
-    right = f"at least {least:,}" if value < least else f"at most {most:,}"
+    low = f"at least {least:,}" if least else "0 or more"
+    right = low if value < least else f"at most {most:,}"
     require_option(option, value, least <= value <= most, right)
 
 
