@@ -13,6 +13,9 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = {"sd_perf": ROOT / "sd_perf", "sd_kernels": ROOT / "kernels/sd_kernels"}
 ORDER = (
     "errors",
+    "visible",
+    "console",
+    "memory",
     "files",
     "optional",
     "config",

@@ -6,23 +6,24 @@ import json
 import os
 from typing import Any
 
-from rich.console import Console
+from sd_perf.console import TextConsole
+from sd_perf.visible import visible
 
 RANK = int(os.environ.get("RANK", "0"))
 """of this process among all that the launcher (torchrun, SLURM) started"""
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
 """of this process among those on this machine"""
-CONSOLE = Console(quiet=RANK > 0)
+CONSOLE = TextConsole(quiet=RANK > 0)
 
 
 def print_plain(*lines: Any) -> None:
-    """Print each on a line of its own, neither wrapped nor coloured: scripts read paths from it."""
-    CONSOLE.print(*lines, sep="\n", highlight=False, soft_wrap=True)
+    """Print each on one line, neither wrapped nor coloured: scripts read paths from it."""
+    CONSOLE.print(*map(visible, lines), sep="\n", soft_wrap=True)
 
 
-def table_console() -> Console:
+def table_console() -> TextConsole:
     """The console for tables: 100 columns wide, not rich's 80, where the output is no terminal."""
-    return CONSOLE if CONSOLE.is_terminal else Console(width=100)
+    return CONSOLE if CONSOLE.is_terminal else TextConsole(width=100)
 
 
 def print_json(value: Any) -> None:

@@ -5,8 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from sd_perf.cli.console import CONSOLE, print_plain
-from sd_perf.cli.options import Settings, require_option
+from sd_perf.cli.console import print_plain
+from sd_perf.cli.options import (
+    MAX_SAMPLES,
+    Settings,
+    require_between,
+    require_option,
+    require_seed,
+)
 
 
 def prepare(
@@ -39,9 +45,7 @@ def prepare(
     """
     from sd_perf.data.prepare.prepare_shards import prepare_shards
 
-    require_option(
-        "--captions-per-image", captions_per_image, captions_per_image >= 1, "at least 1"
-    )
+    require_between("--captions-per-image", captions_per_image, 1, MAX_SAMPLES)
     fits = 1 <= samples_per_shard <= 10_000
     require_option("--samples-per-shard", samples_per_shard, fits, "1 to 10000")
     count, pixels = prepare_shards(
@@ -53,8 +57,7 @@ def prepare(
         samples_per_shard=samples_per_shard,
         pixel_range=pixel_range,
     )
-    told = f"{count} samples of {pixels}x{pixels} pixels -> {settings.data.path}"
-    CONSOLE.print(told, highlight=False)
+    print_plain(f"{count} samples of {pixels}x{pixels} pixels -> {settings.data.path}")
     return 0
 
 
@@ -79,8 +82,9 @@ def scenes(
     """
     from sd_perf.data.prepare.scenes import write_scene_shards, write_scenes
 
-    require_option("--samples", samples, samples >= 1, "at least 1")
-    require_option("--uncaptioned-every", uncaptioned_every, uncaptioned_every >= 0, "0 or more")
+    require_between("--samples", samples, 1, MAX_SAMPLES)
+    require_seed("--seed", seed)
+    require_between("--uncaptioned-every", uncaptioned_every, 0, MAX_SAMPLES)
     write = write_scene_shards if shards else write_scenes
     write(output, samples, seed, uncaptioned_every)
     print_plain(f"{samples} scenes -> {output}")

@@ -25,6 +25,7 @@ from sd_perf.cli.weights import export
 from sd_perf.config import Config
 from sd_perf.errors import ConfigError, UserError
 from sd_perf.presets import load_preset
+from sd_perf.visible import visible
 
 Command = Callable[..., int]
 
@@ -90,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
             traceback.print_exc()
         if isinstance(error, ConfigError):  # every rank read the config; the first one speaks
             _let_first_rank_speak()
-        print(f"sd-perf: {f'rank {RANK}: ' if RANK else ''}{error}", file=sys.stderr)
+        print(visible(f"sd-perf: {f'rank {RANK}: ' if RANK else ''}{error}"), file=sys.stderr)
         code = _BAD_INPUT
     except KeyboardInterrupt:
         if RANK == 0:

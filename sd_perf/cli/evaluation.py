@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sd_perf.cli.console import CONSOLE, print_plain
-from sd_perf.cli.options import RunFolder
+from sd_perf.cli.options import RunFolder, require_seed
 
 
 def evaluate(run: RunFolder) -> int:
@@ -54,6 +54,7 @@ def sample(
     """
     from sd_perf.evaluation.draw import draw_prompts
 
+    require_seed("--seed", seed)
     paths = draw_prompts(
         source,
         list(prompt),

@@ -7,7 +7,15 @@ import sys
 from pathlib import Path
 
 from sd_perf.cli.console import print_json, print_plain, table_console
-from sd_perf.cli.options import GPUName, RunFolder, Settings, TargetName
+from sd_perf.cli.options import (
+    MAX_BATCH,
+    MAX_RANKS,
+    GPUName,
+    RunFolder,
+    Settings,
+    TargetName,
+    require_between,
+)
 from sd_perf.runs.parity_record import DEFAULT_LEVELS, Level
 
 
@@ -51,13 +59,15 @@ def estimate(
     from sd_perf.tools.estimate.page import draw, tables
     from sd_perf.tools.estimate.predict import predict
 
+    require_between("--batch", batch, 1, MAX_BATCH)
+    require_between("--ranks", ranks, 1, MAX_RANKS)
     facts = predict(settings, gpu, batch=batch, ranks=ranks)
     if png is not None:
         draw(facts, png)
     if json:
         print_json(facts)
     else:
-        table_console().print(*tables(facts), sep="\n", highlight=False)
+        table_console().print(*tables(facts), sep="\n")
     return 0
 
 
@@ -86,7 +96,7 @@ def parity(
         print_json(record)
     else:
         lines = *terminal_report(record), f"{folder}/parity.html"
-        table_console().print(*lines, sep="\n", highlight=False, soft_wrap=True)
+        table_console().print(*lines, sep="\n", soft_wrap=True)
     return 0 if record["ok"] else 1
 
 
@@ -104,5 +114,5 @@ def doctor(target: TargetName = "here", json: bool = False) -> int:
     if json:
         print_json(findings)
     else:
-        table_console().print(*screen(findings), sep="\n", highlight=False)
+        table_console().print(*screen(findings), sep="\n")
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sd_perf.cli.console import CONSOLE, print_json, print_plain, table_console
-from sd_perf.cli.options import Settings, TargetName, require_option
+from sd_perf.cli.options import MAX_RANKS, Settings, TargetName, require_between
 from sd_perf.config import Config
 
 INTERRUPTED = 75
@@ -58,7 +58,7 @@ def _dry_run(settings: Config, ranks: int, target: str, as_json: bool) -> int:
     from sd_perf.training.kernels_table import kernels_table
     from sd_perf.training.launch import require_allowed
 
-    require_option("--ranks", ranks, ranks >= 1, "at least 1")
+    require_between("--ranks", ranks, 1, MAX_RANKS)
     require_allowed(settings)
     facts = dry_run(settings, ranks, target)
     if as_json:

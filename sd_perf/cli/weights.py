@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from sd_perf.cli.console import CONSOLE
+from sd_perf.cli.console import print_plain
 
 
 def export(
@@ -34,5 +34,5 @@ def export(
         export_ldm(state, output, {"sd_perf.source": str(source)}, model)
     else:
         export_diffusers(state, model, output, diffusion=read_diffusion(source))
-    CONSOLE.print(f"{len(state)} tensors of {source} -> {output}", highlight=False)
+    print_plain(f"{len(state)} tensors of {source} -> {output}")
     return 0

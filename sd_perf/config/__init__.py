@@ -18,12 +18,22 @@ from sd_perf.config.model import (
     TextEncoderConfig,
     UNetConfig,
 )
-from sd_perf.config.rules import Count, Decay, NotNegative, Positive, Rule, Section
+from sd_perf.config.rules import (
+    SEED,
+    Count,
+    Decay,
+    NotNegative,
+    Positive,
+    Rule,
+    Samples,
+    Section,
+)
 from sd_perf.config.run import CheckpointConfig, LoggingConfig, MLPerfConfig, RunConfig
 from sd_perf.config.training import OptimizerConfig, TrainingConfig
 
 __all__ = [
     "LINEAR_LAYERS",
+    "SEED",
     "SPEED_ONLY",
     "Arithmetic",
     "CheckpointConfig",
@@ -42,6 +52,7 @@ __all__ = [
     "PrecisionConfig",
     "Rule",
     "RunConfig",
+    "Samples",
     "SamplingConfig",
     "Section",
     "TextEncoderConfig",

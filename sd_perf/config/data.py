@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from sd_perf.config.rules import Count, PathText, Rule, Section
+from sd_perf.config.rules import (
+    ONE,
+    Count,
+    PathText,
+    SamplesOrNone,
+    Section,
+    Side,
+    Threads,
+    at_most,
+)
 
 
 @dataclass(frozen=True)
@@ -20,18 +29,18 @@ class DataConfig(Section):
     """folder of the *.tar shards"""
     index: PathText = ""
     """file of the samples' byte offsets (default: sd_perf_index.npz in data.path)"""
-    latent_size: Count = 64
+    latent_size: Side = 64
     """height and width of the latents, latent pixels"""
     context: Literal["precomputed", "open_clip"] = "open_clip"
     """text states: from <key>.context.npy in the shards, or from captions in every step"""
-    context_tokens: Count = 77
+    context_tokens: Annotated[int, ONE, at_most(65_536)] = 77
     """text tokens per caption"""
-    workers: Count = 4
+    workers: Threads = 4
     """threads that read and decode"""
-    prefetch_batches: Count = 4
+    prefetch_batches: Threads = 4
     """micro-batches made ready ahead of the step"""
-    max_bad_samples: Annotated[int, Rule(lambda samples: samples >= 0, "0 or more")] = 0
-    """samples, over all ranks, that may be replaced by the next one before the run stops"""
+    max_bad_samples: SamplesOrNone = 0
+    """samples, over all ranks, that training may replace; images that data prepare may leave out"""
     allow_empty_captions: bool = False
     """take samples whose caption is empty, as the benchmark does"""
     max_caption_bytes: Count = 4096

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from sd_perf.config.rules import Count, NotNegative, PathText, Rule, Section
+from sd_perf.config.rules import Count, NotNegative, PathText, Pictures, Rule, Section, at_most
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,11 @@ class EvaluationConfig(Section):
 
     prompts: PathText = ""
     """captions to draw: a .tsv with a column `caption` (the benchmark's), or captions.jsonl"""
-    num_prompts: Annotated[int, Rule(lambda prompts: prompts > 1, "at least 2")] = 30_000
+    num_prompts: Annotated[int, Rule(lambda prompts: prompts > 1, "at least 2"), at_most(10**7)] = (
+        30_000
+    )
     """prompts drawn, from the top of the file"""
-    batch_size: Count = 32
+    batch_size: Pictures = 32
     """pictures drawn at a time"""
     autoencoder: PathText = ""
     """file of the decoder: .onnx, .ckpt or .safetensors"""

@@ -9,7 +9,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal
 
-from sd_perf.config.rules import Count, PathText, Positive, Rule, Section
+from sd_perf.config.rules import (
+    ONE,
+    Blocks,
+    Count,
+    PathText,
+    Positive,
+    Rule,
+    Section,
+    Timesteps,
+    at_most,
+)
 
 
 @dataclass(frozen=True)
@@ -18,21 +28,23 @@ class UNetConfig(Section):
 
     section = "model"
 
-    in_channels: Count = 4
+    in_channels: Annotated[int, ONE, at_most(4096)] = 4
     """channels of the latents"""
-    out_channels: Count = 4
+    out_channels: Annotated[int, ONE, at_most(4096)] = 4
     """channels of the prediction"""
-    model_channels: Annotated[Count, Rule(lambda channels: channels % 2 == 0, "even")] = 320
+    model_channels: Annotated[
+        int, ONE, Rule(lambda channels: channels % 2 == 0, "even"), at_most(65_536)
+    ] = 320
     """channels of the first level"""
     channel_mult: tuple[int, ...] = (1, 2, 4, 4)
     """channels of each level, in units of model_channels"""
-    num_res_blocks: Count = 2
+    num_res_blocks: Blocks = 2
     """ResBlocks per level on the way down (one more on the way up)"""
     attention_resolutions: tuple[int, ...] = (4, 2, 1)
     """down-sampling factors of the levels that have transformers"""
     num_head_channels: Count = 64
     """channels per attention head"""
-    context_dim: Count = 1024
+    context_dim: Annotated[int, ONE, at_most(65_536)] = 1024
     """channels of the text states"""
     resblock_groups: Count = 16
     """GroupNorm groups in ResBlocks and head (benchmark 16, published SD v2 32)"""
@@ -54,6 +66,8 @@ class UNetConfig(Section):
         self.require(same, "out_channels", f"model.in_channels ({self.in_channels})")
         positive = bool(self.channel_mult) and min(self.channel_mult) > 0
         self.require(positive, "channel_mult", "one positive multiple per level")
+        small = len(self.channel_mult) <= 12 and max(self.channel_mult) <= 64
+        self.require(small, "channel_mult", "at most 12 levels, of multiples up to 64")
         factors = tuple(2**level for level in range(len(self.channel_mult)))
         drawn = set(self.attention_resolutions) <= set(factors)
         self.require(drawn, "attention_resolutions", f"drawn from the levels' factors {factors}")
@@ -97,7 +111,7 @@ class DiffusionConfig(Section):
 
     section = "diffusion"
 
-    num_timesteps: Count = 1000
+    num_timesteps: Timesteps = 1000
     """timesteps of the forward process"""
     beta_start: float = 0.00085
     """variance of the noise added at the first timestep"""

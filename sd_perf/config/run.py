@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from sd_perf.config.rules import Count, PathText, Rule, Section
+from sd_perf.config.rules import PathText, Rule, Samples, Section, Steps, at_most
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,13 @@ class CheckpointConfig(Section):
 
     section = "checkpoint"
 
-    every_samples: Count = 512_000
+    every_samples: Samples = 512_000
     """distance between checkpoints, samples (rounded up to whole steps)"""
-    keep: Annotated[int | None, Rule(lambda keep: keep > 0, "at least 1, or none to keep all")] = (
-        None
-    )
+    keep: Annotated[
+        int | None,
+        Rule(lambda keep: keep > 0, "at least 1, or none to keep all"),
+        at_most(1_000_000),
+    ] = None
     """newest checkpoints kept; none keeps all"""
 
 
@@ -40,7 +42,7 @@ class LoggingConfig(Section):
 
     section = "logging"
 
-    every_steps: Count = 10
+    every_steps: Steps = 10
     """optimizer steps between lines of metrics.jsonl and of the progress display"""
 
 

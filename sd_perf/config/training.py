@@ -5,7 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from sd_perf.config.rules import Count, Decay, NotNegative, Positive, Rule, Section
+from sd_perf.config.rules import (
+    SEED,
+    Count,
+    Decay,
+    NotNegative,
+    Positive,
+    Rule,
+    Samples,
+    Section,
+    StepsOrNone,
+    at_most,
+)
 
 
 @dataclass(frozen=True)
@@ -16,7 +27,7 @@ class OptimizerConfig(Section):
 
     base_learning_rate: Positive = 1.25e-7
     """learning rate per sample: the full rate is this x training.global_batch_size"""
-    warmup_steps: Annotated[int, Rule(lambda steps: steps >= 0, "0 or more")] = 1000
+    warmup_steps: StepsOrNone = 1000
     """optimizer steps of linear warm-up to the full rate"""
     warmup_start: Annotated[float, Rule(lambda part: 0 <= part <= 1, "between 0 and 1")] = 1e-6
     """fraction of the full rate at the first step"""
@@ -40,17 +51,17 @@ class TrainingConfig(Section):
     """samples per optimizer step, over all ranks and accumulation steps"""
     accumulate_steps: Count = 1
     """micro-batches per optimizer step on each rank"""
-    max_samples: Count = 5_120_000
+    max_samples: Samples = 5_120_000
     """length of the run, samples (rounded up to whole steps)"""
     precision: Literal["fp32", "bf16"] = "bf16"
     """fp32 everywhere, or bf16 autocast over fp32 weights"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one and says what it took"""
-    cpu_threads: Annotated[int | None, Rule(lambda threads: threads > 0, "at least 1, or none")] = (
-        None
-    )
-    """threads of CPU arithmetic per process; none: as many as torch likes"""
-    seed: Annotated[int | None, Rule(lambda seed: 0 <= seed < 2**63, "in [0, 2**63)")] = None
+    cpu_threads: Annotated[
+        int | None, Rule(lambda threads: threads > 0, "at least 1, or none"), at_most(1024)
+    ] = None
+    """threads of CPU arithmetic per process; none: the run's so far, at first torch's choice"""
+    seed: Annotated[int | None, SEED] = None
     """seed of weights, data order and every draw; none: random, kept in the manifest"""
     deterministic: bool = False
     """deterministic GPU algorithms, slower (CPU runs always are)"""

@@ -47,5 +47,8 @@ def draw_prompts(
     load_into(unet, read_unet(checkpoint)[0], "the UNet", checkpoint)
     decode, text_encoder = read_decoder(autoencoder), build_text_encoder(config, device)
     paths = picture_paths(prompts, output)
-    save_pictures(generate(unet, text_encoder, decode, prompts, config=config, seed=seed), paths)
+    drawn = generate(
+        unet, text_encoder, decode, prompts, config=config, seed=seed, source=checkpoint
+    )
+    save_pictures(drawn, paths)
     return paths

@@ -39,6 +39,7 @@ from sd_perf.runs.checkpoint_files import read_state
 from sd_perf.runs.checkpoints import CheckpointStore, load_component, position
 from sd_perf.runs.folder import require_of_run
 from sd_perf.runs.scores import read_json_lines, read_scores
+from sd_perf.visible import visible
 
 GRID = 64
 """pictures in a grid, at most"""
@@ -62,7 +63,7 @@ class Evaluator:
         self.device = device
         self.prompts = read_prompts(Path(options.prompts), options.num_prompts)
         self.decode = read_decoder(Path(options.autoencoder))
-        self.features = read_features(Path(options.features), device)
+        self.features = _features_of(config, device)
         self.real = Gaussian.load_npz(Path(options.statistics))
         # Told here, since the distance is computed only after all pictures are drawn.
         theirs, ours = len(self.real.mean), self.features.num_features
@@ -76,7 +77,9 @@ class Evaluator:
         self.text_encoder = build_text_encoder(config, device)
         self.unet = build_sampling_unet(config, device)
 
-    def draw(self, weights: dict[str, torch.Tensor], seed: int) -> Iterator[torch.Tensor]:
+    def draw(
+        self, weights: dict[str, torch.Tensor], seed: int, source: object = "the weights"
+    ) -> Iterator[torch.Tensor]:
         """One picture per prompt with these UNet weights, in batches (B, 3, H, W) in [0, 1]."""
         self.unet.load_state_dict(weights)
         return generate(
@@ -87,6 +90,7 @@ class Evaluator:
             config=self.config,
             seed=seed,
             batch_size=self.config.evaluation.batch_size,
+            source=source,
         )
 
     @torch.no_grad()
@@ -137,6 +141,20 @@ def read_features(path: Path, device: torch.device) -> FeatureNet | FidInception
     return network.to(device)
 
 
+def _features_of(config: Config, device: torch.device) -> FeatureNet | FidInception:
+    """`read_features` of evaluation.features; DataError where it takes pictures of another size."""
+    network = read_features(Path(config.evaluation.features), device)
+    pixels = PIXELS_PER_LATENT * config.data.latent_size
+    if isinstance(network, FeatureNet) and network.config.image_size != pixels:
+        size = network.config.image_size
+        raise DataError(
+            f"{config.evaluation.features}: takes pictures of {size}x{size} pixels, and "
+            f"data.latent_size {config.data.latent_size} gives {pixels}x{pixels}; name another "
+            "network as evaluation.features"
+        )
+    return network
+
+
 @torch.no_grad()
 def write_statistics(images: Path, config: Config) -> int:
     """Write evaluation.statistics, the features' Gaussian over real images; returns their number.
@@ -148,7 +166,7 @@ def write_statistics(images: Path, config: Config) -> int:
     _require_named(config.evaluation, "features", "statistics")
     size, batch_size = PIXELS_PER_LATENT * config.data.latent_size, config.evaluation.batch_size
     samples = read_images(images, allow_empty=True)
-    features = read_features(Path(config.evaluation.features), torch.device("cpu"))
+    features = _features_of(config, torch.device("cpu"))
     statistics = FeatureStatistics(features.num_features)
     for start in range(0, len(samples), batch_size):
         batch = [
@@ -212,7 +230,8 @@ def _evaluate(evaluator: Evaluator, run: Path, checkpoint: Path, samples: int) -
     """
     config, start = evaluator.config, time.time()
     require_of_run(checkpoint, read_state(checkpoint), run)
-    pictures = evaluator.draw(load_component(checkpoint, "model"), config.training.seed or 0)
+    seed = config.training.seed or 0
+    pictures = evaluator.draw(load_component(checkpoint, "model"), seed, source=checkpoint)
     scores, first = evaluator.score(pictures, samples)
     write_grid(first, evaluator.prompts, run / "samples", samples)
     if config.mlperf.division != "none":
@@ -263,7 +282,7 @@ def scores_table(run: Path) -> Table:
         *(["shows its caption", "shows another's"] if judged else []),
         "n",
     ]
-    table = Table(*columns, title=f"{run}", title_justify="left")
+    table = Table(*columns, title=visible(run), title_justify="left")
     for line in lines:
         shares = [f"{100 * line[key]:.0f} %" for key in ("judge", "judge_shuffled") if key in line]
         table.add_row(

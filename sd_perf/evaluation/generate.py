@@ -16,9 +16,11 @@ from sd_perf.config import Config
 from sd_perf.data.images import write_png
 from sd_perf.diffusion.ddim import ddim_sample
 from sd_perf.diffusion.randomness import Stream, normal
-from sd_perf.errors import UserError
+from sd_perf.errors import CheckpointError, UserError
 from sd_perf.fast.unet import FastUNet
 from sd_perf.files import disk_errors
+from sd_perf.memory import require_memory
+from sd_perf.models.vae import PIXELS_PER_LATENT
 
 Decoder = Callable[[torch.Tensor], torch.Tensor]
 
@@ -32,15 +34,25 @@ def generate(
     config: Config,
     seed: int,
     batch_size: int = 8,
+    source: object = "the weights",
 ) -> Iterator[torch.Tensor]:
     """Draw a picture per prompt, in batches (B, 3, H, W) float32 in [0, 1] on the CPU.
 
     A batch is drawn when it is asked for. Picture i is a function of (seed, i, its prompt), for any
     batch size. `text_encoder` gives the text states of captions; `decode` takes unscaled latents
-    and gives images in [-1, 1].
+    and gives images in [-1, 1]. `source` names the weights in messages, as a checkpoint's path.
+
+    Raises CheckpointError for a picture that is NaN or infinite, before its batch is given.
     """
     device = next(unet.parameters()).device
     size, channels = config.data.latent_size, config.model.in_channels
+    pixels, batch_size = PIXELS_PER_LATENT * size, min(batch_size, len(prompts) or 1)
+    require_memory(
+        4 * 3 * pixels**2 * batch_size,
+        device,
+        f"drawing {batch_size} pictures of {pixels}x{pixels} pixels at a time",
+        "draw fewer (evaluation.batch_size), or train on a smaller data.latent_size",
+    )
     uncond = text_encoder([""])
     # The fast UNet projects the context to keys and values once, not at every DDIM step.
     once: dict[str, Any] = {"project_text": unet.project_text} if isinstance(unet, FastUNet) else {}
@@ -58,7 +70,20 @@ def generate(
             guidance_scale=config.sampling.guidance_scale,
             **once,
         )
-        yield ((decode(latents / config.diffusion.latent_scale) + 1) / 2).clamp(0, 1).float().cpu()
+        _require_finite(latents, "latents", source)
+        images = decode(latents / config.diffusion.latent_scale)
+        _require_finite(images, "pictures", source)
+        yield ((images + 1) / 2).clamp(0, 1).float().cpu()
+
+
+def _require_finite(values: torch.Tensor, what: str, source: object) -> None:
+    """CheckpointError where a batch of `what` holds values that are NaN or infinite."""
+    wrong = (~torch.isfinite(values)).flatten(1).any(dim=1).sum().item()
+    if wrong:
+        raise CheckpointError(
+            f"{source}: {wrong} of {len(values)} {what} that it gives are NaN or infinite; "
+            "take an earlier checkpoint, or a smaller guidance scale"
+        )
 
 
 def picture_paths(prompts: list[str], folder: Path) -> list[Path]:

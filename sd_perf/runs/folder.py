@@ -32,6 +32,7 @@ from sd_perf.presets import config_differences, config_from_dict
 from sd_perf.runs.checkpoint_files import GO_BACK
 from sd_perf.runs.checkpoints import CheckpointStore, position
 from sd_perf.runs.lock import RunLock
+from sd_perf.visible import visible
 
 # Keys, or starts of keys, that a resumed run may change: they say where and how a run computes, not
 # what it computes.
@@ -102,7 +103,7 @@ def open_run(
     config = settle_run(config, resume=resume, fresh=fresh)
     folder = Path(config.run.dir)
     if fresh and _holds_run(folder):
-        print(f"{folder}: the earlier run is now {_move_aside(folder)}")
+        print(visible(f"{folder}: the earlier run is now {_move_aside(folder)}"))
     if lock is not None:
         with disk_errors(folder, _ELSEWHERE):
             folder.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -19,6 +18,7 @@ from sd_kernels.registry import all_ops, source_digest
 from sd_kernels.selection import choose, reasons_against
 from sd_kernels.spec import Backend, OpSpec
 from sd_kernels.targets import Target
+from sd_perf.console import styled
 from sd_perf.fast.choice import REFERENCE, target_named
 from sd_perf.tools.results import KernelRow, read
 
@@ -127,13 +127,17 @@ def _runs(folder: Path) -> list[KernelRow]:
 
 def screen(report: dict[str, Any]) -> Iterable[Any]:
     """The report for a terminal, within one screen of 100 columns."""
-    yield f"[bold]sd-perf {report['sd_perf']}[/], Python {report['python']}, {report['platform']}"
+    where = f", Python {report['python']}, {report['platform']}"
+    yield Text.assemble(styled("bold", f"sd-perf {report['sd_perf']}"), where)
     yield _facts(report)
     target = report["target"]
-    yield f"[bold]kernels on {target['name']}[/]" + (", as declared" if target["declared"] else "")
+    declared = ", as declared" if target["declared"] else ""
+    yield Text.assemble(styled("bold", f"kernels on {target['name']}"), declared)
     yield _kernels_table(report["kernels"])
     yield from _adapted(report["kernels"])
-    yield "[dim]sd-perf doctor --json has every reason in full, and how to get each package[/]"
+    yield styled(
+        "dim", "sd-perf doctor --json has every reason in full, and how to get each package"
+    )
 
 
 def _facts(report: dict[str, Any]) -> Table:
@@ -143,16 +147,16 @@ def _facts(report: dict[str, Any]) -> Table:
         alike = [name for name, _ in names]
         table.add_row(alike[0] + (f" ... {alike[-1]}" if len(alike) > 1 else ""), what)
     there = [
-        f"{row['package']} [cyan]{row['version']}[/]"
+        Text.assemble(f"{row['package']} ", styled("cyan", row["version"]))
         for row in report["packages"]
         if row["version"]
     ]
-    table.add_row("packages", "  ".join(there))
+    table.add_row("packages", Text("  ").join(there))
     for row in report["packages"]:
         if not row["version"]:
             table.add_row(
-                "[red]missing[/]",
-                escape(f"{row['package']} ({row['needed_for']}): {row['install']}"),
+                styled("red", "missing"),
+                f"{row['package']} ({row['needed_for']}): {row['install']}",
             )
     return table
 
@@ -174,11 +178,12 @@ def _kernels_table(kernels: list[dict[str, Any]]) -> Table:
     for kernel in kernels:
         first = (kernel["op"], kernel["auto"])
         others = [row for row in kernel["backends"] if row["backend"] != REFERENCE]
-        alike: dict[tuple[str, str, str], list[str]] = {}
+        alike: dict[tuple[tuple[str, str], tuple[str, str]], list[str]] = {}
         for row in others:
-            answer = *_availability(row, taken=row["backend"] == kernel["auto"]), _ran(row)
+            answer = _availability(row, taken=row["backend"] == kernel["auto"]), _ran(row)
             alike.setdefault(answer, []).append(row["backend"])
-        for (availability, style, ran), names in alike.items():
+        for ((availability, style), (gpus, warning)), names in alike.items():
+            ran = Text.assemble(gpus, styled("yellow", warning))
             table.add_row(*first, ", ".join(names), Text(availability, style), ran)
             first = ("", "")
     return table
@@ -193,12 +198,11 @@ def _availability(row: dict[str, Any], *, taken: bool) -> tuple[str, str]:
     return "yes" if row["automatic"] else "yes, when named", ""
 
 
-def _ran(row: dict[str, Any]) -> str:
+def _ran(row: dict[str, Any]) -> tuple[str, str]:
+    """The GPUs that a backend ran on, and what is to be said of that in yellow."""
     if not row["ran_on"]:
-        return "[yellow]never[/]"
-    return ", ".join(row["ran_on"]) + (
-        " [yellow](changed since)[/]" if row["changed_since"] else ""
-    )
+        return "", "never"
+    return ", ".join(row["ran_on"]), " (changed since)" if row["changed_since"] else ""
 
 
 def _adapted(kernels: list[dict[str, Any]]) -> Iterable[Any]:
@@ -212,5 +216,5 @@ def _adapted(kernels: list[dict[str, Any]]) -> Iterable[Any]:
     table = Table.grid(padding=(0, 2))
     for (package, installed), users in packages.items():
         state = f"{installed} is installed" if installed else "not installed"
-        table.add_row(", ".join(users), escape(f"signature bound to {package}; {state}"))
+        table.add_row(", ".join(users), f"signature bound to {package}; {state}")
     return ["", table] if table.row_count else []

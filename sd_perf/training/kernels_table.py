@@ -7,6 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
+from sd_perf.console import styled
+
 
 def kernels_table(target: str, kernels: Mapping[str, Mapping[str, Any]]) -> tuple[Any, ...]:
     """A title and a table: op, backend, and why each better backend was passed over.
@@ -21,4 +23,4 @@ def kernels_table(target: str, kernels: Mapping[str, Mapping[str, Any]]) -> tupl
         reasons = [f"{name}: {why}" for name, why in choice["passed_over"].items()]
         named = [] if choice["wanted"] == "auto" else ["named in the config"]
         table.add_row(choice["op"], choice["backend"], "; ".join([*named, *reasons]))
-    return f"[italic]kernels on {target}[/]", table
+    return styled("italic", f"kernels on {target}"), table

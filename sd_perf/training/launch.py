@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from sd_kernels.conv.aten import tuned
 from sd_kernels.selection import Choice
 from sd_kernels.spec import Target
 from sd_perf.config import Config
+from sd_perf.console import TextConsole
 from sd_perf.data.loaders.build_loader import build_loader
 from sd_perf.distributed.world import World
 from sd_perf.fast.choice import choose_kernels, require_used, used_ops
 from sd_perf.fast.ops import Ops
 from sd_perf.mlperf.rules import require_closed
 from sd_perf.models.build import build_text_encoder, build_unet
-from sd_perf.runs.folder import open_run, settle_run
+from sd_perf.runs.folder import open_run, read_run_config, settle_run
 from sd_perf.runs.lock import RunLock
 from sd_perf.runs.parity_record import require_green
 from sd_perf.training.callbacks.base import Callback
@@ -30,12 +30,14 @@ from sd_perf.training.callbacks.mlperf import MLPerfLogger
 from sd_perf.training.callbacks.progress import ProgressDisplay
 from sd_perf.training.callbacks.signals import StopOnSignal
 from sd_perf.training.kernels_table import kernels_table
+from sd_perf.training.memory import require_step_fits
 from sd_perf.training.step import TrainStep
 from sd_perf.training.trainer import Trainer
+from sd_perf.visible import visible
 
 
 def launch(
-    config: Config, world: World, *, resume: bool, fresh: bool, console: Console
+    config: Config, world: World, *, resume: bool, fresh: bool, console: TextConsole
 ) -> str | None:
     """Train to the end; returns None, or the reason why the run was asked to stop.
 
@@ -48,7 +50,7 @@ def launch(
 
 
 def _launch(
-    config: Config, world: World, *, resume: bool, fresh: bool, console: Console, lock: RunLock
+    config: Config, world: World, *, resume: bool, fresh: bool, console: TextConsole, lock: RunLock
 ) -> str | None:
     folder = Path(config.run.dir)
     if resume or fresh:
@@ -57,8 +59,8 @@ def _launch(
     target = Target.here()
     choices = world.on_main(lambda: choose_kernels(config, target))
     parity = world.on_main(lambda: _parity_record(config, console))
-    world.on_main(lambda: config.micro_batch_size(world.size))
-    settled = world.on_main(lambda: settle_run(config, resume=resume, fresh=fresh))
+    world.on_main(lambda: require_step_fits(config, world))
+    settled = world.on_main(lambda: _settle(config, resume, fresh, console))
     torch.use_deterministic_algorithms(settled.training.deterministic)
     if settled.training.cpu_threads is not None:
         torch.set_num_threads(settled.training.cpu_threads)
@@ -67,9 +69,9 @@ def _launch(
     if newest is not None:
         world.together(lambda: trainer.load(newest))
     elif resume:
-        console.print(f"{trainer.folder}: no checkpoint to resume from", soft_wrap=True)
+        console.print(f"{visible(trainer.folder)}: no checkpoint to resume from", soft_wrap=True)
     if trainer.samples >= trainer.total_samples:
-        told = f"{trainer.folder}: the run is complete ({trainer.samples:,} samples)"
+        told = f"{visible(trainer.folder)}: the run is complete ({trainer.samples:,} samples)"
         console.print(
             f"{told}; to train on, resume it with a larger --training.max-samples", soft_wrap=True
         )
@@ -83,6 +85,28 @@ def _launch(
     # shape. A deterministic run takes the algorithm that cuDNN's heuristics choose.
     with contextlib.nullcontext() if settled.training.deterministic else tuned(algorithms=10):
         return trainer.fit()
+
+
+def _settle(config: Config, resume: bool, fresh: bool, console: TextConsole) -> Config:
+    """`settle_run`, with the threads of CPU arithmetic settled, too.
+
+    Sums depend on how many threads share them. So a resumed run takes the number in its manifest,
+    unless the config gives one, and says where that is another.
+    """
+    settled = settle_run(config, resume=resume, fresh=fresh)
+    folder, recorded = Path(settled.run.dir), None
+    if resume and (folder / "run_manifest.json").is_file():
+        recorded = read_run_config(folder).training.cpu_threads
+    threads = settled.training.cpu_threads or recorded or torch.get_num_threads()
+    if recorded not in (None, threads):
+        console.print(
+            f"training.cpu_threads: {recorded} in this run until now, {threads} from here; sums on "
+            "a CPU differ in their last bits, so the run does not end bit for bit where it would "
+            "have ended",
+            soft_wrap=True,
+        )
+    training = dataclasses.replace(settled.training, cpu_threads=threads)
+    return dataclasses.replace(settled, training=training)
 
 
 def require_allowed(config: Config) -> None:
@@ -109,7 +133,7 @@ def build_trainer(
     return Trainer(config, world, step=step, loader=loader, callbacks=callbacks)
 
 
-def default_callbacks(config: Config, console: Console) -> list[Callback]:
+def default_callbacks(config: Config, console: TextConsole) -> list[Callback]:
     """The callbacks of every run, in an order that matters.
 
     Signals come before checkpoints, so that the step that sees a signal saves. The MLPerf log comes
@@ -120,7 +144,7 @@ def default_callbacks(config: Config, console: Console) -> list[Callback]:
     return [StopOnSignal(), MetricsFile(), *log, Checkpointer(), ProgressDisplay(console)]
 
 
-def _parity_record(config: Config, console: Console) -> dict[str, Any] | None:
+def _parity_record(config: Config, console: TextConsole) -> dict[str, Any] | None:
     """The green parity record that an MLPerf run of the fast network needs; else None."""
     if config.mlperf.division == "none" or config.model.implementation == "plain":
         return None

@@ -66,12 +66,42 @@ def test_options_that_do_not_parse(options, parts, preset, run, sd_perf):
         ),
         (["--dry-run", "--ranks", "0"], ["--ranks: 0 cannot be used; it must be at least 1"]),
         (["--dry-run", "--ranks", "-2"], ["--ranks: -2 cannot be used; it must be at least 1"]),
+        (["--dry-run", "--ranks", 10**12], ["--ranks: 1000000000000", "at most 100,000"]),
+        (
+            ["--training.global-batch-size", 4 * 10**12],
+            ["training.global_batch_size: 4000000000000", "at most 1,000,000"],
+        ),
+        (["--optimizer.epsilon", "inf"], ["optimizer.epsilon: inf", "finite"]),
+        (
+            ["--training.global-batch-size", 10**6, "--data.latent-size", 2048],
+            ["training needs at least", "of memory on cpu", "are available; make the model"],
+        ),
         (["--resume", "--fresh"], ["--resume", "--fresh", "give one of them"]),
     ],
 )
 def test_options_that_cannot_be_used(options, parts, preset, run, refused):
     matches(refused("train", "--config", preset, "--run.dir", run, *options), *parts)
     assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value", "right"),
+    [
+        (["data", "scenes"], "--samples", 10**12, "at most 10,000,000"),
+        (["data", "scenes"], "--samples", 0, "at least 1"),
+        (["data", "scenes"], "--seed", -1, "in [0, 2**63)"),
+        (["data", "scenes"], "--seed", 2**64, "in [0, 2**63)"),
+        (["sample", "--source", "x", "--prompt", "a", "--autoencoder", "a"], "--seed", -1, "in [0"),
+        (["estimate"], "--batch", 0, "at least 1"),
+        (["estimate"], "--batch", 4 * 10**12, "at most 1,000,000"),
+        (["estimate"], "--ranks", -3, "at least 1"),
+        (["estimate"], "--ranks", 10**12, "at most 100,000"),
+    ],
+)
+def test_whole_numbers_have_limits(command, option, value, right, preset, tmp_path, refused):
+    place = ["--config", preset] if command == ["estimate"] else ["--output", tmp_path / "out"]
+    matches(refused(*command, *place, option, value), f"{option}: {value}", right)
+    assert not (tmp_path / "out").exists()
 
 
 def test_dry_run_for_a_declared_gpu(preset, run, sd_perf):

@@ -50,6 +50,54 @@ def test_a_count_is_at_least_one(section, field, value):
         dataclasses.replace(getattr(Config(), section), **{field: value})
 
 
+NUMBERS = [
+    (section, field, type(default))
+    for section, kind in SECTIONS.items()
+    for field, hint in get_type_hints(kind).items()
+    for default in [getattr(Config(), section).__dict__[field]]
+    if hint in (int, float, int | None)
+]
+
+
+@pytest.mark.parametrize(("section", "field", "kind"), NUMBERS)
+def test_every_number_has_limits(section, field, kind):
+    """No integer is without an upper limit, and no float is infinite, NaN or lost in float32."""
+    wrong = [float("inf"), float("-inf"), float("nan"), 1e39, 1e-46] if kind is float else [2**64]
+    for value in [*wrong, -1e39 if kind is float else -1]:
+        with pytest.raises(ConfigError, match=rf"^{section}\.{field}: .* cannot be used; it must"):
+            dataclasses.replace(getattr(Config(), section), **{field: value})
+
+
+def test_numbers_are_found():
+    assert {("evaluation", "fid_target", float), ("optimizer", "epsilon", float)} < set(NUMBERS)
+    assert len(NUMBERS) > 30 and ("diffusion", "beta_end", float) in NUMBERS
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "limit"),
+    [
+        ("training", "global_batch_size", 4 * 10**12, "1,000,000"),
+        ("training", "cpu_threads", 10**6, "1,024"),
+        ("data", "latent_size", 8 * 10**6, "2,048"),
+        ("data", "prefetch_batches", 10**8, "1,024"),
+        ("data", "workers", 10**6, "1,024"),
+        ("diffusion", "num_timesteps", 10**11, "100,000"),
+        ("model", "num_res_blocks", 10**4, "64"),
+    ],
+)
+def test_limits(section, field, value, limit):
+    given = {"path": "shards"} if section == "data" else {}
+    with pytest.raises(ConfigError, match=rf"^{section}\.{field}: {value} .* at most {limit}$"):
+        dataclasses.replace(getattr(Config(), section), **{field: value}, **given)
+
+
+def test_levels_have_limits():
+    with pytest.raises(ConfigError, match=r"^model\.channel_mult: .* at most 12 levels"):
+        UNetConfig(channel_mult=(1,) * 13)
+    with pytest.raises(ConfigError, match=r"^model\.channel_mult: .* multiples up to 64"):
+        UNetConfig(channel_mult=(10**9,))
+
+
 @pytest.mark.parametrize("section", SECTIONS)
 def test_sections_obey_rules_under_their_name(section):
     assert issubclass(SECTIONS[section], Section) and SECTIONS[section].section == section

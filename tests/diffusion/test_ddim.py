@@ -28,6 +28,17 @@ def test_timesteps():
     assert max(ddim_timesteps(1000, 1000)) == 999
 
 
+def test_timesteps_are_the_references_where_steps_divide():
+    def reference(steps: int) -> list[int]:
+        """LDM's make_ddim_timesteps, "uniform"."""
+        return [t + 1 for t in range(0, 1000, 1000 // steps)][::-1]
+
+    for steps in (1, 2, 4, 5, 8, 10, 20, 25, 40, 50, 100, 125, 200, 250, 500):
+        assert ddim_timesteps(1000, steps) == reference(steps)
+    assert (len(reference(12)), reference(12)[0]) == (13, 997)
+    assert (len(ddim_timesteps(1000, 12)), ddim_timesteps(1000, 12)[0]) == (12, 914)
+
+
 def test_equals_diffusers_scheduler():
     scheduler = DDIMScheduler(
         beta_start=0.00085,

@@ -12,7 +12,8 @@ import yaml
 from PIL import Image
 
 from sd_perf.config import SamplingConfig
-from sd_perf.errors import ConfigError, UserError
+from sd_perf.errors import CheckpointError, ConfigError, UserError
+from sd_perf.evaluation import draw
 from sd_perf.evaluation.draw import draw_prompts
 from sd_perf.evaluation.generate import generate
 from sd_perf.models.build import build_sampling_unet, build_text_encoder
@@ -70,6 +71,15 @@ def test_pictures(options, sampling, run, tmp_path):
     assert [path.name for path in paths] == ["0000_a_cat.png", "0001_a_dog.png"]
     pictures = np.stack([np.array(Image.open(path)) for path in paths])
     np.testing.assert_array_equal(pictures, expected(run, 5, sampling))
+
+
+def test_no_picture_of_nan(run, tmp_path, monkeypatch):
+    state, model = draw.read_unet(run)
+    spoilt = {**state, "out.2.bias": torch.full_like(state["out.2.bias"], float("nan"))}
+    monkeypatch.setattr(draw, "read_unet", lambda source: (spoilt, model))
+    with pytest.raises(CheckpointError, match=r"samples_\d+: 2 of 2 latents .* NaN or infinite"):
+        draw_prompts(run, PROMPTS, AUTOENCODER, tmp_path / "pictures")
+    assert not list(tmp_path.glob("pictures/*"))
 
 
 def test_what_cannot_be_drawn(run, tmp_path):

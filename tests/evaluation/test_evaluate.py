@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 
 from sd_perf.cli import main
 from sd_perf.config import Config
+from sd_perf.console import TextConsole
 from sd_perf.data.prepare.scenes import write_scene_shards, write_scenes
 from sd_perf.distributed.world import start_world
 from sd_perf.errors import CheckpointError, ConfigError, DataError
@@ -76,7 +76,9 @@ def config(tmp_path_factory) -> Config:
     write_scenes(Path(config.evaluation.prompts).parent, 16, seed=3)
     assert write_statistics(Path(config.evaluation.prompts).parent, config) == 16
     assert (
-        launch(config, start_world("cpu"), resume=False, fresh=False, console=Console(quiet=True))
+        launch(
+            config, start_world("cpu"), resume=False, fresh=False, console=TextConsole(quiet=True)
+        )
         is None
     )
     evaluate_run(Path(config.run.dir), config, torch.device("cpu"), lambda line: None)
@@ -238,6 +240,19 @@ def test_streamed_scores_are_those_of_all_pictures_at_once(evaluator):
     assert torch.equal(first, pictures[:GRID])
     at_once, _ = evaluator.score([pictures], 7)
     assert at_once == pytest.approx(line, rel=1e-5)
+
+
+def test_no_scores_of_nan(evaluator):
+    weights = {**evaluator.unet.state_dict()}
+    weights["out.2.bias"] = torch.full_like(weights["out.2.bias"], float("nan"))
+    with pytest.raises(CheckpointError, match=r"^runs/x/samples_4: \d+ of \d+ latents .* NaN"):
+        evaluator.score(evaluator.draw(weights, 0, source="runs/x/samples_4"), 4)
+
+
+def test_feature_net_takes_pictures_of_one_size(config):
+    data = dataclasses.replace(config.data, latent_size=2 * config.data.latent_size)
+    with pytest.raises(DataError, match=r"takes pictures of 64x64 .*latent_size 16 gives 128x128"):
+        Evaluator(dataclasses.replace(config, data=data), torch.device("cpu"))
 
 
 def test_no_picture_outlives_its_batch(evaluator):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
-from sd_perf.evaluation.generate import save_pictures
+from sd_perf import memory
+from sd_perf.config import Config, DataConfig
+from sd_perf.errors import UserError
+from sd_perf.evaluation.generate import generate, save_pictures
 
 
 def test_pictures_are_saved_as_they_come(tmp_path):
@@ -19,3 +23,10 @@ def test_pictures_are_saved_as_they_come(tmp_path):
 
     save_pictures(draw(), paths)
     assert [np.asarray(Image.open(path)).max() for path in paths] == [0, 0, 255, 255]
+
+
+def test_what_cannot_be_allocated_is_said_before_it_is_drawn(monkeypatch):
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 2**20)
+    config = Config(data=DataConfig(format="synthetic", latent_size=64))
+    with pytest.raises(UserError, match=r"^drawing 3 pictures of 512x512 pixels .* fewer"):
+        next(generate(torch.nn.Linear(1, 1), None, None, ["a"] * 3, config=config, seed=0))

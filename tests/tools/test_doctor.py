@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
 from sd_kernels.registry import all_ops, source_digest
 from sd_perf.cli import main
+from sd_perf.console import TextConsole
 from sd_perf.errors import UserError
 from sd_perf.tools.doctor import RESULTS, examine, screen
 from sd_perf.tools.results import KernelRow, Provenance, Result, write
 
 
 def shown(report: dict[str, Any]) -> str:
-    console = Console(file=io.StringIO(), width=100)
+    console = TextConsole(file=io.StringIO(), width=100)
     console.print(*screen(report), sep="\n")
     return console.file.getvalue()  # type: ignore[attr-defined]
 

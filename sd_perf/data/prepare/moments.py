@@ -16,11 +16,16 @@ import torch
 from sd_perf.data.prepare.captioned_images import CaptionedImage, load_captioned_image
 from sd_perf.data.shard_writer import ShardWriter
 from sd_perf.errors import DataError
+from sd_perf.files import disk_errors, json_lines, write_text
+from sd_perf.memory import require_memory
 from sd_perf.models.vae import PIXELS_PER_LATENT
 
 PixelRange = Literal["minus_one_one", "zero_one"]
 
 _log = logging.getLogger(__name__)
+
+_NAMED = 1000
+"""bad images that a sentence names, at most"""
 
 
 def prepare_moments(
@@ -34,6 +39,7 @@ def prepare_moments(
     pixel_range: PixelRange = "minus_one_one",
     captions_per_image: int = 1,
     batch_size: int = 8,
+    max_bad_samples: int = 0,
 ) -> int:
     """Encode images into moments shards in `folder`; returns the number of samples written.
 
@@ -44,22 +50,23 @@ def prepare_moments(
     benchmark's own shards were made from [0, 1].
     captions_per_image: each image becomes one sample per caption, for that many of its captions.
     batch_size: images per call of the encoder.
+    max_bad_samples: images that cannot be decoded and may be left out. Each that is left out is
+    listed in `bad_images.jsonl` in `folder`, with its place and what is wrong.
 
-    Raises DataError for an image that cannot be decoded, naming its line, and for encoder output
+    Raises DataError where more images cannot be decoded, naming all of them, and for encoder output
     that has another shape or is not finite.
     """
-    if size < PIXELS_PER_LATENT or size % PIXELS_PER_LATENT:
-        raise DataError(
-            f"image size {size} cannot be used; it must be a multiple of {PIXELS_PER_LATENT}"
-        )
-    if captions_per_image < 1:
-        raise DataError(
-            f"captions_per_image {captions_per_image} cannot be used; it must be at least 1"
-        )
+    _require_options(size, captions_per_image, batch_size)
+    bad: list[str] = []
     with ShardWriter(folder, samples_per_shard) as writer:
         for start in range(0, len(samples), batch_size):
-            batch = samples[start : start + batch_size]
-            images = torch.stack([load_captioned_image(sample, size) for sample in batch])
+            batch, decoded = _load(samples[start : start + batch_size], size, bad)
+            if len(bad) > max_bad_samples:  # nothing will be kept; find the other bad ones
+                _load(samples[start + batch_size :], size, bad, keep=False)
+                raise DataError(_too_many(bad, max_bad_samples))
+            if not batch:
+                continue
+            images = torch.stack(decoded)
             if pixel_range == "minus_one_one":
                 images = images * 2 - 1
             moments = encoder(images).float().cpu()
@@ -75,7 +82,63 @@ def prepare_moments(
                 captions = list(sample.captions[:captions_per_image])
                 _write(writer, sample, values, captions, text_encoder)
             _log.info("%d of %d images encoded", start + len(batch), len(samples))
+        if bad:
+            _list_bad(bad, Path(folder))
         return writer.num_samples
+
+
+def _require_options(size: int, captions_per_image: int, batch_size: int) -> None:
+    if size < PIXELS_PER_LATENT or size % PIXELS_PER_LATENT:
+        raise DataError(
+            f"image size {size} cannot be used; it must be a multiple of {PIXELS_PER_LATENT}"
+        )
+    if captions_per_image < 1:
+        raise DataError(
+            f"captions_per_image {captions_per_image} cannot be used; it must be at least 1"
+        )
+    require_memory(
+        4 * 3 * size**2 * batch_size,
+        torch.device("cpu"),
+        f"encoding {batch_size} pictures of {size}x{size} pixels at a time",
+        "make data.latent_size smaller",
+    )
+
+
+def _load(
+    samples: Sequence[CaptionedImage], size: int, bad: list[str], keep: bool = True
+) -> tuple[list[CaptionedImage], list[torch.Tensor]]:
+    """The samples whose images can be decoded, with the images; the errors of others go to `bad`.
+
+    With keep False the images are looked at and dropped, so that any number fits in memory.
+    """
+    good, images = [], []
+    for sample in samples:
+        try:
+            image = load_captioned_image(sample, size)
+        except DataError as error:
+            bad.append(str(error))
+            continue
+        if keep:
+            good.append(sample)
+            images.append(image)
+    return good, images
+
+
+def _too_many(bad: list[str], allowed: int) -> str:
+    images = "1 image" if len(bad) == 1 else f"{len(bad)} images"
+    more = f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
+    return (
+        f"{images} cannot be used, more than data.max_bad_samples ({allowed}); mend them, "
+        f"or allow as many: {'; '.join(bad[:_NAMED])}{more}"
+    )
+
+
+def _list_bad(bad: list[str], folder: Path) -> None:
+    """Write the images that were left out to a file beside the shards, and warn."""
+    path = folder / "bad_images.jsonl"
+    with disk_errors(path, "make room there", DataError):
+        write_text(path, json_lines({"error": error} for error in bad))
+    _log.warning("%d images left out, listed in %s", len(bad), path)
 
 
 def _write(

@@ -28,10 +28,11 @@ def prepare_shards(
 
     `images` and `captions` are those of `read_images`; `autoencoder` is the file of an encoder;
     `pixel_range` is that of `prepare_moments`. Images are resized to PIXELS_PER_LATENT *
-    data.latent_size. Where data.context is precomputed, the shards also hold text states. Returns
-    the number of samples written and the side of the images in pixels. Raises ConfigError where
-    data.path is not set, and DataError for images or captions that cannot be used and for shards
-    that exist already.
+    data.latent_size. Where data.context is precomputed, the shards also hold text states. Up to
+    data.max_bad_samples images that cannot be decoded are left out and listed. Returns the number
+    of samples written and the side of the images in pixels. Raises ConfigError where data.path is
+    not set, and DataError for images or captions that cannot be used and for shards that exist
+    already.
     """
     config.data.require(bool(config.data.path), "path", "the folder to write the shards to")
     samples = read_images(images, captions, config.data.allow_empty_captions)
@@ -48,5 +49,6 @@ def prepare_shards(
         text_encoder=text_encoder,
         pixel_range=pixel_range,
         captions_per_image=captions_per_image,
+        max_bad_samples=config.data.max_bad_samples,
     )
     return count, pixels

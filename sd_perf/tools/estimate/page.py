@@ -29,6 +29,8 @@ def tables(facts: dict[str, Any]) -> Iterable[Any]:
 def _times(facts: dict[str, Any]) -> Any:
     from rich.table import Table  # the figures themselves need no terminal
 
+    from sd_perf.console import styled
+
     recipes = facts["recipes"]
     title = f"{GPUS[facts['gpu']].title}, batch {facts['batch']}: ms and GB per sample, at least"
     # All ms first, then all GB, so that one kind of number can be compared along the row.
@@ -45,7 +47,7 @@ def _times(facts: dict[str, Any]) -> Any:
         sum(row["gigabytes"] for row in recipe["by_op"].values()) for recipe in recipes.values()
     ]
     table.add_row("sum", *(f"{value:.3f}" for value in [*times, *moved]))
-    rates = (f"[bold]{recipe['samples_per_second']:.1f}[/]" for recipe in recipes.values())
+    rates = (styled("bold", f"{recipe['samples_per_second']:.1f}") for recipe in recipes.values())
     table.add_row("samples/s at most", *rates)
     return table
 

@@ -17,6 +17,7 @@ from sd_perf.errors import UserError
 from sd_perf.files import read_json, write_json
 from sd_perf.presets import config_from_dict
 from sd_perf.tools.parity.compare_levels import compare_levels
+from sd_perf.visible import visible
 
 
 def main(request: Path) -> int:
@@ -34,7 +35,7 @@ def main(request: Path) -> int:
             tell=functools.partial(print, file=sys.stderr, flush=True),
         )
     except (UserError, KernelError) as error:
-        print(f"sd-perf: {error}", file=sys.stderr)
+        print(visible(f"sd-perf: {error}"), file=sys.stderr)
         return 2
     write_json(Path(asked["answer"]), part)
     return 0

@@ -6,11 +6,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
+from sd_perf.console import styled
 from sd_perf.runs.parity_record import closest_to_limit, counts_in_words, rows_by_level, verdict
+from sd_perf.visible import visible
 
 
-def terminal_report(record: dict[str, Any]) -> Iterator[Table | str]:
+def terminal_report(record: dict[str, Any]) -> Iterator[Table | Text | str]:
     """What rich prints: a line per level, every comparison that is red, what ran, the verdict."""
     summary = Table("level", "comparisons", "red", "closest to its limit")
     for level, rows in rows_by_level(record):
@@ -21,15 +24,16 @@ def terminal_report(record: dict[str, Any]) -> Iterator[Table | str]:
     yield from map(_red_line, wrong)
     yield "Triton kernels: " + (counts_in_words(record["triton_launches"]) or "none ran")
     yield from record["notes"]
-    yield ("[bold green]" if not wrong else "[bold red]") + verdict(record)
+    yield styled("bold red" if wrong else "bold green", verdict(record))
 
 
-def _red_line(row: dict[str, Any]) -> str:
+def _red_line(row: dict[str, Any]) -> Text:
     name = row["name"] + (f" – {row['note']}" if row["note"] else "")
     largest = _measure(row["max_error"], row["max_budget"], row["torch_max"])
     rms = _measure(row["rms_error"], row["rms_budget"], row["torch_rms"])
     where = f"{row['where']}, {row['dtype']}"
-    return f"[red]{row['level']}[/] {name}, {where}: max {largest}, RMS {rms}"
+    told = visible(f" {name}, {where}: max {largest}, RMS {rms}")
+    return Text.assemble(styled("red", row["level"]), told)
 
 
 def _measure(error: float | str, budget: float | str, by_torch: float | str) -> str:

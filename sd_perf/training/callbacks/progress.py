@@ -5,17 +5,19 @@ from __future__ import annotations
 import datetime
 import time
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
+from sd_perf.console import TextConsole, styled
 from sd_perf.training.callbacks.base import Callback, TrainerView
+from sd_perf.visible import visible
 
 
 class ProgressDisplay(Callback):
     """On the main rank: samples, loss, samples/s and time left; a summary at the end."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: TextConsole) -> None:
         self.console = console
         self._bar: Progress | None = None
         self._losses: list[float] = []
@@ -30,13 +32,13 @@ class ProgressDisplay(Callback):
         begin = (
             f"resuming at sample {trainer.samples:,}" if trainer.samples else "starting at sample 0"
         )
-        self.console.print(
-            f"[bold]{trainer.folder}[/]: {begin} of {trainer.total_samples:,} on {where}, "
-            f"{trainer.config.training.precision}, seed {trainer.seed}",
-            soft_wrap=True,
+        told = (
+            f": {begin} of {trainer.total_samples:,} on {where}, "
+            f"{trainer.config.training.precision}, seed {trainer.seed}"
         )
+        self.console.print(Text.assemble(styled("bold", trainer.folder), told), soft_wrap=True)
         if self.console.is_terminal:
-            columns = [TextColumn("{task.fields[line]}"), BarColumn()]
+            columns = [TextColumn("{task.fields[line]}", markup=False), BarColumn()]
             self._bar = Progress(*columns, console=self.console)
             self._bar.add_task(
                 "", total=trainer.total_samples, completed=trainer.samples, line="first step ..."
@@ -51,14 +53,14 @@ class ProgressDisplay(Callback):
         if self._bar:
             self._bar.update(self._bar.task_ids[0], completed=trainer.samples, line=line)
         else:
-            self.console.print(line, highlight=False, soft_wrap=True)
+            self.console.print(line, soft_wrap=True)
 
     def on_end(self, trainer: TrainerView) -> None:
         self._stop_bar()
         if trainer.world.is_main and self._losses and trainer.samples >= trainer.total_samples:
             self.console.print(self._summary(trainer))
             if trainer.config.run.note:
-                self.console.print(trainer.config.run.note.strip(), highlight=False, width=100)
+                self.console.print(trainer.config.run.note.strip(), width=100)
 
     def close(self, trainer: TrainerView) -> None:
         self._stop_bar()
@@ -81,9 +83,9 @@ class ProgressDisplay(Callback):
             f"loss, first {tenth} logged steps": f"{sum(self._losses[:tenth]) / tenth:.4f}",
             f"loss, last {tenth} logged steps": f"{sum(self._losses[-tenth:]) / tenth:.4f}",
             "time": f"{_clock(seconds)} ({samples / seconds:.1f} samples/s, checkpoints included)",
-            "newest checkpoint": str(trainer.store.newest()),
+            "newest checkpoint": visible(trainer.store.newest()),
         }
-        table = Table(show_header=False, title=f"{trainer.folder}", title_justify="left")
+        table = Table(show_header=False, title=visible(trainer.folder), title_justify="left")
         for name, value in rows.items():
             table.add_row(name, value)
         return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,32 @@ def test_undecodable_image(photographs, tmp_path):
         with pytest.raises(DataError, match=r"captions\.jsonl line 2: .*b\.jpg cannot be decoded"):
             prepare_moments(samples, encoder, tmp_path / "out", 16)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_all_bad_images_are_named_at_once(photographs, tmp_path):
+    for name in ("a.png", "b.jpg"):
+        (photographs / name).write_bytes(b"no picture")
+    samples = read_captioned_images(photographs)
+    for limit in (0, 1):
+        with pytest.raises(DataError, match=rf"^2 images .*_samples \({limit}\); ") as info:
+            prepare_moments(
+                samples, encoder, tmp_path / "out", 16, batch_size=1, max_bad_samples=limit
+            )
+        assert all(f"line {number}: " in str(info.value) for number in (1, 2))
+        assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_bad_images_are_left_out_up_to_the_limit(photographs, tmp_path, batch_size):
+    (photographs / "b.jpg").write_bytes(b"no picture")
+    (photographs / "a.png").write_bytes(b"")
+    samples = read_captioned_images(photographs)
+    options = {"batch_size": batch_size, "max_bad_samples": 2}
+    assert prepare_moments(samples, encoder, tmp_path / "out", 16, **options) == 1
+    listed = (tmp_path / "out" / "bad_images.jsonl").read_text().splitlines()
+    errors = [json.loads(line)["error"] for line in listed]
+    assert [name in error for name, error in zip(("a.png", "b.jpg"), errors, strict=True)] == [1, 1]
+    assert batch_of(tmp_path / "out", 16, 1).captions[0] in samples[2].captions
 
 
 @pytest.mark.parametrize(

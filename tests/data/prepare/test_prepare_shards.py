@@ -15,7 +15,7 @@ from sd_perf.config import Config, DataConfig, TextEncoderConfig, UNetConfig
 from sd_perf.data.images import load_image
 from sd_perf.data.prepare.prepare_shards import prepare_shards
 from sd_perf.data.prepare.scenes import write_scenes
-from sd_perf.errors import ConfigError
+from sd_perf.errors import ConfigError, DataError
 from sd_perf.models.build import build_text_encoder
 from sd_perf.models.readers import read_encoder
 
@@ -66,6 +66,14 @@ def test_the_benchmarks_pixel_range(scenes, tmp_path):
     expected = read_encoder(AUTOENCODER)(images).numpy()
     moments = read_arrays(tmp_path / "shards", "npy").reshape(expected.shape)
     np.testing.assert_allclose(moments, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_bad_pictures_up_to_the_limit_of_the_config(scenes, tmp_path):
+    (scenes / "000001.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"^1 image cannot be used, .*000001\.png cannot be dec"):
+        prepare_shards(config_of(tmp_path / "shards"), scenes, AUTOENCODER)
+    config = config_of(tmp_path / "shards", max_bad_samples=1)
+    assert prepare_shards(config, scenes, AUTOENCODER) == (2, 64)
 
 
 def test_text_states_where_they_are_precomputed(scenes, tmp_path):

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from rich.console import Console
-
 from sd_perf.config import Config
+from sd_perf.console import TextConsole
 from sd_perf.runs.parity_record import verdict
 from sd_perf.tools.parity.comparison import Errors
 from sd_perf.tools.parity.html_report import html_report
@@ -24,7 +23,7 @@ def test_the_page_shows_curves_and_what_is_red() -> None:
 
 def test_the_terminal_names_what_is_red() -> None:
     noted = dataclasses.replace(WRONG, note="why", allowed=Errors(max=math.inf, rms=7e-7))
-    console = Console(width=200)
+    console = TextConsole(width=200)
     with console.capture() as captured:
         console.print(*terminal_report(record_of(GOOD, noted)), sep="\n", highlight=False)
     text = captured.get()
