@@ -159,18 +159,20 @@ def test_a_line_that_a_kill_cut_is_scored_again_and_the_rest_stays(config, tmp_p
     assert (run / "scores.jsonl").read_text() == first + second
 
 
-@pytest.mark.parametrize("command", ["evaluate", "report"])
-def test_damaged_scores(config, tmp_path, command, capsys):
+def test_damaged_scores(config, tmp_path, capsys):
+    """Evaluation, which writes to the file, refuses it; the report shows the line as damaged."""
     run = tmp_path / "run"
     shutil.copytree(config.run.dir, run)
     (run / "scores.jsonl").write_text('{"samples": 32}\n')
+    words = "line 1 lacks a number for one of samples,"
     with pytest.raises(SystemExit) as left:
-        main([command, str(run)])
+        main(["evaluate", str(run)])
     assert left.value.code == 2
-    assert (
-        f"{run / 'scores.jsonl'}: line 1 lacks a number for one of samples,"
-        in capsys.readouterr().err
-    )
+    assert f"{run / 'scores.jsonl'}: {words}" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as left:
+        main(["report", str(run)])
+    assert left.value.code == 0
+    assert f"scores.jsonl {words}" in (run / "report.html").read_text()
 
 
 def test_commands(config, capsys):
