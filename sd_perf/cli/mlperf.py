@@ -29,5 +29,5 @@ def check(
         paths = sorted(run.glob("result_*.txt")) or [run / LOG_NAME]
     verdicts = [check_log(path, division, ruleset) for path in paths]
     for verdict in verdicts:
-        print_plain(str(verdict))
+        print_plain(*str(verdict).split("\n"))
     return 0 if all(verdict.passed for verdict in verdicts) else 1

@@ -117,6 +117,7 @@ def test_a_folder_of_logs_and_the_options(write_log, tmp_path, sd_perf):
     (tmp_path / "result_7.txt").write_text(bad)
     code, out, _ = sd_perf("mlperf", "check", tmp_path)
     assert code == 1 and "passes the official" in out and "fails the official" in out
+    assert "\n  - " in out, "each finding has a line of its own"
     code, out, _ = sd_perf("mlperf", "check", log, "--ruleset", "4.1.0", "--division", "open")
     assert code == 1 and "ruleset 4.1.0" in out
     assert "declares closed division, not open" in " ".join(out.split())
