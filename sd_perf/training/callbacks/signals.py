@@ -1,5 +1,4 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C: one flag, agreed across ranks, after which the run saves and
-leaves."""
+"""SIGTERM, SIGUSR1 and Ctrl-C: the run saves and leaves, on every rank at the same step."""
 
 from __future__ import annotations
 
@@ -10,9 +9,8 @@ from typing import Any
 from sd_perf.training.callbacks.base import Callback, TrainerView
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-_AGREE_EVERY_STEPS = (
-    4  # ranks must leave at the same step; asking costs a round trip through the CPU group
-)
+_AGREE_EVERY_STEPS = 4
+"""steps between agreements of the ranks, each a round trip through the CPU group"""
 
 
 class StopOnSignal(Callback):
