@@ -23,6 +23,7 @@ from sd_perf.errors import BadSampleError, DataError
 from tests.data.test_shards import write_tar
 
 Image = pytest.importorskip("PIL.Image", reason="needs Pillow")
+Image.init()  # its plugins, which it else imports where the first file cannot be opened
 LITTLE = 4 * 2**20
 """bytes of memory that reading a hostile file may take"""
 

@@ -312,7 +312,11 @@ def test_computing_again_changes_no_bit_and_keeps_less(linear: Any) -> None:
 
 @pytest.mark.parametrize("levels", [(1,), pytest.param((1, 2), marks=pytest.mark.slow)], ids=len)
 @pytest.mark.parametrize(
-    ("linear", "again"), [("bf16", False), ("fp8_native", True)], ids=["bf16", "fp8-again"]
+    ("linear", "again"),
+    [
+        pytest.param("bf16", False, id="bf16"),
+        pytest.param("fp8_native", True, id="fp8-again", marks=pytest.mark.slow),
+    ],
 )
 def test_compiles_as_one_graph(linear: Any, again: bool, levels: tuple[int, ...]) -> None:
     config = replace(

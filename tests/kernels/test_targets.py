@@ -15,7 +15,10 @@ from sd_perf.tools.doctor import examine
 from sd_perf.tools.estimate.dry_run import dry_run
 from sd_perf.tools.estimate.predict import predict
 
-CONFIG = Config(model=UNetConfig(implementation="fast"))
+SHALLOW = UNetConfig(
+    implementation="fast", channel_mult=(2, 1), attention_resolutions=(2,), num_res_blocks=1
+)
+CONFIG = Config(model=SHALLOW)
 
 
 def test_another_gpu_is_another_entry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
