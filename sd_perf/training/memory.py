@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-
 from sd_perf.config import Config
 from sd_perf.distributed.world import World
+from sd_perf.fast.architecture import architecture
 from sd_perf.memory import require_memory
-from sd_perf.reference.unet import UNet
 
 
 def require_step_fits(config: Config, world: World) -> None:
@@ -27,8 +25,7 @@ def least_bytes(config: Config, world_size: int) -> int:
     Weights, gradients and both moments of AdamW in float32; per sample the moments and latents, and
     the first level's skips, which every way of training keeps until the backward pass, in 16 bits.
     """
-    with torch.device("meta"):  # shapes without memory
-        parameters = sum(parameter.numel() for parameter in UNet(config.model).parameters())
+    parameters = architecture(config).parameters
     pixels = config.data.latent_size**2
     inputs = 4 * (2 + 1) * config.model.in_channels * pixels
     skips = 2 * (config.model.num_res_blocks + 1) * config.model.model_channels * pixels
