@@ -316,10 +316,10 @@ def _in_words(shape: Any) -> str:
     return names[kind]
 
 
-def quoted(value: Any) -> str:
-    """A value as it is quoted in a sentence: its beginning, where that is long."""
+def quoted(value: Any, limit: int = 100) -> str:
+    """A value as it is quoted in a sentence: its first `limit` characters, where it is longer."""
     text = repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}..."
+    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def json_lines(objects: Iterable[dict[str, Any]]) -> str:

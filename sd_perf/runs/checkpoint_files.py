@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sd_perf.errors import CheckpointError
-from sd_perf.files import one_line, write_json
+from sd_perf.files import one_line, quoted, write_json
 
 GO_BACK = "move this checkpoint away to go back to an older one"
 """advice where a checkpoint cannot be read"""
@@ -98,8 +98,8 @@ def read_state(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: damaged (state.json: not what was written); {GO_BACK}")
     if state.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path}: has format {quoted(state.get('format'))}, and this version of sd-perf reads "
-            f"format {FORMAT}; read it with the version that wrote it"
+            f"{path}: has format {quoted(state.get('format'), limit=60)}, and this version of "
+            f"sd-perf reads format {FORMAT}; read it with the version that wrote it"
         )
     if fault := _fault(state, path.name):
         raise CheckpointError(f"{path}: cannot be used (state.json: {fault}); {GO_BACK}")
@@ -177,7 +177,9 @@ def _read_file(file: Path, state: Mapping[str, Any], names: list[str]) -> dict[s
         raise CheckpointError(f"{file}: damaged ({one_line(error)}); {GO_BACK}") from error
     for name, tensor in tensors.items():
         if {"file": file.name, **_describe(tensor)} != state["tensors"][name]:
-            raise CheckpointError(f"{file}: {quoted(name)} is not as state.json says; {GO_BACK}")
+            raise CheckpointError(
+                f"{file}: {quoted(name, limit=60)} is not as state.json says; {GO_BACK}"
+            )
     return tensors
 
 
@@ -196,22 +198,16 @@ def _fault(state: Mapping[str, Any], folder_name: str) -> str:
         if key not in state:
             return f"{key} is missing"
         if not right(state[key]):
-            return f"{key} is {quoted(state[key])}, not {words}"
+            return f"{key} is {quoted(state[key], limit=60)}, not {words}"
     if unknown := sorted(state.keys() - _SCHEMA.keys()):
-        return f"{quoted(unknown[0])} is unknown"
+        return f"{quoted(unknown[0], limit=60)} is unknown"
     position = POSITION.fullmatch(folder_name)
     if position and int(position[1]) != state["samples"]:
         return f"samples is {state['samples']}, not what the folder's name says"
     for name, entry in state["tensors"].items():
         if entry["file"] not in state["files"]:
-            return f"{quoted(name)} lies in a file that is not listed"
+            return f"{quoted(name, limit=60)} lies in a file that is not listed"
     return ""
-
-
-def quoted(value: Any, limit: int = 60) -> str:
-    """A value from a file, printable and short, to be quoted in a sentence."""
-    text = repr(value)
-    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def _is_whole(value: Any) -> bool:

@@ -16,8 +16,8 @@ from sd_perf.data.batch import Batch, Loader, Replacement
 from sd_perf.distributed.world import World
 from sd_perf.errors import CheckpointError, DataError, UserError
 from sd_perf.fast.linear import load_precision_state, precision_state
-from sd_perf.files import disk_errors, json_lines
-from sd_perf.runs.checkpoint_files import GO_BACK, quoted, read_state
+from sd_perf.files import disk_errors, json_lines, quoted
+from sd_perf.runs.checkpoint_files import GO_BACK, read_state
 from sd_perf.runs.checkpoints import (
     MAKE_ROOM,
     CheckpointStore,
