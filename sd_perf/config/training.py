@@ -64,4 +64,4 @@ class TrainingConfig(Section):
     seed: Annotated[int | None, SEED] = None
     """seed of weights, data order and every draw; none: random, kept in the manifest"""
     deterministic: bool = False
-    """deterministic GPU algorithms, slower (CPU runs always are)"""
+    """deterministic GPU algorithms and kernels, slower (CPU runs always are)"""

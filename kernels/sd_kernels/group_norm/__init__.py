@@ -172,6 +172,7 @@ SPEC = OpSpec(
             "(PyPI's apex is another package)",
             capability=(7, 5),
             refuses=_apex_refuses,
+            deterministic=False,  # Apex does not say that it is
         ),
         Backend("torch", f"{__name__}.aten", yardstick=True),
         Backend("reference", f"{__name__}.reference"),
