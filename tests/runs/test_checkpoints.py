@@ -8,12 +8,19 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from sd_perf.errors import CheckpointError
-from sd_perf.runs.checkpoint_files import read_state, state_digest, write_shard, write_state
+from sd_perf.runs.checkpoint_files import (
+    Piece,
+    read_state,
+    state_digest,
+    write_shard,
+    write_state,
+)
 from sd_perf.runs.checkpoints import CheckpointStore, load_component, load_tensors
 
 TENSORS = "model_00000_of_00001.safetensors"
@@ -41,6 +48,7 @@ def training_state(samples: int) -> dict[str, Any]:
 
 
 def save(store: CheckpointStore, samples: int, value: float = 1.0) -> Path:
+    store.begin()
     path = store.save(tensors(value), training_state(samples))
     store.wait()
     return path
@@ -58,9 +66,8 @@ def reseal(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 def test_round_trip(tmp_path):
     path = save(CheckpointStore(tmp_path), 32, 2.5)
     assert path.name == "samples_0000000032"
-    assert read_state(path).items() >= {"format": 1, **training_state(32)}.items()
-    into = {name: torch.zeros_like(tensor) for name, tensor in tensors().items()}
-    load_tensors(path, into)
+    assert read_state(path).items() >= {"format": 2, **training_state(32)}.items()
+    into = load_tensors(path, tensors())
     assert all(torch.equal(into[name], tensor) for name, tensor in tensors(2.5).items())
     assert load_component(path, "exp_avg").keys() == {"a"}
 
@@ -167,15 +174,13 @@ def test_any_flipped_bit_is_told(name, tmp_path):
     load_component(path, "model")
 
 
-def test_nothing_is_changed_by_a_damaged_checkpoint(tmp_path):
+def test_nothing_is_read_of_a_damaged_checkpoint(tmp_path):
     path = save(CheckpointStore(tmp_path), 10)
     data = bytearray((path / "exp_avg_00000_of_00001.safetensors").read_bytes())
     data[-1] ^= 1
     (path / "exp_avg_00000_of_00001.safetensors").write_bytes(data)
-    live = {name: torch.zeros_like(tensor) for name, tensor in tensors().items()}
     with pytest.raises(CheckpointError, match=r"exp_avg_\S+: damaged"):
-        load_tensors(path, live)
-    assert not any(tensor.any() for tensor in live.values())
+        load_tensors(path, tensors())
 
 
 def test_a_file_of_another_checkpoint(tmp_path):
@@ -210,7 +215,7 @@ WHOLE = "not a whole number from 0"
         ("run_id", "a\n\x1b[1m", r"run_id is 'a\\n\\x1b\[1m', not a short text"),
         ("dataset", None, "dataset is None, not an object"),
         ("callbacks", {"Signals": 1}, "callbacks is .*, not an object of objects"),
-        ("format", 2, "has format 2, and this version of sd-perf reads format 1"),
+        ("format", 3, "has format 3, and this version of sd-perf reads formats up to 2"),
         ("files", {}, "'model.a' lies in a file that is not listed"),
         ("files", {"../../outside.safetensors": {"size": 0, "sha256": "0" * 64}}, "files is"),
         ("files", {"/etc/passwd": {"size": 0, "sha256": "0" * 64}}, "files is"),
@@ -275,9 +280,93 @@ def test_shards_of_several_ranks_are_read_as_one(tmp_path):
     shards = [write_shard(path, dict(parts[rank::3]), rank, 3) for rank in range(3)]
     write_state(path, training_state(10), *shards)
     assert (path / "exp_avg_00001_of_00003.safetensors").is_file()
-    into = {name: torch.zeros_like(tensor) for name, tensor in parts}
-    load_tensors(path, into)
+    into = load_tensors(path, dict(parts))
     assert all(torch.equal(into[name], tensor) for name, tensor in parts)
+    assert load_component(path, "model").keys() == {"a", "b"}
+
+
+FILTERS = torch.arange(60.0).view(5, 4, 3, 1).to(memory_format=torch.channels_last)
+"""a tensor whose memory order is not that of its axes"""
+
+
+def pieces_of(rank: int, cuts: tuple[int, ...]) -> dict[str, Piece]:
+    """What a rank holds of FILTERS, as cut in memory order."""
+    flat = FILTERS.permute(0, 2, 3, 1).flatten()
+    begin, end = (0, *cuts, 60)[rank : rank + 2]
+    return {"exp_avg.a": Piece.of(FILTERS, flat[begin:end], begin)}
+
+
+def stores(folder: Path, ranks: int) -> list[CheckpointStore]:
+    return [CheckpointStore(folder, writer=(rank, ranks)) for rank in range(ranks)]
+
+
+def test_pieces_of_several_ranks_are_read_as_one(tmp_path):
+    ranks = stores(tmp_path, 3)
+    ranks[0].begin()
+    for rank in (0, 2, 1):  # the main rank waits for the others
+        whole = {"model.b": torch.ones(2)} if rank == 0 else {}
+        path = ranks[rank].save({**pieces_of(rank, (7, 31)), **whole}, training_state(10))
+    for store in ranks:
+        store.wait()
+    assert ranks[0].take_saved() == [path] and ranks[1].take_saved() == []
+    assert len(list(path.iterdir())) == 5  # three parts, the whole tensor's file, state.json
+    loaded = load_tensors(path, {"exp_avg.a": FILTERS, "model.b": torch.zeros(2)})
+    assert torch.equal(loaded["exp_avg.a"], FILTERS)
+    assert loaded["model.b"].eq(1).all()
+    assert torch.equal(load_component(path, "exp_avg")["a"], FILTERS)
+
+
+def test_a_rank_that_cannot_write_its_part(tmp_path, monkeypatch):
+    ranks, full = stores(tmp_path, 2), OSError(28, "No space left on device")
+    with monkeypatch.context() as patched:
+        patched.setattr("sd_perf.runs.checkpoints.write_shard", Mock(side_effect=full))
+        ranks[1].save(pieces_of(1, (7,)), training_state(10))
+        with pytest.raises(CheckpointError, match="No space left"):
+            ranks[1].wait()
+    ranks[0].save(pieces_of(0, (7,)), training_state(10))
+    with pytest.raises(CheckpointError, match=r"rank 1 could not write its part: .*No space"):
+        ranks[0].wait()
+    assert ranks[0].newest() is None
+    ranks[0].begin()
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_rank_that_is_silent(tmp_path, monkeypatch):
+    monkeypatch.setattr("sd_perf.runs.checkpoints.PEER_SECONDS", 0.1)
+    store = stores(tmp_path, 2)[0]
+    store.save(pieces_of(0, (7,)), training_state(10))
+    with pytest.raises(CheckpointError, match="rank 1 wrote nothing in 0 s"):
+        store.wait()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda entry: entry["pieces"].pop(),
+        lambda entry: entry["pieces"][1].update(begin=8),
+        lambda entry: entry["pieces"][1].update(begin=6),
+        lambda entry: entry["pieces"][0].update(end=0),
+        lambda entry: entry["pieces"][0].update(file=entry["pieces"][1]["file"]),
+        lambda entry: entry["pieces"].append(dict(entry["pieces"][0])),
+        lambda entry: entry.update(shape=[5, 4, 3, 2]),
+        lambda entry: entry.update(order=[0, 2, 3, 3]),
+        lambda entry: entry.update(order=[0, 1]),
+    ],
+)
+def test_pieces_that_cannot_be(change, tmp_path):
+    ranks = stores(tmp_path, 2)
+    for rank in (1, 0):
+        path = ranks[rank].save(pieces_of(rank, (7,)), training_state(10))
+        ranks[1].wait()
+    ranks[0].wait()
+    reseal(path, lambda state: change(state["tensors"]["exp_avg.a"]))
+    with pytest.raises(CheckpointError, match=r"the pieces of 'exp_avg\.a' do not make it up"):
+        load_component(path, "exp_avg")
+
+
+def test_format_1_is_read(tmp_path):
+    path = save(CheckpointStore(tmp_path), 10)
+    reseal(path, lambda state: state.update(format=1))
     assert load_component(path, "model").keys() == {"a", "b"}
 
 

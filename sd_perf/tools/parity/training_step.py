@@ -30,8 +30,8 @@ from sd_perf.tools.parity.optimizer_updates import (
 from sd_perf.tools.parity.parity_case import SEED, ParityCase
 from sd_perf.tools.parity.sampler import compare_sampler
 from sd_perf.tools.parity.yardsticks import plain_torch_networks
+from sd_perf.training.build_step import build_step
 from sd_perf.training.optimizer import learning_rate
-from sd_perf.training.step import TrainStep
 
 SAMPLES = 4
 RANKS = 2
@@ -160,7 +160,7 @@ def _train_one_step(
     """
     start = [parameter.detach().clone() for parameter in unet.parameters()]
     world = World(rank=0, size=1, device=batch.moments.device)
-    step = TrainStep(unet, config, seed=SEED, world=world, text_encoder=None, ops=ops)
+    step = build_step(unet, config, seed=SEED, world=world, text_encoder=None, ops=ops)
     loss, _ = step(iter([batch]), config.optimizer.warmup_steps)
     weights = zip(unet.parameters(), start, strict=True)
     return [loss, *(now.detach().double() - before.double() for now, before in weights)]
