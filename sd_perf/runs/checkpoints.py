@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
+from sd_perf.drafts import ASIDE
 from sd_perf.errors import CheckpointError
-from sd_perf.files import ASIDE, one_line, written_aside
+from sd_perf.files import one_line, written_aside
 from sd_perf.runs.checkpoint_files import (
     POSITION,
     read_state,
@@ -102,8 +103,6 @@ class CheckpointStore:
     def _write(self, path: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob(f"{ASIDE}*"):  # of a process killed while it wrote
-                shutil.rmtree(leftover)
             # A resumed run may come to a saved position again; what it would write is the same.
             if path.exists():
                 return
