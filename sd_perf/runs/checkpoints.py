@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
+from sd_perf.drafts import ASIDE
 from sd_perf.errors import CheckpointError
 from sd_perf.files import (
-    ASIDE,
     disk_errors,
     flush,
     one_line,
@@ -90,13 +90,14 @@ class CheckpointStore:
         return self.folder / f"samples_{samples:010d}"
 
     def begin(self) -> None:
-        """Clear away what processes left that were killed while they wrote; main rank alone.
+        """Clear away what killed ranks left of a checkpoint that they wrote together.
 
-        Called before any rank saves, and after `wait`.
+        Called by the main rank before any rank saves. Drafts of one writer are looked after by
+        `sd_perf.drafts`.
         """
         self.wait()
         with disk_errors(self.folder, MAKE_ROOM):
-            for leftover in self.folder.glob(f"{ASIDE}*"):
+            for leftover in self.folder.glob(f"{ASIDE}*{_UNFINISHED}"):
                 shutil.rmtree(leftover)
 
     def save(self, tensors: Mapping[str, torch.Tensor | Piece], state: dict[str, Any]) -> Path:
