@@ -113,7 +113,7 @@ class TransformerBlock(nn.Module):
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels, eps=1e-5) for _ in range(3))
         self.qkv = precision.layer("attention", channels, 3 * channels, bias=False)
         self.query = precision.layer("attention", channels, channels, bias=False)
-        self.widen = precision.layer("feed_forward", channels, 8 * channels)
+        self.widen = precision.layer("feed_forward", channels, 8 * channels, bias=False)
         self.narrow = precision.layer("feed_forward", 4 * channels, channels)
 
     def forward(self, tokens: Tensor, text: Tensor, ops: Ops) -> Tensor:
@@ -125,9 +125,14 @@ class TransformerBlock(nn.Module):
         h, tokens = self.query.after_layer_norm(h, tokens, self.norm2, self.attn2.to_q.weight)
         h = self.attn2.out(ops.attention(h, text, num_heads=self.num_heads))
         into, out = self.ff.net[0].proj, self.ff.net[2]
-        h, tokens = self.widen.after_layer_norm(h, tokens, self.norm3, into.weight, into.bias)
+        if self.narrow.adds_inner_bias:
+            h, tokens = self.widen.after_layer_norm(h, tokens, self.norm3, into.weight)
+            h = self.narrow.after_geglu(h, out.weight, out.bias, inner_bias=into.bias)
+        else:
+            h, tokens = self.widen.after_layer_norm(h, tokens, self.norm3, into.weight, into.bias)
+            h = self.narrow.after_geglu(h, out.weight, out.bias)
         # No norm follows: the sum must be written.
-        return ops.residual_add(self.narrow.after_geglu(h, out.weight, out.bias), tokens)
+        return ops.residual_add(h, tokens)
 
 
 class SpatialTransformer(nn.Module):
@@ -150,7 +155,7 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList(
             [TransformerBlock(channels, context_dim, head_channels, precision)]
         )
-        self.proj_out = zeroed(nn.Linear(channels, channels))
+        self.proj_out: Any = zeroed(nn.Linear(channels, channels))
         self.entrance, self.exit = (
             precision.layer("transformer_ends", channels, channels, bias=bias)
             for bias in (True, False)
