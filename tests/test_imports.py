@@ -14,6 +14,7 @@ FOLDERS = {"sd_perf": ROOT / "sd_perf", "sd_kernels": ROOT / "kernels/sd_kernels
 ORDER = (
     "errors",
     "visible",
+    "commands",
     "console",
     "memory",
     "files",

@@ -22,7 +22,7 @@ from sd_perf.models.weight_files import (
     split_components,
 )
 from sd_perf.reference.unet import UNet
-from sd_perf.runs.checkpoint_files import STATE_NAME, read_state
+from sd_perf.runs.checkpoint_files import STATE_NAME, read_state, run_folder_of
 from sd_perf.runs.checkpoints import CheckpointStore, load_component
 from sd_perf.runs.folder import read_run_config, require_of_run
 
@@ -104,7 +104,7 @@ def newest_checkpoint(source: Path) -> tuple[Path, Path]:
     Raises CheckpointError where there is no checkpoint.
     """
     if (source / STATE_NAME).is_file():
-        return source, source.parent.parent
+        return source, run_folder_of(source)
     if not source.exists():
         raise CheckpointError(f"{source}: no such run, checkpoint or weight file; check the path")
     newest = CheckpointStore(source / "checkpoints").newest()

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shlex
 import stat
 from collections import defaultdict
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from sd_perf.commands import sd_perf_command
 from sd_perf.errors import CheckpointError
 from sd_perf.files import one_line, quoted, write_json
 
@@ -91,7 +91,7 @@ def read_state(path: Path) -> dict[str, Any]:
     if "format" not in state and is_old_format(path):
         raise CheckpointError(
             f"{path}: has the old format, which is a pickle; convert it with "
-            f"`sd-perf convert-checkpoints {shlex.quote(str(path.parent.parent))}`"
+            f"`{sd_perf_command('convert-checkpoints', run_folder_of(path))}`"
         )
     own = state.pop("sha256", None)
     if own != state_digest(state):
@@ -104,6 +104,14 @@ def read_state(path: Path) -> dict[str, Any]:
     if fault := _fault(state, path.name):
         raise CheckpointError(f"{path}: cannot be used (state.json: {fault}); {GO_BACK}")
     return state
+
+
+def run_folder_of(checkpoint: Path) -> Path:
+    """The run folder that a checkpoint folder lies in: by its name, or where a link to it leads."""
+    named = checkpoint.absolute().parent.parent
+    if (named / "run_manifest.json").exists():
+        return named
+    return checkpoint.resolve().parent.parent
 
 
 def read_json_state(path: Path) -> dict[str, Any]:
