@@ -29,7 +29,7 @@ CODE_LINES = {
     "sd_perf/evaluation": 1000,
     "sd_perf/mlperf": 700,
     "sd_perf/tools": 3200,
-    "sd_perf": 1350,
+    "sd_perf": 1420,
     "kernels": 4800,
     "benchmarks": 2500,
 }

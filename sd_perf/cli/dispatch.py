@@ -16,7 +16,7 @@ import tyro
 
 from sd_perf.cli.checkpoints import convert_checkpoints, verify
 from sd_perf.cli.console import LOCAL_RANK, RANK
-from sd_perf.cli.data import prepare, scenes, statistics
+from sd_perf.cli.data import prepare, scenes, statistics, verify_data
 from sd_perf.cli.evaluation import evaluate, sample
 from sd_perf.cli.mlperf import check
 from sd_perf.cli.tools import doctor, estimate, parity, report
@@ -50,7 +50,12 @@ def _group(name: str, about: str, commands: dict[str, Command]) -> Command:
     return listed
 
 
-_DATA: dict[str, Command] = {"prepare": prepare, "scenes": scenes, "statistics": statistics}
+_DATA: dict[str, Command] = {
+    "prepare": prepare,
+    "verify": verify_data,
+    "scenes": scenes,
+    "statistics": statistics,
+}
 _MLPERF: dict[str, Command] = {"check": check}
 _GROUPS = {"data": _DATA, "mlperf": _MLPERF}
 _COMMANDS: dict[str, Command] = {
@@ -58,7 +63,7 @@ _COMMANDS: dict[str, Command] = {
     "evaluate": evaluate,
     "sample": sample,
     "export": export,
-    "data": _group("data", "Make shards from images, the tiny world, FID's statistics", _DATA),
+    "data": _group("data", "Make and check shards, the tiny world, FID's statistics", _DATA),
     "mlperf": _group("mlperf", "MLPerf logs", _MLPERF),
     "verify": verify,
     "convert-checkpoints": convert_checkpoints,
