@@ -7,6 +7,7 @@ give a value that can be used, or raise one UserError.
 from __future__ import annotations
 
 import errno
+import io
 import itertools
 import json
 import math
@@ -151,6 +152,24 @@ def untrusted_lines(path: Path, limit: int = MAX_LINE_BYTES, **errors: Any) -> I
             if not line:
                 return
             yield line.removesuffix(b"\n").removesuffix(b"\r")
+
+
+def untrusted_text(
+    path: Path, limit: int = MAX_LINE_BYTES, *, remedy: str, kind: type[UserError], **text: str
+) -> Iterator[str]:
+    """The lines of a text file, with their ends, of fewer than `limit` characters; else `kind`.
+
+    `text` are encoding, errors and newline as `open` takes them. Raises UnicodeDecodeError.
+    """
+    with opened_untrusted(path, remedy, kind) as file:
+        stream = io.TextIOWrapper(file, **text)
+        for number in itertools.count(1):
+            line = stream.readline(limit)
+            if len(line) == limit:
+                raise OSError(f"line {number} has {limit:,} characters or more")
+            if not line:
+                return
+            yield line
 
 
 def is_absent(path: Path) -> bool:

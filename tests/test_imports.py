@@ -18,6 +18,7 @@ ORDER = (
     "console",
     "memory",
     "files",
+    "torch_files",
     "optional",
     "config",
     "presets",

@@ -21,7 +21,7 @@ CODE_LINES = {
     "sd_perf/reference": 300,
     "sd_perf/fast": 750,
     "sd_perf/diffusion": 150,
-    "sd_perf/models": 1000,
+    "sd_perf/models": 1050,
     "sd_perf/data": 2000,
     "sd_perf/runs": 900,
     "sd_perf/training": 1400,

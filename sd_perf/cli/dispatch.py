@@ -106,6 +106,15 @@ def main(arguments: list[str] | None = None) -> None:
         # Python flushes stdout at exit, and would complain of the same pipe again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = _BUG
+    except OSError as error:
+        if error.filename is None:
+            raise
+        # Such as a name over 255 bytes, or a folder that may not be searched, in any option.
+        if debug:
+            traceback.print_exc()
+        sentence = f"{error.filename}: cannot be used ({error.strerror}); check the path"
+        print(visible(f"sd-perf: {sentence}"), file=sys.stderr)
+        code = _BAD_INPUT
     if code:
         _let_first_rank_speak()
     sys.exit(code)

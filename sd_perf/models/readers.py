@@ -15,7 +15,7 @@ from sd_perf.models.onnx_autoencoder import OnnxDecoder, OnnxEncoder
 from sd_perf.models.vae import AutoencoderConfig, AutoencoderKL
 from sd_perf.models.weight_files import (
     UNET_CONFIG,
-    load_into,
+    filled,
     read_ldm_checkpoint,
     require_fit,
     safetensors_config,
@@ -134,8 +134,7 @@ def read_autoencoder(path: Path) -> AutoencoderKL:
             f"{path}: holds no autoencoder (no first_stage_model.* keys, nor encoder.* and "
             "decoder.* alone)"
         )
-    autoencoder = AutoencoderKL(config)
-    load_into(autoencoder, state, "the autoencoder", path)
+    autoencoder = filled(lambda: AutoencoderKL(config), state, "the autoencoder", path)
     return autoencoder.requires_grad_(False).eval()
 
 

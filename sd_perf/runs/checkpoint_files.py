@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from sd_perf.commands import sd_perf_command
 from sd_perf.errors import CheckpointError
-from sd_perf.files import one_line, quoted, write_json
+from sd_perf.files import is_absent, one_line, parse_json, quoted, read_untrusted, write_json
 
 GO_BACK = "move this checkpoint away to go back to an older one"
 """advice where a checkpoint cannot be read"""
@@ -117,16 +117,12 @@ def run_folder_of(checkpoint: Path) -> Path:
 def read_json_state(path: Path) -> dict[str, Any]:
     """`state.json` of either format, not checked; CheckpointError where it is no JSON object."""
     file = path / STATE_NAME
-
-    def refuse(number: str) -> None:
-        raise ValueError(f"{number} is no number")
-
+    if is_absent(file):
+        raise CheckpointError(f"{path}: not a checkpoint of sd-perf (no state.json); {GO_BACK}")
+    content = read_untrusted(file, _MAX_STATE_BYTES, remedy=GO_BACK, kind=CheckpointError)
     try:
-        status = file.stat()
-        if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_STATE_BYTES:
-            raise ValueError(f"no regular file of at most {_MAX_STATE_BYTES} bytes")
-        state = json.loads(file.read_text(encoding="utf-8"), parse_constant=refuse)
-    except (OSError, ValueError, RecursionError) as error:
+        state = parse_json(content)
+    except ValueError as error:
         raise CheckpointError(
             f"{path}: not a checkpoint of sd-perf (state.json: {one_line(error)}); {GO_BACK}"
         ) from error
