@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 from sd_perf.errors import UserError
 
@@ -102,7 +102,7 @@ def write_json(path: Path, value: Any) -> None:
 @contextmanager
 def opened_untrusted(
     path: Path, remedy: str = RESTORE, kind: type[UserError] = UserError
-) -> Iterator[BinaryIO]:
+) -> Iterator[io.BufferedReader]:
     """Open a regular file to read its bytes, for a block.
 
     Raises an error of `kind`, with path and cause, where it cannot be opened, is no regular file,
@@ -155,18 +155,25 @@ def untrusted_lines(path: Path, limit: int = MAX_LINE_BYTES, **errors: Any) -> I
 
 
 def untrusted_text(
-    path: Path, limit: int = MAX_LINE_BYTES, *, remedy: str, kind: type[UserError], **text: str
+    path: Path,
+    *,
+    remedy: str,
+    kind: type[UserError],
+    encoding: str = "utf-8",
+    errors: str = "strict",
+    newline: str | None = None,
 ) -> Iterator[str]:
-    """The lines of a text file, with their ends, of fewer than `limit` characters; else `kind`.
+    """The lines of a text file, with their ends, of fewer than MAX_LINE_BYTES characters each.
 
-    `text` are encoding, errors and newline as `open` takes them. Raises UnicodeDecodeError.
+    `encoding`, `errors` and `newline` are those of `open`. Raises an error of `kind` as
+    `opened_untrusted` does, and UnicodeDecodeError.
     """
     with opened_untrusted(path, remedy, kind) as file:
-        stream = io.TextIOWrapper(file, **text)
+        stream = io.TextIOWrapper(file, encoding, errors, newline)
         for number in itertools.count(1):
-            line = stream.readline(limit)
-            if len(line) == limit:
-                raise OSError(f"line {number} has {limit:,} characters or more")
+            line = stream.readline(MAX_LINE_BYTES)
+            if len(line) == MAX_LINE_BYTES:
+                raise OSError(f"line {number} has {MAX_LINE_BYTES:,} characters or more")
             if not line:
                 return
             yield line

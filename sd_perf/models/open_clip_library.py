@@ -73,7 +73,7 @@ def read_clip(key: str, model: str, weights: Path) -> tuple[Any, Any]:
     return clip.requires_grad_(False).eval(), open_clip.get_tokenizer(name)
 
 
-def built(key: str, model: str, build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+def built(key: str, model: str, build: Callable[[], torch.nn.Module]) -> Any:
     """What open_clip builds of a model's sizes; ConfigError where it cannot."""
     try:
         return build()
