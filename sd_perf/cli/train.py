@@ -8,9 +8,7 @@ from sd_perf.cli.console import CONSOLE, print_json, print_plain, table_console
 from sd_perf.cli.options import MAX_RANKS, Settings, TargetName, require_between
 from sd_perf.commands import resume_command
 from sd_perf.config import Config
-
-INTERRUPTED = 75
-"""exit code of a run that was stopped and saved: EX_TEMPFAIL, "run me again" """
+from sd_perf.stopping import STOPPED
 
 
 def train(
@@ -56,7 +54,7 @@ def train(
         return 0
     how = "continue with" if world.size == 1 else "continue, under the same launcher, with"
     print_plain(f"stopped by {stop_reason} and saved; {how}:", f"  {resume_command()}")
-    return INTERRUPTED
+    return STOPPED
 
 
 def _dry_run(settings: Config, ranks: int, target: str, as_json: bool) -> int:
