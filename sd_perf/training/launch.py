@@ -31,6 +31,7 @@ from sd_perf.training.callbacks.progress import ProgressDisplay
 from sd_perf.training.callbacks.signals import StopOnSignal
 from sd_perf.training.kernels_table import kernels_table
 from sd_perf.training.memory import require_step_fits
+from sd_perf.training.rescue import rescue
 from sd_perf.training.step import TrainStep
 from sd_perf.training.trainer import Trainer
 from sd_perf.visible import visible
@@ -83,7 +84,8 @@ def _launch(
     world.on_main(lambda: open_run(settled, resume=resume, fresh=fresh, records=records, lock=lock))
     # Convolutions have the same shapes for the whole run, so cuDNN may try its algorithms once per
     # shape. A deterministic run takes the algorithm that cuDNN's heuristics choose.
-    with contextlib.nullcontext() if settled.training.deterministic else tuned(algorithms=10):
+    tuning = contextlib.nullcontext() if settled.training.deterministic else tuned(algorithms=10)
+    with tuning, world.losses_named(lambda: rescue(trainer)):
         return trainer.fit()
 
 
