@@ -25,6 +25,7 @@ from typing import Any
 
 from sd_perf.distributed.launcher import Place
 from sd_perf.errors import RankLostError
+from sd_perf.stopping import STOP
 
 BEAT = 1.0
 """seconds between signs of life"""
@@ -90,6 +91,7 @@ class Watchdog:
         try:
             yield
         except RuntimeError as error:
+            STOP.hold()  # torchrun sends SIGTERM to all that are left
             if not self._is_lost.wait(_PATIENCE):
                 raise
             self._handled.set()
