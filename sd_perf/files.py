@@ -64,12 +64,12 @@ def written_aside(path: Path) -> Iterator[Path]:
         draft = folder / path.name
         yield draft
         for part in (draft, *draft.rglob("*")):
-            _flush(part)
+            flush(part)
         draft.replace(path)
-    _flush(path.parent)
+    flush(path.parent)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Make a file's content, or the names in a folder, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

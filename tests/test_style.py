@@ -23,7 +23,7 @@ CODE_LINES = {
     "sd_perf/diffusion": 150,
     "sd_perf/models": 1000,
     "sd_perf/data": 2000,
-    "sd_perf/runs": 900,
+    "sd_perf/runs": 1100,
     "sd_perf/training": 1400,
     "sd_perf/distributed": 480,
     "sd_perf/evaluation": 1000,

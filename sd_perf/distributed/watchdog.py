@@ -54,8 +54,6 @@ class Watchdog:
         self.silence = silence
         self.lost = ""
         """who is gone, in words; empty while all are there"""
-        self.before_leaving: Callable[[], Any] = lambda: None
-        """called before the process is ended from outside of its main thread"""
         self._is_lost, self._handled = threading.Event(), threading.Event()
         self._released = False
         self._connections: dict[socket.socket, _Peer] = {}
@@ -83,10 +81,10 @@ class Watchdog:
         self._send(_BYE)
 
     @contextlib.contextmanager
-    def named(self, rescue: Callable[[], str]) -> Iterator[None]:
+    def named(self, what_is_kept: Callable[[], str]) -> Iterator[None]:
         """Turn an error of torch in the block that a lost rank caused into RankLostError.
 
-        `rescue` saves what can be saved, and says so in words.
+        `what_is_kept` names the newest checkpoint.
         """
         try:
             yield
@@ -95,7 +93,7 @@ class Watchdog:
             if not self._is_lost.wait(_PATIENCE):
                 raise
             self._handled.set()
-            raise RankLostError(f"{self.lost}; {rescue()}") from error
+            raise RankLostError(f"{self.lost}; {what_is_kept()}") from error
 
     def _watch_all(self, server: socket.socket, token: str) -> None:
         """Rank 0: hear the others, and tell all of one that is lost."""
@@ -201,7 +199,6 @@ class Watchdog:
         if self._handled.wait(_GRACE):
             return
         print(f"sd-perf: rank {self.place.rank}: {self.lost}", file=sys.stderr, flush=True)
-        self.before_leaving()
         os._exit(RankLostError.exit_code)
 
 

@@ -43,15 +43,15 @@ class World:
             self.watchdog.release()
 
     @contextlib.contextmanager
-    def losses_named(self, rescue: Callable[[], str]) -> Iterator[None]:
+    def losses_named(self, what_is_kept: Callable[[], str]) -> Iterator[None]:
         """RankLostError, naming the rank, for an error in the block that a lost rank caused.
 
-        `rescue` saves what can be saved, and says so in words.
+        `what_is_kept` names the newest checkpoint.
         """
         if self.watchdog is None:
             yield
         else:
-            with self.watchdog.named(rescue):
+            with self.watchdog.named(what_is_kept):
                 yield
 
     @property
