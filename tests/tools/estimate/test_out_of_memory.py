@@ -7,7 +7,7 @@ import torch
 
 from sd_perf.distributed.world import World
 from sd_perf.tools.estimate.out_of_memory import largest_micro_batch, out_of_memory
-from sd_perf.training.step import TrainStep
+from sd_perf.training.plain_step import PlainStep
 
 CPU = "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried"
 
@@ -19,7 +19,7 @@ def test_a_step_that_does_not_fit(error, preset, refused, monkeypatch):
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(TrainStep, "__call__", fail)
+    monkeypatch.setattr(PlainStep, "__call__", fail)
     told = refused("train", "--config", preset, "--run.dir", preset.parent / "run")
     assert told.startswith("sd-perf: out of memory with 4 samples at a time on cpu; 2 fit by ")
     assert "--training.accumulate-steps 2 " in told
