@@ -25,7 +25,7 @@ CODE_LINES = {
     "sd_perf/data": 2000,
     "sd_perf/runs": 1100,
     "sd_perf/training": 1400,
-    "sd_perf/distributed": 400,
+    "sd_perf/distributed": 480,
     "sd_perf/evaluation": 1000,
     "sd_perf/mlperf": 700,
     "sd_perf/tools": 3200,
