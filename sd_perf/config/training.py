@@ -71,4 +71,4 @@ class TrainingConfig(Section):
     """of several ranks with the fast network; ddp: each updates all weights; zero1: each updates
     a share and keeps only that share's moments; auto: zero1"""
     deterministic: bool = False
-    """deterministic GPU algorithms, slower (CPU runs always are)"""
+    """deterministic GPU algorithms and kernels, slower (CPU runs always are)"""
