@@ -14,7 +14,8 @@ from sd_perf.distributed.world import World
 from sd_perf.fast.ops import Ops
 from sd_perf.fast.step import FusedDiffusionStep
 from sd_perf.reference.step import DiffusionStep
-from sd_perf.training.optimizer import build_optimizer, learning_rate
+from sd_perf.training.learning_rate import learning_rate
+from sd_perf.training.optimizer import build_optimizer
 
 TextEncoder = Callable[[list[str]], torch.Tensor]
 """B captions -> text states (B, T, D)"""

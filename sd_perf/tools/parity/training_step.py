@@ -30,7 +30,7 @@ from sd_perf.tools.parity.optimizer_updates import (
 from sd_perf.tools.parity.parity_case import SEED, ParityCase
 from sd_perf.tools.parity.sampler import compare_sampler
 from sd_perf.tools.parity.yardsticks import plain_torch_networks
-from sd_perf.training.optimizer import learning_rate
+from sd_perf.training.learning_rate import learning_rate
 from sd_perf.training.step import TrainStep
 
 SAMPLES = 4
