@@ -1,4 +1,4 @@
-# make install | train | resume | scores | test | test-all | check        (TORCH=... and REAL_DATA=... below)
+# make install | train | parity | resume | scores | test | test-all | check        (TORCH=... and REAL_DATA=... below)
 
 PYTHON    ?= python3
 # The torch that everything is tested with; another build: make install TORCH="torch==2.12.0 --index-url ..."
@@ -16,7 +16,7 @@ train resume scores: export MALLOC_MMAP_THRESHOLD_ := 33554432
 train resume scores: export MALLOC_TRIM_THRESHOLD_ := 1073741824
 PYTEST    := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist worksteal $(if $(REAL_DATA),--real-data $(REAL_DATA))
 
-.PHONY: install train resume scores test test-all check
+.PHONY: install train parity resume scores test test-all check
 
 install: $(STAMP)
 
@@ -26,11 +26,14 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
-# The tiny world: pictures, moments, proof of the fast network, training, scores, report.
-train: data/smoke/moments/00000.tar
-	$(BIN)/sd-perf parity --config configs/smoke.yaml
+# The tiny world: pictures and moments beside the proof of the fast network, then training, scores, report.
+train: install
+	$(MAKE) --no-print-directory -j 2 parity data/smoke/moments/00000.tar
 	$(BIN)/sd-perf train --config configs/smoke.yaml --fresh
 	$(MAKE) --no-print-directory scores
+
+parity: install
+	$(BIN)/sd-perf parity --config configs/smoke.yaml
 
 # After Ctrl-C: the rest of what `make train` began.
 resume: data/smoke/moments/00000.tar
