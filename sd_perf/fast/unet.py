@@ -222,7 +222,12 @@ class FastUNet(nn.Module):
         last = zeroed(nn.Conv2d(channels, config.out_channels, 3, padding=1))
         self.out: Any = nn.Sequential(norm, nn.Identity(), last)
 
-        text_features = sum(self._text_widths())
+        # Found once: a step would walk over all modules three times, a millisecond each.
+        self._res_blocks = [module for module in self.modules() if isinstance(module, ResBlock)]
+        blocks = (module for module in self.modules() if isinstance(module, TransformerBlock))
+        self._text_attentions = [block.attn2 for block in blocks]
+        self._text_widths = [2 * layer.to_k.out_features for layer in self._text_attentions]
+        text_features = sum(self._text_widths)
         self.text = self.precision.layer("text", config.context_dim, text_features, bias=False)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -246,12 +251,6 @@ class FastUNet(nn.Module):
             layers.append(self._transformer(out_channels))
         return layers
 
-    def _text_attentions(self) -> list[Attention]:
-        return [module.attn2 for module in self.modules() if isinstance(module, TransformerBlock)]
-
-    def _text_widths(self) -> list[int]:
-        return [2 * attention.to_k.out_features for attention in self._text_attentions()]
-
     def parameters_by_use(self) -> list[tuple[nn.Module, list[str]]]:
         """Names of all parameters in the order of the forward pass, in groups.
 
@@ -259,7 +258,7 @@ class FastUNet(nn.Module):
         first the network itself, then every ResBlock and transformer.
         """
         packed = {id(parameter) for parameter in self.time_embed.parameters()}
-        for attention in self._text_attentions():
+        for attention in self._text_attentions:
             packed |= {id(attention.to_k.weight), id(attention.to_v.weight)}
         blocks = {}
         for prefix, module in self.named_modules():
@@ -284,17 +283,17 @@ class FastUNet(nn.Module):
     def project_text(self, context: Tensor) -> list[Tensor]:
         """Keys and values (B, T, 2C) for each transformer from context (B, T, D), by one matmul."""
         weights: list[Tensor] = []
-        for attention in self._text_attentions():
+        for attention in self._text_attentions:
             weights += [attention.to_k.weight, attention.to_v.weight]
         packed = self.text.linear(context, torch.cat(weights))
-        return list(packed.split(self._text_widths(), dim=-1))
+        return list(packed.split(self._text_widths, dim=-1))
 
     def project_time(self, timesteps: Tensor, dtype: torch.dtype) -> list[Tensor]:
         """The shift (B, C') that each ResBlock's second norm adds, by one matmul for all blocks.
 
         A shift is the block's projected time embedding plus the bias of its first convolution.
         """
-        blocks = [module for module in self.modules() if isinstance(module, ResBlock)]
+        blocks = self._res_blocks
         layers = [block.emb_layers[1] for block in blocks]
         weight = torch.cat([layer.weight for layer in layers])
         # Biases are added before they are packed. If two packed biases were added, autograd would

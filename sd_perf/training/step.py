@@ -16,7 +16,7 @@ import torch
 from sd_perf.config import Config
 from sd_perf.data.batch import Batch, Replacement
 from sd_perf.distributed.world import World
-from sd_perf.training.optimizer import learning_rate
+from sd_perf.training.learning_rate import learning_rate
 
 TextEncoder = Callable[[list[str]], torch.Tensor]
 """B captions -> text states (B, T, D)"""
