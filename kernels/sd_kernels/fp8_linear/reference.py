@@ -52,8 +52,10 @@ class _Rounded(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         values, scale, weights, weight_scale = ctx.saved_tensors
         grad, grad_scale = quantise(grads[0], GRADIENT)
-        dx = _multiplied((grad, grad_scale), (weights, weight_scale))
-        return dx, _multiplied((grad.t(), grad_scale), (values, scale))
+        needs_x, needs_weight = ctx.needs_input_grad
+        dx = _multiplied((grad, grad_scale), (weights, weight_scale)) if needs_x else None
+        dweight = _multiplied((grad.t(), grad_scale), (values, scale)) if needs_weight else None
+        return dx, dweight
 
 
 def fp8_linear(

@@ -71,11 +71,7 @@ class _Fp8Linear(torch.autograd.Function):
         numbers, transposed, scale = fp8_quantise(*operands)
         weights, weights_transposed, weight_scale = fp8_quantise(weight, FORWARD)
         ctx.save_for_backward(transposed, scale, weights_transposed, weight_scale, *kept)
-        ctx.producer, ctx.has_bias, ctx.has_residual = (
-            producer,
-            bias is not None,
-            residual is not None,
-        )
+        ctx.producer = producer
         # An output without a gradient gives None, not a tensor of zeros that is written and read.
         ctx.set_materialize_grads(False)
         # Forward accumulates fast: cuBLAS then leaves all sums to Hopper's FP8 matrix units, which
@@ -86,30 +82,27 @@ class _Fp8Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
+        needs_x, needs_weight, needs_bias, needs_residual, *needs_norm = ctx.needs_input_grad[:6]
         if grads[0] is None:  # only the sum was used
-            return (
-                grads[1],
-                None,
-                None,
-                grads[1] if ctx.has_residual else None,
-                None,
-                None,
-                None,
-                None,
-            )
+            return grads[1], None, None, grads[1] if needs_residual else None, *[None] * 4
         transposed, scale, weights_transposed, weight_scale, *kept = ctx.saved_tensors
         grad = grads[0].contiguous()
-        numbers, grad_transposed, grad_scale = fp8_quantise(grad, GRADIENT)
-        dx = _matmul(numbers, weights_transposed, (grad_scale, weight_scale), grad.dtype)
-        dweight = _matmul(grad_transposed, transposed, (grad_scale, scale), grad.dtype)
-        dbias = column_sum(grad, grad.dtype) if ctx.has_bias else None
-        # Back through the producer; LayerNorm adds the gradient of the sum in the same pass.
+        dx = dweight = dbias = None
         dnorm: tuple[Any, Any] = None, None
-        if ctx.producer == "geglu":
-            dx = geglu_backward(*kept, dx)
-        elif ctx.producer == "layer_norm":
-            dx, dnorm = layer_norm_backward(*kept, dx, grads[1])
-        return dx, dweight, dbias, dx if ctx.has_residual else None, *dnorm, None, None
+        numbers, grad_transposed, grad_scale = fp8_quantise(grad, GRADIENT)
+        if needs_weight:
+            dweight = _matmul(grad_transposed, transposed, (grad_scale, scale), grad.dtype)
+        if needs_bias:
+            dbias = column_sum(grad, grad.dtype)
+        # Frozen text states need no gradient, and that matmul is as large as the forward's.
+        if needs_x or needs_residual or any(needs_norm):
+            dx = _matmul(numbers, weights_transposed, (grad_scale, weight_scale), grad.dtype)
+            # Back through the producer; LayerNorm adds the gradient of the sum in the same pass.
+            if ctx.producer == "geglu":
+                dx = geglu_backward(*kept, dx)
+            elif ctx.producer == "layer_norm":
+                dx, dnorm = layer_norm_backward(*kept, dx, grads[1])
+        return dx, dweight, dbias, dx if needs_residual else None, *dnorm, None, None
 
 
 def fp8_linear(
