@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sd_perf.config import Config
 from sd_perf.data.batch import Batch, Replacement
 from sd_perf.distributed.world import World
+from sd_perf.fast.linear import amax_buffer, update_scales
 from sd_perf.fast.ops import Ops
 from sd_perf.fast.step import FusedDiffusionStep
 from sd_perf.reference.step import DiffusionStep
@@ -52,7 +53,7 @@ class TrainStep:
         if world.size > 1:
             devices = [world.device] if world.device.type == "cuda" else None
             self.parallel = DistributedDataParallel(
-                unet, device_ids=devices, gradient_as_bucket_view=True
+                unet, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
             )
 
     def __call__(
@@ -77,6 +78,7 @@ class TrainStep:
         )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
+        self._end_of_scaling_step()
         return mean_loss, replacements
 
     def _loss(self, batch: Batch) -> torch.Tensor:
@@ -90,6 +92,13 @@ class TrainStep:
             return self.diffusion(
                 self.parallel, batch.moments, context.float(), batch.sample_indices
             )
+
+    def _end_of_scaling_step(self) -> None:
+        """Set the next step's FP8 scales from the magnitudes that all ranks saw."""
+        amax = amax_buffer(self.unet)
+        if amax is not None and self.world.size > 1:
+            torch.distributed.all_reduce(amax, torch.distributed.ReduceOp.MAX)
+        update_scales(self.unet)
 
     def _gradient_sync(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """Context of a backward pass: ranks exchange gradients in a step's last one only."""

@@ -22,13 +22,19 @@ from tests.kernels.faults import assert_caught, planted
 CASES = {case.name: case for case in SPEC.small_cases}
 
 
+SCALE_OF_ANOTHER = (
+    "weight_gradient(grad, transposed, scale, dtype)",
+    "weight_gradient(grad, transposed, weight_scale, dtype)",
+)
+
+
 @pytest.mark.parametrize(
     ("case", "fault"),
     [
-        ("77 tokens", ("(grad_scale, scale)", "(grad_scale, weight_scale)")),
+        ("77 tokens", SCALE_OF_ANOTHER),
         (
             "after LayerNorm",
-            ("mean, rstd, amax, norm_weight", "mean, rstd, amax - (1 << 22), norm_weight"),
+            ("mean, rstd, bits, weight", "mean, rstd, bits - (1 << 22), weight"),
         ),
         (
             "after GEGLU",
@@ -38,9 +44,14 @@ CASES = {case.name: case for case in SPEC.small_cases}
             "after LayerNorm",
             ("layer_norm_backward(*kept, dx, grads[1])", "layer_norm_backward(*kept, dx, None)"),
         ),
-        ("after LayerNorm", ("norm_bias, residual, eps\n", "norm_bias, residual, 1.0\n")),
+        ("after LayerNorm", ("weight, bias, residual, eps\n", "weight, bias, residual, 1.0\n")),
         ("77 tokens", ("column_sum(grad, grad.dtype)", "column_sum(grad[:-1], grad.dtype)")),
-        ("77 tokens", ("x.dtype, bias, fast", "x.dtype, None, fast")),
+        ("77 tokens", ("dtype, bias, fast=True", "dtype, None, fast=True")),
+        ("delayed", SCALE_OF_ANOTHER),
+        ("delayed after LayerNorm", ("result * scale", "result * (scale * 1.2)")),
+        ("delayed feed-forward", ("tl.store(place + K, dgate,", "tl.store(place + K, dvalue,")),
+        ("delayed feed-forward", ("transposed + K * P.to(tl.int64), dgate", "transposed, dgate")),
+        ("delayed feed-forward", ("tl.sum(dgate, 0)", "tl.sum(dvalue, 0)")),
     ],
     ids=[
         "weights' scale for the values'",
@@ -50,6 +61,11 @@ CASES = {case.name: case for case in SPEC.small_cases}
         "wrong eps",
         "last row left out of the bias",
         "bias forgotten",
+        "delayed: weights' scale for the values'",
+        "delayed: stale scale",
+        "delayed: gate's gradient is the value's",
+        "delayed: gate's transposed gradient unwritten",
+        "delayed: gate's bias gradient is the value's",
     ],
 )
 def test_planted_faults_are_red(case: str, fault: tuple[str, str]) -> None:
