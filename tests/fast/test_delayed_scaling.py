@@ -116,6 +116,22 @@ def test_a_step_keeps_its_scales() -> None:
     assert (amax_of(unet) >= small).all() and not torch.equal(amax_of(unet), small)
 
 
+def test_ranks_that_share_magnitudes_have_the_scales_of_one() -> None:
+    """Two ranks with a batch each, whose magnitudes are reduced with MAX, and one with both."""
+    first, second, alone = (fast_unet(FEED_FORWARD) for _ in range(3))
+    bf16_results(first), bf16_results(second, side=8)
+    bf16_results(alone), bf16_results(alone, side=8)
+    reduced = torch.maximum(amax_of(first), amax_of(second))
+    assert not torch.equal(reduced, amax_of(first)) and not torch.equal(reduced, amax_of(second))
+    for rank in (first, second):
+        amax_of(rank).copy_(reduced)
+        update_scales(rank)
+    update_scales(alone)
+    for rank in (first, second):
+        states = precision_state(rank), precision_state(alone)
+        assert all(map(torch.equal, states[0].values(), states[1].values()))
+
+
 def test_computing_again_records_nothing_new() -> None:
     kept, again = (
         after_a_step(fast_unet(EVERYTHING, activation_checkpointing=recompute))

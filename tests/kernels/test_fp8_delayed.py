@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,8 +29,11 @@ from sd_kernels.fp8_linear.scaling import (
 )
 from sd_kernels.fp8_linear.triton import fp8_linear
 from sd_kernels.geglu.reference import geglu
+from sd_kernels.registry import all_ops
+from sd_kernels.sd_v2_shapes import BATCH, transformers
 from sd_kernels.spec import Case, Inputs
 
+PAGE = (Path(__file__).parents[2] / "docs/fast_unet.md").read_text(encoding="utf-8")
 DELAYED = [case for case in SPEC.small_cases if case.extras.delayed]
 
 
@@ -218,6 +223,38 @@ def test_a_network_has_its_scales_in_three_tensors() -> None:
     other.add_layers(1)
     with pytest.raises(KernelError, match=r"precision_state: got .*\(12,\).* takes .*\(3,\)"):
         other.load_state(state)
+
+
+def gigabytes(op: str, calls: Any) -> float:
+    """Of a step's calls of an op, forward and backward; `calls` says how often a case is called."""
+    spec = all_ops()[op]
+    works = [(calls(case), spec.work(case, torch.bfloat16)) for case in spec.cases]
+    return sum(count * (work.forward_bytes + work.backward_bytes) for count, work in works) / 1e9
+
+
+def test_a_feed_forward_moves_what_its_page_says() -> None:
+    """The table of docs/fast_unet.md, from the specs."""
+    layers = Counter((layer.side**2, layer.channels) for layer in transformers())
+
+    def feed_forward(case: Case) -> int:
+        L, N = case.sizes("L", "N")
+        is_fused = case.options["producer"] == "feed_forward"
+        return layers[L, N] if is_fused and case.extras.delayed else 0
+
+    def by_layers(case: Case) -> int:
+        L, K, N = case.sizes("L", "K", "N")
+        is_inner = (L, K) in layers and N == 8 * K
+        return case.calls if is_inner or case.options["producer"] == "geglu" else 0
+
+    # The gradients of both biases read those of the outputs once more.
+    biases = sum(2 * BATCH * L * 9 * C * calls for (L, C), calls in layers.items()) / 1e9
+    bf16 = gigabytes("linear", lambda case: case.calls * case.name.startswith("feed-forward"))
+    bf16 += gigabytes("geglu", lambda case: case.calls) + biases
+    bf16 += gigabytes("layer_norm", lambda case: case.calls / 2 * case.extras.residual)
+    current = gigabytes("fp8_linear", by_layers) + biases
+    delayed = gigabytes("fp8_linear", feed_forward)
+    row = "| bytes of all feed-forwards, forward and backward | {:.1f} GB | {:.1f} GB | {:.1f} GB |"
+    assert row.format(bf16, current, delayed) in PAGE
 
 
 def test_scales_of_another_number_of_layers_are_refused() -> None:
