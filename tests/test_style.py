@@ -23,14 +23,14 @@ CODE_LINES = {
     "sd_perf/diffusion": 150,
     "sd_perf/models": 1000,
     "sd_perf/data": 2000,
-    "sd_perf/runs": 900,
+    "sd_perf/runs": 1100,
     "sd_perf/training": 1400,
     "sd_perf/distributed": 400,
     "sd_perf/evaluation": 1000,
     "sd_perf/mlperf": 700,
     "sd_perf/tools": 3200,
-    "sd_perf": 1350,
-    "kernels": 4800,
+    "sd_perf": 1650,
+    "kernels": 5500,
     "benchmarks": 2500,
 }
 """of each room; `sd_perf` is the command line, the config and the files beside the rooms"""

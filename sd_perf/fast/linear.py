@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sd_kernels.fp8_linear.scaling import DelayedScaling
+from sd_kernels.fp8_linear.delayed_scaling import DelayedScaling
 from sd_perf.config import PrecisionConfig
 from sd_perf.fast.ops import Ops
 

@@ -14,6 +14,7 @@ from sd_kernels import harness, launch
 from sd_kernels.errors import KernelError
 from sd_kernels.fp8_linear import SPEC
 from sd_kernels.fp8_linear.delayed import fp8_geglu_backward, fp8_layer_norm, fp8_update_scales
+from sd_kernels.fp8_linear.delayed_scaling import DelayedScaling
 from sd_kernels.fp8_linear.quantise import fp8_quantise_delayed
 from sd_kernels.fp8_linear.reference import fp8_linear as reference
 from sd_kernels.fp8_linear.reference import quantise
@@ -23,7 +24,6 @@ from sd_kernels.fp8_linear.scaling import (
     GRADIENT,
     HISTORY,
     SLOTS,
-    DelayedScaling,
     Scales,
     update_scales,
 )
