@@ -51,6 +51,12 @@ class Strategy:
     def gather(self, weights: Tensor) -> Handle | None:
         """Begin to fill a bucket's weights (N,), of which this rank's share is right."""
 
+    def largest(self, magnitudes: Tensor) -> Handle | None:
+        """Begin to take the largest of every magnitude over ranks, in place."""
+        if self.world.size == 1:
+            return None
+        return dist.all_reduce(magnitudes, dist.ReduceOp.MAX, async_op=True)
+
 
 class AllReduce(Strategy):
     """Every rank has all gradients and updates all weights, as torch's DDP does."""

@@ -115,6 +115,7 @@ class TransformerBlock(nn.Module):
         self.query = precision.layer("attention", channels, channels, bias=False)
         self.widen = precision.layer("feed_forward", channels, 8 * channels)
         self.narrow = precision.layer("feed_forward", 4 * channels, channels)
+        self.feed_forward = precision.feed_forward(self.widen, self.narrow)
 
     def forward(self, tokens: Tensor, text: Tensor, ops: Ops) -> Tensor:
         # One matmul for q, k and v reads the normalised tokens once instead of three times. Each
@@ -124,10 +125,9 @@ class TransformerBlock(nn.Module):
         h = self.attn1.out(ops.attention(h, num_heads=self.num_heads))
         h, tokens = self.query.after_layer_norm(h, tokens, self.norm2, self.attn2.to_q.weight)
         h = self.attn2.out(ops.attention(h, text, num_heads=self.num_heads))
-        into, out = self.ff.net[0].proj, self.ff.net[2]
-        h, tokens = self.widen.after_layer_norm(h, tokens, self.norm3, into.weight, into.bias)
+        h, tokens = self.feed_forward(h, tokens, self.norm3, self.ff.net[0].proj, self.ff.net[2])
         # No norm follows: the sum must be written.
-        return ops.residual_add(self.narrow.after_geglu(h, out.weight, out.bias), tokens)
+        return ops.residual_add(h, tokens)
 
 
 class SpatialTransformer(nn.Module):
@@ -229,6 +229,8 @@ class FastUNet(nn.Module):
         self._text_widths = [2 * layer.to_k.out_features for layer in self._text_attentions]
         text_features = sum(self._text_widths)
         self.text = self.precision.layer("text", config.context_dim, text_features, bias=False)
+        # A submodule, to be moved with the UNet; it has no entry in the state dict.
+        self.delayed_scaling = self.precision.scaling
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _res_block(self, channels: int, out_channels: int) -> nn.Module:

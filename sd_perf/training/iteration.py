@@ -17,6 +17,7 @@ from torch import Tensor
 from sd_perf.config import Config
 from sd_perf.distributed.strategies import Handle, build_strategy
 from sd_perf.distributed.world import World
+from sd_perf.fast.linear import amax_buffer, update_scales
 from sd_perf.fast.ops import Ops
 from sd_perf.fast.step import FusedDiffusionStep
 from sd_perf.fast.unet import FastUNet
@@ -64,10 +65,12 @@ class Iteration:
     def __call__(self) -> None:
         """Forward, backward, exchange and update; see the class."""
         handles = self.accumulate_gradients()
+        shared = self._share_magnitudes()
         for bucket in reversed(self.flat.buckets):
             if handle := handles.get(bucket.begin):
                 handle.wait()
             self.optimizer.step(bucket)
+        self._set_scales(shared)
 
     def accumulate_gradients(self) -> Mapping[int, Handle]:
         """All but the update: the mean gradient over micro-batches and ranks, and the loss.
@@ -94,6 +97,17 @@ class Iteration:
         self.loss.copy_(mean + self._poison)
         return self._exchange.handles if self._exchange else {}
 
+    def _share_magnitudes(self) -> Handle | None:
+        """Begin to reduce the magnitudes that FP8 layers recorded, for ranks to agree on scales."""
+        amax = amax_buffer(self.unet)
+        return None if amax is None else self.strategy.largest(amax)
+
+    def _set_scales(self, shared: Handle | None) -> None:
+        """Set the next step's delayed FP8 scales, where there are such."""
+        if shared:
+            shared.wait()
+        update_scales(self.unet)
+
     def rehearse(self, passes: int) -> None:
         """Everything once or more, with weights and moments as they were at the end.
 
@@ -103,6 +117,7 @@ class Iteration:
         for _ in range(passes):
             for handle in self.accumulate_gradients().values():
                 handle.wait()
+            self._set_scales(self._share_magnitudes())
         self.optimizer.try_on_scratch()
         self.loss.zero_()
         self._poison.zero_()

@@ -35,10 +35,13 @@ def fast_step(trainer) -> FastStep:
     return trainer.step
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_it_never_asks_the_host(accumulate, make_config, make_trainer):
+DELAYED = {"linear": "fp8_native", "fp8_recipe": "delayed"}
+
+
+@pytest.mark.parametrize(("accumulate", "precision"), [(1, {}), (2, {}), (1, DELAYED)])
+def test_it_never_asks_the_host(accumulate, precision, make_config, make_trainer):
     training = {"precision": "bf16", "accumulate_steps": accumulate}
-    trainer = make_trainer(make_config(model=FAST, training=training))
+    trainer = make_trainer(make_config(model=FAST, training=training, precision=precision))
     iteration = fast_step(trainer).iteration
     iteration()
     with Seen() as seen:
