@@ -150,7 +150,7 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList(
             [TransformerBlock(channels, context_dim, head_channels, precision)]
         )
-        self.proj_out = zeroed(nn.Linear(channels, channels))
+        self.proj_out: Any = zeroed(nn.Linear(channels, channels))
         self.entrance, self.exit = (
             precision.layer("transformer_ends", channels, channels, bias=bias)
             for bias in (True, False)
