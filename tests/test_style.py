@@ -30,8 +30,8 @@ CODE_LINES = {
     "sd_perf/mlperf": 700,
     "sd_perf/tools": 3200,
     "sd_perf": 1720,
-    "kernels": 5500,
-    "benchmarks": 2500,
+    "sd_perf": 1720,
+    "kernels": 5750,
 }
 """of each room; `sd_perf` is the command line, the config and the files beside the rooms"""
 COMMENTED = ("sd_perf/fast", "sd_perf/tools/estimate")

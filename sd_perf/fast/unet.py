@@ -113,7 +113,7 @@ class TransformerBlock(nn.Module):
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels, eps=1e-5) for _ in range(3))
         self.qkv = precision.layer("attention", channels, 3 * channels, bias=False)
         self.query = precision.layer("attention", channels, channels, bias=False)
-        self.widen = precision.layer("feed_forward", channels, 8 * channels)
+        self.widen = precision.layer("feed_forward", channels, 8 * channels, bias=False)
         self.narrow = precision.layer("feed_forward", 4 * channels, channels)
         self.feed_forward = precision.feed_forward(self.widen, self.narrow)
 

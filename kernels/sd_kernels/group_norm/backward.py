@@ -16,6 +16,8 @@ Shape letters and sizes: see `tiles`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import triton
 import triton.language as tl
@@ -272,14 +274,32 @@ def group_norm_backward(
         **launch_plan.sizes,
         num_warps=launch_plan.num_warps,
     )
+    scratch = group_sums, channel_sums, counters
+    finished = _finish(x, weight, rstd, *scratch, shift_axes=shift_axes, sizes=launch_plan.sizes)
+    return rounded(dx, x.dtype), rounded(dskip, x.dtype), *finished
+
+
+def _finish(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    rstd: torch.Tensor,
+    group_sums: torch.Tensor,
+    channel_sums: torch.Tensor,
+    counters: torch.Tensor,
+    *,
+    shift_axes: int,
+    sizes: Mapping[str, int],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The last two results of `group_norm_backward`, from the sums of its tiles."""
+    (B, C1), (_, pixel_tiles, sums, C) = x.shape[:2], channel_sums.shape
     rows = 3 if shift_axes == 1 else 2
     sample_sums = empty(x, (B, rows, C), torch.float32)
     vectors = empty(weight, (rows, C))
+    # A shift of all samples is summed over them as bias and weight are.
     dshift = sample_sums[:, 2] if shift_axes == 1 else empty(x, (B, C1) if shift_axes else (0,))
-    sizes = {name: size for name, size in launch_plan.sizes.items() if name not in ("ITEMS", "LAG")}
     launch(
         group_norm_finish_kernel,
-        (B * blocks,),
+        (B * triton.cdiv(C, TUNING.block),),
         *(group_sums, channel_sums, weight, rstd, dshift, sample_sums, vectors, counters, B),
         dshift.stride(0),
         C1=C1,
@@ -287,11 +307,10 @@ def group_norm_backward(
         OUT=rows,
         PARTS=triton.next_power_of_2(pixel_tiles),
         SAMPLES=TUNING.samples,
-        **sizes,
+        **{name: size for name, size in sizes.items() if name not in ("ITEMS", "LAG")},
     )
     of_samples = rounded(dshift, x.dtype) if shift_axes == 2 else x.new_empty(0)
-    gradients = rounded(dx, x.dtype), rounded(dskip, x.dtype)
-    return *gradients, rounded(vectors, weight.dtype), of_samples
+    return rounded(vectors, weight.dtype), of_samples
 
 
 @group_norm_backward.register_fake
