@@ -115,6 +115,7 @@ class TransformerBlock(nn.Module):
         self.query = precision.layer("attention", channels, channels, bias=False)
         self.widen = precision.layer("feed_forward", channels, 8 * channels, bias=False)
         self.narrow = precision.layer("feed_forward", 4 * channels, channels)
+        self.feed_forward = precision.feed_forward(self.widen, self.narrow)
 
     def forward(self, tokens: Tensor, text: Tensor, ops: Ops) -> Tensor:
         # One matmul for q, k and v reads the normalised tokens once instead of three times. Each
@@ -124,13 +125,7 @@ class TransformerBlock(nn.Module):
         h = self.attn1.out(ops.attention(h, num_heads=self.num_heads))
         h, tokens = self.query.after_layer_norm(h, tokens, self.norm2, self.attn2.to_q.weight)
         h = self.attn2.out(ops.attention(h, text, num_heads=self.num_heads))
-        into, out = self.ff.net[0].proj, self.ff.net[2]
-        if self.narrow.adds_inner_bias:
-            h, tokens = self.widen.after_layer_norm(h, tokens, self.norm3, into.weight)
-            h = self.narrow.after_geglu(h, out.weight, out.bias, inner_bias=into.bias)
-        else:
-            h, tokens = self.widen.after_layer_norm(h, tokens, self.norm3, into.weight, into.bias)
-            h = self.narrow.after_geglu(h, out.weight, out.bias)
+        h, tokens = self.feed_forward(h, tokens, self.norm3, self.ff.net[0].proj, self.ff.net[2])
         # No norm follows: the sum must be written.
         return ops.residual_add(h, tokens)
 
@@ -227,8 +222,15 @@ class FastUNet(nn.Module):
         last = zeroed(nn.Conv2d(channels, config.out_channels, 3, padding=1))
         self.out: Any = nn.Sequential(norm, nn.Identity(), last)
 
-        text_features = sum(self._text_widths())
+        # Found once: a step would walk over all modules three times, a millisecond each.
+        self._res_blocks = [module for module in self.modules() if isinstance(module, ResBlock)]
+        blocks = (module for module in self.modules() if isinstance(module, TransformerBlock))
+        self._text_attentions = [block.attn2 for block in blocks]
+        self._text_widths = [2 * layer.to_k.out_features for layer in self._text_attentions]
+        text_features = sum(self._text_widths)
         self.text = self.precision.layer("text", config.context_dim, text_features, bias=False)
+        # A submodule, to be moved with the UNet; it has no entry in the state dict.
+        self.delayed_scaling = self.precision.scaling
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _res_block(self, channels: int, out_channels: int) -> nn.Module:
@@ -251,12 +253,6 @@ class FastUNet(nn.Module):
             layers.append(self._transformer(out_channels))
         return layers
 
-    def _text_attentions(self) -> list[Attention]:
-        return [module.attn2 for module in self.modules() if isinstance(module, TransformerBlock)]
-
-    def _text_widths(self) -> list[int]:
-        return [2 * attention.to_k.out_features for attention in self._text_attentions()]
-
     def parameters_by_use(self) -> list[tuple[nn.Module, list[str]]]:
         """Names of all parameters in the order of the forward pass, in groups.
 
@@ -264,7 +260,7 @@ class FastUNet(nn.Module):
         first the network itself, then every ResBlock and transformer.
         """
         packed = {id(parameter) for parameter in self.time_embed.parameters()}
-        for attention in self._text_attentions():
+        for attention in self._text_attentions:
             packed |= {id(attention.to_k.weight), id(attention.to_v.weight)}
         blocks = {}
         for prefix, module in self.named_modules():
@@ -289,17 +285,17 @@ class FastUNet(nn.Module):
     def project_text(self, context: Tensor) -> list[Tensor]:
         """Keys and values (B, T, 2C) for each transformer from context (B, T, D), by one matmul."""
         weights: list[Tensor] = []
-        for attention in self._text_attentions():
+        for attention in self._text_attentions:
             weights += [attention.to_k.weight, attention.to_v.weight]
         packed = self.text.linear(context, torch.cat(weights))
-        return list(packed.split(self._text_widths(), dim=-1))
+        return list(packed.split(self._text_widths, dim=-1))
 
     def project_time(self, timesteps: Tensor, dtype: torch.dtype) -> list[Tensor]:
         """The shift (B, C') that each ResBlock's second norm adds, by one matmul for all blocks.
 
         A shift is the block's projected time embedding plus the bias of its first convolution.
         """
-        blocks = [module for module in self.modules() if isinstance(module, ResBlock)]
+        blocks = self._res_blocks
         layers = [block.emb_layers[1] for block in blocks]
         weight = torch.cat([layer.weight for layer in layers])
         # Biases are added before they are packed. If two packed biases were added, autograd would
