@@ -41,7 +41,10 @@ class LinearLayer:
     """x (..., K), residual or None, the LayerNorm, weight, optional bias -> (..., N) and the sum
     x + residual that was normalised"""
     after_geglu: Callable[..., Tensor]
-    """x (..., 2K), weight, optional bias -> (..., N)"""
+    """x (..., 2K), weight, optional bias -> (..., N); as `inner_bias` (2K,) the bias of the layer
+    that made x, where GEGLU adds it"""
+    adds_inner_bias: bool = False
+    """whether `after_geglu` takes `inner_bias`; then the layer before it needs none"""
     scales: Any = None
     """the `sd_kernels.fp8_linear.te.Linear` whose scales outlive a step, where there is one"""
     slots: int | None = None
@@ -62,10 +65,11 @@ def separate(ops: Ops, linear: Callable[..., Tensor], scales: Any = None) -> Lin
         normal, summed = ops.layer_norm(x, norm.weight, norm.bias, residual, eps=norm.eps)
         return linear(normal, *weights), summed
 
-    def after_geglu(x: Tensor, *weights: Tensor) -> Tensor:
-        return linear(ops.geglu(x), *weights)
+    def after_geglu(x: Tensor, *weights: Tensor, inner_bias: Tensor | None = None) -> Tensor:
+        return linear(ops.geglu(x, inner_bias), *weights)
 
-    return LinearLayer(linear, after_layer_norm, after_geglu, scales)
+    # GEGLU's backward pass has the gradient of x in registers, and sums the bias's on the way.
+    return LinearLayer(linear, after_layer_norm, after_geglu, adds_inner_bias=True, scales=scales)
 
 
 def fused(
@@ -133,6 +137,9 @@ def _feed_forward_by_layers(
     inner: nn.Linear,
     outer: nn.Linear,
 ) -> tuple[Tensor, Tensor]:
+    if narrow.adds_inner_bias:
+        h, summed = widen.after_layer_norm(x, residual, norm, inner.weight)
+        return narrow.after_geglu(h, outer.weight, outer.bias, inner_bias=inner.bias), summed
     h, summed = widen.after_layer_norm(x, residual, norm, inner.weight, inner.bias)
     return narrow.after_geglu(h, outer.weight, outer.bias), summed
 

@@ -89,6 +89,17 @@ def test_weights_are_split_and_checkpoints_hold_masters(make_config, make_traine
     assert any(not torch.equal(moved[name], before[name]) for name in before)
 
 
+def test_a_parameter_without_a_gradient_is_an_error(make_config, make_trainer):
+    """Its bucket would never be exchanged, and AdamW would take the gradients of the last step."""
+    trainer = make_trainer(make_config(model=FAST))
+    iteration = fast_step(trainer).iteration
+    iteration()
+    time_embed = trainer.unet.time_embed[0].weight
+    time_embed.requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"time_embed\.0\.weight has no gradient"):
+        iteration()
+
+
 class Spoil(Callback):
     """Makes the loss infinite at one step, and finite again after it."""
 

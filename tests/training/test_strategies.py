@@ -18,9 +18,11 @@ import torch
 from sd_kernels.fp8_linear.scaling import INPUT, SLOTS, WEIGHT
 from sd_perf.distributed.strategies import AllReduce, ShardedOptimizer, Strategy, build_strategy
 from sd_perf.distributed.world import World
+from sd_perf.errors import ConfigError
 from sd_perf.fast.linear import precision_state
 from sd_perf.runs.checkpoint_files import read_state
 from sd_perf.runs.checkpoints import CheckpointStore, load_component
+from sd_perf.training.build_step import build_step
 from sd_perf.training.callbacks.checkpointer import Checkpointer
 from tests.small_run import small_config, small_trainer
 from tests.training.test_resume import StopAt, final_tensors, relative_error, wait_for
@@ -34,6 +36,7 @@ from sd_kernels.spec import Target
 from sd_perf.distributed.world import start_world, stop_world
 from sd_perf.fast.choice import choose_kernels
 from sd_perf.runs.folder import open_run
+from sd_perf.training.build_step import build_step
 from sd_perf.training.callbacks.checkpointer import Checkpointer
 from sd_perf.training.launch import build_trainer
 from tests.small_run import small_config
@@ -200,6 +203,18 @@ def test_ranks_have_the_fp8_scales_of_one_process(strategy, make_config, make_tr
     assert ours[:3, INPUT::SLOTS].all() and not ours[3:].any()
     assert torch.allclose(ours[:, INPUT::SLOTS], theirs[:, INPUT::SLOTS], rtol=0.01)
     assert torch.allclose(ours[:, WEIGHT::SLOTS], theirs[:, WEIGHT::SLOTS], rtol=0.01)
+
+
+def test_zero1_is_refused_where_torch_compiles(make_config, make_trainer):
+    ranks = World(rank=0, size=2, device=torch.device("cpu"))
+    config = make_config(
+        model={"implementation": "fast", "compile": True}, training={"strategy": "zero1"}
+    )
+    unet = make_trainer(make_config("other", model={"implementation": "fast"})).unet
+    with pytest.raises(
+        ConfigError, match=r"training\.strategy: 'zero1' .* ddp with model\.compile"
+    ):
+        build_step(unet, config, seed=0, world=ranks, text_encoder=None, ops=unet.ops)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])

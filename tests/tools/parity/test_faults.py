@@ -163,8 +163,8 @@ FAULTS: dict[str, tuple[Level, Where, str, Plant]] = {
         "SpatialTransformer",
         in_unet(
             (
-                "return Pending(as_image(out, summed), residual=summed)",
-                "return Pending(as_image(out, summed))",
+                "return Pending(as_image(out, summed), self.proj_out.bias, summed)",
+                "return Pending(as_image(out, summed), self.proj_out.bias)",
             )
         ),
     ),
