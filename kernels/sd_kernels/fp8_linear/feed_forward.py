@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from sd_kernels.column_sum import column_sum
-from sd_kernels.fp8_linear.delayed import fp8_geglu_backward
+from sd_kernels.fp8_linear.delayed_kernels import fp8_geglu_backward
 from sd_kernels.fp8_linear.matmul import (
     Operand,
     input_gradient,
