@@ -169,8 +169,8 @@ def line(row: Row, telling: Sequence[str]) -> str:
         return f"{name}: {row['status']}: {row.get('reason')}"
     figures = [
         f"{title(column)} {shown(column, row[column])}"
-        for column in TITLES
-        if _is_number(row.get(column))
+        for column in dict.fromkeys([*TITLES, *row])
+        if (column in TITLES or _unit_of(column)) and _is_number(row.get(column))
     ]
     return f"{name}: {', '.join(figures)}"
 
