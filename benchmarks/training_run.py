@@ -22,8 +22,8 @@ from benchmarks.gpu_environment import Telemetry
 from benchmarks.gpu_throughput import FLOPS_PER_SAMPLE
 from benchmarks.timing import CudaClock, WallClock, repetitions
 from sd_kernels.conv.aten import tuned
-from sd_kernels.spec import Target
-from sd_kernels.targets import peak_of_driver
+from sd_kernels.selection import Choice
+from sd_kernels.targets import Target, peak_of_driver
 from sd_perf.config import Config, DataConfig, UNetConfig
 from sd_perf.distributed.world import World
 from sd_perf.errors import ConfigError
@@ -79,8 +79,10 @@ class TrainingRow(Conditions):
     """of a rank: 2.409 TFLOP a sample over the data sheet's dense bf16 peak"""
     data_wait: float | None
     """share of the time after warm-up in which the step waited for its batches"""
+    prepare_s: float | None
+    """from the choice of kernels to the first step: networks, compilation, capture of the graph"""
     warm_up_s: float | None
-    """start of the loop to the end of warm-up"""
+    """first step to the end of warm-up"""
     timed_s: float | None
     timed_iterations: int | None
     peak_memory_bytes: int | None
@@ -156,6 +158,10 @@ def _key_and_value(text: str) -> tuple[str, Any]:
         raise ConfigError(f"--set: the value of {text!r} is no YAML; put it in quotes") from error
 
 
+Build = Callable[[Config, World, dict[str, Choice], list[Callback]], Trainer]
+"""makes a trainer, as `sd_perf.training.launch.build_trainer` does"""
+
+
 class Stopwatch(Callback):
     """Times the steps of a trainer after a warm-up, and stops it when the time is up.
 
@@ -167,7 +173,7 @@ class Stopwatch(Callback):
         self._clock = CudaClock() if device.type == "cuda" else WallClock()
         self._telemetry = Telemetry() if device.type == "cuda" else None
         self._steps = self._last = 0
-        self._started = self._half_warm = 0.0
+        self._made, self._started, self._half_warm = time.perf_counter(), 0.0, 0.0
         self.warm_up_s = 0.0
         self.logged: list[dict[str, float]] = []
         """metrics of each logged window that lies wholly after warm-up"""
@@ -204,7 +210,9 @@ class Stopwatch(Callback):
         return time.perf_counter()
 
     def on_log(self, trainer: TrainerView, metrics: dict[str, float]) -> None:
-        if self._steps - trainer.config.logging.every_steps >= self._warm_up:
+        # A log may come some steps after its window, so its own position counts.
+        training, window = trainer.config.training, trainer.config.logging.every_steps
+        if metrics["samples"] >= (self._warm_up + window) * training.global_batch_size:
             self.logged.append(dict(metrics))
 
     def close(self, trainer: TrainerView) -> None:
@@ -223,6 +231,7 @@ class Stopwatch(Callback):
         return {
             **settled(intervals, batch),
             "data_wait": statistics.mean(waits) if waits else None,
+            "prepare_s": self._started - self._made,
             "warm_up_s": self.warm_up_s,
             "timed_s": sum(intervals) / 1000,
             "timed_iterations": len(intervals),
@@ -265,18 +274,16 @@ def timed_run(
     *,
     warm_up_steps: int,
     seconds: float,
-    prepare: Callable[[Trainer], None] = lambda trainer: None,
+    build: Build = build_trainer,
 ) -> TrainingRow:
     """Train for about `seconds` after the warm-up; every rank must call it.
 
-    The loop is the trainer's own, with its loader and its log, and no checkpoint. `prepare` is
-    called with the trainer before its first step.
+    The loop is the trainer's own, with its loader and its log, and no checkpoint.
     """
     with _scratch_run(config) as here:
-        kernels = world.on_main(lambda: choose_kernels(here, Target.here()))
         watch = Stopwatch(world.device, warm_up_steps, seconds)
-        trainer = build_trainer(here, world, kernels, [watch])
-        prepare(trainer)
+        kernels = world.on_main(lambda: choose_kernels(here, Target.here()))
+        trainer = build(here, world, kernels, [watch])
         exact = here.training.deterministic
         with contextlib.nullcontext() if exact else tuned(algorithms=10):
             trainer.fit()
@@ -316,7 +323,7 @@ def conditions(config: Config, ranks: int) -> Conditions:
     in_fp8 = sorted({arithmetic for _, arithmetic, _ in config.precision.in_fp8()})
     text = config.data.format == "synthetic" or config.data.context == "precomputed"
     return {
-        "batch": config.micro_batch_size(ranks) * config.training.accumulate_steps,
+        "batch": config.micro_batch_size(ranks),
         "dtype": ", ".join([config.training.precision, *in_fp8]),
         "cached": "moments, text states" if text else "moments",
     }
