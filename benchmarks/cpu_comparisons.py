@@ -43,7 +43,7 @@ from sd_perf.models.key_maps import to_diffusers
 from sd_perf.presets import config_from_dict
 from sd_perf.reference.unet import UNet
 from sd_perf.tools.results import REPOSITORY, Conditions
-from sd_perf.training.step import TrainStep
+from sd_perf.training.build_step import build_step
 
 NAME = "cpu_comparisons"
 PARTS = ("step", "unet", "start")
@@ -80,7 +80,7 @@ def own_step(config: Config, moments: torch.Tensor, context: torch.Tensor) -> Ca
     batch = Batch(torch.arange(len(moments)), moments, [""] * len(moments), context)
     ops = choose_ops(config)
     unet = build_unet(config, seed=0, device=world.device, ops=ops)
-    step = TrainStep(unet, config, seed=0, world=world, text_encoder=None, ops=ops)
+    step = build_step(unet, config, seed=0, world=world, text_encoder=None, ops=ops)
     return lambda: step(iter([batch]), config.optimizer.warmup_steps)
 
 
