@@ -25,7 +25,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -145,8 +144,7 @@ def compare_starts(threads: int, turns: int) -> dict[str, list[float]]:
         with tempfile.TemporaryDirectory() as folder:
             process([*own, "--run.dir", str(Path(folder) / "run")])
 
-    sides = {"sd-perf train": train, "diffusers": partial(process, rival)}
-    return in_turns(sides, turns)
+    return in_turns({"sd-perf train": train, "diffusers": lambda: process(rival)}, turns)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -91,8 +91,8 @@ def shards_of(options: argparse.Namespace) -> Iterator[Path]:
             for sample in range(samples):
                 moments = rng.standard_normal((8, side, side), dtype=np.float32)
                 states = rng.standard_normal(CONTEXT, dtype=np.float32).astype(np.float16)
-                given = {"context": states} if options.context == "precomputed" else {}
-                writer.write(moments, f"caption {sample}", **given)
+                context = states if options.context == "precomputed" else None
+                writer.write(moments, f"caption {sample}", context=context)
         yield folder
 
 

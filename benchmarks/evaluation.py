@@ -68,8 +68,9 @@ def config_of(options: argparse.Namespace) -> Config:
     scores, text = config.evaluation, config.text_encoder
     if not options.config:
         # The preset's paths count from the repository's root, wherever the command is run.
-        names = {name: getattr(scores, name) for name in (*FILES, "clip_model")}
-        scores = replace(scores, **{name: str(REPOSITORY / path) for name, path in names.items()})
+        names = (*FILES, "clip_model")
+        paths: dict[str, Any] = {name: str(REPOSITORY / getattr(scores, name)) for name in names}
+        scores = replace(scores, **paths)
         weights, model = REPOSITORY / text.weights, REPOSITORY / text.model
         text = replace(text, weights=str(weights), model=str(model))
     for name in FILES:

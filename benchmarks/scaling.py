@@ -110,9 +110,8 @@ def command_of(options: argparse.Namespace, run: tuple[int, str, int], output: P
     return [sys.executable, *torchrun, "-m", "benchmarks.throughput", *words, *tiny, *last]
 
 
-def measure_one(options: argparse.Namespace, run: tuple[int, str, int]) -> dict[str, Any]:
-    """Columns of a `TrainingRow` of one run; `status` and `reason` where it fails."""
-    *_, ranks = run
+def start(command: list[str], ranks: int, seconds: float) -> subprocess.CompletedProcess[str]:
+    """Run a command of so many ranks to its end; TimeoutExpired after `seconds`."""
     paths = [str(REPOSITORY), str(REPOSITORY / "kernels"), os.environ.get("PYTHONPATH", "")]
     threads = max(1, len(os.sched_getaffinity(0)) // ranks)
     environment = {
@@ -120,17 +119,17 @@ def measure_one(options: argparse.Namespace, run: tuple[int, str, int]) -> dict[
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
+
+
+def measure_one(options: argparse.Namespace, run: tuple[int, str, int]) -> dict[str, Any]:
+    """Columns of a `TrainingRow` of one run; `status` and `reason` where it fails."""
+    *_, ranks = run
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "row.json"
+        command = command_of(options, run, output)
         try:
-            done = subprocess.run(
-                command_of(options, run, output),
-                cwd=Path.cwd(),
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=60 * options.minutes + LIMIT_SECONDS,
-            )
+            done = start(command, ranks, seconds=60 * options.minutes + LIMIT_SECONDS)
         except subprocess.TimeoutExpired as error:
             return {"status": "failed", "reason": f"took longer than {error.timeout:.0f} s"}
         if done.returncode == 0:

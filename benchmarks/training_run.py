@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from benchmarks.gpu_environment import Telemetry
 from benchmarks.gpu_throughput import FLOPS_PER_SAMPLE
@@ -28,7 +27,7 @@ from sd_perf.config import Config, DataConfig, UNetConfig
 from sd_perf.distributed.world import World
 from sd_perf.errors import ConfigError
 from sd_perf.fast.choice import choose_kernels
-from sd_perf.presets import config_from_dict, load_preset
+from sd_perf.presets import config_from_dict, load_preset, parse_value
 from sd_perf.tools.results import REPOSITORY, Conditions, Status
 from sd_perf.training.callbacks.base import Callback, TrainerView
 from sd_perf.training.launch import build_trainer
@@ -152,10 +151,7 @@ def _key_and_value(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or "." not in key:
         raise ConfigError(f"--set: {text!r} cannot be used; write section.field=value")
-    try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set: the value of {text!r} is no YAML; put it in quotes") from error
+    return key, parse_value(value)
 
 
 Build = Callable[[Config, World, dict[str, Choice], list[Callback]], Trainer]

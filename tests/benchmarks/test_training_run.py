@@ -44,8 +44,14 @@ def test_defaults_are_the_benchmarks() -> None:
 
 def test_options_change_the_preset() -> None:
     texts = ["training.precision=fp32", "training.accumulate_steps=2", "data.latent_size=32"]
+    texts += [
+        "training.cuda_graph=off",
+        "model.channel_mult=[1, 2]",
+        "model.attention_resolutions=[2]",
+    ]
     config = config_of(options(set=texts, batch=3), ranks=2)
     assert config.training.precision == "fp32" and config.data.latent_size == 32
+    assert config.training.cuda_graph == "off" and config.model.channel_mult == (1, 2)
     assert config.training.global_batch_size == 3 * 2 * 2
     assert training_run.conditions(config, 2)["batch"] == 3
 
