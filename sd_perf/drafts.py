@@ -21,7 +21,7 @@ def draft_folder(parent: Path, name: str = "") -> Iterator[Path]:
 
     Removes the drafts that dead writers left in `parent`, too, once per process.
     """
-    remove_leftovers(Path(os.path.realpath(parent)))
+    _remove_leftovers_once(Path(os.path.realpath(parent)))
     with contextlib.ExitStack() as stack:
         yield _locked(stack, parent, f"{ASIDE}{name}.")
 
@@ -32,21 +32,26 @@ def _locked(stack: contextlib.ExitStack, parent: Path, prefix: str) -> Path:
         folder = stack.enter_context(
             TemporaryDirectory(prefix=prefix, dir=parent, ignore_cleanup_errors=True)
         )
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        # Another process may take it for a leftover and remove it before it is locked.
+        try:
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            continue
         stack.callback(os.close, descriptor)
         with contextlib.suppress(OSError):  # no flock here: then nobody removes leftovers, either
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        # Another process may have removed it, as a leftover, before it was locked.
         if Path(folder).is_dir():
             return Path(folder)
 
 
-@functools.cache
 def remove_leftovers(parent: Path) -> None:
     """Remove the draft folders in `parent` that nobody has locked: their writers are dead."""
     for folder in parent.glob(f"{ASIDE}*"):
         with contextlib.suppress(OSError):  # locked, gone, or not ours to remove
             _remove_unlocked(folder)
+
+
+_remove_leftovers_once = functools.cache(remove_leftovers)
 
 
 def _remove_unlocked(folder: Path) -> None:

@@ -19,10 +19,9 @@ from typing import Any
 
 import torch
 
-from sd_perf.drafts import ASIDE
+from sd_perf.drafts import ASIDE, remove_leftovers
 from sd_perf.errors import CheckpointError
 from sd_perf.files import (
-    disk_errors,
     flush,
     one_line,
     read_json,
@@ -45,7 +44,6 @@ MAKE_ROOM = "make room, then continue the run with --resume"
 
 PEER_SECONDS = 600.0
 """how long the main rank waits for another rank's part, after its own is written"""
-_UNFINISHED = ".shares"
 
 
 class CheckpointStore:
@@ -90,15 +88,12 @@ class CheckpointStore:
         return self.folder / f"samples_{samples:010d}"
 
     def begin(self) -> None:
-        """Clear away what killed ranks left of a checkpoint that they wrote together.
+        """Clear away what was left by writers that were killed.
 
-        Called by the main rank before any rank saves. Drafts of one writer are looked after by
-        `sd_perf.drafts`.
+        Called by the main rank before any rank saves.
         """
         self.wait()
-        with disk_errors(self.folder, MAKE_ROOM):
-            for leftover in self.folder.glob(f"{ASIDE}*{_UNFINISHED}"):
-                shutil.rmtree(leftover)
+        remove_leftovers(self.folder)
 
     def save(self, tensors: Mapping[str, torch.Tensor | Piece], state: dict[str, Any]) -> Path:
         """Copy the tensors to the host, then write them in a thread; returns the folder's path.
@@ -168,7 +163,7 @@ class CheckpointStore:
         self, path: Path, tensors: dict[str, torch.Tensor | Piece], state: dict[str, Any]
     ) -> None:
         """Write this rank's part; the main rank waits for the others' and completes the folder."""
-        draft = path.with_name(f"{ASIDE}{path.name}{_UNFINISHED}")
+        draft = path.with_name(f"{ASIDE}{path.name}.parts")
         draft.mkdir(exist_ok=True)
         try:
             written = write_shard(draft, tensors, self.rank, self.ranks)

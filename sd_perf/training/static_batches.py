@@ -6,7 +6,7 @@ tokens, D context channels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -38,11 +38,6 @@ class Inputs:
             torch.zeros(B, 2 * config.model.in_channels, side, side, device=world.device),
             torch.zeros(B, *text, dtype=context, device=world.device),
         )
-
-    def copy_(self, other: Inputs) -> None:
-        """Take the values of other inputs, in this one's dtypes."""
-        for field in fields(self):
-            getattr(self, field.name).copy_(getattr(other, field.name), non_blocking=True)
 
     def draw(self, config: Config, seed: int) -> None:
         """Fill with synthetic samples, for a rehearsal of the iteration."""
@@ -82,7 +77,8 @@ class StaticBatches:
         if self._staged:
             self._staged[micro_step].pass_on(given, inputs)
         else:
-            inputs.copy_(given)
+            for name, tensor in vars(given).items():
+                getattr(inputs, name).copy_(tensor)
 
 
 class _Staged:
@@ -94,13 +90,18 @@ class _Staged:
         self.arrived, self.read = torch.cuda.Event(), torch.cuda.Event()
 
     def pass_on(self, given: Inputs, inputs: Inputs) -> None:
-        """Copy from the host to `buffers` to `inputs`; the current stream waits for neither more
-        nor less than that."""
+        """Copy from the host to `buffers` to `inputs`; the current stream waits for that alone.
+
+        What is on the GPU already, such as text that was encoded there, needs no second buffer.
+        """
         compute = torch.cuda.current_stream()
         self.stream.wait_event(self.read)
         with torch.cuda.stream(self.stream):
-            self.buffers.copy_(given)
+            for name, tensor in vars(given).items():
+                if not tensor.is_cuda:
+                    getattr(self.buffers, name).copy_(tensor, non_blocking=True)
             self.arrived.record()
         compute.wait_event(self.arrived)
-        inputs.copy_(self.buffers)
+        for name, tensor in vars(given).items():
+            getattr(inputs, name).copy_(tensor if tensor.is_cuda else getattr(self.buffers, name))
         self.read.record(compute)

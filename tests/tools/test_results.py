@@ -82,7 +82,9 @@ def test_a_missing_field_is_named(place: str, words: str, tmp_path: Path) -> Non
         read(path, "some_speed", Row)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "3", '{"rows": 3}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", "3", '{"rows": 3}', "[" * 99_999, "9" * 5000, "NaN"]
+)
 def test_a_damaged_file_is_one_sentence(text: str, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(UserError, match=r"x\.json: is no result of some_speed\.py"):
