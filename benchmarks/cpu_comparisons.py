@@ -1,10 +1,11 @@
 """Training on a CPU beside its rivals: the step, and the time from start to first step.
 
-    python -m benchmarks.cpu_comparisons [--threads 1] [--turns 9] [--output FILE.json]
+    python -m benchmarks.cpu_comparisons [--threads 1] [--turns 25] [--output FILE.json]
 
-Sides run in turns in the same run, and what counts is their ratio. Network, batch and inputs have
-the sizes of configs/smoke.yaml, except that all norms have the transformers' number of groups,
-which is all that diffusers can express.
+Sides run in turns in the same run, and what counts is their ratio. On one thread steps and UNets
+are timed in CPU seconds, which other work on the machine does not add to; all else by the wall.
+Network, batch and inputs have the sizes of configs/smoke.yaml, except that all norms have the
+transformers' number of groups, which is all that diffusers can express.
 
 - step: the trainer's step (draws, forward, backward, AdamW) with the fast network, beside
   diffusers' UNet with torch's fused AdamW (`benchmarks.diffusers_training`) and beside the
@@ -23,6 +24,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +33,7 @@ import torch
 
 from benchmarks.command import Report, run_command
 from benchmarks.diffusers_training import build, comparable, training_step
-from benchmarks.pairs import PairRow, in_turns, pair_row
+from benchmarks.pairs import in_turns, pair_row
 from benchmarks.training_run import TINY, preset
 from sd_perf.config import Config
 from sd_perf.data.batch import Batch
@@ -46,7 +48,8 @@ from sd_perf.training.build_step import build_step
 
 NAME = "cpu_comparisons"
 PARTS = ("step", "unet", "start")
-STEPS, START_TURNS = 10, 3
+STEPS, WARM_UP_TURNS, START_TURNS = 2, 3, 3
+WALL = ("wall", time.perf_counter)
 FAST, PLAIN, DIFFUSERS = "fast step", "plain step", "diffusers' UNet, fused AdamW"
 
 
@@ -93,18 +96,22 @@ def repeated(call: Callable[[], object], count: int) -> Callable[[], None]:
     return calls
 
 
-def compare_steps(config: Config, turns: int, steps: int) -> dict[str, list[float]]:
-    """Seconds of `steps` training steps of each side, by turn."""
+Now = Callable[[], float]
+
+
+def compare_steps(config: Config, turns: int, now: Now) -> dict[str, list[float]]:
+    """Seconds of `STEPS` training steps of each side, by turn."""
     given = inputs(config)
     sides = {
         FAST: own_step(config, *given),
         PLAIN: own_step(replace(config, model=config.model.network), *given),
         DIFFUSERS: training_step(config, *given),
     }
-    return in_turns({name: repeated(side, steps) for name, side in sides.items()}, turns)
+    repeated_sides = {name: repeated(side, STEPS) for name, side in sides.items()}
+    return in_turns(repeated_sides, turns, WARM_UP_TURNS, now)
 
 
-def compare_unets(config: Config, turns: int) -> dict[str, list[float]]:
+def compare_unets(config: Config, turns: int, now: Now) -> dict[str, list[float]]:
     """Seconds of forward and backward of a batch, with the same weights in both networks."""
     network = comparable(config)
     unet, other = UNet(network), build(network)
@@ -119,7 +126,7 @@ def compare_unets(config: Config, turns: int) -> dict[str, list[float]]:
     def theirs() -> None:
         other(latents, timesteps, context).sample.square().mean().backward()
 
-    return in_turns({"plain UNet": ours, "diffusers' UNet": theirs}, turns)
+    return in_turns({"plain UNet": ours, "diffusers' UNet": theirs}, turns, WARM_UP_TURNS, now)
 
 
 def compare_starts(threads: int, turns: int) -> dict[str, list[float]]:
@@ -152,8 +159,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
     add("--threads", type=int, default=1, metavar="N", help="of CPU arithmetic (default: 1)")
-    turns = f"of each side, {STEPS} steps a turn (default: 9)"
-    add("--turns", type=int, default=9, metavar="N", help=turns)
+    turns = f"of each side, {STEPS} steps a turn (default: 25)"
+    add("--turns", type=int, default=25, metavar="N", help=turns)
 
 
 def measure(options: argparse.Namespace) -> int:
@@ -161,9 +168,11 @@ def measure(options: argparse.Namespace) -> int:
     if min(options.threads, options.turns) < 1:
         raise UserError("--threads, --turns: give 1 or more")
     torch.set_num_threads(options.threads)
-    config, turns, steps = smoke_config(options.tiny), options.turns, STEPS
+    config, turns = smoke_config(options.tiny), options.turns
+    # Several threads wait for each other, and the CPU seconds of waiting say nothing.
+    clock, now = ("CPU", time.process_time) if options.threads == 1 else WALL
     if options.tiny:
-        turns, steps = 1, 1
+        turns = 1
         options.parts = [part for part in options.parts if part != "start"]
     told_by = ("work", "side", "rival")
     report = Report(NAME, options, torch.device("cpu"), told_by, ["diffusers"])
@@ -174,20 +183,18 @@ def measure(options: argparse.Namespace) -> int:
     }
 
     def add(work: str, seconds: dict[str, list[float]], side: str, rival: str) -> None:
-        row: PairRow = pair_row(
-            work, seconds, side, rival, conditions=conditions, threads=options.threads
-        )
-        report.add(row)
+        threads = options.threads
+        report.add(pair_row(work, seconds, side, rival, conditions, threads=threads, clock=clock))
 
     if "step" in options.parts:
-        seconds = compare_steps(config, turns, steps)
+        seconds = compare_steps(config, turns, now)
         for side, rival in ((FAST, DIFFUSERS), (PLAIN, DIFFUSERS), (FAST, PLAIN)):
-            add(f"training step, {steps} of them", seconds, side, rival)
+            add(f"training step, {STEPS} of them", seconds, side, rival)
     if "unet" in options.parts:
-        seconds = compare_unets(config, turns)
+        seconds = compare_unets(config, turns, now)
         add("UNet, forward and backward", seconds, "plain UNet", "diffusers' UNet")
     if "start" in options.parts:
-        conditions["cached"] = "files in the page cache"
+        clock, conditions["cached"] = WALL[0], "files in the page cache"
         seconds = compare_starts(options.threads, min(turns, START_TURNS))
         add("start of the process to one step", seconds, "sd-perf train", "diffusers")
     return 0

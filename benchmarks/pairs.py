@@ -18,6 +18,8 @@ class PairRow(Conditions):
     rival: str
     threads: int
     """of CPU arithmetic, each side"""
+    clock: str
+    """wall, or CPU: seconds of the process's own, to which other processes do not add"""
     side_s: float
     """median seconds"""
     rival_s: float
@@ -30,20 +32,24 @@ class PairRow(Conditions):
 
 
 def in_turns(
-    sides: Mapping[str, Callable[[], object]], turns: int, warm_up: int = 1
+    sides: Mapping[str, Callable[[], object]],
+    turns: int,
+    warm_up: int = 1,
+    now: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each side in each of `turns` turns, after `warm_up` turns that are not kept.
 
     The order is reversed from turn to turn, so that no side always comes after the same other one.
+    `now` gives seconds: `time.process_time` leaves out what other processes take of the cores.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(-warm_up, turns):
         order = list(sides.items())
         for name, side in order if turn % 2 else reversed(order):
-            start = time.perf_counter()
+            start = now()
             side()
             if turn >= 0:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(now() - start)
     return seconds
 
 
@@ -54,8 +60,9 @@ def pair_row(
     rival: str,
     conditions: Conditions,
     threads: int,
+    clock: str = "wall",
 ) -> PairRow:
-    """A row of two of the sides that `in_turns` timed."""
+    """A row of two of the sides that `in_turns` timed by that clock."""
     ratios = [theirs / ours for ours, theirs in zip(seconds[side], seconds[rival], strict=True)]
     return {
         **conditions,
@@ -63,6 +70,7 @@ def pair_row(
         "side": side,
         "rival": rival,
         "threads": threads,
+        "clock": clock,
         "side_s": statistics.median(seconds[side]),
         "rival_s": statistics.median(seconds[rival]),
         "ratio": statistics.median(ratios),

@@ -11,10 +11,9 @@ of GPU 0. No checkpoint is written.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
-from benchmarks.command import Report, run_command
+from benchmarks.command import Report, leave, run_command
 from benchmarks.training_run import add_config_options, config_of, timed_run
 from sd_perf.distributed.world import start_world, stop_world
 from sd_perf.errors import UserError
@@ -46,7 +45,7 @@ def measure(options: argparse.Namespace) -> int:
         if report:
             report.add(row)
     finally:
-        stop_world()
+        stop_world(world)
     return 0
 
 
@@ -56,4 +55,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -107,6 +107,7 @@ def test_a_ratio_is_of_the_same_turn() -> None:
     seconds = {"ours": [1.0, 2.0, 4.0], "theirs": [2.0, 3.0, 4.0]}
     conditions = {"batch": 1, "dtype": "float32", "cached": "nothing"}
     row = pair_row("w", seconds, "ours", "theirs", conditions, threads=1)  # type: ignore[arg-type]
+    assert row["clock"] == "wall"
     assert (row["ratio"], row["ratio_low"], row["ratio_high"], row["turns"]) == (1.5, 1.0, 2.0, 3)
     assert (row["side_s"], row["rival_s"]) == (2.0, 3.0)
 
