@@ -105,12 +105,15 @@ def _provenance(path: Path, result: Result[Any]) -> str:
 
 
 def _bars(rows: Sequence[Row], column: str) -> str:
-    """A horizontal bar for each row that has a number in the column, from 0 on."""
+    """A horizontal bar, from 0 on, for each measured row that has a number in the column.
+
+    Rows of another status, as timings of code that is not proven right, are in the table alone.
+    """
     telling = labels(rows)
     values = [
         (label(row, telling), float(row[column]))
         for row in rows
-        if misfit(row.get(column), float) == ""
+        if misfit(row.get(column), float) == "" and row.get("status", "measured") == "measured"
     ]
     longest = max((value for _, value in values), default=0.0)
     bars = "".join(

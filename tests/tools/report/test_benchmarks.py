@@ -99,6 +99,12 @@ def test_nothing_in_a_file_becomes_markup(tmp_path: Path) -> None:
     assert all(tag.count("data:image/svg") == 1 for tag in re.findall("<img[^>]*>", page))
 
 
+def test_what_is_not_proven_right_is_in_no_chart(tmp_path: Path) -> None:
+    write_result(tmp_path / "x.json", [row("a", 1.0), row("b", 9.0, status="unproven")])
+    page = page_of(tmp_path)
+    assert re.findall("<dt>(.*?)</dt>", page) == ["a"] and "<td>unproven</td>" in page
+
+
 def test_many_rows_are_bounded(tmp_path: Path) -> None:
     write_result(tmp_path / "x.json", [row(f"rung {i}", i + 1.0) for i in range(500)])
     page = page_of(tmp_path)
