@@ -1,116 +1,124 @@
-"""Three pairs on a CPU: loader and webdataset, plain UNet and diffusers', fast and plain step.
+"""Training on a CPU beside its rivals: the step, and the time from start to first step.
 
-    python -m benchmarks.cpu_comparisons [--output FILE.json]
+    python -m benchmarks.cpu_comparisons [--threads 1] [--turns 25] [--output FILE.json]
 
-Ratios are what counts: the two sides of a pair run in turns on the same machine, on the same shards
-or weights. Shards are written to a temporary folder and read from the page cache. The networks have
-the sizes of configs/smoke.yaml. Needs webdataset and diffusers.
+Sides run in turns in the same run, and what counts is their ratio. On one thread steps and UNets
+are timed in CPU seconds, which other work on the machine does not add to; all else by the wall.
+Network, batch and inputs have the sizes of configs/smoke.yaml, except that all norms have the
+transformers' number of groups, which is all that diffusers can express.
+
+- step: the trainer's step (draws, forward, backward, AdamW) with the fast network, beside
+  diffusers' UNet with torch's fused AdamW (`benchmarks.diffusers_training`) and beside the
+  trainer's own plain network.
+- UNet: forward and backward alone, the plain network and diffusers' with the same weights.
+- start: a process of `sd-perf train` that takes one step on synthetic data, checkpoint and run
+  folder included, beside one of the rival that imports diffusers and takes one.
+
+Needs diffusers.
 """
 
 from __future__ import annotations
 
-import platform
-import statistics
+import argparse
+import os
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypedDict
 
-import numpy as np
 import torch
 
-from benchmarks.command import command_parser
-from sd_perf.config import Config, DataConfig, UNetConfig
-from sd_perf.data.batch import Batch, LoaderOptions
-from sd_perf.data.loaders.portable import PortableLoader
-from sd_perf.data.shard_writer import ShardWriter
+from benchmarks.command import Report, run_command
+from benchmarks.diffusers_training import build, comparable, training_step
+from benchmarks.pairs import in_turns, pair_row
+from benchmarks.training_run import TINY, preset
+from sd_perf.config import Config
+from sd_perf.data.batch import Batch
 from sd_perf.distributed.world import World
+from sd_perf.errors import UserError
 from sd_perf.models.build import build_unet, choose_ops
-from sd_perf.models.key_maps import diffusers_unet_config, to_diffusers
-from sd_perf.models.torchvision_schemas import define_missing_torchvision_ops
-from sd_perf.presets import load_preset
+from sd_perf.models.key_maps import to_diffusers
+from sd_perf.presets import config_from_dict
 from sd_perf.reference.unet import UNet
-from sd_perf.tools.results import REPOSITORY, Provenance, Result, write
+from sd_perf.tools.results import REPOSITORY, Conditions
 from sd_perf.training.build_step import build_step
 
-REPEATS = 5
-BATCH = 32
-SAMPLES = 1024
-STEPS = 10
+NAME = "cpu_comparisons"
+PARTS = ("step", "unet", "start")
+STEPS, WARM_UP_TURNS, START_TURNS = 2, 3, 3
+WALL = ("wall", time.perf_counter)
+FAST, PLAIN, DIFFUSERS = "fast step", "plain step", "diffusers' UNet, fused AdamW"
 
 
-class ComparisonRow(TypedDict):
-    """Two sides that do the same work."""
-
-    work: str
-    """what is timed"""
-    threads: int
-    first: str
-    second: str
-    first_s: float
-    """median seconds"""
-    second_s: float
-    ratio: float
-    """`second_s` over `first_s`"""
+def smoke_config(tiny: bool) -> Config:
+    """The smoke run's config, or the tiny one, with one number of groups for all norms."""
+    if tiny:
+        training = {**TINY["training"], "global_batch_size": 2}
+        smoke = config_from_dict({**TINY, "training": training})
+    else:
+        smoke = preset("smoke.yaml")
+    model = replace(smoke.model, resblock_groups=smoke.model.transformer_groups)
+    return replace(smoke, model=model)
 
 
-def alternate(sides: dict[str, Callable[[], None]]) -> dict[str, float]:
-    """Median seconds of each side: `REPEATS` runs in turns, after one of each to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for repeat in range(REPEATS + 1):
-        for name, side in sides.items():
-            start = time.perf_counter()
-            side()
-            if repeat:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+def inputs(config: Config) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random moments (B, 2C, S, S) and context (B, L, D) of the config's batch."""
+    torch.manual_seed(0)
+    batch, side = config.training.global_batch_size, config.data.latent_size
+    moments = torch.randn(batch, 2 * config.model.in_channels, side, side)
+    return moments, torch.randn(batch, config.data.context_tokens, config.model.context_dim)
 
 
-def write_moments(folder: Path) -> None:
-    """Write random moments (8, 64, 64) and captions in the benchmark's layout, 256 a shard."""
-    rng = np.random.default_rng(0)
-    with ShardWriter(folder, samples_per_shard=256) as writer:
-        for sample in range(SAMPLES):
-            writer.write(rng.standard_normal((8, 64, 64), dtype=np.float32), f"caption {sample}")
+def own_step(config: Config, moments: torch.Tensor, context: torch.Tensor) -> Callable[[], object]:
+    """A call that takes one step of the trainer's on these inputs, at the full learning rate.
+
+    At the first rates of the warm-up the layers that start at 0 stay so small that AdamW squares
+    their gradients into denormal numbers, on which a CPU is several times slower.
+    """
+    world = World(rank=0, size=1, device=torch.device("cpu"))
+    batch = Batch(torch.arange(len(moments)), moments, [""] * len(moments), context)
+    ops = choose_ops(config)
+    unet = build_unet(config, seed=0, device=world.device, ops=ops)
+    step = build_step(unet, config, seed=0, world=world, text_encoder=None, ops=ops)
+    return lambda: step(iter([batch]), config.optimizer.warmup_steps)
 
 
-def compare_loaders() -> dict[str, float]:
-    """Seconds of an epoch of shuffled batches: float32 moments (B, 8, 64, 64) and captions."""
-    import webdataset
+def repeated(call: Callable[[], object], count: int) -> Callable[[], None]:
+    """A call of `count` calls."""
 
-    with tempfile.TemporaryDirectory() as folder:
-        write_moments(Path(folder))
-        options = LoaderOptions(seed=0, global_batch_size=BATCH, micro_batch_size=BATCH)
-        loader = PortableLoader(DataConfig(path=folder, workers=2), options)
-        shards = sorted(str(path) for path in Path(folder).glob("*.tar"))
+    def calls() -> None:
+        for _ in range(count):
+            call()
 
-        def ours() -> None:
-            batches = loader.batches(0)
-            assert sum(len(next(batches).captions) for _ in range(SAMPLES // BATCH)) == SAMPLES
-            batches.close()  # type: ignore[attr-defined]
-
-        def theirs() -> None:
-            dataset = webdataset.WebDataset(shards, shardshuffle=4, seed=0).shuffle(1000).decode()
-            batches = dataset.to_tuple("npy", "txt").batched(BATCH)
-            assert sum(len(torch.from_numpy(np.stack(npy))[:, 0]) for npy, _ in batches) == SAMPLES
-
-        return alternate({"portable loader": ours, "webdataset": theirs})
+    return calls
 
 
-def compare_unets(config: UNetConfig, latent_size: int, tokens: int) -> dict[str, float]:
+Now = Callable[[], float]
+
+
+def compare_steps(config: Config, turns: int, now: Now) -> dict[str, list[float]]:
+    """Seconds of `STEPS` training steps of each side, by turn."""
+    given = inputs(config)
+    sides = {
+        FAST: own_step(config, *given),
+        PLAIN: own_step(replace(config, model=config.model.network), *given),
+        DIFFUSERS: training_step(config, *given),
+    }
+    repeated_sides = {name: repeated(side, STEPS) for name, side in sides.items()}
+    return in_turns(repeated_sides, turns, WARM_UP_TURNS, now)
+
+
+def compare_unets(config: Config, turns: int, now: Now) -> dict[str, list[float]]:
     """Seconds of forward and backward of a batch, with the same weights in both networks."""
-    define_missing_torchvision_ops()
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-
-    unet = UNet(config)
-    other = UNet2DConditionModel.from_config(diffusers_unet_config(config))
-    other.load_state_dict(to_diffusers(unet.state_dict(), config))
-    latents = torch.randn(BATCH, config.in_channels, latent_size, latent_size)
-    context = torch.randn(BATCH, tokens, config.context_dim)
-    timesteps = torch.randint(0, 1000, (BATCH,))
+    network = comparable(config)
+    unet, other = UNet(network), build(network)
+    other.load_state_dict(to_diffusers(unet.state_dict(), network))
+    moments, context = inputs(config)
+    latents = moments[:, : network.in_channels].contiguous()
+    timesteps = torch.randint(0, 1000, (len(latents),))
 
     def ours() -> None:
         unet(latents, timesteps, context).square().mean().backward()
@@ -118,80 +126,83 @@ def compare_unets(config: UNetConfig, latent_size: int, tokens: int) -> dict[str
     def theirs() -> None:
         other(latents, timesteps, context).sample.square().mean().backward()
 
-    return alternate({"plain UNet": ours, "diffusers UNet": theirs})
+    return in_turns({"plain UNet": ours, "diffusers' UNet": theirs}, turns, WARM_UP_TURNS, now)
 
 
-def compare_steps(smoke: Config) -> dict[str, float]:
-    """Seconds of `STEPS` training steps of the smoke run, draws and optimizer included."""
-    world = World(rank=0, size=1, device=torch.device("cpu"))
-    plain = replace(smoke, model=smoke.model.network)
-    side, tokens = smoke.data.latent_size, smoke.data.context_tokens
-    context = torch.randn(BATCH, tokens, smoke.model.context_dim)
-    batch = Batch(torch.arange(BATCH), torch.randn(BATCH, 8, side, side), [""] * BATCH, context)
+def compare_starts(threads: int, turns: int) -> dict[str, list[float]]:
+    """Seconds of a process from its start to its end, after one training step."""
+    module = [sys.executable, "-m"]
+    rival = [*module, "benchmarks.diffusers_training", "--threads", str(threads)]
+    settings = {
+        "data.format": "synthetic",
+        "mlperf.division": "none",
+        "training.max-samples": "32",
+        "training.cpu-threads": str(threads),
+    }
+    options = [word for key, value in settings.items() for word in (f"--{key}", value)]
+    own = [*module, "sd_perf", "train", "--config", "configs/smoke.yaml", *options]
 
-    def side_of(config: Config) -> Callable[[], None]:
-        ops = choose_ops(config)
-        unet = build_unet(config, seed=0, device=world.device, ops=ops)
-        step = build_step(unet, config, seed=0, world=world, text_encoder=None, ops=ops)
+    def process(command: list[str]) -> None:
+        paths = [str(REPOSITORY), str(REPOSITORY / "kernels"), os.environ.get("PYTHONPATH", "")]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, capture_output=True)
 
-        def steps() -> None:
-            for _ in range(STEPS):
-                step(iter([batch]), 0)
+    def train() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            process([*own, "--run.dir", str(Path(folder) / "run")])
 
-        return steps
-
-    return alternate({"fast step": side_of(smoke), "plain step": side_of(plain)})
+    return in_turns({"sd-perf train": train, "diffusers": lambda: process(rival)}, turns)
 
 
-def make_row(work: str, threads: int, seconds: dict[str, float]) -> ComparisonRow:
-    """A row of a pair's median seconds."""
-    (first, first_s), (second, second_s) = seconds.items()
-    return {
-        "work": work,
-        "threads": threads,
-        "first": first,
-        "second": second,
-        "first_s": first_s,
-        "second_s": second_s,
-        "ratio": second_s / first_s,
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The command's own options."""
+    add = parser.add_argument
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
+    add("--threads", type=int, default=1, metavar="N", help="of CPU arithmetic (default: 1)")
+    turns = f"of each side, {STEPS} steps a turn (default: 25)"
+    add("--turns", type=int, default=25, metavar="N", help=turns)
+
+
+def measure(options: argparse.Namespace) -> int:
+    """The pairs asked for; returns the exit code."""
+    if min(options.threads, options.turns) < 1:
+        raise UserError("--threads, --turns: give 1 or more")
+    torch.set_num_threads(options.threads)
+    config, turns = smoke_config(options.tiny), options.turns
+    # Several threads wait for each other, and the CPU seconds of waiting say nothing.
+    clock, now = ("CPU", time.process_time) if options.threads == 1 else WALL
+    if options.tiny:
+        turns = 1
+        options.parts = [part for part in options.parts if part != "start"]
+    told_by = ("work", "side", "rival")
+    report = Report(NAME, options, torch.device("cpu"), told_by, ["diffusers"])
+    conditions: Conditions = {
+        "batch": config.training.global_batch_size,
+        "dtype": "float32",
+        "cached": "moments, text states, in memory",
     }
 
+    def add(work: str, seconds: dict[str, list[float]], side: str, rival: str) -> None:
+        threads = options.threads
+        report.add(pair_row(work, seconds, side, rival, conditions, threads=threads, clock=clock))
 
-def measure() -> list[ComparisonRow]:
-    """The three pairs."""
-    smoke = load_preset(REPOSITORY / "configs/smoke.yaml")
-    torch.set_num_threads(2)
-    steps = compare_steps(smoke)
-    torch.set_num_threads(1)
-    # diffusers has one number of groups for all norms.
-    network = UNetConfig(**{**vars(smoke.model.network), "resblock_groups": 32})
-    unets = compare_unets(network, smoke.data.latent_size, smoke.data.context_tokens)
-    loaders = compare_loaders()
-    return [
-        make_row(f"loader, {SAMPLES:,} samples", threads=1, seconds=loaders),
-        make_row(f"smoke's UNet, forward and backward, batch of {BATCH}", threads=1, seconds=unets),
-        make_row(f"smoke's training step, {STEPS} steps", threads=2, seconds=steps),
-    ]
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Measure, print, write; returns the exit code."""
-    parser = command_parser("cpu_comparisons", __doc__)
-    parser.add_argument("--output", type=Path, help="JSON file for the results")
-    options = parser.parse_args(arguments)
-    rows = measure()
-    for row in rows:
-        first, second = f"{row['first']} {row['first_s']:.3f} s", f"{row['second_s']:.3f} s"
-        print(
-            f"{row['work']}, threads: {row['threads']}: {first}, {row['second']} {second}: "
-            f"ratio {row['ratio']:.2f}"
-        )
-    if options.output:
-        machine = {"platform": platform.platform()}
-        versions = {"torch": torch.__version__}
-        provenance = Provenance.of_this_run("cpu_comparisons", machine, versions)
-        write(options.output, Result("cpu_comparisons", provenance, rows))
+    if "step" in options.parts:
+        seconds = compare_steps(config, turns, now)
+        for side, rival in ((FAST, DIFFUSERS), (PLAIN, DIFFUSERS), (FAST, PLAIN)):
+            add(f"training step, {STEPS} of them", seconds, side, rival)
+    if "unet" in options.parts:
+        seconds = compare_unets(config, turns, now)
+        add("UNet, forward and backward", seconds, "plain UNet", "diffusers' UNet")
+    if "start" in options.parts:
+        clock, conditions["cached"] = WALL[0], "files in the page cache"
+        seconds = compare_starts(options.threads, min(turns, START_TURNS))
+        add("start of the process to one step", seconds, "sd-perf train", "diffusers")
     return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, write; returns the exit code."""
+    return run_command(NAME, __doc__, add_options, measure, arguments)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TypedDict
 
 import numpy as np
 import scipy
@@ -26,7 +25,7 @@ import torch
 
 from benchmarks.command import command_parser
 from sd_perf.evaluation.fid import FeatureStatistics, Gaussian, frechet_distance
-from sd_perf.tools.results import Provenance, Result, write
+from sd_perf.tools.results import Conditions, Provenance, Result, write
 
 CASES = {"full rank": 4, "rank-deficient": 0.5}
 """samples of the first Gaussian per feature; the second has 4"""
@@ -34,7 +33,7 @@ AGREEMENT = 1e-6
 """largest relative difference of the two distances that is called equal"""
 
 
-class DistanceRow(TypedDict):
+class DistanceRow(Conditions):
     """Both ways on one pair of Gaussians."""
 
     case: str
@@ -88,6 +87,9 @@ def compare(case: str, features: int, repeats: int) -> DistanceRow:
     eigenvalues, sqrtm = (statistics.median(run[i][0] for run in runs) for i in (0, 1))
     (_, value), (_, expected) = runs[0]
     return {
+        "batch": None,
+        "dtype": "float64",
+        "cached": "means and covariances of both sets",
         "case": case,
         "features": features,
         "eigenvalues_s": eigenvalues,

@@ -26,7 +26,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TypedDict
 
 import numpy as np
 import torch
@@ -45,12 +44,13 @@ from sd_perf.errors import DataError, UserError
 from sd_perf.models.vae import AutoencoderConfig, AutoencoderKL
 from sd_perf.reference.step import DiffusionStep
 from sd_perf.reference.unet import UNet
-from sd_perf.tools.results import Provenance, Result, write
+from sd_perf.tools.results import Conditions, Provenance, Result, write
 from sd_perf.training.optimizer import build_optimizer
 
 SEED = 0
 PHOTOGRAPHS = 2
 DDIM_STEPS = 2
+CACHED = "what earlier stages made: weights, text states, latents"
 NOTE = (
     "Weights of both networks and the text states are random, seeded; the pictures show nothing "
     "but that."
@@ -76,7 +76,7 @@ class Sizes:
         return self.image // self.autoencoder.downsampling
 
 
-class StageRow(TypedDict):
+class StageRow(Conditions):
     """One stage of the run."""
 
     stage: str
@@ -94,8 +94,8 @@ class Stages:
         self.rows: list[StageRow] = []
 
     @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        """Measure the block, and print its row."""
+    def __call__(self, name: str, batch: int | None = 1) -> Iterator[None]:
+        """Measure the block, which takes `batch` samples, and print its row."""
         gc.collect()
         alone = _reset_peak_memory()
         started = time.perf_counter()
@@ -104,6 +104,9 @@ class Stages:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         self.rows.append(
             {
+                "batch": batch,
+                "dtype": "float32",
+                "cached": CACHED,
                 "stage": name,
                 "seconds": seconds,
                 "peak_memory_bytes": peak,
@@ -133,7 +136,7 @@ def encode_photographs(images_dir: Path, shards: Path, sizes: Sizes, stages: Sta
         raise DataError(
             f"{images_dir} has {len(samples)} captioned photographs; {PHOTOGRAPHS} are needed"
         )
-    with stages("autoencoder: build"):
+    with stages("autoencoder: build", batch=None):
         autoencoder = _autoencoder(sizes)
     moments = []
     for number, sample in enumerate(samples, 1):
@@ -141,7 +144,7 @@ def encode_photographs(images_dir: Path, shards: Path, sizes: Sizes, stages: Sta
             image = load_image(sample.path, sizes.image) * 2 - 1
             moments.append(autoencoder.encode(image[None])[0].numpy())
     contexts = _text_states(sizes, range(PHOTOGRAPHS)).half().numpy()
-    with stages("moments shard: write"), ShardWriter(shards) as writer:
+    with stages("moments shard: write", batch=PHOTOGRAPHS), ShardWriter(shards) as writer:
         for values, sample, context in zip(moments, samples, contexts, strict=True):
             writer.write(values, sample.captions[0], sample.metadata, context)
 
@@ -169,7 +172,7 @@ def load_batches(shards: Path, sizes: Sizes, stages: Stages) -> list[Batch]:
         context="precomputed",
         context_tokens=sizes.context_tokens,
     )
-    with stages("moments shard: index and load"):
+    with stages("moments shard: index and load", batch=PHOTOGRAPHS):
         options = LoaderOptions(
             seed=SEED,
             global_batch_size=PHOTOGRAPHS,
@@ -212,7 +215,7 @@ def optimizer_step(
             (loss / len(batches)).backward()
         losses.append(loss.item())
         del loss
-    with stages(f"{name}: AdamW"):
+    with stages(f"{name}: AdamW", batch=None):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return sum(losses) / len(losses)
@@ -220,10 +223,10 @@ def optimizer_step(
 
 def train(shards: Path, sizes: Sizes, stages: Stages) -> tuple[UNet, dict[str, float]]:
     """A step on a random sample, then one on the photographs; returns the UNet and both losses."""
-    with stages("UNet: build"):
+    with stages("UNet: build", batch=None):
         unet = UNet(sizes.unet)
         randomize(unet, SEED)  # no layer at 0, so that every gradient is there
-    with stages("AdamW: build"):
+    with stages("AdamW: build", batch=None):
         optimizer = build_optimizer(unet, Config())
     # The rate after the warm-up, so that a step moves the weights.
     optimizer.param_groups[0]["lr"] = Config().learning_rate
@@ -242,7 +245,8 @@ def sample_latents(unet: UNet, sizes: Sizes, stages: Stages) -> torch.Tensor:
     noise = numbers.view(PHOTOGRAPHS, *shape)
     context = _text_states(sizes, range(PHOTOGRAPHS))
     uncond = _text_states(sizes, range(PHOTOGRAPHS, PHOTOGRAPHS + 1))
-    with stages(f"DDIM: {DDIM_STEPS} steps with guidance, batch {PHOTOGRAPHS}"):
+    name = f"DDIM: {DDIM_STEPS} steps with guidance, batch {PHOTOGRAPHS}"
+    with stages(name, batch=PHOTOGRAPHS):
         return ddim_sample(unet, noise, context, uncond, DiffusionConfig(), steps=DDIM_STEPS)
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 
@@ -29,7 +29,7 @@ from sd_kernels.conv.aten import tuned
 from sd_kernels.targets import key_of_driver, peak_of_driver
 from sd_perf.config import Config, UNetConfig
 from sd_perf.tools.estimate.predict import predict
-from sd_perf.tools.results import Status
+from sd_perf.tools.results import Conditions, Status
 
 MOST_SECONDS = 15.0
 """longest time for one row, so that later rows have their share; clocks have settled by then"""
@@ -52,13 +52,12 @@ ROW_NOTE = (
 )
 
 
-class ThroughputRow(TypedDict):
+class ThroughputRow(Conditions):
     """One recipe at one batch size. None: not measured, or not known of this GPU."""
 
     gpu: str
-    batch: int
-    """samples"""
     precision: str
+    """where each number format is used, in words"""
     implementation: str
     """the recipe's name; with `_eager` where no CUDA graph is used"""
     graph: bool
@@ -165,6 +164,8 @@ def make_row(gpu: str, entry: TimedRecipe, measured: dict[str, Any]) -> Throughp
         "gpu": gpu,
         "batch": entry.batch,
         "precision": recipe.precision,
+        "dtype": str(recipe.weights).removeprefix("torch."),
+        "cached": "moments and text states",
         "implementation": recipe.implementation + ("" if entry.graph else "_eager"),
         "graph": entry.graph,
         "attention": recipe.attention.name if recipe.attention else None,

@@ -1,4 +1,4 @@
-"""Timing: a budget of seconds, intervals between calls on a GPU, and the settled rate in them."""
+"""Timing: a budget of seconds, intervals between calls, and the settled rate in them."""
 
 from __future__ import annotations
 
@@ -50,6 +50,19 @@ class CudaClock:
     def intervals(self) -> list[float]:
         self._events[-1].synchronize()
         return [first.elapsed_time(then) for first, then in pairwise(self._events)]
+
+
+class WallClock:
+    """A `Clock` of the process's time, for work that is done when the call returns."""
+
+    def __init__(self) -> None:
+        self._moments: list[float] = []
+
+    def mark(self) -> None:
+        self._moments.append(time.perf_counter())
+
+    def intervals(self) -> list[float]:
+        return [1000 * (then - first) for first, then in pairwise(self._moments)]
 
 
 def timed(call: Callable[[], object], count: int, clock: Clock) -> list[float]:

@@ -71,6 +71,18 @@ def config_from_dict(tree: dict[str, Any]) -> Config:
     return _build(Config, tree, "")
 
 
+def parse_value(text: str) -> Any:
+    """The value that a field of a preset has after its colon, such as 8 or [1, 2].
+
+    ConfigError for what no preset may hold.
+    """
+    try:
+        _require_plain(text)
+        return _Loader(text).get_single_data()
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{quoted(text)} cannot be read as YAML ({one_line(error)})") from error
+
+
 def config_differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """Keys such as `training.seed` whose values differ, each with (old value, new value)."""
     flat_old, flat_new = _flatten(dataclasses.asdict(old)), _flatten(dataclasses.asdict(new))

@@ -18,7 +18,7 @@ from sd_perf.cli.console import LOCAL_RANK, PLACE, RANK
 from sd_perf.cli.data import prepare, scenes, statistics, verify_data
 from sd_perf.cli.evaluation import evaluate, sample
 from sd_perf.cli.mlperf import check
-from sd_perf.cli.tools import doctor, estimate, parity, report
+from sd_perf.cli.tools import doctor, estimate, parity, report, report_benchmarks
 from sd_perf.cli.train import train
 from sd_perf.cli.weights import export
 from sd_perf.config import Config
@@ -57,6 +57,8 @@ _DATA: dict[str, Command] = {
     "statistics": statistics,
 }
 _MLPERF: dict[str, Command] = {"check": check}
+_REPORT: dict[str, Command] = {"benchmarks": report_benchmarks}
+"""kinds of reports that are asked for by name; any other word after `report` is a run folder"""
 _GROUPS = {"data": _DATA, "mlperf": _MLPERF}
 _COMMANDS: dict[str, Command] = {
     "train": train,
@@ -173,6 +175,8 @@ def _run(arguments: list[str]) -> int:
     if arguments and arguments[0] in _GROUPS:
         program = f"sd-perf {arguments[0]}"
         commands, arguments = _GROUPS[arguments[0]], arguments[1:]
+    elif arguments[:1] == ["report"] and arguments[1:2] and arguments[1] in _REPORT:
+        program, commands, arguments = "sd-perf report", _REPORT, arguments[1:]
     chosen = commands.get(arguments[0]) if arguments else None
     if chosen and "settings" in inspect.signature(chosen).parameters:
         # Fields of the preset become options; their defaults are the preset's values.

@@ -6,6 +6,8 @@ import functools
 import sys
 from pathlib import Path
 
+import tyro
+
 from sd_perf.cli.console import print_json, print_plain, table_console
 from sd_perf.cli.options import (
     MAX_BATCH,
@@ -21,7 +23,7 @@ from sd_perf.runs.parity_record import DEFAULT_LEVELS, Level
 
 def report(run: RunFolder) -> int:
     """Write RUN/report.html: curves, scores, pictures, verdict and configuration of a run in one
-    file to pass on.
+    file to pass on; `sd-perf report benchmarks DIR` does so for results of benchmarks.
 
     Args:
         run: run folder
@@ -29,6 +31,20 @@ def report(run: RunFolder) -> int:
     from sd_perf.tools.report.write_report import write_report
 
     print_plain(write_report(run))
+    return 0
+
+
+def report_benchmarks(folder: tyro.conf.Positional[Path]) -> int:
+    """Write DIR/benchmarks.html: tables and charts of all results of benchmarks in a folder.
+
+    A file that is damaged, or no result of a benchmark, is named on the page and left out.
+
+    Args:
+        folder: folder of the *.json that `python -m benchmarks.NAME --output` wrote
+    """
+    from sd_perf.tools.report.benchmarks import write_benchmarks
+
+    print_plain(write_benchmarks(folder))
     return 0
 
 

@@ -1,8 +1,10 @@
-"""Benchmark results: the one JSON shape that benchmarks write and `sd-perf doctor` reads.
+"""Benchmark results: the one JSON schema that benchmarks write and `sd-perf` reads.
 
-A file holds one `Result`: the benchmark's name, its provenance, and its rows. Rows stay plain JSON
-objects; a TypedDict beside each benchmark names their columns. `read` checks that all of them are
-there. Needs the standard library only.
+A file holds one `Result`: the benchmark's name, its provenance, and its rows. The provenance says
+on which hardware, with which versions, from which commit and by which command all rows were
+measured; each row has `Conditions` and the columns of its benchmark, which a TypedDict beside the
+benchmark names. A result that leaves one of these out is neither written nor read. Needs the
+standard library only.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypedDict, TypeVar, get_type_hints, is_typeddict
 
 from sd_perf.errors import UserError
-from sd_perf.files import one_line, parse_json, read_untrusted, write_json
+from sd_perf.files import disk_errors, misfit, one_line, parse_json, read_untrusted, write_json
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -39,7 +41,18 @@ class Parity(TypedDict):
     """the comparison closest to, or furthest beyond, its budget"""
 
 
-class KernelRow(TypedDict):
+class Conditions(TypedDict):
+    """Columns that every row has, whatever it measures."""
+
+    batch: int | None
+    """samples of one call (on each rank); None: the work is not counted in samples"""
+    dtype: str
+    """number format of the arithmetic"""
+    cached: str
+    """what was ready before the clock started, in words; "nothing" where all was computed"""
+
+
+class KernelRow(Conditions):
     """`kernel_speed`: one direction of one backend on one case. None: not measured."""
 
     op: str
@@ -47,7 +60,6 @@ class KernelRow(TypedDict):
     case: str
     shape: dict[str, int]
     direction: Literal["forward", "backward", "dgrad", "wgrad"]
-    dtype: str
     calls_per_step: int
     """calls of this case in one training step"""
     bytes: float
@@ -86,7 +98,8 @@ class Provenance:
     command: str
     """command line that repeats the measurement from the repository root"""
     git_sha: str | None
-    """commit of the working tree, "-dirty" where it differs; None: unknown"""
+    """commit of the working tree, "-dirty" where it differs; None, which no result may have:
+    git does not know it"""
     machine: dict[str, Any]
     """the GPU or CPU, as the benchmark describes it"""
     versions: dict[str, Any]
@@ -123,8 +136,18 @@ class Result(Generic[Row]):
 
 
 def write(path: Path, result: Result[Any]) -> None:
-    """Write a result as JSON. The file is replaced whole, or stays as it was."""
-    write_json(path, asdict(result))
+    """Write a result as JSON. The file is replaced whole, or stays as it was.
+
+    UserError, which names what is missing, where the result does not say all that the schema asks
+    for, or where the disk refuses.
+    """
+    try:
+        _require_conditions(asdict(result))
+    except ValueError as error:
+        raise UserError(f"{path}: was not written, since {one_line(error)}") from error
+    with disk_errors(path, "make room, or choose another --output"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, asdict(result))
 
 
 def read(path: Path, benchmark: str, columns: type[Row]) -> Result[Row]:
@@ -132,19 +155,83 @@ def read(path: Path, benchmark: str, columns: type[Row]) -> Result[Row]:
 
     UserError: the file is missing, damaged, of another benchmark, or lacks a field.
     """
+    content = read_untrusted(path)
     try:
-        data = parse_json(read_untrusted(path))
-        _require_fields(data, Result, "the file")
-        _require_fields(data["provenance"], Provenance, "provenance")
-        for number, row in enumerate(data["rows"], 1):
+        result = _parsed(content)
+        for number, row in enumerate(result.rows, 1):
             _require_fields(row, columns, f"row {number}")
-        if data["benchmark"] != benchmark:
-            raise ValueError(f"it is of {data['benchmark']}")
-        return Result(benchmark, Provenance(**data["provenance"]), data["rows"], data["details"])
-    except (ValueError, TypeError) as error:
+        if result.benchmark != benchmark:
+            raise ValueError(f"it is of {result.benchmark}")
+        return result
+    except ValueError as error:
         raise UserError(
             f"{path}: is no result of {benchmark}.py ({one_line(error)}); restore it"
         ) from error
+
+
+def read_any(path: Path) -> Result[Any]:
+    """Read a result of any benchmark; UserError where the file is missing or damaged."""
+    content = read_untrusted(path)
+    try:
+        return _parsed(content)
+    except ValueError as error:
+        raise UserError(
+            f"{path}: is no result of a benchmark ({one_line(error)}); restore it"
+        ) from error
+
+
+def _parsed(content: bytes) -> Result[Any]:
+    """The result in the JSON text of a file; ValueError where it has not the schema."""
+    data = parse_json(content)
+    _require_fields(data, Result, "the file")
+    _require_fields(data["provenance"], Provenance, "provenance")
+    if fault := misfit(data, _SHAPE):
+        raise ValueError(fault)
+    _require_conditions(data)
+    known = {name: data["provenance"][name] for name in Provenance.__annotations__}
+    return Result(data["benchmark"], Provenance(**known), data["rows"], data["details"])
+
+
+_SHAPE = {
+    "benchmark": str,
+    "provenance": {
+        "date": str,
+        "command": str,
+        "git_sha": (str, None),
+        "machine": {},
+        "versions": {},
+    },
+    "rows": [{}],
+    "details": {},
+}
+"""shape of a file, see `sd_perf.files.misfit`"""
+_OF_FILE = {
+    "machine": "the hardware",
+    "versions": "the versions of the software",
+    "git_sha": "the commit (--git-sha names it where the tree lies without git)",
+    "command": "the command",
+}
+_OF_ROW: dict[str, tuple[str, Any]] = {
+    "batch": ("the batch", (int, None)),
+    "dtype": ("the dtype", str),
+    "cached": ("what is cached", str),
+}
+"""what must be said for every row: its words, and its shape in a row"""
+
+
+def _require_conditions(data: dict[str, Any]) -> None:
+    """ValueError, which names what is missing, where rows do not say how they were measured."""
+    provenance = data["provenance"]
+    if missing := [words for key, words in _OF_FILE.items() if not provenance[key]]:
+        raise ValueError(f"provenance does not say {', '.join(missing)}")
+    for number, row in enumerate(data["rows"], 1):
+        missing = [
+            words
+            for key, (words, shape) in _OF_ROW.items()
+            if key not in row or misfit(row[key], shape) or row[key] == ""
+        ]
+        if missing:
+            raise ValueError(f"row {number} does not say {', '.join(missing)}")
 
 
 def _require_fields(value: Any, declared: Any, name: str) -> None:

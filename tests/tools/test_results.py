@@ -10,23 +10,37 @@ from typing import Any, TypedDict
 import pytest
 
 from sd_perf.errors import UserError
-from sd_perf.tools.results import REPOSITORY, Provenance, Result, read, write
+from sd_perf.tools.results import (
+    REPOSITORY,
+    Conditions,
+    Provenance,
+    Result,
+    read,
+    read_any,
+    write,
+)
 
 
 class Inner(TypedDict):
     ok: bool
 
 
-class Row(TypedDict):
+class Row(Conditions):
     us: float | None
     parity: Inner
 
 
-ROW: Row = {"us": 1.5, "parity": {"ok": True}}
+ROW: Row = {
+    "batch": 8,
+    "dtype": "bfloat16",
+    "cached": "moments",
+    "us": 1.5,
+    "parity": {"ok": True},
+}
 PROVENANCE = Provenance(
     date="2026-01-01T00:00:00+00:00",
     command="python -m benchmarks.some_speed",
-    git_sha=None,
+    git_sha="abc",
     machine={"gpu": "some GPU"},
     versions={"torch": "2"},
 )
@@ -101,13 +115,48 @@ def test_the_command_can_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     assert provenance.date.endswith("+00:00")
 
 
-def test_committed_results_have_the_shape() -> None:
-    class AnyRow(TypedDict):
-        pass
+@pytest.mark.parametrize(
+    ("key", "nothing", "words"),
+    [
+        ("provenance.machine", {}, "provenance does not say the hardware"),
+        ("provenance.versions", {}, "provenance does not say the versions of the software"),
+        ("provenance.git_sha", None, r"provenance does not say the commit \(--git-sha names it"),
+        ("provenance.command", "", "provenance does not say the command"),
+        ("rows.1.batch", "8", "row 2 does not say the batch"),
+        ("rows.0.dtype", "", "row 1 does not say the dtype"),
+        ("rows.1.cached", None, "row 2 does not say what is cached"),
+    ],
+)
+def test_a_row_without_its_conditions_is_refused(
+    key: str, nothing: Any, words: str, tmp_path: Path
+) -> None:
+    path = written(tmp_path / "x.json")
+    data = json.loads(path.read_text())
+    *outer, last = key.split(".")
+    inner: Any = data
+    for name in outer:
+        inner = inner[int(name) if name.isdigit() else name]
+    inner[last] = nothing
+    path.write_text(json.dumps(data))
+    with pytest.raises(UserError, match=rf"x\.json: is no result of a benchmark \({words}"):
+        read_any(path)
+    result = Result("some_speed", Provenance(**data["provenance"]), data["rows"])
+    with pytest.raises(UserError, match=f"y.json: was not written, since {words}") as refused:
+        write(tmp_path / "y.json", result)
+    assert "\n" not in str(refused.value) and not (tmp_path / "y.json").exists()
 
+
+def test_all_that_a_row_lacks_is_named() -> None:
+    result = Result("some_speed", PROVENANCE, [{"us": 1.0}])
+    with pytest.raises(
+        UserError, match=r"row 1 does not say the batch, the dtype, what is cached$"
+    ):
+        write(Path("nowhere.json"), result)
+
+
+def test_committed_results_have_the_schema() -> None:
     paths = sorted((REPOSITORY / "benchmarks/results").glob("*.json"))
     assert paths
     for path in paths:
-        name = json.loads(path.read_text())["benchmark"]
-        assert read(path, name, AnyRow).rows
-        assert (REPOSITORY / f"benchmarks/{name}.py").is_file()
+        result = read_any(path)
+        assert result.rows and (REPOSITORY / f"benchmarks/{result.benchmark}.py").is_file()
