@@ -128,6 +128,8 @@ class Predictor(torch.nn.Module):
             latents.device.type, torch.bfloat16, enabled=self.recipe.autocast, cache_enabled=False
         )
         attention = self.recipe.attention
+        if attention == SDPBackend.CUDNN_ATTENTION and not latents.is_cuda:
+            attention = SDPBackend.MATH  # in a rehearsal on a CPU, which has no cuDNN
         with autocast, sdpa_kernel(attention) if attention else contextlib.nullcontext():
             return self.unet(latents, timesteps, context.to(self.dtype))
 
@@ -236,10 +238,13 @@ class Workload(ABC):
             self.sample_indices += self.batch
             self.loss.copy_(loss.detach())
 
-    def capture(self) -> torch.cuda.CUDAGraph:
-        """The iteration as one CUDA graph; see `sd_perf.training.graph.capture`."""
+    def capture(self) -> Callable[[], None]:
+        """Capture the iteration as one CUDA graph, and return what replays it.
+
+        See `sd_perf.training.graph.capture`. On a CPU it is the iteration itself.
+        """
         self.unet.zero_grad(set_to_none=True)
-        return capture(self.iteration)
+        return capture(self.iteration).replay if self.device == "cuda" else self.iteration
 
 
 class PlainWorkload(Workload):
@@ -264,7 +269,7 @@ class PlainWorkload(Workload):
             self.unet.compile(dynamic=False)
         self.reset()
 
-    def capture(self) -> torch.cuda.CUDAGraph:
+    def capture(self) -> Callable[[], None]:
         # The fused step never asks the host for anything, but torch wants to be told before it lets
         # it be captured.
         self.optimizer.param_groups[0]["capturable"] = True

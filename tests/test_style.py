@@ -31,7 +31,7 @@ CODE_LINES = {
     "sd_perf/tools": 3200,
     "sd_perf": 1350,
     "kernels": 4800,
-    "benchmarks": 2500,
+    "benchmarks": 3400,
 }
 """of each room; `sd_perf` is the command line, the config and the files beside the rooms"""
 COMMENTED = ("sd_perf/fast", "sd_perf/tools/estimate")
