@@ -37,8 +37,9 @@ COMPILE_SECONDS = 70.0
 """time that torch.compile of a full-size network takes; it is not begun with less left"""
 FLOPS_PER_SAMPLE = 2.409e12
 """FLOPs that the MFU counts: forward and backward of one sample of the benchmark's UNet"""
-ALGORITHMS = 8
-"""how many of cuDNN's algorithms are timed for each convolution in warm-up; all take minutes"""
+ALGORITHMS = 10
+"""how many of cuDNN's algorithms are timed for each convolution in warm-up, as the trainer does;
+all take minutes"""
 WARM_UP_ITERATIONS = 3
 """kernels, plans and gradients exist after the first. The 11 that torch's documentation asks for
 before a capture are for DistributedDataParallel"""

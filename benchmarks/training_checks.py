@@ -187,7 +187,7 @@ def _kernels_of(op: str) -> set[str]:
 def check_inputs(workload: FastWorkload, name: str) -> list[Check]:
     """The fused draws of the current samples against the plain diffusion step's, on one device."""
     schedule, samples = workload.diffusion.schedule, (workload.moments, workload.sample_indices)
-    noisy, target, timesteps = workload.step.draw(*samples)
+    noisy, target, timesteps = workload.trained.diffusion.draw(*samples)
     latents, noise, right = workload.diffusion.draw(*samples)
     right_noisy = schedule.add_noise(latents, noise, right)
     target_error = relative_error(target, schedule.v_target(latents, noise, right))

@@ -52,7 +52,7 @@ def measured(item: Candidate, seconds: float = 0.01) -> dict[str, dict[str, Any]
     return kernel_timing.measure(
         item,
         ParityChecker("cpu"),
-        copy_rate=1e6,
+        copy_rate=1e9,
         l2_bytes=2**17,
         seconds=seconds,
         device=FakeDevice(2.0),
