@@ -53,7 +53,9 @@ class Device:
 
     def require_sound(self) -> None:
         """RuntimeError where an earlier error has left the device unusable for this process."""
-        torch.cuda.synchronize()
+        # A process that has not touched the GPU yet must be able to fork.
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
 
     def copy_rate(self) -> float:
         """Bytes per second, read and written, of a copy within the device's memory."""

@@ -21,7 +21,8 @@ from sd_perf.fast.ops import Op, Ops, Wrap
 from sd_perf.fast.unet import FastUNet
 from sd_perf.models.build import build_unet
 from sd_perf.reference.unet import UNet
-from sd_perf.training.fast_step import FastStep
+from sd_perf.training.graph import WARM_UP_PASSES, Runner
+from sd_perf.training.iteration import Iteration
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def unwrapped(name: str, op: Op) -> Op:
 
 
 class FastWorkload(Workload):
-    """The trainer's own step of the fast network (`sd_perf.training.fast_step`), on one device.
+    """The trainer's own iteration and runner (`sd_perf.training`), on one device.
 
     Weights and samples at the start are those of the plain workload with the same seed. Inputs stay
     on the device; between two iterations only sample indices and step number advance.
@@ -153,12 +154,15 @@ class FastWorkload(Workload):
         assert isinstance(unet, FastUNet)
         whole = self._trained_config(recipe.fast_config(config))
         world = World(rank=0, size=1, device=torch.device(device))
-        self.trainer = FastStep(unet, whole, self.seed, world, text_encoder=None, ops=ops)
-        self.trained = self.trainer.iteration
+        self.trained = Iteration(whole, unet, self.seed, world, ops)
+        self.runner = Runner(self.trained)
         self.unet, self.flat, self.loss = unet, self.trained.flat, self.trained.loss
         self.flat.collect = wrap("collect_gradients", self.flat.collect)  # type: ignore[method-assign]
-        [self.inputs] = self.trained.batches.inputs
-        self.sample_indices = self.inputs.sample_indices
+        [inputs] = self.trained.batches.inputs
+        inputs.moments.copy_(self.moments)
+        inputs.context.copy_(self.context)
+        self.moments, self.context = inputs.moments, inputs.context
+        self.sample_indices = inputs.sample_indices
         self._precision = {name: state.clone() for name, state in precision_state(unet).items()}
         self.trained.optimizer.learning_rate.fill_(Config().learning_rate)
         self.reset()
@@ -184,25 +188,23 @@ class FastWorkload(Workload):
         """Warm up and capture as the trainer does, and return what replays one iteration."""
         if self.device != "cuda":
             return self.iteration
-        position = self.sample_indices.clone()
-        self.trainer.runner.capture(self.trainer.rehearse)
-        self._give_inputs(position)
+        self.runner.capture(self._warm_up)
 
         def replay() -> None:
-            self.trainer.runner.run()
+            self.runner.run()
             self._advance()
 
         return replay
+
+    def _warm_up(self) -> None:
+        saved = {name: state.clone() for name, state in precision_state(self.unet).items()}
+        self.trained.rehearse(WARM_UP_PASSES)
+        load_precision_state(self.unet, saved)
 
     def _advance(self) -> None:
         """Go on to the next samples and step, as the trainer does between two replays."""
         self.sample_indices += self.batch
         self.trained.optimizer.step_number += 1
-
-    def _give_inputs(self, position: torch.Tensor) -> None:
-        self.inputs.moments.copy_(self.moments)
-        self.inputs.context.copy_(self.context)
-        self.sample_indices.copy_(position)
 
     def restart(self) -> None:
         with torch.device(self.device):
@@ -214,7 +216,6 @@ class FastWorkload(Workload):
         optimizer.exp_avg_sq.zero_()
         optimizer.step_number.fill_(1)
         load_precision_state(self.unet, self._precision)
-        self._give_inputs(self.sample_indices)
 
     def changing(self) -> list[torch.Tensor]:
         flat, optimizer = self.flat, self.trained.optimizer

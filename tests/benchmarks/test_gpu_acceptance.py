@@ -276,7 +276,7 @@ def test_the_parts_are_in_the_order_of_their_worth() -> None:
     first = "environment triton_cache kernels convolutions fast profile small_network full_network"
     assert names[:8] == first.split()
     # What the first call is for fits into it, with time to spare for starts of processes.
-    assert sum(each.aim for each in PARTS[:7]) < 400 < 540
+    assert sum(each.aim for each in PARTS[:7]) < 440 < 540
     assert all(each.aim <= each.most and each.item_most <= each.most for each in PARTS)
 
 
