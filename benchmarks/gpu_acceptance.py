@@ -29,6 +29,7 @@ import torch
 
 from benchmarks.attempts import Ended, run_child
 from benchmarks.command import command_parser
+from benchmarks.gpu_environment import software
 from benchmarks.gpu_parts import PARTS, RESTART, Part
 from benchmarks.gpu_report import (
     NAME,
@@ -188,11 +189,15 @@ def main(arguments: list[str] | None = None) -> int:
         )
         print(words, file=sys.stderr)
         return 2
+    provenance = Provenance.of_this_run(NAME, {}, software(), options.git_sha)
+    if provenance.git_sha is None:
+        words = "git does not know the commit of this tree, which results must name; give --git-sha"
+        print(words, file=sys.stderr)
+        return 2
+    options.output.mkdir(parents=True, exist_ok=True)
+    report = Report(options.output, provenance, source_digest())
     # So that the running part is killed, too; it is in a process group of its own.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    options.output.mkdir(parents=True, exist_ok=True)
-    provenance = Provenance.of_this_run(NAME, {}, {}, options.git_sha)
-    report = Report(options.output, provenance, source_digest())
     with tempfile.TemporaryDirectory() as scratch:
         run = Run(PARTS, options, budget, report, Path(scratch))
         try:
@@ -201,6 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(error, file=sys.stderr)
             return 2
     report.seconds = round(budget.seconds - budget.left(), 1)
+    report.provenance.machine.setdefault("gpu", "could not be asked")
     report.save()
     print(report.summary())
     return int(bool(report.failures()))

@@ -14,7 +14,6 @@ import faulthandler
 import os
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,6 +38,7 @@ from benchmarks.kernel_cases import Candidate, plan
 from benchmarks.kernel_parity import ParityChecker
 from benchmarks.timing import Budget
 from sd_kernels.targets import Target
+from sd_perf.children import end_with_parent
 from sd_perf.files import one_line, write_json
 
 RESTART = 75
@@ -279,18 +279,6 @@ def run_items(job: Job, items: Sequence[Item], item_most: float) -> int:
     return 0
 
 
-def end_with_parent() -> None:
-    """End this process soon after its parent has: an orphan would hold the GPU, and slow others."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="parent", daemon=True).start()
-
-
 @contextmanager
 def watched(job: Job, seconds: float) -> Iterator[None]:
     """Give up this process where the block takes longer; what waits for a GPU cannot be stopped."""
@@ -340,7 +328,8 @@ def main(arguments: list[str] | None = None) -> int:
     findings.update(status="running", reason=None)
     job = Job(device, budget, options, findings)
     set_arithmetic(part.timing)
-    end_with_parent()
+    # An orphan would hold the GPU, and slow what is measured after it.
+    end_with_parent(os.getppid())
     return run_items(job, part.items(job), part.item_most)
 
 

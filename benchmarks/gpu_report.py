@@ -106,7 +106,8 @@ class Report:
         if "machine" in facts:
             self.provenance.machine.update(facts["machine"])
             self.provenance.versions.update(facts["versions"])
-        self.save()
+        if self.provenance.machine:  # a result must say what it was measured on
+            self.save()
 
     def adopt(self, earlier: Path) -> None:
         """Take over the parts of an earlier report of the same sources, GPU and software.

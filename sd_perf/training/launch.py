@@ -83,7 +83,8 @@ def _launch(
     world.on_main(lambda: open_run(settled, resume=resume, fresh=fresh, records=records, lock=lock))
     # Convolutions have the same shapes for the whole run, so cuDNN may try its algorithms once per
     # shape. A deterministic run takes the algorithm that cuDNN's heuristics choose.
-    with contextlib.nullcontext() if settled.training.deterministic else tuned(algorithms=10):
+    tuning = contextlib.nullcontext() if settled.training.deterministic else tuned(algorithms=10)
+    with tuning, world.losses_named(trainer.store.newest_in_words):
         return trainer.fit()
 
 

@@ -51,7 +51,7 @@ def run(
     options.earlier = earlier
     parts = [each if isinstance(each, Part) else part(each) for each in (ENVIRONMENT, *names)]
     options.parts = [each.name for each in parts]
-    provenance = Provenance("2026-01-01", "", None, machine={}, versions={})
+    provenance = Provenance("2026-01-01", "command", "abc", machine={}, versions={})
     scratch = folder / "scratch"
     scratch.mkdir(parents=True, exist_ok=True)
     report = Report(folder, provenance, source_digest())
@@ -85,7 +85,7 @@ def report_of(
     kernels: list[KernelRow] | None = None,
 ) -> Report:
     """A report with two timed rows and what they rest on."""
-    provenance = Provenance("2026-01-01", "", None, machine={"gpu": H100}, versions={})
+    provenance = Provenance("2026-01-01", "command", "abc", {"gpu": H100}, versions={"torch": "2"})
     report = Report(folder, provenance, source_digest())
     found: Any = {**nothing_yet("fast", "done"), "rows": timed_rows(), "checks": checks}
     found |= {"finished": groups, "kernels": kernel_rows() if kernels is None else kernels}
@@ -124,7 +124,7 @@ def test_what_goes_wrong_costs_its_part_alone(tmp_path: Path) -> None:
 
 
 def test_without_a_gpu_nothing_else_runs(tmp_path: Path) -> None:
-    provenance = Provenance("2026-01-01", "", None, machine={}, versions={})
+    provenance = Provenance("2026-01-01", "command", "abc", machine={}, versions={})
     report = Report(tmp_path, provenance, source_digest())
     options = gpu_acceptance.parse(["--output", str(tmp_path)])
     parts = [part(ENVIRONMENT), part("fine")]
@@ -271,6 +271,17 @@ def test_options_that_make_no_sense(
     assert message in capsys.readouterr().err
 
 
+def test_a_tree_without_a_commit_is_refused_before_anything_is_spent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unknown = Provenance("2026-01-01", "command", None, machine={}, versions={})
+    monkeypatch.setattr(Provenance, "of_this_run", lambda *_: unknown)
+    arguments = ["--output", str(tmp_path / "out"), "--rehearse"]
+    assert gpu_acceptance.main(arguments) == 2
+    assert "give --git-sha" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_parts_are_in_the_order_of_their_worth() -> None:
     names = [each.name for each in PARTS]
     first = "environment triton_cache kernels convolutions fast profile small_network full_network"
@@ -283,7 +294,7 @@ def test_the_parts_are_in_the_order_of_their_worth() -> None:
 def test_the_command_rehearses_itself(tmp_path: Path) -> None:
     """The command and one real part, each in its own process."""
     command = [sys.executable, "-m", "benchmarks.gpu_acceptance", "--output", str(tmp_path)]
-    command += ["--rehearse", "--parts", ENVIRONMENT]
+    command += ["--rehearse", "--parts", ENVIRONMENT, "--git-sha", "abc"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "part environment     done" in result.stdout
@@ -299,6 +310,7 @@ def test_the_whole_rehearsal(tmp_path: Path) -> None:
     parts = ",".join(each.name for each in PARTS if each.name != "compiled")
     command = [sys.executable, "-m", "benchmarks.gpu_acceptance", "--output", str(tmp_path)]
     command += ["--rehearse", "--batch", "2", "--rival-batch", "2", "--parts", parts]
+    command += ["--git-sha", "abc"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     rows = read(tmp_path / "gpu_acceptance.json", "gpu_acceptance", ThroughputRow).rows

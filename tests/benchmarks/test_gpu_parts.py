@@ -146,7 +146,7 @@ def test_a_part_on_a_cpu(name: str, tmp_path: Path) -> None:
 def test_a_part_is_a_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The command line of a part goes on from its findings."""
     monkeypatch.setattr(gpu_parts, "set_arithmetic", lambda timing: None)
-    monkeypatch.setattr(gpu_parts, "end_with_parent", lambda: None)
+    monkeypatch.setattr(gpu_parts, "end_with_parent", lambda parent: None)
     path = tmp_path / "findings.json"
     arguments = ["environment", "--findings", str(path), "--rehearse", "--seconds", "20"]
     for _ in range(2):
