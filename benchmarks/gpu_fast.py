@@ -188,7 +188,9 @@ class FastWorkload(Workload):
         """Warm up and capture as the trainer does, and return what replays one iteration."""
         if self.device != "cuda":
             return self.iteration
-        self.runner.capture(self._warm_up)
+        self.runner.warm_up(self._rehearse)
+        torch.cuda.empty_cache()  # for the graph's own memory
+        self.runner.capture()
 
         def replay() -> None:
             self.runner.run()
@@ -196,7 +198,7 @@ class FastWorkload(Workload):
 
         return replay
 
-    def _warm_up(self) -> None:
+    def _rehearse(self) -> None:
         saved = {name: state.clone() for name, state in precision_state(self.unet).items()}
         self.trained.rehearse(WARM_UP_PASSES)
         load_precision_state(self.unet, saved)

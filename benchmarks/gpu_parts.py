@@ -241,8 +241,9 @@ PARTS = (
 
 def set_arithmetic(timing: bool) -> None:
     """Switch TF32 off, and set how cuDNN chooses convolutions; see `Part.timing`."""
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+    # Not by `fp32_precision`: after that torch, and Inductor, may no longer read these.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = not timing
 
 

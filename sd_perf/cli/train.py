@@ -56,8 +56,8 @@ def train(
         if not is_out_of_memory(error):
             raise
         raise out_of_memory(settings, world) from error
-    finally:
-        stop_world(world)
+    # Not after an error: to leave in order can take all ranks, and the process ends anyway.
+    stop_world(world)
     if stop_reason is None:
         return 0
     how = "continue with" if world.size == 1 else "continue, under the same launcher, with"

@@ -133,8 +133,13 @@ def start_world(device_choice: str, join_seconds: float = 60, silence_seconds: f
     watchdog = Watchdog(place, silence_seconds)
     watchdog.start(store)
     # With GPUs there are two groups: NCCL for gradients, gloo for the collectives of World.
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size)
+    joined: dict[str, Any] = {"store": store, "rank": place.rank, "world_size": place.size}
+    if device.type == "cuda":
+        # Of high priority, so that the computation that it runs beside does not starve it.
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        dist.init_process_group("nccl", device_id=device, pg_options=options, **joined)
+    else:
+        dist.init_process_group("gloo", **joined)
     cpu_group = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
     return World(place.rank, place.size, device, cpu_group, watchdog)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import gpu_parts
 from benchmarks.gpu_device import Device, Rehearsal
@@ -158,3 +159,13 @@ def test_times_leave_room_for_options() -> None:
     options = gpu_parts.parse(["fast", "--findings", "x"])
     assert isinstance(options, argparse.Namespace) and options.batch == 64
     assert options.batches == [8, 16, 32]
+
+
+def test_the_arithmetic_that_was_set_can_be_read() -> None:
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32, cudnn.deterministic
+    try:
+        gpu_parts.set_arithmetic(timing=False)
+        assert (cudnn.allow_tf32, matmul.allow_tf32, cudnn.deterministic) == (False, False, True)
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32, cudnn.deterministic = before
