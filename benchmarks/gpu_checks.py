@@ -1,26 +1,29 @@
-"""The checks that run on a GPU before anything is timed, and which timings a red one forbids."""
+"""The checks of networks on a GPU, and which of them a timing rests on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
-
 from benchmarks.checks import Check, titled
-from benchmarks.gpu_fast import FAST_CHECKED, FAST_FP32, FAST_TIMED, FastRecipe
+from benchmarks.gpu_device import Device
+from benchmarks.gpu_fast import (
+    FAST_BF16,
+    FAST_CHECKED,
+    FAST_FP8,
+    FAST_FP32,
+    FAST_TIMED,
+    FastRecipe,
+)
 from benchmarks.gpu_workload import AUTOCAST, FP32, MASTERS, Recipe
 from benchmarks.network_checks import check_draws, check_precisions
 from benchmarks.training_checks import ITERATIONS, check_replay, check_steps
 from sd_perf.config import UNetConfig
 
-SMALL = UNetConfig(model_channels=64, context_dim=128)
-"""the benchmark's network at a fifth of its width, heads of 64 channels still"""
-SMALL_LATENTS = 32
-FULL, FULL_LATENTS = UNetConfig(), 64
-
 CHECKED = (FP32, AUTOCAST, MASTERS, *FAST_CHECKED)
+MOST_WANTED_FIRST = (FAST_BF16, FAST_FP32, MASTERS, AUTOCAST, FP32, FAST_FP8)
+"""`CHECKED` in the order in which their captures and steps are checked: time may run out"""
 
 
 class Group(NamedTuple):
@@ -37,49 +40,71 @@ class Group(NamedTuple):
         return titled(self.what, self.recipe)
 
 
-def check_groups() -> list[Group]:
-    """All groups of checks, in the order in which they run."""
-    yardsticks = [fast.yardstick for fast in FAST_CHECKED if fast.yardstick]
-    recipes = [*(recipe for recipe in yardsticks if recipe not in CHECKED), *CHECKED]
-    small: dict[str, Any] = {"config": SMALL, "latent_size": SMALL_LATENTS, "device": "cuda"}
-    full: dict[str, Any] = {"config": FULL, "latent_size": FULL_LATENTS, "device": "cuda"}
-    precisions = partial(check_precisions, recipes=recipes, gradients=True)
-    groups: list[Group] = [
-        Group("draws", partial(check_draws, "cuda")),
-        Group("small network", partial(precisions, **small, reference_device="cpu")),
-        Group("full network", partial(precisions, **full, reference_device="cuda")),
-    ]
-    for recipe in CHECKED:
-        groups.append(Group("capture", partial(check_captures, recipe), recipe.implementation))
-    for fast in FAST_CHECKED:
-        steps = partial(check_steps, fast, **small, iterations=ITERATIONS)
-        groups.append(Group("steps of the small network", steps, fast.implementation))
+def small_network(device: Device) -> list[Group]:
+    """Checks of the small network, in the order in which they run."""
+    name, sizes = device.name, _sizes(device, *device.small)
+    precisions = partial(_precisions, **sizes, reference_device="cpu")
+    groups = [Group("draws", partial(check_draws, name)), Group("small network", precisions)]
+    for recipe in MOST_WANTED_FIRST:
+        capture = partial(check_captures, recipe, device)
+        groups.append(Group("capture", capture, recipe.implementation))
+        if isinstance(recipe, FastRecipe):
+            steps = partial(_steps, recipe, iterations=ITERATIONS, **sizes)
+            groups.append(Group("steps of the small network", steps, recipe.implementation))
+    return groups
+
+
+def full_network(device: Device) -> list[Group]:
+    """Checks of the full-size network."""
+    sizes = _sizes(device, *device.full)
+    precisions = partial(_precisions, **sizes, reference_device=device.name)
+    groups = [Group("full network", precisions)]
     for fast in FAST_TIMED:
-        step = partial(check_steps, fast, **full, iterations=1)
+        step = partial(_steps, fast, iterations=1, **sizes)
         groups.append(Group("a step of the full network", step, fast.implementation))
     return groups
 
 
-def check_captures(recipe: Recipe) -> list[Check]:
-    """`check_replay` of the small network on the GPU, on a side stream."""
-    with torch.cuda.stream(torch.cuda.Stream()):
-        workload = recipe.workload(SMALL, batch=4, device="cuda", latent_size=SMALL_LATENTS)
-        return check_replay(workload, lambda: workload.capture().replay, recipe)
+def _sizes(device: Device, config: UNetConfig, latent_size: int) -> dict[str, Any]:
+    return {"config": config, "latent_size": latent_size, "device": device.name}
 
 
-def blocking(recipe: Recipe, checks: Sequence[Check]) -> list[str]:
-    """Names of the red checks that forbid timing a recipe.
+def _steps(recipe: FastRecipe, device: str, **options: Any) -> list[Check]:
+    """`check_steps`; only a GPU must have launched kernels."""
+    return check_steps(recipe, device=device, launches=device == "cuda", **options)
 
-    A red check of a fast recipe forbids that recipe alone; one of the fast recipe in float32, which
-    runs the same ops, forbids all fast ones. Any other red check forbids every recipe.
+
+def _precisions(**sizes: Any) -> list[Check]:
+    """`check_precisions` of every recipe; yardsticks come first."""
+    yardsticks = [fast.yardstick for fast in FAST_CHECKED if fast.yardstick]
+    recipes = [*(recipe for recipe in yardsticks if recipe not in CHECKED), *CHECKED]
+    return check_precisions(recipes=recipes, gradients=True, **sizes)
+
+
+def check_captures(recipe: Recipe, device: Device) -> list[Check]:
+    """`check_replay` of the small network on a side stream."""
+    config, latents = device.small
+    with device.side_stream():
+        workload = recipe.workload(config, batch=4, device=device.name, latent_size=latents)
+        return check_replay(workload, workload.capture, recipe)
+
+
+def unproven(recipe: Recipe, checks: Sequence[Check], done: Collection[str]) -> str | None:
+    """The first check of networks on which a timing of the recipe rests and that is not green.
+
+    `done` has the titles of the groups that have run. A fast recipe rests on its own checks and on
+    those of the fast recipe in float32, which runs the same ops; any recipe on those of no recipe
+    and on its own. A red check of a plain recipe stands against every recipe, since the plain ones
+    are what the others are compared with. None: all are green.
     """
     fast = {each.implementation for each in FAST_CHECKED}
-    # Red checks of these fast recipes concern the recipe; all other fast ones do not.
-    concerned = set()
+    own = {"", recipe.implementation}
     if isinstance(recipe, FastRecipe):
-        concerned = {recipe.implementation, FAST_FP32.implementation}
-    return [
-        check["check"]
-        for check in checks
-        if not check["passed"] and (check["recipe"] not in fast or check["recipe"] in concerned)
-    ]
+        own.add(FAST_FP32.implementation)
+    for check in checks:
+        if not check["passed"] and (check["recipe"] in own or check["recipe"] not in fast):
+            return check["check"]
+    for group in [*small_network(Device()), *full_network(Device())]:
+        if group.recipe in own and group.title not in done:
+            return f"{group.title} (not checked yet)"
+    return None

@@ -1,9 +1,9 @@
-"""The fast training iteration: fast UNet, flat weights with float32 masters, fused AdamW."""
+"""The fast training iteration, which is the trainer's own, by recipes that can be compared."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,13 +14,15 @@ from sd_kernels.registry import all_ops
 from sd_kernels.selection import Choice, choose
 from sd_kernels.spec import Target
 from sd_perf.config import Config, UNetConfig
+from sd_perf.distributed.world import World
 from sd_perf.fast.choice import choose_kernels
+from sd_perf.fast.linear import load_precision_state, precision_state
 from sd_perf.fast.ops import Op, Ops, Wrap
-from sd_perf.fast.step import FusedDiffusionStep
+from sd_perf.fast.unet import FastUNet
 from sd_perf.models.build import build_unet
 from sd_perf.reference.unet import UNet
-from sd_perf.training.flat import FlatParameters
-from sd_perf.training.optimizer import FlatAdamW
+from sd_perf.training.graph import WARM_UP_PASSES, Runner
+from sd_perf.training.iteration import Iteration
 
 
 @dataclass(frozen=True)
@@ -118,10 +120,10 @@ def unwrapped(name: str, op: Op) -> Op:
 
 
 class FastWorkload(Workload):
-    """Draws, network, loss and AdamW by the operators of sd_kernels.
+    """The trainer's own iteration and runner (`sd_perf.training`), on one device.
 
-    Weights, remainders and gradients are in one flat buffer each. Weights and samples at the start
-    are those of the plain workload with the same seed.
+    Weights and samples at the start are those of the plain workload with the same seed. Inputs stay
+    on the device; between two iterations only sample indices and step number advance.
     """
 
     def __init__(
@@ -135,7 +137,6 @@ class FastWorkload(Workload):
     ) -> None:
         """`sizes` are those of `Workload`. `wrap` is called once for every operator."""
         super().__init__(config, batch, device, **sizes)
-        whole = recipe.fast_config(config)
         self.kernels: dict[str, str] = {}
         choices = recipe.choices(config)
 
@@ -149,36 +150,77 @@ class FastWorkload(Workload):
             return wrap(name, call)
 
         ops = Ops.chosen(choices, noted)
-        self.unet = recipe.fast_unet(config, device, ops)
-        self.step = FusedDiffusionStep(whole, self.seed, ops).to(device)
-        self.flat = FlatParameters(self.unet, recipe.weights)
-        self.collect = wrap("collect_gradients", self.flat.collect_gradients)
-        self.optimizer = FlatAdamW(self.flat, whole.optimizer, ops.adamw)
-        self.optimizer.learning_rate.fill_(whole.learning_rate)
+        unet = recipe.fast_unet(config, device, ops)
+        assert isinstance(unet, FastUNet)
+        whole = self._trained_config(recipe.fast_config(config))
+        world = World(rank=0, size=1, device=torch.device(device))
+        self.trained = Iteration(whole, unet, self.seed, world, ops)
+        self.runner = Runner(self.trained)
+        self.unet, self.flat, self.loss = unet, self.trained.flat, self.trained.loss
+        self.flat.collect = wrap("collect_gradients", self.flat.collect)  # type: ignore[method-assign]
+        [inputs] = self.trained.batches.inputs
+        inputs.moments.copy_(self.moments)
+        inputs.context.copy_(self.context)
+        self.moments, self.context = inputs.moments, inputs.context
+        self.sample_indices = inputs.sample_indices
+        self._precision = {name: state.clone() for name, state in precision_state(unet).items()}
+        self.trained.optimizer.learning_rate.fill_(Config().learning_rate)
         self.reset()
 
+    def _trained_config(self, config: Config) -> Config:
+        """The config with this workload's batch and inputs."""
+        training = dataclasses.replace(config.training, global_batch_size=self.batch)
+        _, tokens, _ = self.context.shape
+        side = self.moments.shape[-1]
+        data = dataclasses.replace(config.data, latent_size=side, context_tokens=tokens)
+        return dataclasses.replace(config, training=training, data=data)
+
     def masters(self) -> list[torch.Tensor]:
-        return list(self.flat.views(self.flat.masters()).values())
+        masters = self.flat.views(self.flat.masters())
+        # In the plain network's order; the flat buffer has that of their use.
+        return [masters[name] for name, _ in self.unet.named_parameters()]
 
-    def training_loss(self) -> torch.Tensor:
-        return self.step(self.unet, self.moments, self.context, self.sample_indices)
+    def iteration(self) -> None:
+        self.trained()
+        self._advance()
 
-    def update(self) -> None:
-        self.collect()
-        (bucket,) = self.flat.buckets
-        self.optimizer.step(bucket)
-        self.optimizer.step_number += 1
+    def capture(self) -> Callable[[], None]:
+        """Warm up and capture as the trainer does, and return what replays one iteration."""
+        if self.device != "cuda":
+            return self.iteration
+        self.runner.warm_up(self._rehearse)
+        torch.cuda.empty_cache()  # for the graph's own memory
+        self.runner.capture()
+
+        def replay() -> None:
+            self.runner.run()
+            self._advance()
+
+        return replay
+
+    def _rehearse(self) -> None:
+        saved = {name: state.clone() for name, state in precision_state(self.unet).items()}
+        self.trained.rehearse(WARM_UP_PASSES)
+        load_precision_state(self.unet, saved)
+
+    def _advance(self) -> None:
+        """Go on to the next samples and step, as the trainer does between two replays."""
+        self.sample_indices += self.batch
+        self.trained.optimizer.step_number += 1
 
     def restart(self) -> None:
         with torch.device(self.device):
             plain = channels_last(UNet(self.config))
         randomize(plain, self.seed)
         self.flat.set_masters(dict(plain.named_parameters()))
-        self.optimizer.exp_avg.zero_()
-        self.optimizer.exp_avg_sq.zero_()
-        self.optimizer.step_number.fill_(1)
+        optimizer = self.trained.optimizer
+        optimizer.exp_avg.zero_()
+        optimizer.exp_avg_sq.zero_()
+        optimizer.step_number.fill_(1)
+        load_precision_state(self.unet, self._precision)
 
     def changing(self) -> list[torch.Tensor]:
-        flat, optimizer = self.flat, self.optimizer
+        flat, optimizer = self.flat, self.trained.optimizer
         halves = [flat.weights] if flat.remainders is None else [flat.weights, flat.remainders]
-        return [*halves, optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.step_number]
+        moments = [optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.step_number]
+        return [*halves, *moments, *precision_state(self.unet).values()]

@@ -15,10 +15,11 @@ from typing import Any, Protocol
 
 import torch
 
+from benchmarks.gpu_device import Device
 from benchmarks.gpu_fast import FastRecipe, FastWorkload
+from benchmarks.gpu_throughput import ALGORITHMS
 from sd_kernels.conv.aten import tuned
 from sd_kernels.registry import all_ops
-from sd_perf.config import UNetConfig
 from sd_perf.fast.ops import Op
 
 RANGE = "sd_perf op "
@@ -68,6 +69,12 @@ def device_times(event: Any) -> Times:
         for kernel in event.kernels
         if not kernel.name.startswith(RANGE)
     ]
+
+
+def host_times(event: Any) -> Times:
+    """The time that one of torch's operators spent on the CPU, as if it were a kernel."""
+    is_operator = event.name.startswith("aten::")
+    return [(event.name, event.self_cpu_time_total)] if is_operator else []
 
 
 def by_op(
@@ -150,35 +157,39 @@ def compare(
     return sorted(rows, key=lambda row: -row["gap_ms"])
 
 
-def profile(
-    recipe: FastRecipe, config: UNetConfig, batch: int, device: str, **sizes: int
-) -> list[Any]:
-    """Profiler events of one eager iteration after a warm-up.
+def profile(recipe: FastRecipe, batch: int, device: Device) -> list[Any]:
+    """Profiler events of one eager iteration of the full-size network after a warm-up.
 
     The replay of a graph has the same kernels, but no ranges to count them by. On a GPU the current
     stream must be a side stream.
     """
-    workload = FastWorkload(recipe, config, batch, device, wrap=marked, **sizes)
-    with tuned():
+    config, latents = device.full
+    workload = FastWorkload(recipe, config, batch, device.name, wrap=marked, latent_size=latents)
+    with tuned(ALGORITHMS):
         for _ in range(WARM_UP_ITERATIONS):
             workload.iteration()
     activities = [torch.profiler.ProfilerActivity.CPU]
-    if device == "cuda":
+    is_gpu = device.name == "cuda"
+    if is_gpu:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
         torch.cuda.synchronize()
     with torch.profiler.profile(activities=activities) as profiler:
         workload.iteration()
-        if device == "cuda":
+        if is_gpu:
             torch.cuda.synchronize()
     return list(profiler.events() or ())
 
 
 def measure_profile(
-    recipe: FastRecipe, batch: int, predicted: Mapping[str, float]
+    recipe: FastRecipe, batch: int, predicted: Mapping[str, float], device: Device
 ) -> dict[str, Any]:
-    """The table of one full-size iteration on the GPU; `predicted` has milliseconds by operator."""
-    with torch.cuda.stream(torch.cuda.Stream()):
-        measured = by_op(profile(recipe, UNetConfig(), batch, "cuda"))
+    """The table of one full-size iteration; `predicted` has milliseconds by operator.
+
+    In a rehearsal, where no kernels are traced, torch's operators on the CPU stand for them.
+    """
+    with device.side_stream():
+        events = profile(recipe, batch, device)
+    measured = by_op(events, device_times if device.name == "cuda" else host_times)
     if not measured:
         raise RuntimeError("the profiler saw no kernel; CUPTI must be allowed to trace")
     rows = compare(measured, predicted)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -12,10 +12,8 @@ from typing import Any
 import torch
 
 from benchmarks.attempts import attempt, release_memory
-from benchmarks.checks import Check
-from benchmarks.gpu_checks import blocking
-from benchmarks.gpu_environment import Telemetry
-from benchmarks.gpu_fast import FAST_BF16, FAST_TIMED
+from benchmarks.gpu_device import Device
+from benchmarks.gpu_fast import FAST_BF16, FAST_FP8
 from benchmarks.gpu_workload import (
     AUTOCAST,
     COMPILED,
@@ -24,19 +22,24 @@ from benchmarks.gpu_workload import (
     MASTERS,
     Recipe,
 )
-from benchmarks.timing import Budget, CudaClock, rates, repetitions, timed
+from benchmarks.timing import Budget, rates, repetitions, timed
 from sd_kernels.conv.aten import tuned
 from sd_kernels.targets import key_of_driver, peak_of_driver
-from sd_perf.config import Config, UNetConfig
+from sd_perf.config import Config
 from sd_perf.tools.estimate.predict import predict
 from sd_perf.tools.results import Conditions, Status
 
-MOST_SECONDS = 15.0
-"""longest time for one row, so that later rows have their share; clocks have settled by then"""
+TIMED_SECONDS, EAGER_SECONDS = 15.0, 5.0
+"""longest time that iterations are timed, in a graph and eager; clocks have settled by then"""
+START_SECONDS = 25.0
+"""time that building, warm-up and capture take at most"""
 COMPILE_SECONDS = 70.0
 """time that torch.compile of a full-size network takes; it is not begun with less left"""
 FLOPS_PER_SAMPLE = 2.409e12
 """FLOPs that the MFU counts: forward and backward of one sample of the benchmark's UNet"""
+ALGORITHMS = 10
+"""how many of cuDNN's algorithms are timed for each convolution in warm-up, as the trainer does;
+all take minutes"""
 WARM_UP_ITERATIONS = 3
 """kernels, plans and gradients exist after the first. The 11 that torch's documentation asks for
 before a capture are for DistributedDataParallel"""
@@ -101,6 +104,11 @@ class TimedRecipe:
     graph: bool
 
     @property
+    def title(self) -> str:
+        """Name in a list of what is timed."""
+        return f"{self.recipe.implementation}{'' if self.graph else '_eager'}, batch {self.batch}"
+
+    @property
     def least_seconds(self) -> float:
         """Seconds that must be left for it to be begun."""
         return COMPILE_SECONDS if self.recipe.compiled else 0.0
@@ -108,32 +116,60 @@ class TimedRecipe:
     @property
     def most_seconds(self) -> float:
         """Seconds that it may take."""
-        return MOST_SECONDS + self.least_seconds
+        return START_SECONDS + self.timed_seconds + self.least_seconds
+
+    @property
+    def timed_seconds(self) -> float:
+        """Seconds for which iterations are timed, where that many are left."""
+        return TIMED_SECONDS if self.graph else EAGER_SECONDS
 
 
-def plan(batches: list[int], rival_batch: int) -> list[TimedRecipe]:
-    """All entries, in the order in which they are measured.
+RECIPES = {
+    recipe.implementation: recipe
+    for recipe in (
+        FAST_BF16,
+        FAST_FP8,
+        AUTOCAST,
+        MASTERS,
+        COMPILED,
+        DIFFUSERS,
+        DIFFUSERS_COMPILED,
+    )
+}
+"""recipes that are timed, by name"""
 
-    First the fast recipes in graphs, at every batch, largest first. Then the fast one without a
-    graph at the smallest batch, where launches weigh most. Then its rivals at `rival_batch`, those
-    that must be compiled last.
-    """
-    fast = [
-        TimedRecipe(recipe, batch, graph=True)
-        for recipe in FAST_TIMED
-        for batch in reversed(batches)
-    ]
-    rivals = [
-        TimedRecipe(AUTOCAST, rival_batch, graph=False),
-        TimedRecipe(MASTERS, rival_batch, graph=False),
-        TimedRecipe(AUTOCAST, rival_batch, graph=True),
-        TimedRecipe(MASTERS, rival_batch, graph=True),
-        TimedRecipe(DIFFUSERS, rival_batch, graph=False),
-        TimedRecipe(COMPILED, rival_batch, graph=True),
-        TimedRecipe(DIFFUSERS_COMPILED, rival_batch, graph=True),
-    ]
+
+def fast(batch: int) -> list[TimedRecipe]:
+    """The fast iteration eager, which shows most of what can be wrong, and then captured."""
+    return [TimedRecipe(FAST_BF16, batch, graph=graph) for graph in (False, True)]
+
+
+def fp8(batch: int) -> list[TimedRecipe]:
+    """The fast iteration in FP8."""
+    return [TimedRecipe(FAST_FP8, batch, graph=True)]
+
+
+def other_batches(batches: Sequence[int]) -> list[TimedRecipe]:
+    """The fast iteration at other batch sizes; eager at the smallest, where launches weigh most."""
     eager = TimedRecipe(FAST_BF16, min(batches), graph=False)
-    return [*fast, eager, *rivals]
+    captured = (TimedRecipe(FAST_BF16, batch, graph=True) for batch in sorted(batches)[::-1])
+    return [*captured, eager]
+
+
+def rivals(batch: int) -> list[TimedRecipe]:
+    """The plain network, and diffusers'."""
+    return [
+        TimedRecipe(MASTERS, batch, graph=True),
+        TimedRecipe(AUTOCAST, batch, graph=False),
+        TimedRecipe(AUTOCAST, batch, graph=True),
+        TimedRecipe(DIFFUSERS, batch, graph=False),
+        TimedRecipe(MASTERS, batch, graph=False),
+    ]
+
+
+def compiled(batch: int) -> list[TimedRecipe]:
+    """Networks under torch.compile."""
+    return [TimedRecipe(recipe, batch, graph=True) for recipe in (COMPILED, DIFFUSERS_COMPILED)]
 
 
 @cache
@@ -180,7 +216,7 @@ def make_row(gpu: str, entry: TimedRecipe, measured: dict[str, Any]) -> Throughp
 def row_line(row: ThroughputRow) -> str:
     """A row as one line of text."""
     name = f"{row['implementation']:32s} batch {row['batch']:3d}"
-    if row["status"] != "measured":
+    if row["samples_per_second"] is None:
         return f"{name}  {row['status']}: {row['reason']}"
     mfu = "  n/a" if row["mfu"] is None else f"{100 * row['mfu']:4.1f}%"
     clock = "?" if row["sm_clock_mhz"] is None else f"{row['sm_clock_mhz']:.0f}"
@@ -192,6 +228,7 @@ def row_line(row: ThroughputRow) -> str:
         f"{name}  {row['samples_per_second']:7.1f} samples/s  {row['ms_per_sample']:6.2f} "
         f"ms/sample  MFU {mfu}  {memory}  {clock} MHz  {power} W  "
         f"loss {row['loss_start']:.3f} -> {row['loss_end']:.3f}"
+        + ("" if row["status"] == "measured" else f"  {row['reason']}: not to be quoted")
     )
 
 
@@ -205,36 +242,36 @@ def check_losses(warm_up: float, start: float, end: float) -> None:
         raise ValueError(f"the loss is {end} at the end")
 
 
-def time_iterations(entry: TimedRecipe, seconds: float) -> dict[str, Any]:
+def time_iterations(entry: TimedRecipe, seconds: float, device: Device) -> dict[str, Any]:
     """Measured columns of one row, taking about `seconds` with warm-up and capture.
 
     The current stream must be a side stream.
     """
     budget = Budget(seconds)
-    workload = entry.recipe.workload(UNetConfig(), entry.batch, "cuda")
+    config, latents = device.full
+    workload = entry.recipe.workload(config, entry.batch, device.name, latent_size=latents)
     warm_up_losses = []
-    with tuned():  # cuDNN times its algorithms now, and keeps the fastest in the capture
+    with tuned(ALGORITHMS):  # now, so that the capture has the fastest
         for _ in range(WARM_UP_ITERATIONS):
             workload.iteration()
             warm_up_losses.append(workload.loss.item())
     workload.reset()
-    torch.cuda.empty_cache()  # timing the algorithms leaves workspaces behind
-    torch.cuda.reset_peak_memory_stats()
-    call = workload.capture().replay if entry.graph else workload.iteration
+    device.restart_peak_memory()  # timing the algorithms leaves workspaces behind
+    call = workload.capture() if entry.graph else workload.iteration
     call()
     loss_start = workload.loss.item()
-    seconds_each = timed(call, 2, CudaClock())[-1] / 1000
-    count = repetitions(budget.left(), seconds_each, least=LEAST_ITERATIONS, most=MOST_ITERATIONS)
-    with Telemetry() as telemetry:
-        intervals = timed(call, count, CudaClock())
+    seconds_each = timed(call, 2, device.clock())[-1] / 1000
+    left = min(entry.timed_seconds, device.most_seconds, budget.left())
+    count = repetitions(left, seconds_each, least=LEAST_ITERATIONS, most=MOST_ITERATIONS)
+    with device.telemetry() as telemetry:
+        intervals = timed(call, count, device.clock())
     loss_end = workload.loss.item()
     check_losses(warm_up_losses[0], start=loss_start, end=loss_end)
     return {
         **rates(intervals, entry.batch),
         "kernels": dict(workload.kernels) or None,
         "timed_iterations": count,
-        "peak_memory_bytes": torch.cuda.max_memory_allocated(),
-        "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
+        **device.peak_memory(),
         **telemetry.summary(),
         "loss_warm_up": warm_up_losses[0],
         "loss_start": loss_start,
@@ -242,18 +279,18 @@ def time_iterations(entry: TimedRecipe, seconds: float) -> dict[str, Any]:
     }
 
 
-def measure(entry: TimedRecipe, seconds: float) -> dict[str, Any]:
+def measure(entry: TimedRecipe, seconds: float, device: Device) -> dict[str, Any]:
     """`time_iterations` on a side stream, or `status` and `reason` where that cannot be.
 
-    The GPU's memory is free again afterwards.
+    The device's memory is free again afterwards.
     """
     needed = entry.recipe.requires
     if needed and importlib.util.find_spec(needed) is None:
         return {"status": "absent", "reason": f"{needed} is not installed"}
 
     def on_side_stream() -> dict[str, Any]:
-        with torch.cuda.stream(torch.cuda.Stream()):
-            return time_iterations(entry, seconds)
+        with device.side_stream():
+            return time_iterations(entry, seconds, device)
 
     measured = attempt(on_side_stream)
     torch._dynamo.reset()
@@ -265,23 +302,20 @@ def measure_rows(
     gpu: str,
     entries: list[TimedRecipe],
     budget: Budget,
-    checks: list[Check],
     measure_one: Callable[[TimedRecipe, float], dict[str, Any]],
     save: Callable[[list[ThroughputRow]], None],
 ) -> list[ThroughputRow]:
     """A row per entry, printed as it is made; each gets its share of the seconds left.
 
-    An entry that a red check forbids to time, or that comes too late, says so in its row. `save`
-    gets all rows so far after every entry.
+    An entry that comes too late says so in its row. `save` gets all rows so far after every entry.
+    Whether what was timed is right is not known here: see `gpu_report`.
     """
     rows: list[ThroughputRow] = []
     for done, entry in enumerate(entries):
         left = budget.left()
         later = sum(each.most_seconds for each in entries[done:])
         share = left * entry.most_seconds / later
-        if red := blocking(entry.recipe, checks):
-            measured = {"status": "red", "reason": f"wrong code has no speed: {red[0]}"}
-        elif left > entry.least_seconds:
+        if left > entry.least_seconds:
             measured = measure_one(entry, min(share, entry.most_seconds))
         else:
             reason = f"too little was left of the budget of {budget.seconds:g} s"

@@ -128,6 +128,8 @@ class Predictor(torch.nn.Module):
             latents.device.type, torch.bfloat16, enabled=self.recipe.autocast, cache_enabled=False
         )
         attention = self.recipe.attention
+        if attention == SDPBackend.CUDNN_ATTENTION and not latents.is_cuda:
+            attention = SDPBackend.MATH  # in a rehearsal on a CPU, which has no cuDNN
         with autocast, sdpa_kernel(attention) if attention else contextlib.nullcontext():
             return self.unet(latents, timesteps, context.to(self.dtype))
 
@@ -198,12 +200,15 @@ class Workload(ABC):
         """The float32 weights that AdamW updates, by parameter; may be copies."""
 
     @abstractmethod
-    def training_loss(self) -> torch.Tensor:
-        """Mean loss of the batch `sample_indices`, a float32 scalar with a gradient."""
+    def iteration(self) -> None:
+        """One optimizer step; leaves the batch's mean loss in `loss`, a float32 scalar."""
 
     @abstractmethod
-    def update(self) -> None:
-        """One AdamW step from the gradients of `unet`."""
+    def capture(self) -> Callable[[], None]:
+        """Capture the iteration as one CUDA graph, and return what replays it.
+
+        The state stays as it is. On a CPU what is returned is the iteration itself.
+        """
 
     @abstractmethod
     def restart(self) -> None:
@@ -211,7 +216,7 @@ class Workload(ABC):
 
     @abstractmethod
     def changing(self) -> list[torch.Tensor]:
-        """The tensors that `update` and the network change and the next iteration reads."""
+        """The tensors that the iteration changes and the next one reads, sample indices aside."""
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -223,23 +228,6 @@ class Workload(ABC):
     def state(self) -> list[torch.Tensor]:
         """Every tensor that an iteration changes and the next one reads; the tensors themselves."""
         return [*self.changing(), self.sample_indices]
-
-    def iteration(self) -> None:
-        """One optimizer step; leaves the batch's mean loss in `loss`, a float32 scalar."""
-        # Gradients that start from None are written once, not zeroed and then added to. In a
-        # capture they are born in the graph's own memory and stay there.
-        self.unet.zero_grad(set_to_none=True)
-        loss = self.training_loss()
-        loss.backward()
-        with torch.no_grad():
-            self.update()
-            self.sample_indices += self.batch
-            self.loss.copy_(loss.detach())
-
-    def capture(self) -> torch.cuda.CUDAGraph:
-        """The iteration as one CUDA graph; see `sd_perf.training.graph.capture`."""
-        self.unet.zero_grad(set_to_none=True)
-        return capture(self.iteration)
 
 
 class PlainWorkload(Workload):
@@ -264,19 +252,29 @@ class PlainWorkload(Workload):
             self.unet.compile(dynamic=False)
         self.reset()
 
-    def capture(self) -> torch.cuda.CUDAGraph:
+    def capture(self) -> Callable[[], None]:
         # The fused step never asks the host for anything, but torch wants to be told before it lets
         # it be captured.
         self.optimizer.param_groups[0]["capturable"] = True
-        return super().capture()
+        self.unet.zero_grad(set_to_none=True)
+        return capture(self.iteration).replay if self.device == "cuda" else self.iteration
+
+    def iteration(self) -> None:
+        # Gradients that start from None are written once, not zeroed and then added to. In a
+        # capture they are born in the graph's own memory and stay there.
+        self.unet.zero_grad(set_to_none=True)
+        loss = self.diffusion(self.predictor, self.moments, self.context, self.sample_indices)
+        loss.backward()
+        with torch.no_grad():
+            self._update()
+            self.sample_indices += self.batch
+            self.loss.copy_(loss.detach())
 
     def masters(self) -> list[torch.Tensor]:
         return [parameter.detach() for parameter in self.master_unet.parameters()]
 
-    def training_loss(self) -> torch.Tensor:
-        return self.diffusion(self.predictor, self.moments, self.context, self.sample_indices)
-
-    def update(self) -> None:
+    def _update(self) -> None:
+        """One AdamW step from the gradients of `unet`."""
         if self.unet is self.master_unet:
             self.optimizer.step()
             return

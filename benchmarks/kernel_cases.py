@@ -68,11 +68,13 @@ def plan(
     dtype: torch.dtype = torch.bfloat16,
     batch: int = BATCH,
     heaviest_only: bool = False,
+    compiled: bool = True,
 ) -> list[Candidate]:
     """All candidates, in the order in which they are measured; unavailable ones included.
 
     ops: names, all where empty. case_filter: only cases whose name contains it. batch: samples.
-    heaviest_only: of each op the case with the most memory traffic in a training step.
+    heaviest_only: of each op the case with the most memory traffic in a training step. compiled:
+    whether the reference under torch.compile is a candidate, which is compiled for every case.
     """
     candidates: list[Candidate] = []
     for spec in (all_ops()[name] for name in ops or all_ops()):
@@ -84,7 +86,7 @@ def plan(
         for case in cases:
             sized = case.at_batch(batch) if "B" in case.shape else case
             candidates += _candidates(spec, sized, dtype, target)
-    return candidates
+    return [each for each in candidates if compiled or each.backend != COMPILED]
 
 
 def _candidates(

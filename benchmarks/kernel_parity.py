@@ -31,6 +31,16 @@ def reduced(spec: OpSpec, case: Case, dtype: torch.dtype) -> Case:
     return replace(case, shape=shape)
 
 
+def small_cases(spec: OpSpec, backend: str, dtype: torch.dtype, few: bool = False) -> list[Case]:
+    """The small cases that the backend takes; with `few` the first and the heaviest of them."""
+    refuses = spec.backend(backend).refuses
+    cases = [case for case in spec.small_cases if not refuses(case, dtype)]
+    if not few or len(cases) < 3:
+        return cases
+    heaviest = max(cases[1:], key=lambda case: spec.work(case, dtype).forward_bytes)
+    return [cases[0], heaviest]
+
+
 class ParityChecker:
     """Compares candidates with the reference on one device.
 
@@ -39,16 +49,22 @@ class ParityChecker:
     each would cost a compilation, of code that is not ours.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, few: bool = False, own: bool = True) -> None:
+        """few: two small cases for each backend are enough (`small_cases`). own: whether the
+        candidate's own case is compared, too."""
         self.device = device
+        self.few = few
+        self.own = own
         self._of_small_cases: dict[tuple[str, str], list[harness.Verdict]] = {}
 
     def check(self, candidate: Candidate, function: Function) -> Parity:
         """Verdict on `function`, the candidate's implementation."""
         if candidate.backend == _reference(candidate.spec):
             return {"ok": True, "checked": 0, "worst": "the others are held to it"}
-        own = reduced(candidate.spec, candidate.case, candidate.dtype)
-        verdicts = self._small_cases(candidate) + self._verdicts(candidate, [own], function)
+        verdicts = [*self._small_cases(candidate)]
+        if self.own:
+            own = reduced(candidate.spec, candidate.case, candidate.dtype)
+            verdicts += self._verdicts(candidate, [own], function)
         return {
             "ok": all(verdict.ok for verdict in verdicts),
             "checked": len(verdicts),
@@ -60,8 +76,7 @@ class ParityChecker:
             return []
         spec, key = candidate.spec, (candidate.spec.name, candidate.backend)
         if key not in self._of_small_cases:
-            refuses = spec.backend(candidate.backend).refuses
-            cases = [case for case in spec.small_cases if not refuses(case, candidate.dtype)]
+            cases = small_cases(spec, candidate.backend, candidate.dtype, few=self.few)
             self._of_small_cases[key] = self._verdicts(candidate, cases, None)
         return self._of_small_cases[key]
 

@@ -30,7 +30,8 @@ import torch
 
 from benchmarks.attempts import attempt
 from benchmarks.command import command_parser
-from benchmarks.gpu_environment import describe, measure_copy, software
+from benchmarks.gpu_device import Device
+from benchmarks.gpu_environment import describe, software
 from benchmarks.kernel_cases import BATCH, COMPILED, Candidate, Direction, plan
 from benchmarks.kernel_parity import UNCHECKED, ParityChecker
 from benchmarks.kernel_timing import measure
@@ -150,30 +151,43 @@ def is_bad(row: KernelRow) -> bool:
 
 
 def run(
-    candidates: list[Candidate], budget: Budget, seconds: float, save: SaveRows
+    candidates: list[Candidate],
+    budget: Budget,
+    seconds: float,
+    save: SaveRows,
+    *,
+    device: Device,
+    checker: ParityChecker,
+    copy_rate: float,
+    algorithms: int = 0,
 ) -> list[KernelRow]:
-    """All rows, measured on GPU 0 with about `seconds` of replays each."""
-    properties = torch.cuda.get_device_properties(0)
-    copy_rate, checker = measure_copy(), ParityChecker("cuda")
-    versions, l2_bytes = software(), properties.L2_cache_size
+    """All rows, measured on the device with about `seconds` of replays each.
+
+    copy_rate: the device's, bytes per second. algorithms: how many of cuDNN's are timed for each
+    convolution; 0: all.
+    """
+    versions, l2_bytes = software(), device.l2_bytes()
     machine = {
-        "gpu": properties.name,
+        "gpu": device.gpu(),
         "torch": versions["torch"],
         "triton": versions["triton"],
         "copy_gb_per_second": copy_rate / 1e9,
     }
-    facts = f"copy {copy_rate / 1e9:.0f} GB/s, L2 {l2_bytes / 2**20:.0f} MiB"
-    print(f"{properties.name}, {facts}", flush=True)
 
     def measure_candidate(candidate: Candidate) -> dict[str, dict[str, Any]]:
         torch._dynamo.reset()
         # Buffers donated to a compiled backward would be gone at its second call.
         with torch._functorch.config.patch(donated_buffer=False):
             return measure(
-                candidate, checker, copy_rate=copy_rate, l2_bytes=l2_bytes, seconds=seconds
+                candidate,
+                checker,
+                copy_rate=copy_rate,
+                l2_bytes=l2_bytes,
+                seconds=seconds,
+                device=device,
             )
 
-    with tuned():  # all convolutions alike, torch's own too: cuDNN times its algorithms
+    with tuned(algorithms):  # all convolutions alike, torch's own too
         return measure_all(
             candidates, machine, budget, measure_candidate=measure_candidate, save=save
         )
@@ -232,7 +246,18 @@ def main(arguments: list[str] | None = None) -> int:
             write(options.output, Result("kernel_speed", provenance, rows))
 
     seconds = QUICK_SECONDS if options.quick else SECONDS
-    rows = run(candidates, Budget(options.seconds), seconds=seconds, save=save)
+    device = Device()
+    copy_rate = device.copy_rate()
+    print(f"{device.gpu()}, copy {copy_rate / 1e9:.0f} GB/s", flush=True)
+    rows = run(
+        candidates,
+        Budget(options.seconds),
+        seconds=seconds,
+        save=save,
+        device=device,
+        checker=ParityChecker("cuda"),
+        copy_rate=copy_rate,
+    )
     print("\n".join(step_lines(rows)))
     return int(any(map(is_bad, rows)))
 

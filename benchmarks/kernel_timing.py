@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from benchmarks.attempts import attempt, release_memory
+from benchmarks.gpu_device import Device
 from benchmarks.kernel_cases import Candidate, Direction
 from benchmarks.kernel_parity import ParityChecker
-from benchmarks.timing import CudaClock, repetitions, timed
+from benchmarks.timing import repetitions, timed
 from sd_kernels.spec import Function, Inputs
 
 Call = Callable[[], Any]
@@ -87,18 +88,25 @@ def backwards(
     return calls
 
 
-def capture(calls: list[Call], count: int) -> Callable[[], None]:
+def capture(calls: list[Call], count: int, device: str) -> Callable[[], None]:
     """Capture `count` of the calls, in turns, as one CUDA graph; returns what replays it.
 
-    Captures on the current stream, which must not be the default one.
+    Captures on the current stream, which must not be the default one. On a CPU what is returned
+    makes the calls.
     """
     for _ in range(3):
         calls[0]()  # compiles, loads, and creates what libraries keep
-    graph = torch.cuda.CUDAGraph()
     kept: dict[int, Any] = {}  # each set's output keeps memory of its own, as its inputs do
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+
+    def run() -> None:
         for number, call in enumerate(islice(cycle(calls), count)):
             kept[number % len(calls)] = call()
+
+    if device == "cpu":
+        return run
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        run()
     return graph.replay
 
 
@@ -108,6 +116,7 @@ def time_direction(
     calls: list[Call],
     copy_rate: float,
     seconds: float,
+    device: Device,
 ) -> dict[str, Any]:
     """Columns of a measured `KernelRow`, from about `seconds` of replays.
 
@@ -117,10 +126,10 @@ def time_direction(
     moved = candidate.moved_bytes(direction)
     turns = max(1, math.ceil(GRAPH_SECONDS * copy_rate / (moved * len(calls))))
     graph_calls = len(calls) * turns
-    replay = capture(calls, graph_calls)
-    once = statistics.median(timed(replay, 3, CudaClock())) / 1000
+    replay = capture(calls, graph_calls, device.name)
+    once = statistics.median(timed(replay, 3, device.clock())) / 1000
     replays = repetitions(seconds, once, least=5, most=500)
-    us = 1000 * statistics.median(timed(replay, replays, CudaClock())) / graph_calls
+    us = 1000 * statistics.median(timed(replay, replays, device.clock())) / graph_calls
     rate = moved / us * 1e6
     return {
         "status": "measured",
@@ -140,6 +149,7 @@ def measure(
     copy_rate: float,
     l2_bytes: int,
     seconds: float,
+    device: Device,
 ) -> dict[str, dict[str, Any]]:
     """Columns of a `KernelRow` by direction: status, parity, and where that is green the speed.
 
@@ -152,14 +162,16 @@ def measure(
         return dict.fromkeys(candidate.directions(), red)
 
     def on_side_stream(direction: Direction) -> dict[str, Any]:
-        with torch.cuda.stream(torch.cuda.Stream()):
-            sets = input_sets(candidate, l2_bytes, checker.device)
+        with device.side_stream():
+            sets = input_sets(candidate, l2_bytes, device.name)
             calls = (
                 forwards(function, sets)
                 if direction == "forward"
                 else backwards(function, sets, direction)
             )
-            return time_direction(candidate, direction, calls, copy_rate=copy_rate, seconds=seconds)
+            return time_direction(
+                candidate, direction, calls, copy_rate=copy_rate, seconds=seconds, device=device
+            )
 
     measured: dict[str, dict[str, Any]] = {}
     for direction in candidate.directions():

@@ -25,9 +25,10 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 Row = TypeVar("Row", bound=Mapping[str, Any])
 
-Status = Literal["measured", "absent", "left out", "out of memory", "red", "failed"]
-"""what became of a row: `absent` cannot run on this machine, `left out` was past the time budget,
-`red` gave wrong values and was not timed, `failed` raised an error"""
+Status = Literal["measured", "unproven", "absent", "left out", "out of memory", "red", "failed"]
+"""what became of a row: `unproven` was timed, but a check that it rests on is not green, so its
+figures are not to be quoted; `absent` cannot run on this machine, `left out` was past the time
+budget, `red` gave wrong values and was not timed, `failed` raised an error"""
 
 
 class Parity(TypedDict):

@@ -1,185 +1,265 @@
-"""The whole acceptance run on a CPU, with measurements that are made up: no number is a result."""
+"""The whole acceptance run on a CPU, with parts that are made up: no number is a result."""
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import itertools
 import json
+import os
+import signal
 import subprocess
 import sys
-from dataclasses import asdict
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import gpu_acceptance, gpu_profile, gpu_throughput, timing
+from benchmarks import gpu_acceptance
+from benchmarks.attempts import run_child
 from benchmarks.checks import Check, make_check
-from benchmarks.gpu_acceptance import Report, exit_code, summary
-from benchmarks.gpu_checks import Group
+from benchmarks.gpu_acceptance import ENVIRONMENT, Run
+from benchmarks.gpu_checks import full_network, small_network
+from benchmarks.gpu_device import Device
 from benchmarks.gpu_fast import FAST_BF16
-from benchmarks.gpu_throughput import ThroughputRow, TimedRecipe, make_row, measure_rows
-from benchmarks.gpu_workload import AUTOCAST, COMPILED, MASTERS, Recipe
-from sd_perf.tools.results import Provenance, read
+from benchmarks.gpu_parts import PARTS, Part
+from benchmarks.gpu_report import Report, nothing_yet, source_digest
+from benchmarks.gpu_throughput import ThroughputRow, TimedRecipe, make_row
+from benchmarks.gpu_workload import AUTOCAST
+from benchmarks.kernel_cases import plan
+from benchmarks.kernel_speed import make_row as make_kernel_row
+from benchmarks.timing import Budget
+from sd_kernels.targets import GPUS
+from sd_perf.errors import UserError
+from sd_perf.tools.results import KernelRow, Provenance, read
 from tests.benchmarks.tiny import H100, THROUGHPUT
 
 ROOT = Path(__file__).parents[2]
+STAND_INS = "tests.benchmarks.stand_in_parts"
+TITLES = [group.title for group in (*small_network(Device()), *full_network(Device()))]
+GREEN = [make_check("draws", 0.0, 0.0)]
 
 
-def make_report(
-    rows: list[ThroughputRow], checks: list[Check], profile: dict[str, Any] | None = None
+def part(name: str, most: float = 20.0, least: float = 0.0) -> Part:
+    return Part(name, lambda job: [], aim=10.0, most=most, item_most=10.0, least=least)
+
+
+def run(
+    folder: Path, *names: str | Part, seconds: float = 60.0, earlier: Path | None = None
 ) -> Report:
-    provenance = Provenance(
-        date="2026-01-01", command="", git_sha=None, machine={"gpu": H100}, versions={"torch": "2"}
-    )
-    return Report(
-        Path("unused"), provenance, correctness=checks, throughput=rows, profile=profile or {}
-    )
+    """The report of stand-in parts of these names."""
+    options = gpu_acceptance.parse(["--output", str(folder)])
+    options.earlier = earlier
+    parts = [each if isinstance(each, Part) else part(each) for each in (ENVIRONMENT, *names)]
+    options.parts = [each.name for each in parts]
+    provenance = Provenance("2026-01-01", "command", "abc", machine={}, versions={})
+    scratch = folder / "scratch"
+    scratch.mkdir(parents=True, exist_ok=True)
+    report = Report(folder, provenance, source_digest())
+    Run(parts, options, Budget(seconds), report, scratch, module=STAND_INS).all_parts()
+    return report
 
 
-def begin(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str
-) -> tuple[Report, argparse.Namespace]:
-    """A report with nothing in it yet, and the options of its three most important parts."""
-    monkeypatch.setattr(gpu_acceptance, "describe", lambda: {"gpu": H100})
-    monkeypatch.setattr(gpu_acceptance, "set_arithmetic", lambda timing: None)
-    parts = ("--parts", "correctness,profile,throughput", "--git-sha", "abc")
-    options = gpu_acceptance.parse(["--output", str(folder), *parts, *arguments])
-    return Report.begun(options), options
+def timed_rows() -> list[ThroughputRow]:
+    """A fast row and a plain row, as they were timed."""
+    entries = [TimedRecipe(recipe, 64, graph=True) for recipe in (FAST_BF16, AUTOCAST)]
+    rows = [make_row(H100, entry, THROUGHPUT) for entry in entries]
+    rows[0]["kernels"] = {"geglu": "triton", "linear": "torch", "conv": "reference"}
+    return rows
 
 
-def test_the_arithmetic_that_was_set_can_be_read() -> None:
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.allow_tf32, matmul.allow_tf32, cudnn.deterministic
-    try:
-        gpu_acceptance.set_arithmetic(timing=False)
-        assert (cudnn.allow_tf32, matmul.allow_tf32, cudnn.deterministic) == (False, False, True)
-    finally:
-        cudnn.allow_tf32, matmul.allow_tf32, cudnn.deterministic = before
-
-
-def test_rows_of_a_run_that_meets_everything() -> None:
-    outcomes = iter(
-        [
-            THROUGHPUT,
-            {"status": "out of memory", "reason": "2 GiB"},
-            {"status": "failed", "reason": "odd"},
-        ]
-    )
-    clock = itertools.count(0.0, 6.0)
-    saved: list[int] = []
-    green = [make_check("draws", 0.0, 0.0)]
-    recipes = (FAST_BF16, FAST_BF16, AUTOCAST, MASTERS, COMPILED)
-    rows = measure_rows(
-        H100,
-        [
-            TimedRecipe(recipe, batch, graph=True)
-            for recipe, batch in zip(recipes, (64, 8, 32, 32, 32), strict=True)
-        ],
-        timing.Budget(40.0, lambda: next(clock)),
-        green,
-        lambda entry, seconds: next(outcomes),
-        lambda rows: saved.append(len(rows)),
-    )
-    assert saved == [1, 2, 3, 4, 5]
-    assert [row["status"] for row in rows] == [
-        "measured",
-        "out of memory",
-        "failed",
-        "left out",
-        "left out",
+def kernel_rows(ok: bool = True) -> list[KernelRow]:
+    """Measured rows of the kernels that the fast row runs."""
+    machine = {"gpu": H100, "torch": "2", "triton": "3", "copy_gb_per_second": 1.0}
+    measured = {"status": "measured", "us": 1.0, "gb_per_second": 1.0, "percent_of_copy": 1.0}
+    parity = {"ok": ok, "checked": 1, "worst": ""}
+    return [
+        make_kernel_row(machine, each, "forward", {**measured, "parity": parity})
+        for each in plan(GPUS["h100"].target, ["geglu", "linear"], heaviest_only=True)
     ]
-    assert len({tuple(row) for row in rows}) == 1
-    assert all(row["samples_per_second"] is None for row in rows[1:])
-    predicted = [row["predicted_memory_bytes"] for row in rows]
-    assert predicted[0] > predicted[1] > 0 < predicted[2]
-    assert predicted[3:] == [None, None]
-
-    report = make_report(rows, green)
-    json.dumps(asdict(report.result()), allow_nan=False)
-    text = summary(report)
-    assert "24.4%" in text
-    assert f"(estimate {predicted[0] / 2**30:.1f})" in text
-    assert "left out: too little was left of the budget of 40 s" in text.splitlines()[-1]
-    assert exit_code(report, ["correctness", "throughput"]) == 1
-    assert exit_code(make_report(rows[:2], green), ["correctness", "throughput"]) == 0
-    assert exit_code(make_report([], []), ["environment"]) == 0
-    failed = make_report([], [], profile={"status": "failed", "reason": "odd"})
-    assert exit_code(failed, ["profile"]) == 1
 
 
-def test_what_is_not_installed_is_absent() -> None:
-    entry = TimedRecipe(dataclasses.replace(AUTOCAST, requires="no_such_package"), 8, graph=False)
-    row = make_row(H100, entry, gpu_throughput.measure(entry, 1.0))
-    assert (row["status"], row["reason"]) == ("absent", "no_such_package is not installed")
-    assert exit_code(make_report([row], []), ["throughput"]) == 0
-    assert "absent: no_such_package is not installed" in summary(make_report([row], []))
+def report_of(
+    folder: Path,
+    checks: list[Check] = GREEN,
+    groups: list[str] = TITLES,
+    kernels: list[KernelRow] | None = None,
+) -> Report:
+    """A report with two timed rows and what they rest on."""
+    provenance = Provenance("2026-01-01", "command", "abc", {"gpu": H100}, versions={"torch": "2"})
+    report = Report(folder, provenance, source_digest())
+    found: Any = {**nothing_yet("fast", "done"), "rows": timed_rows(), "checks": checks}
+    found |= {"finished": groups, "kernels": kernel_rows() if kernels is None else kernels}
+    report.put(found)
+    return report
 
 
-def test_green_code_is_profiled_and_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def profile(recipe: Recipe, batch: int, predicted: dict[str, float]) -> dict[str, Any]:
-        measured = {
-            op: {"ms": 2 * floor, "kernels": 1, "longest": {}} for op, floor in predicted.items()
-        }
-        rows = gpu_profile.compare(measured, predicted)
-        return {"status": "measured", "recipe": recipe.implementation, "batch": batch, "ops": rows}
-
-    green = make_check("draws", 0.0, 0.0)
-    monkeypatch.setattr(gpu_acceptance, "check_groups", lambda: [Group("draws", lambda: [green])])
-    monkeypatch.setattr(gpu_throughput, "measure", lambda entry, seconds: THROUGHPUT)
-    monkeypatch.setattr(gpu_profile, "measure_profile", profile)
-    report, options = begin(tmp_path, monkeypatch, "--batches", "8,64")
-    gpu_acceptance.run_parts(report, options, timing.Budget(600))
-    assert {row["status"] for row in report.throughput} == {"measured"}
-    ops = report.profile["ops"]
-    assert report.profile["batch"] == 64
-    # The op that takes longest has the largest gap where all take twice the floor.
-    assert ops[0]["op"] == "conv"
-    assert ops[0]["predicted_ms"] == pytest.approx(64 * 1.362, rel=1e-2)
-    assert {row["ratio"] for row in ops} == {2.0}
-    json.dumps(asdict(report.result()), allow_nan=False)
-    assert (
-        read(tmp_path / "gpu_acceptance.json", "gpu_acceptance", ThroughputRow) == report.result()
-    )
-    assert "largest gap first" in summary(report)
-    assert exit_code(report, options.parts) == 0
-
-
-def test_red_code_gets_no_speed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def refuse(*_: object) -> dict[str, Any]:
-        raise AssertionError("timed although red")
-
-    def break_down() -> list[Check]:
-        raise RuntimeError("No available kernel")
-
-    groups = [
-        Group("draws", lambda: [make_check("draws", 0.0, 0.0)]),
-        Group("attention", break_down),
+def test_what_goes_wrong_costs_its_part_alone(tmp_path: Path) -> None:
+    names = ("raises", "crashes", part("hangs", most=1.5), "breaks", "fine")
+    report = run(tmp_path, *names)
+    ends = {name: (found["status"], found["finished"]) for name, found in report.parts.items()}
+    every = ["one", "two", "three"]
+    assert ends == {
+        ENVIRONMENT: ("done", every),
+        "raises": ("failed", []),
+        "crashes": ("done", every),  # in a second process, without the item that crashed
+        "hangs": ("timed out", ["one", "two"]),
+        "breaks": ("done", every),
+        "fine": ("done", every),
+    }
+    assert report.parts["raises"]["reason"] == "ended with exit code 1"
+    assert report.parts["crashes"]["broken"] == {"two": "ended by SIGSEGV"}
+    assert report.parts["hangs"]["broken"]["two"].startswith("killed after")
+    assert "illegal memory access" in report.parts["breaks"]["broken"]["two"]
+    assert [line.split()[1] for line in report.failures()] == [
+        "raises",
+        "crashes",
+        "hangs",
+        "breaks",
     ]
-    monkeypatch.setattr(gpu_acceptance, "check_groups", lambda: groups)
-    monkeypatch.setattr(gpu_throughput, "measure", refuse)
-    monkeypatch.setattr(gpu_profile, "measure_profile", refuse)
-    report, options = begin(tmp_path, monkeypatch)
-    gpu_acceptance.run_parts(report, options, timing.Budget(60))
-    assert {row["status"] for row in [report.profile, *report.throughput]} == {"red"}
-    assert [check["passed"] for check in report.correctness] == [True, False]
-    assert report.correctness[1]["note"] == "No available kernel"
-    assert report.provenance.git_sha == "abc"
-    assert "Not all was timed" in summary(report).splitlines()[-1]
-    assert exit_code(report, options.parts) == 1
+    text = report.summary()
+    assert f"{H100}, torch 2" in text and "FAILED part hangs" in text
+    written = read(tmp_path / "gpu_acceptance.json", "gpu_acceptance", ThroughputRow)
+    assert written == report.result()
+    assert {path.name for path in tmp_path.iterdir()} == {"gpu_acceptance.json", "scratch"}
+
+
+def test_without_a_gpu_nothing_else_runs(tmp_path: Path) -> None:
+    provenance = Provenance("2026-01-01", "command", "abc", machine={}, versions={})
+    report = Report(tmp_path, provenance, source_digest())
+    options = gpu_acceptance.parse(["--output", str(tmp_path)])
+    parts = [part(ENVIRONMENT), part("fine")]
+    options.parts = [ENVIRONMENT, "fine"]
+    missing = "tests.benchmarks.no_such_module"
+    Run(parts, options, Budget(60), report, tmp_path, module=missing).all_parts()
+    assert list(report.parts) == [ENVIRONMENT]
+    assert report.parts[ENVIRONMENT]["status"] == "failed"
+    assert "no GPU to be seen" in report.notes[0]
+    assert report.failures()
+
+
+def test_the_second_call_goes_on(tmp_path: Path) -> None:
+    first = run(tmp_path / "a", "fine", part("hangs", most=1.5), part("late", least=100))
+    assert first.parts["late"]["status"] == "left out"
+    assert not any("late" in line for line in first.failures())
+    earlier = tmp_path / "a/gpu_acceptance.json"
+    second = run(tmp_path / "b", "fine", "hangs", "late", earlier=earlier)
+    assert second.parts["fine"] == first.parts["fine"]
+    # The item that hung is not begun again.
+    assert second.parts["hangs"]["status"] == "done"
+    assert second.parts["hangs"]["broken"] == first.parts["hangs"]["broken"]
+    assert second.parts["late"]["finished"] == ["one", "two", "three"]
+    assert second.parts["hangs"]["seconds"] > first.parts["hangs"]["seconds"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda data: data["details"].update(source="x"), "its sources were others"),
+        (lambda data: data["provenance"]["machine"].update(gpu="A"), "it is of A, this is NVIDIA"),
+        (lambda data: data["provenance"]["versions"].update(torch="1"), "its software was"),
+    ],
+)
+def test_another_earlier_report_does_not_count(change: Any, reason: str, tmp_path: Path) -> None:
+    run(tmp_path / "a", "fine")
+    earlier = tmp_path / "a/gpu_acceptance.json"
+    data = json.loads(earlier.read_text())
+    data["details"]["parts"]["fine"]["finished"] = ["something else"]
+    change(data)
+    earlier.write_text(json.dumps(data))
+    report = run(tmp_path / "b", "fine", earlier=earlier)
+    assert report.parts["fine"]["finished"] == ["one", "two", "three"]
+    assert reason in report.notes[0]
+
+
+def test_a_damaged_earlier_report_is_one_sentence(tmp_path: Path) -> None:
+    earlier = tmp_path / "earlier.json"
+    earlier.write_text("{}")
+    with pytest.raises(UserError, match=r"is no result of gpu_acceptance\.py"):
+        run(tmp_path / "b", "fine", earlier=earlier)
+
+
+def test_what_is_proven_is_measured(tmp_path: Path) -> None:
+    report = report_of(tmp_path)
+    assert [row["status"] for row in report.rows] == ["measured", "measured"]
+    assert report.failures() == []
+    assert "24.4%" in report.summary() and "not to be quoted" not in report.summary()
+    rows = read(tmp_path / "kernels_nvidia_h100_80gb_hbm3.json", "kernel_speed", KernelRow).rows
+    assert rows == report.kernels
+
+
+@pytest.mark.parametrize(
+    ("changed", "fast", "plain"),
+    [
+        ({"groups": TITLES[:-2]}, "fast_bf16: a step of the full network (not checked yet)", None),
+        ({"kernels": []}, "kernel geglu, triton (not compared yet)", None),
+        ({"kernels": kernel_rows(ok=False)}, "kernel geglu, triton", None),
+        ({"checks": [make_check("draws", 1.0, 0.0)]}, "draws", "draws"),
+        (
+            {"checks": [make_check("output", 1.0, 0.0, recipe="fast_bf16")]},
+            "fast_bf16: output",
+            None,
+        ),
+    ],
+)
+def test_the_unproven_is_kept_and_marked(
+    changed: dict[str, Any], fast: str, plain: str | None, tmp_path: Path
+) -> None:
+    report = report_of(tmp_path, **changed)
+    for row, reason in zip(report.rows, (fast, plain), strict=True):
+        assert row["status"] == ("unproven" if reason else "measured")
+        assert row["reason"] == (f"unproven: {reason}" if reason else None)
+        assert row["samples_per_second"] == 100.0
+    [line] = [line for line in report.summary().splitlines() if "fast_bf16  " in line]
+    assert line.endswith(f"unproven: {fast}: not to be quoted")
+    # What is in the parts is as it was timed, so that a later call can prove it.
+    data = json.loads((tmp_path / "gpu_acceptance.json").read_text())
+    assert {row["status"] for row in data["details"]["parts"]["fast"]["rows"]} == {"measured"}
+    assert data["rows"][0]["status"] == "unproven"
+
+
+def test_a_child_is_killed_with_all_that_it_started(tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    script = f"sleep 300 & echo $! > {note}; wait"
+    ticks: list[float] = []
+    ended = run_child(
+        ["bash", "-c", script],
+        0.3,
+        folder=tmp_path,
+        environment=os.environ,
+        tick=lambda: ticks.append(time.monotonic()),
+    )
+    assert (ended.status, ended.reason) == ("timed out", "killed after 0 s")
+    assert ticks and ended.seconds < 10
+    grandchild = Path(f"/proc/{int(note.read_text())}/stat")
+    for _ in range(100):
+        if not grandchild.exists() or grandchild.read_text().split()[2] == "Z":
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("what the child started still runs")
+
+
+def test_an_end_has_a_reason(tmp_path: Path) -> None:
+    def ended(script: str) -> Any:
+        nothing = {"folder": tmp_path, "environment": os.environ, "tick": lambda: None}
+        return run_child([sys.executable, "-c", script], 30.0, **nothing)
+
+    assert ended("")[:2] == ("done", None)
+    assert ended("raise SystemExit(75)")[:2] == ("failed", "ended with exit code 75")
+    assert ended("raise SystemExit(75)").code == 75
+    killed = f"import os; os.kill(os.getpid(), {int(signal.SIGKILL)})"
+    assert ended(killed)[:2] == ("failed", "ended by SIGKILL")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--batches", "8,x"], "whole numbers"),
-        (["--batches", "0"], "at least 1"),
-        (["--parts", "speed"], "no part is called 'speed'"),
-        (["--parts", "throughput"], "throughput needs correctness"),
-        (["--parts", "profile"], "profile needs correctness"),
+        (["--batch", "x"], "invalid int value"),
+        (["--batch", "0"], "at least 1"),
         (["--rival-batch", "0"], "at least 1"),
+        (["--parts", "speed"], "no part is called 'speed'"),
+        (["--earlier", "/no/such/file"], "/no/such/file: there is no such file"),
+        (["--triton-cache", "/no/such/file"], "there is no such file"),
     ],
 )
 def test_options_that_make_no_sense(
@@ -189,6 +269,52 @@ def test_options_that_make_no_sense(
         gpu_acceptance.parse(["--output", str(tmp_path), *arguments])
     assert leaving.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_tree_without_a_commit_is_refused_before_anything_is_spent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unknown = Provenance("2026-01-01", "command", None, machine={}, versions={})
+    monkeypatch.setattr(Provenance, "of_this_run", lambda *_: unknown)
+    arguments = ["--output", str(tmp_path / "out"), "--rehearse"]
+    assert gpu_acceptance.main(arguments) == 2
+    assert "give --git-sha" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_parts_are_in_the_order_of_their_worth() -> None:
+    names = [each.name for each in PARTS]
+    first = "environment triton_cache kernels convolutions fast profile small_network full_network"
+    assert names[:8] == first.split()
+    # What the first call is for fits into it, with time to spare for starts of processes.
+    assert sum(each.aim for each in PARTS[:7]) < 440 < 540
+    assert all(each.aim <= each.most and each.item_most <= each.most for each in PARTS)
+
+
+def test_the_command_rehearses_itself(tmp_path: Path) -> None:
+    """The command and one real part, each in its own process."""
+    command = [sys.executable, "-m", "benchmarks.gpu_acceptance", "--output", str(tmp_path)]
+    command += ["--rehearse", "--parts", ENVIRONMENT, "--git-sha", "abc"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "part environment     done" in result.stdout
+    written = read(tmp_path / "gpu_acceptance.json", "gpu_acceptance", ThroughputRow)
+    assert written.details["parts"][ENVIRONMENT]["finished"] == ["description", "ceilings"]
+    assert written.provenance.machine["gpu"].startswith("rehearsal")
+    assert not written.rows
+
+
+@pytest.mark.slow
+def test_the_whole_rehearsal(tmp_path: Path) -> None:
+    """Every part that a GPU will run, but for torch.compile, on tiny networks."""
+    parts = ",".join(each.name for each in PARTS if each.name != "compiled")
+    command = [sys.executable, "-m", "benchmarks.gpu_acceptance", "--output", str(tmp_path)]
+    command += ["--rehearse", "--batch", "2", "--rival-batch", "2", "--parts", parts]
+    command += ["--git-sha", "abc"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = read(tmp_path / "gpu_acceptance.json", "gpu_acceptance", ThroughputRow).rows
+    assert {row["status"] for row in rows} <= {"measured", "absent"}  # diffusers may be
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from benchmarks.checks import differing, make_check, passed
-from benchmarks.gpu_checks import CHECKED, check_groups
+from benchmarks.gpu_checks import CHECKED, MOST_WANTED_FIRST, full_network, small_network
+from benchmarks.gpu_device import Device
 from benchmarks.gpu_fast import FAST_CHECKED, FAST_TIMED
 from benchmarks.gpu_workload import PlainWorkload, Recipe
 from benchmarks.network_checks import check_draws, check_precisions
@@ -80,8 +81,9 @@ def test_bits_are_compared_not_values() -> None:
 
 
 def test_every_group_gets_the_arguments_it_needs() -> None:
-    groups = check_groups()
+    groups = [*small_network(Device()), *full_network(Device())]
     assert len(groups) == 3 + len(CHECKED) + len(FAST_CHECKED) + len(FAST_TIMED)
+    assert sorted(map(str, MOST_WANTED_FIRST)) == sorted(map(str, CHECKED))
     assert len({group.title for group in groups}) == len(groups)
     for group in groups:
         assert isinstance(group.run, partial)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import gpu_profile
+from benchmarks.gpu_device import Rehearsal
 from benchmarks.gpu_fast import FAST_BF16, FastWorkload
 from sd_kernels.registry import all_ops
 from tests.benchmarks.tiny import SIZES, TINY
@@ -90,11 +91,8 @@ def test_kernels_are_grouped_by_where_they_were_launched() -> None:
 def test_every_operator_is_found_in_a_real_profile() -> None:
     """Events of a CPU have no kernels: here what an event itself takes stands for them."""
 
-    def own_time(event: Any) -> gpu_profile.Times:
-        return [(event.name, event.self_cpu_time_total)] if event.name.startswith("aten::") else []
-
-    events = gpu_profile.profile(FAST_BF16, TINY, 2, "cpu", **SIZES)
-    found = gpu_profile.by_op(events, own_time)
+    events = gpu_profile.profile(FAST_BF16, 2, Rehearsal())
+    found = gpu_profile.by_op(events, gpu_profile.host_times)
     ops = set(gpu_profile.by_op(events, lambda event: [("", 1.0)]))
     workload = FastWorkload(FAST_BF16, TINY, 2, "cpu", **SIZES)
     workload.iteration()
@@ -103,7 +101,7 @@ def test_every_operator_is_found_in_a_real_profile() -> None:
 
     def kernels(part: str) -> set[str]:
         only = gpu_profile.by_op(
-            events, lambda event: own_time(event) if part in event.name else []
+            events, lambda event: gpu_profile.host_times(event) if part in event.name else []
         )
         return set(only)
 

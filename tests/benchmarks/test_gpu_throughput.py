@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from benchmarks import gpu_environment, gpu_throughput, timing
-from benchmarks.gpu_fast import FAST_BF16, FAST_FP8
+from benchmarks.gpu_fast import FAST_BF16
 from benchmarks.gpu_throughput import (
     TimedRecipe,
     check_losses,
     make_row,
     measure_rows,
-    plan,
     row_line,
 )
 from benchmarks.gpu_workload import AUTOCAST, COMPILED, Recipe
 from sd_kernels.targets import GPUS, peak_of_driver
-from tests.benchmarks.tiny import H100, RECIPES, THROUGHPUT, FakeClock, tiny_workload
+from tests.benchmarks.tiny import H100, RECIPES, THROUGHPUT, FakeDevice, tiny_workload
 
 
 def test_an_unknown_gpu_has_no_peak() -> None:
@@ -46,14 +43,10 @@ def test_an_entry_is_timed_in_the_seconds_it_has(
     graph: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workload = tiny_workload(RECIPES[1])
-    telemetry = gpu_environment.Telemetry(lambda: None)
-    monkeypatch.setattr(workload, "capture", lambda: SimpleNamespace(replay=workload.iteration))
-    monkeypatch.setattr(Recipe, "workload", lambda *_: workload)
-    monkeypatch.setattr(gpu_throughput, "CudaClock", lambda: FakeClock([50.0] * 100))
-    monkeypatch.setattr(gpu_throughput, "Telemetry", lambda: telemetry)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(Recipe, "workload", lambda *_, **sizes: workload)
     entry = TimedRecipe(RECIPES[1], 2, graph=graph)
-    row = make_row("a CPU", entry, gpu_throughput.time_iterations(entry, seconds=0.5))
+    measured = gpu_throughput.time_iterations(entry, seconds=0.5, device=FakeDevice(50.0))
+    row = make_row("a CPU", entry, measured)
     assert row["status"] == "measured"
     assert row["mfu"] is None
     assert row["timed_iterations"] == gpu_throughput.LEAST_ITERATIONS
@@ -61,19 +54,23 @@ def test_an_entry_is_timed_in_the_seconds_it_has(
     assert row["loss_start"] == row["loss_warm_up"]
     assert row["loss_end"] != row["loss_start"]
     unknown = {"mfu", "kernels", "predicted_samples_per_second", "predicted_memory_bytes"}
+    unknown |= {"peak_memory_bytes", "peak_reserved_bytes"}
     missing = {key for key, value in row.items() if value is None}
     assert missing == {*unknown, "reason", *gpu_environment.summarise_telemetry([])}
     assert "samples/s" in row_line(row)
 
 
-def test_the_fast_ones_come_first_and_compiling_last() -> None:
-    entries = plan([8, 64], rival_batch=32)
-    fast = [(FAST_BF16, 64), (FAST_BF16, 8), (FAST_FP8, 64), (FAST_FP8, 8)]
-    assert [(entry.recipe, entry.batch) for entry in entries[:4]] == fast
-    names = [make_row(H100, entry, {})["implementation"] for entry in entries[4:]]
-    assert names[:3] == ["fast_bf16_eager", "plain_autocast_eager", "plain_bf16_masters_eager"]
-    assert [entry.recipe.compiled for entry in entries].index(True) == len(entries) - 2
-    assert {entry.batch for entry in entries[5:]} == {32}
+def test_what_is_timed() -> None:
+    both, others = gpu_throughput.fast(64), gpu_throughput.other_batches([8, 32, 16])
+    rivals, compiled = gpu_throughput.rivals(32), gpu_throughput.compiled(32)
+    assert [each.title for each in both] == ["fast_bf16_eager, batch 64", "fast_bf16, batch 64"]
+    assert [each.batch for each in others] == [32, 16, 8, 8]
+    assert others[-1].title == "fast_bf16_eager, batch 8"
+    assert not any(each.recipe.compiled for each in rivals)
+    assert all(each.recipe.compiled for each in compiled)
+    every = (*both, *others, *gpu_throughput.fp8(64), *rivals, *compiled)
+    names = {each.recipe.implementation for each in every}
+    assert names == gpu_throughput.RECIPES.keys()
 
 
 def test_compiling_is_not_begun_late() -> None:
@@ -85,9 +82,7 @@ def test_compiling_is_not_begun_late() -> None:
 
     entries = [TimedRecipe(recipe, 8, graph=True) for recipe in (AUTOCAST, COMPILED, AUTOCAST)]
     for seconds in (10.0, 600.0):
-        measure_rows(
-            H100, entries, timing.Budget(seconds, lambda: 0.0), [], measure, lambda rows: None
-        )
+        measure_rows(H100, entries, timing.Budget(seconds, lambda: 0.0), measure, lambda rows: None)
     late, early = asked[:2], asked[2:]
     assert [name for name, _ in late] == ["plain_autocast"] * 2
     assert [name for name, _ in early] == [
@@ -95,7 +90,7 @@ def test_compiling_is_not_begun_late() -> None:
         COMPILED.implementation,
         "plain_autocast",
     ]
-    most = gpu_throughput.MOST_SECONDS
+    most = gpu_throughput.START_SECONDS + gpu_throughput.TIMED_SECONDS
     assert [seconds for _, seconds in early] == [most, most + gpu_throughput.COMPILE_SECONDS, most]
 
 

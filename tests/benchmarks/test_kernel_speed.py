@@ -7,24 +7,28 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import gpu_acceptance, kernel_speed, kernel_timing
+from benchmarks import kernel_speed, kernel_timing
 from benchmarks.kernel_cases import COMPILED, Candidate, plan
-from benchmarks.kernel_parity import MOST_BYTES, ParityChecker, reduced, share_of_budget
+from benchmarks.kernel_parity import (
+    MOST_BYTES,
+    ParityChecker,
+    reduced,
+    share_of_budget,
+    small_cases,
+)
 from benchmarks.kernel_speed import is_bad, make_row, measure_all, parse, step_lines
 from benchmarks.timing import Budget
 from sd_kernels import geglu, harness
 from sd_kernels.registry import all_ops, source_digest
 from sd_kernels.spec import Case
 from sd_kernels.targets import GPUS, Target
-from sd_perf.tools.results import KernelRow, read
-from tests.benchmarks.tiny import FakeClock
+from tests.benchmarks.tiny import FakeDevice
 from tests.kernels.faults import planted
 
 H100 = GPUS["h100"].target
@@ -43,21 +47,16 @@ def candidate(backend: str, unavailable: str = "") -> Candidate:
     return Candidate(geglu.SPEC, SMALL, backend, torch.float32, unavailable)
 
 
-@pytest.fixture
-def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls are replayed one by one, on no stream, each 'taking' 2 ms."""
-
-    def capture(calls: list[Callable[[], Any]], count: int) -> Callable[[], None]:
-        return lambda: [call() for call in calls][:0]  # type: ignore[return-value]
-
-    class Stream:
-        def __enter__(self) -> None: ...
-        def __exit__(self, *_: object) -> None: ...
-
-    monkeypatch.setattr(kernel_timing, "capture", capture)
-    monkeypatch.setattr(kernel_timing, "CudaClock", lambda: FakeClock([2.0] * 1000))
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
-    monkeypatch.setattr(torch.cuda, "stream", lambda _: Stream())
+def measured(item: Candidate, seconds: float = 0.01) -> dict[str, dict[str, Any]]:
+    """A candidate's columns on a CPU; every replay 'takes' 2 ms."""
+    return kernel_timing.measure(
+        item,
+        ParityChecker("cpu"),
+        copy_rate=1e9,
+        l2_bytes=2**17,
+        seconds=seconds,
+        device=FakeDevice(2.0),
+    )
 
 
 def test_the_plan_has_every_backend_and_the_compiled_reference() -> None:
@@ -149,13 +148,10 @@ def test_the_backward_of_attention_is_counted_with_its_five_products() -> None:
     assert item.flops("backward") == 2.5 * item.flops("forward") > 0
 
 
-def test_green_is_timed(on_cpu: None) -> None:
-    checker = ParityChecker("cpu")
-    measured = kernel_timing.measure(
-        candidate("triton"), checker, copy_rate=1e9, l2_bytes=2**17, seconds=0.01
-    )
-    assert measured.keys() == {"forward", "backward"}
-    forward = measured["forward"]
+def test_green_is_timed() -> None:
+    found = measured(candidate("triton"))
+    assert found.keys() == {"forward", "backward"}
+    forward = found["forward"]
     assert (
         forward["status"] == "measured"
         and forward["parity"]["ok"]
@@ -176,27 +172,25 @@ def test_green_is_timed(on_cpu: None) -> None:
 
 
 def test_the_compiled_reference_is_held_to_the_same_rule(
-    on_cpu: None, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: lambda x: function(x) * 1.01)
-    measured = kernel_timing.measure(candidate(COMPILED), ParityChecker("cpu"), 1e9, 2**17, 0.01)
-    assert measured["forward"]["status"] == "red" and "WRONG" in measured["forward"]["reason"]
-    rows = [make_row(MACHINE, candidate(COMPILED), way, measured[way]) for way in measured]
+    found = measured(candidate(COMPILED))
+    assert found["forward"]["status"] == "red" and "WRONG" in found["forward"]["reason"]
+    rows = [make_row(MACHINE, candidate(COMPILED), way, found[way]) for way in found]
     assert not any(map(is_bad, rows))
 
 
-def test_red_is_not_timed(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_red_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> dict[str, Any]:
         raise AssertionError("timed although red")
 
     monkeypatch.setattr(kernel_timing, "time_direction", refuse)
     with planted("geglu", ("slope = cdf + gate", "slope = cdf - gate")) as function:
         monkeypatch.setattr(geglu.triton, "geglu", function)
-        measured = kernel_timing.measure(
-            candidate("triton"), ParityChecker("cpu"), 1e9, 2**17, 0.01
-        )
+        found = measured(candidate("triton"))
     for way in ("forward", "backward"):
-        row = make_row(MACHINE, candidate("triton"), way, measured[way])
+        row = make_row(MACHINE, candidate("triton"), way, found[way])
         assert (row["status"], row["us"], row["parity"]["ok"]) == ("red", None, False)
         assert "grad x" in row["reason"] and "WRONG" in row["reason"]
         assert is_bad(row)
@@ -282,29 +276,18 @@ def test_a_bare_checkout_is_enough() -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_gpu_acceptance_runs_them_within_its_seconds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: dict[str, Any] = {}
-
-    def run(
-        candidates: list[Candidate], budget: Budget, seconds: float, save: Callable[[Any], None]
-    ) -> list[KernelRow]:
-        seen.update(candidates=candidates, budget=budget.seconds)
-        save([make_row(MACHINE, candidates[0], "forward", {"status": "red", "reason": "WRONG"})])
-        return []
-
-    monkeypatch.setattr(kernel_speed, "run", run)
-    monkeypatch.setattr(gpu_acceptance, "describe", lambda: {"gpu": "NVIDIA H100 80GB HBM3"})
-    options = gpu_acceptance.parse(
-        ["--output", str(tmp_path), "--parts", "kernels", "--git-sha", "abc"]
+def test_few_small_cases_are_the_first_and_the_heaviest() -> None:
+    few = small_cases(geglu.SPEC, "triton", torch.bfloat16, few=True)
+    every = small_cases(geglu.SPEC, "triton", torch.bfloat16)
+    assert every == list(geglu.SPEC.small_cases) and few[0] == every[0] and len(few) == 2
+    weights = [geglu.SPEC.work(case, torch.bfloat16).forward_bytes for case in every]
+    assert geglu.SPEC.work(few[1], torch.bfloat16).forward_bytes == max(weights)
+    verdict = ParityChecker("cpu", few=True, own=False).check(
+        candidate("triton"), geglu.SPEC.backend("triton").function("geglu")
     )
-    report = gpu_acceptance.Report.begun(options)
-    gpu_acceptance.run_parts(report, options, Budget(400))
-    assert seen["budget"] <= 126
-    assert {item.spec.name for item in seen["candidates"]} == set(all_ops())
-    path = tmp_path / "kernels_nvidia_h100_80gb_hbm3.json"
-    written = read(path, "kernel_speed", KernelRow)
-    assert written.rows == report.kernels and written.provenance.git_sha == "abc"
-    assert gpu_acceptance.exit_code(report, options.parts) == 1
-    assert "red: WRONG" in gpu_acceptance.summary(report)
+    assert verdict["ok"] and 0 < verdict["checked"] < 20
+
+
+def test_a_plan_without_compiled_references() -> None:
+    backends = {item.backend for item in plan(H100, heaviest_only=True, compiled=False)}
+    assert COMPILED not in backends and "triton" in backends

@@ -6,19 +6,12 @@ import dataclasses
 
 from torch.nn.attention import SDPBackend
 
+from benchmarks.gpu_device import Rehearsal
 from benchmarks.gpu_workload import AUTOCAST, FP32, MASTERS, PlainWorkload, Recipe
-from sd_perf.config import UNetConfig
+from benchmarks.timing import Clock
 
 H100 = "NVIDIA H100 80GB HBM3"
-TINY = UNetConfig(
-    model_channels=32,
-    channel_mult=(1, 2),
-    num_res_blocks=1,
-    attention_resolutions=(1, 2),
-    num_head_channels=32,
-    context_dim=32,
-    transformer_groups=8,
-)
+TINY = Rehearsal.full.config
 SIZES = {"latent_size": 8, "context_tokens": 5}
 RECIPES = [
     dataclasses.replace(recipe, attention=SDPBackend.MATH) for recipe in (FP32, AUTOCAST, MASTERS)
@@ -45,6 +38,16 @@ class FakeClock:
 
     def intervals(self) -> list[float]:
         return self._milliseconds[: self._marks - 1]
+
+
+class FakeDevice(Rehearsal):
+    """A CPU on which every interval takes so many milliseconds."""
+
+    def __init__(self, milliseconds: float) -> None:
+        self._milliseconds = milliseconds
+
+    def clock(self) -> Clock:
+        return FakeClock([self._milliseconds] * 1000)
 
 
 def tiny_workload(recipe: Recipe) -> PlainWorkload:
