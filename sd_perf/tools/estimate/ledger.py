@@ -1,0 +1,151 @@
+"""Every kernel of the training step, traced from the trainer's own code without a GPU."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch.overrides import TorchFunctionMode
+
+from sd_kernels.launch import recording
+from sd_kernels.targets import GPU, named
+from sd_perf.config import Config
+from sd_perf.fast.architecture import architecture
+from sd_perf.fast.choice import choose_kernels
+from sd_perf.fast.ops import Ops
+from sd_perf.fast.step import FusedDiffusionStep
+from sd_perf.models.build import build_unet
+from sd_perf.tools.estimate.ledger_causes import cause, is_own, rows
+from sd_perf.tools.estimate.ledger_recorder import (
+    BACKWARD,
+    PHASES,
+    REDUCE,
+    Entry,
+    FakeGPU,
+    Recorder,
+)
+from sd_perf.training.flat import FlatParameters
+from sd_perf.training.optimizer import FlatAdamW
+
+
+class _Phases(TorchFunctionMode):
+    """Notes where backward begins and ends, and gives attention the kernel that is enabled."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(
+        self, function: Callable, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention:
+            return _attention(*args, **kwargs)
+        if function is not torch.Tensor.backward:
+            return function(*args, **kwargs)
+        self.recorder.phase = BACKWARD
+        result = function(*args, **kwargs)
+        self.recorder.phase = REDUCE
+        return result
+
+
+def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """torch would choose its math kernel on the meta device."""
+    enabled, aten = torch.backends.cuda, torch.ops.aten
+    if enabled.cudnn_sdp_enabled():
+        return aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, scale=scale)[0]
+    if enabled.flash_sdp_enabled():
+        return aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[0]
+    if enabled.mem_efficient_sdp_enabled():
+        return aten._scaled_dot_product_efficient_attention(q, k, v, None, True, scale=scale)[0]
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+@contextmanager
+def _compiled() -> Iterator[None]:
+    """Outputs as on a GPU, where Triton's interpreter would have them in float32."""
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.interpret = False
+        yield
+
+
+def ledger(config: Config, gpu: str, batch: int) -> dict[str, Any]:
+    """The traced step, as JSON takes it: phases, operators beside the floor, causes, kernels.
+
+    Bytes and launches are those of one step of `batch` samples. Raises WaitingError where the step
+    waits for the GPU, ConfigError where a kernel cannot be had.
+    """
+    entries = trace(config, named(gpu), batch)
+    summary = rows(entries, architecture(config), batch)
+    phases = {
+        phase: _sum(entry for entry in entries if entry.phase == phase) for phase in PHASES
+    }
+    groups: dict[tuple[str, ...], list[Entry]] = {}
+    for entry in entries:
+        key = entry.phase, entry.op, entry.kernel, "" if is_own(entry) else cause(entry)
+        groups.setdefault(key, []).append(entry)
+    names = "phase", "op", "kernel", "cause"
+    kernels = [dict(zip(names, key, strict=True)) | _sum(group) for key, group in groups.items()]
+    total = _sum(entries)
+    return {
+        **total,
+        "gigabytes_per_sample": (total["read"] + total["written"]) / batch / 1e9,
+        "phases": phases,
+        **summary,
+        "kernels": sorted(kernels, key=lambda row: -row["read"] - row["written"]),
+    }
+
+
+def _sum(entries: Iterable[Entry]) -> dict[str, Any]:
+    total: Counter[str] = Counter(launches=0, read=0, written=0)
+    for entry in entries:
+        total.update(
+            launches=entry.moved.launches, read=entry.moved.read, written=entry.moved.written
+        )
+    return dict(total)
+
+
+def trace(config: Config, gpu: GPU, batch: int) -> list[Entry]:
+    """The kernels of one training step of the fast network in bfloat16 on the GPU, in order."""
+    config = replace(
+        config,
+        model=replace(config.model, implementation="fast", compile=False),
+        training=replace(config.training, precision="bf16"),
+    )
+    with _compiled(), recording() as launches, FakeGPU():
+        recorder = Recorder(launches)
+        iteration = _iteration(config, gpu, batch, recorder)
+        with _Phases(recorder), recorder:
+            iteration()
+        recorder._flush()
+    return recorder.entries
+
+
+def _iteration(config: Config, gpu: GPU, batch: int, recorder: Recorder) -> Callable[[], None]:
+    choices = choose_kernels(config, gpu.target)
+    ops = Ops.chosen(choices, recorder.owned)
+    with torch.device("cuda"):  # initial weights of 866 million numbers would take minutes
+        unet = build_unet(config, seed=0, device=torch.device("cuda"), ops=ops)
+    step = FusedDiffusionStep(config, 0, ops).to("cuda")
+    flat = FlatParameters(unet, torch.bfloat16)
+    optimizer = FlatAdamW(flat, config.optimizer, config.learning_rate, ops.adamw)
+    side, channels = config.data.latent_size, config.model.in_channels
+    with torch.device("cuda"):
+        moments = torch.empty(batch, 2 * channels, side, side)
+        context = torch.empty(
+            batch, config.data.context_tokens, config.model.context_dim, dtype=torch.bfloat16
+        )
+        indices = torch.empty(batch, dtype=torch.int64)
+
+    def iteration() -> None:
+        loss = step(unet, moments, context, indices)
+        loss.backward()
+        optimizer.step(flat.collect_gradients())
+
+    return iteration

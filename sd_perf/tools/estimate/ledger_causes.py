@@ -1,0 +1,107 @@
+"""Why the traced step moves more than its operators must: every byte beyond the floor, by cause.
+
+The floor is what the specs of sd_kernels say: each call of an operator reads its inputs and writes
+its results once (`OpSpec.work`). What an operator's own kernels move beyond that is one cause for
+each operator; every kernel of torch between or inside operators has a cause of its own.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from torch import bfloat16
+
+from sd_kernels.registry import all_ops
+from sd_kernels.sd_v2_shapes import Architecture
+from sd_perf.tools.estimate.fused import cases
+from sd_perf.tools.estimate.ledger_recorder import BACKWARD, FORWARD, OPTIMIZER, REDUCE, Entry
+
+BETWEEN = "elementwise"
+"""the row of torch's own sums, copies and casts, as `estimate` names it"""
+_BEYOND = {
+    "attention": "sums of the rows of scores, float32",
+    "conv": "both matmuls of backward read the output's gradient",
+    "group_norm": "statistics and partial sums",
+    "layer_norm": "statistics and partial sums",
+    "skip_conv": "a matmul for each of two sources: outputs and their gradients are moved twice",
+    "upsample_conv": "pixels interleaved and weights merged beside the convolution",
+}
+"""what an operator's own kernels move beyond reading each input and writing each result once"""
+_PACKED = {
+    FORWARD: "weights packed for one matmul",
+    BACKWARD: "gradients of what one matmul made, packed for its backward",
+}
+
+
+def floor(unet: Architecture, batch: int) -> dict[str, float]:
+    """Bytes that each operator must move in a step, by what its spec says."""
+    total: Counter[str] = Counter()
+    for op, spec in all_ops().items():
+        for case in cases(op, unet, batch):
+            work = spec.work(case, bfloat16)
+            total[op] += case.calls * (work.forward_bytes + work.backward_bytes)
+    return dict(total)
+
+
+def is_own(entry: Entry) -> bool:
+    """Whether a kernel does an operator's work: one of ours, a matmul or an attention."""
+    computes = entry.moved.matmul is not None or entry.moved.attention is not None
+    return bool(entry.op) and (computes or entry.is_triton)
+
+
+def cause(entry: Entry) -> str:
+    """Why torch launched a kernel that is no operator's own."""
+    name = entry.kernel.removesuffix("_")
+    if entry.phase == OPTIMIZER:
+        return "the optimizer's step count and rates"
+    if entry.phase == REDUCE:
+        return "gradients moved into the flat buffer"
+    if entry.inside:
+        return f"torch's sums, casts and zeros inside {entry.op}"
+    if entry.phase == BACKWARD and not entry.where.startswith("sd_kernels"):
+        if name == "add":
+            what = "of images (skips, residuals)" if len(entry.shape) == 4 else "of all else"
+            return f"gradients added: {what}"
+        if name == "sum":
+            linear = entry.node == "AddmmBackward0"
+            return "bias gradients summed: " + ("linear layers" if linear else "all else")
+        if name in ("stack", "cat") and entry.op == "attention":
+            return "dq, dk and dv packed"
+    if name in ("cat", "stack"):
+        return _PACKED.get(entry.phase, "packing")
+    if name in ("copy", "clone", "_foreach_copy"):
+        return "copies"
+    return "casts" if name == "_to_copy" else "small kernels of torch"
+
+
+def rows(entries: Iterable[Entry], unet: Architecture, batch: int) -> dict[str, Any]:
+    """Launches and bytes by operator beside the floor, and every cause of what lies beyond it.
+
+    The floor and all causes together are the bytes of the entries.
+    """
+    least = floor(unet, batch)
+    own: dict[str, Counter[str]] = {}
+    causes: dict[str, Counter[str]] = {}
+    for entry in entries:
+        if is_own(entry):
+            row = own.setdefault(entry.op, Counter())
+        else:
+            row = causes.setdefault(cause(entry), Counter())
+        row["launches"] += entry.moved.launches
+        row["bytes"] += entry.bytes
+    ops = {
+        op: {**row, "floor": least.get(op, 0.0), "beyond": row["bytes"] - least.get(op, 0.0)}
+        for op, row in sorted(own.items())
+    }
+    beyond = [
+        {"cause": f"{op}: {_BEYOND.get(op, 'scratch')}", "launches": 0, "bytes": row["beyond"]}
+        for op, row in ops.items()
+        if row["beyond"]
+    ]
+    between = [{"cause": name, **row} for name, row in causes.items()]
+    return {
+        "ops": ops,
+        "causes": sorted(beyond + between, key=lambda row: -row["bytes"]),
+    }
