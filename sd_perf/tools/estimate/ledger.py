@@ -9,9 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
-from torch.overrides import TorchFunctionMode
 
 from sd_kernels.launch import recording
 from sd_kernels.targets import GPU, named
@@ -23,48 +21,13 @@ from sd_perf.fast.step import FusedDiffusionStep
 from sd_perf.models.build import build_unet
 from sd_perf.tools.estimate.ledger_causes import cause, is_own, rows
 from sd_perf.tools.estimate.ledger_recorder import (
-    BACKWARD,
     PHASES,
-    REDUCE,
     Entry,
     FakeGPU,
     Recorder,
 )
 from sd_perf.training.flat import FlatParameters
 from sd_perf.training.optimizer import FlatAdamW
-
-
-class _Phases(TorchFunctionMode):
-    """Notes where backward begins and ends, and gives attention the kernel that is enabled."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
-        self.recorder = recorder
-
-    def __torch_function__(
-        self, function: Callable, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if function is F.scaled_dot_product_attention:
-            return _attention(*args, **kwargs)
-        if function is not torch.Tensor.backward:
-            return function(*args, **kwargs)
-        self.recorder.phase = BACKWARD
-        result = function(*args, **kwargs)
-        self.recorder.phase = REDUCE
-        return result
-
-
-def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """torch would choose its math kernel on the meta device."""
-    enabled, aten = torch.backends.cuda, torch.ops.aten
-    if enabled.cudnn_sdp_enabled():
-        return aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, scale=scale)[0]
-    if enabled.flash_sdp_enabled():
-        return aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[0]
-    if enabled.mem_efficient_sdp_enabled():
-        return aten._scaled_dot_product_efficient_attention(q, k, v, None, True, scale=scale)[0]
-    return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
 @contextmanager
@@ -83,9 +46,7 @@ def ledger(config: Config, gpu: str, batch: int) -> dict[str, Any]:
     """
     entries = trace(config, named(gpu), batch)
     summary = rows(entries, architecture(config), batch)
-    phases = {
-        phase: _sum(entry for entry in entries if entry.phase == phase) for phase in PHASES
-    }
+    phases = {phase: _sum(entry for entry in entries if entry.phase == phase) for phase in PHASES}
     groups: dict[tuple[str, ...], list[Entry]] = {}
     for entry in entries:
         key = entry.phase, entry.op, entry.kernel, "" if is_own(entry) else cause(entry)
@@ -121,9 +82,8 @@ def trace(config: Config, gpu: GPU, batch: int) -> list[Entry]:
     with _compiled(), recording() as launches, FakeGPU():
         recorder = Recorder(launches)
         iteration = _iteration(config, gpu, batch, recorder)
-        with _Phases(recorder), recorder:
+        with recorder.step():
             iteration()
-        recorder._flush()
     return recorder.entries
 
 

@@ -25,6 +25,7 @@ _BEYOND = {
     "conv": "both matmuls of backward read the output's gradient",
     "group_norm": "statistics and partial sums",
     "layer_norm": "statistics and partial sums",
+    "linear": "no gradient of the text, which the floor has",
     "skip_conv": "a matmul for each of two sources: outputs and their gradients are moved twice",
     "upsample_conv": "pixels interleaved and weights merged beside the convolution",
 }
@@ -95,13 +96,8 @@ def rows(entries: Iterable[Entry], unet: Architecture, batch: int) -> dict[str, 
         op: {**row, "floor": least.get(op, 0.0), "beyond": row["bytes"] - least.get(op, 0.0)}
         for op, row in sorted(own.items())
     }
-    beyond = [
-        {"cause": f"{op}: {_BEYOND.get(op, 'scratch')}", "launches": 0, "bytes": row["beyond"]}
-        for op, row in ops.items()
-        if row["beyond"]
-    ]
-    between = [{"cause": name, **row} for name, row in causes.items()]
-    return {
-        "ops": ops,
-        "causes": sorted(beyond + between, key=lambda row: -row["bytes"]),
-    }
+    for op, row in ops.items():
+        name = f"{op}: {_BEYOND[op]}" if op in _BEYOND else "partial sums of all other operators"
+        causes.setdefault(name, Counter())["bytes"] += row["beyond"]
+    found = [{"cause": name, "launches": 0, "bytes": 0.0, **row} for name, row in causes.items()]
+    return {"ops": ops, "causes": sorted(found, key=lambda row: -row["bytes"])}

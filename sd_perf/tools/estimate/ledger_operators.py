@@ -8,26 +8,20 @@ workspaces, memsets) is not known and not counted.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from sd_kernels.spec import Matmul, Matmuls
 from sd_perf.tools.estimate.roofline import AttentionWork
 
-_NO_KERNEL = {
-    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh",
-    "_unsafe_view", "alias", "_reshape_alias",
-}  # fmt: skip
+_NO_KERNEL = re.compile(r"(new_)?empty(_like|_strided)?|detach|alias|_unsafe_view|_reshape_alias")
 _OVERWRITES = {"copy_", "fill_", "zero_", "_foreach_copy_"}
 """change their first argument without reading it"""
-WAITING = {
-    "_local_scalar_dense", "nonzero", "nonzero_static", "equal", "is_nonzero", "masked_select",
-    "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive", "bincount",
-}  # fmt: skip
+WAITING = re.compile(r"_local_scalar_dense|(is_)?nonzero|equal|masked_select|bincount|_?unique.*")
 """operators whose result the host must have before it can go on"""
 _CHUNK, _BLOCKS, _TENSORS = 65536, 320, 64
 """elements of a block, and most blocks and pairs of tensors of one launch of a `_foreach_` operator
@@ -62,7 +56,7 @@ def size(value: Any) -> float:
 def moved_by(function: Any, args: Any, kwargs: Any, out: Any) -> list[Moved]:
     """The kernels of one call of an operator; none where it only makes a view or allocates."""
     name = function.overloadpacket.__name__
-    if function.is_view or name in _NO_KERNEL or not size((args, kwargs, out)):
+    if function.is_view or _NO_KERNEL.fullmatch(name) or not size((args, kwargs, out)):
         return []
     if name in ("convolution", "convolution_backward"):
         return _convolution(name, args, out)
@@ -149,6 +143,8 @@ def _attention(name: str, args: Any, out: Any) -> Moved:
     matmuls = 5 if is_backward else 2
     flops = 2.0 * matmuls * math.prod(q.shape) * k.shape[2]
     # Seeds of dropout, single numbers on either side, are no traffic.
-    tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor) and leaf.dim() > 1]
-    results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor) and leaf.dim() > 1]
-    return Moved(1, size(tensors), size(results), attention=AttentionWork(flops, q.shape[2]))
+    read, written = (
+        size([leaf for leaf in tree_leaves(side) if isinstance(leaf, Tensor) and leaf.dim() > 1])
+        for side in (args, out)
+    )
+    return Moved(1, read, written, attention=AttentionWork(flops, q.shape[2]))

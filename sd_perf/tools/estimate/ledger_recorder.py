@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch.overrides import TorchFunctionMode
@@ -30,6 +32,8 @@ FORWARD, BACKWARD, REDUCE, OPTIMIZER = PHASES = ("forward", "backward", "reduce"
 _OWNER = "sd_kernels operator"
 """key in the metadata of autograd's nodes"""
 _DEVICE = torch.Tensor.device.__get__  # type: ignore[attr-defined]
+_META = ("meta", torch.device("meta"))
+_FROM_HOST = "takes numbers from the host to the GPU or back"
 _CUDA = re.compile(r"cuda(:\d+)?")
 
 
@@ -48,7 +52,8 @@ class FakeGPU(TorchFunctionMode):
             return torch.device("cuda", 0) if device.type == "meta" else device
         if function is torch.device:
             return function(*args, **(kwargs or {}))
-        return function(*tree_map(_on_meta, args), **tree_map(_on_meta, kwargs or {}))
+        named = {name: _on_meta(value) for name, value in (kwargs or {}).items()}
+        return function(*map(_on_meta, args), **named)
 
 
 def _on_meta(value: Any) -> Any:
@@ -116,6 +121,13 @@ class Recorder(TorchDispatchMode):
             return results
 
         return call
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Record what is called within; backward passes are noted as such."""
+        with _Calls(self), self:
+            yield
+            self._flush()
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -205,6 +217,41 @@ class Recorder(TorchDispatchMode):
         self.entries.append(entry)
 
 
+class _Calls(TorchFunctionMode):
+    """What must be seen above autograd: backward passes, attention, and numbers of the host."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(
+        self, function: Callable, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention:
+            return _attention(*args, **kwargs)
+        if function in (torch.tensor, torch.as_tensor) and _on_meta(kwargs.get("device")) in _META:
+            raise _waiting("tensor", _FROM_HOST)
+        if function is not torch.Tensor.backward:
+            return function(*args, **kwargs)
+        self.recorder.phase = BACKWARD
+        result = function(*args, **kwargs)
+        self.recorder.phase = REDUCE
+        return result
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """The kernel that is enabled; torch would choose its math kernel on the meta device."""
+    enabled, aten = torch.backends.cuda, torch.ops.aten
+    if enabled.cudnn_sdp_enabled():
+        return aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, scale=scale)[0]
+    if enabled.flash_sdp_enabled():
+        return aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[0]
+    if enabled.mem_efficient_sdp_enabled():
+        return aten._scaled_dot_product_efficient_attention(q, k, v, None, True, scale=scale)[0]
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
@@ -259,21 +306,20 @@ def _require_no_waiting(function: Any, args: Any, kwargs: Any) -> None:
     name = function.overloadpacket.__name__
     leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     devices = {"cuda" if leaf.is_meta else "cpu" for leaf in leaves}
-    if name == "lift_fresh":
-        devices.add("cpu")  # torch.tensor: numbers of the host
-    elif leaves and kwargs.get("device") is not None:
+    if leaves and kwargs.get("device") is not None:
         devices.add("cuda" if torch.device(kwargs["device"]).type == "meta" else "cpu")
     if "cuda" not in devices:
         return
     indices = [leaf for leaf in tree_leaves(args[1:2]) if isinstance(leaf, Tensor)]
     by_mask = name.startswith("index") and any(x.dtype == torch.bool for x in indices)
-    why = ""
-    if name in WAITING or by_mask or function == torch.ops.aten.repeat_interleave.Tensor:
-        why = "makes the host wait for the GPU"
-    elif len(devices) > 1:
-        why = "takes numbers from the host to the GPU or back"
-    if why:
-        raise WaitingError(
-            f"aten.{name} in {_where()} {why}, which a captured training step may not; keep the "
-            "number in a tensor on the GPU"
-        )
+    if WAITING.fullmatch(name) or by_mask or function == torch.ops.aten.repeat_interleave.Tensor:
+        raise _waiting(name, "makes the host wait for the GPU")
+    if len(devices) > 1:
+        raise _waiting(name, _FROM_HOST)
+
+
+def _waiting(name: str, why: str) -> WaitingError:
+    return WaitingError(
+        f"aten.{name} in {_where()} {why}, which a captured training step may not; keep the number "
+        "in a tensor on the GPU"
+    )

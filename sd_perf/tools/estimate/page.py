@@ -20,14 +20,17 @@ def tables(facts: dict[str, Any]) -> Iterable[Any]:
     yield _times(facts)
     yield _memory(facts)
     yield _expected(facts["installed"])
-    yield "One GPU; communication is not counted. fused is the fast network's step in one CUDA graph."
+    yield (
+        "One GPU; communication is not counted. fused is the fast network's step in one CUDA graph."
+    )
     yield from facts["notes"]
 
 
 def _expected(installed: dict[str, Any]) -> str:
     """What fused amounts to with the attention that is installed, and what may be reached."""
-    rate, rates = installed["samples_per_second"], installed["attention_rates"]
-    text = f"fused with attention by {installed['attention']} ({rates}): at most {rate:.1f} samples/s"
+    rate, library = installed["samples_per_second"], installed["attention_rates"]
+    chosen = f"{installed['attention']} ({library})"
+    text = f"fused with attention by {chosen}: at most {rate:.1f} samples/s"
     if installed["expected"] is None:
         return f"{text}; no published run says how much of it is reached on this GPU."
     (low, high), shares = installed["expected"], installed["shares_reached"]

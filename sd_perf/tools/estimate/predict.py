@@ -107,7 +107,7 @@ def predict(config: Config, gpu: str, batch: int, ranks: int = 1) -> dict[str, A
     unet = architecture(config)
     eager, eager_saved = plain(config, batch)
     # torch's fused AdamW in float32 reads gradients, and reads and writes weights and two moments.
-    eager.append(Kernel("adamw", 28.0 * unet.parameters))
+    eager = [*eager, Kernel("adamw", 28.0 * unet.parameters)]
     kernels = {
         "plain": eager,
         "submission": list(submission(unet, batch, ranks)),
