@@ -28,7 +28,7 @@ CODE_LINES = {
     "sd_perf/distributed": 400,
     "sd_perf/evaluation": 1000,
     "sd_perf/mlperf": 700,
-    "sd_perf/tools": 3200,
+    "sd_perf/tools": 3500,
     "sd_perf": 1350,
     "kernels": 4800,
     "benchmarks": 2500,

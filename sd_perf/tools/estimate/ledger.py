@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -63,13 +62,14 @@ def ledger(config: Config, gpu: str, batch: int) -> dict[str, Any]:
     }
 
 
-def _sum(entries: Iterable[Entry]) -> dict[str, Any]:
-    total: Counter[str] = Counter(launches=0, read=0, written=0)
+def _sum(entries: Iterable[Entry]) -> dict[str, float]:
+    """Launches, bytes read and bytes written of all entries together."""
+    total = {"launches": 0, "read": 0.0, "written": 0.0}
     for entry in entries:
-        total.update(
-            launches=entry.moved.launches, read=entry.moved.read, written=entry.moved.written
-        )
-    return dict(total)
+        total["launches"] += entry.moved.launches
+        total["read"] += entry.moved.read
+        total["written"] += entry.moved.written
+    return total
 
 
 def trace(config: Config, gpu: GPU, batch: int) -> list[Entry]:

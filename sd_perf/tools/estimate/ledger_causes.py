@@ -7,7 +7,7 @@ each operator; every kernel of torch between or inside operators has a cause of 
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,8 +26,8 @@ _BEYOND = {
     "group_norm": "statistics and partial sums",
     "layer_norm": "statistics and partial sums",
     "linear": "no gradient of the text, which the floor has",
-    "skip_conv": "a matmul for each of two sources: outputs and their gradients are moved twice",
-    "upsample_conv": "pixels interleaved and weights merged beside the convolution",
+    "skip_conv": "two matmuls for two sources move their output twice",
+    "upsample_conv": "pixels interleaved, weights merged",
 }
 """what an operator's own kernels move beyond reading each input and writing each result once"""
 _PACKED = {
@@ -38,7 +38,7 @@ _PACKED = {
 
 def floor(unet: Architecture, batch: int) -> dict[str, float]:
     """Bytes that each operator must move in a step, by what its spec says."""
-    total: Counter[str] = Counter()
+    total: dict[str, float] = defaultdict(float)
     for op, spec in all_ops().items():
         for case in cases(op, unet, batch):
             work = spec.work(case, bfloat16)
@@ -57,7 +57,7 @@ def cause(entry: Entry) -> str:
     name = entry.kernel.removesuffix("_")
     if entry.phase == OPTIMIZER:
         return "the optimizer's step count and rates"
-    if entry.phase == REDUCE:
+    if entry.phase == REDUCE and name in ("copy", "_foreach_copy"):
         return "gradients moved into the flat buffer"
     if entry.inside:
         return f"torch's sums, casts and zeros inside {entry.op}"
@@ -83,21 +83,22 @@ def rows(entries: Iterable[Entry], unet: Architecture, batch: int) -> dict[str, 
     The floor and all causes together are the bytes of the entries.
     """
     least = floor(unet, batch)
-    own: dict[str, Counter[str]] = {}
-    causes: dict[str, Counter[str]] = {}
+    own: dict[str, dict[str, float]] = defaultdict(_nothing)
+    causes: dict[str, dict[str, float]] = defaultdict(_nothing)
     for entry in entries:
-        if is_own(entry):
-            row = own.setdefault(entry.op, Counter())
-        else:
-            row = causes.setdefault(cause(entry), Counter())
-        row["launches"] += entry.moved.launches
-        row["bytes"] += entry.bytes
+        found = own[entry.op] if is_own(entry) else causes[cause(entry)]
+        found["launches"] += entry.moved.launches
+        found["bytes"] += entry.bytes
     ops = {
         op: {**row, "floor": least.get(op, 0.0), "beyond": row["bytes"] - least.get(op, 0.0)}
         for op, row in sorted(own.items())
     }
     for op, row in ops.items():
         name = f"{op}: {_BEYOND[op]}" if op in _BEYOND else "partial sums of all other operators"
-        causes.setdefault(name, Counter())["bytes"] += row["beyond"]
-    found = [{"cause": name, "launches": 0, "bytes": 0.0, **row} for name, row in causes.items()]
-    return {"ops": ops, "causes": sorted(found, key=lambda row: -row["bytes"])}
+        causes[name]["bytes"] += row["beyond"]
+    named = [{"cause": name, **row} for name, row in causes.items()]
+    return {"ops": ops, "causes": sorted(named, key=lambda row: -float(row["bytes"]))}
+
+
+def _nothing() -> dict[str, float]:
+    return {"launches": 0, "bytes": 0.0}

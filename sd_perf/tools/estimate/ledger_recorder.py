@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from sd_perf.tools.estimate.ledger_operators import WAITING, Moved, moved_by, si
 FORWARD, BACKWARD, REDUCE, OPTIMIZER = PHASES = ("forward", "backward", "reduce", "optimizer")
 _OWNER = "sd_kernels operator"
 """key in the metadata of autograd's nodes"""
-_DEVICE = torch.Tensor.device.__get__  # type: ignore[attr-defined]
+_DEVICE = torch.Tensor.device.__get__
 _META = ("meta", torch.device("meta"))
 _FROM_HOST = "takes numbers from the host to the GPU or back"
 _CUDA = re.compile(r"cuda(:\d+)?")
@@ -139,8 +140,11 @@ class Recorder(TorchDispatchMode):
             return self._run(function, args, kwargs)
         out = _channels_last(function, function(*args, **kwargs))
         if "empty" in function.overloadpacket.__name__:
-            self._fresh.add(out.untyped_storage()._cdata)
+            self._fresh.add(_storage(out))
             return out
+        if not function.is_view:
+            # Written by this operator; torch may also have given it the address of a freed storage.
+            self._fresh -= {_storage(leaf) for leaf in tree_leaves(out) if isinstance(leaf, Tensor)}
         for moved in moved_by(function, args, kwargs, out):
             kernel = ".".join(filter(None, (function.overloadpacket.__name__, moved.name)))
             self._add(kernel, moved, (args, out))
@@ -191,7 +195,8 @@ class Recorder(TorchDispatchMode):
             if owner:
                 return owner
         node = torch._C._current_autograd_node()
-        return "" if node is None else node.metadata.get(_OWNER, "")
+        metadata: Any = {} if node is None else node.metadata
+        return metadata.get(_OWNER, "")
 
     def _add(
         self,
@@ -278,7 +283,7 @@ def _owner_of(function: Any) -> str:
 
 def _where() -> str:
     """The innermost function of this project that is running, but for this tool's own."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
         if module.startswith(("sd_perf.", "sd_kernels.")) and ".ledger" not in module:

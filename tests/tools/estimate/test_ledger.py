@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from sd_kernels.launch import recording
@@ -17,6 +19,7 @@ from sd_perf.cli import main
 from sd_perf.config import Config, UNetConfig
 from sd_perf.tools.estimate.ledger import ledger
 from sd_perf.tools.estimate.ledger_operators import moved_by
+from sd_perf.tools.estimate.ledger_page import ledger_tables
 from sd_perf.tools.estimate.ledger_recorder import FakeGPU, Recorder, WaitingError
 from sd_perf.tools.estimate.predict import predict
 
@@ -76,6 +79,15 @@ def test_a_small_step_by_hand() -> None:
     # 32 x 32 tokens of 320 channels: 12C forward and 20C backward, of 2 bytes, in 2 samples.
     calls = geglu["launches"] / 2
     assert geglu["bytes"] == geglu["floor"] == calls * 2 * (32 * 32) * 320 * (12 + 20) * 2
+
+
+def test_the_documented_ledger_is_that_of_the_code(benchmark: dict[str, Any]) -> None:
+    facts = {"gpu": "h100", "batch": BATCH, "ledger": benchmark}
+    out = io.StringIO()
+    Console(file=out, width=100, color_system=None).print(*ledger_tables(facts), sep="\n")
+    shown = "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
+    page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    assert f"--ledger`:\n\n```\n{shown}\n```\n" in page, f"docs/performance.md lacks:\n{shown}"
 
 
 def recorded(step: Callable[[], Any]) -> list[Any]:
