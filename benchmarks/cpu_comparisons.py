@@ -34,7 +34,7 @@ from sd_perf.models.torchvision_schemas import define_missing_torchvision_ops
 from sd_perf.presets import load_preset
 from sd_perf.reference.unet import UNet
 from sd_perf.tools.results import REPOSITORY, Provenance, Result, write
-from sd_perf.training.step import TrainStep
+from sd_perf.training.build_step import build_step
 
 REPEATS = 5
 BATCH = 32
@@ -132,7 +132,7 @@ def compare_steps(smoke: Config) -> dict[str, float]:
     def side_of(config: Config) -> Callable[[], None]:
         ops = choose_ops(config)
         unet = build_unet(config, seed=0, device=world.device, ops=ops)
-        step = TrainStep(unet, config, seed=0, world=world, text_encoder=None, ops=ops)
+        step = build_step(unet, config, seed=0, world=world, text_encoder=None, ops=ops)
 
         def steps() -> None:
             for _ in range(STEPS):

@@ -153,26 +153,32 @@ class FastWorkload(Workload):
         self.step = FusedDiffusionStep(whole, self.seed, ops).to(device)
         self.flat = FlatParameters(self.unet, recipe.weights)
         self.collect = wrap("collect_gradients", self.flat.collect_gradients)
-        self.optimizer = FlatAdamW(self.flat, whole.optimizer, whole.learning_rate, ops.adamw)
+        self.optimizer = FlatAdamW(self.flat, whole.optimizer, ops.adamw)
+        self.optimizer.learning_rate.fill_(whole.learning_rate)
         self.reset()
 
     def masters(self) -> list[torch.Tensor]:
-        return list(self.flat.masters().values())
+        return list(self.flat.views(self.flat.masters()).values())
 
     def training_loss(self) -> torch.Tensor:
         return self.step(self.unet, self.moments, self.context, self.sample_indices)
 
     def update(self) -> None:
-        self.optimizer.step(self.collect())
+        self.collect()
+        (bucket,) = self.flat.buckets
+        self.optimizer.step(bucket)
+        self.optimizer.step_number += 1
 
     def restart(self) -> None:
         with torch.device(self.device):
             plain = channels_last(UNet(self.config))
         randomize(plain, self.seed)
         self.flat.set_masters(dict(plain.named_parameters()))
-        self.optimizer.reset()
+        self.optimizer.exp_avg.zero_()
+        self.optimizer.exp_avg_sq.zero_()
+        self.optimizer.step_number.fill_(1)
 
     def changing(self) -> list[torch.Tensor]:
         flat, optimizer = self.flat, self.optimizer
         halves = [flat.weights] if flat.remainders is None else [flat.weights, flat.remainders]
-        return [*halves, optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.step_count]
+        return [*halves, optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.step_number]

@@ -16,13 +16,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO, NoReturn
 
+from sd_perf.drafts import draft_folder
 from sd_perf.errors import UserError
-
-ASIDE = ".writing_"
-"""prefix of the names of unfinished files and folders; only a killed process leaves any behind"""
 
 MAX_JSON_BYTES = 16 * 2**20
 """largest JSON file that is read"""
@@ -63,19 +60,16 @@ def written_aside(path: Path) -> Iterator[Path]:
     write to. When the block ends, what it wrote is flushed to the disk and moved to `path`. Where
     anything fails, `path` stays as it was and nothing is left beside it.
     """
-    aside = TemporaryDirectory(
-        prefix=f"{ASIDE}{path.name}.", dir=path.parent, ignore_cleanup_errors=True
-    )
-    with aside as folder:
-        draft = Path(folder) / path.name
+    with draft_folder(path.parent, path.name) as folder:
+        draft = folder / path.name
         yield draft
         for part in (draft, *draft.rglob("*")):
-            _flush(part)
+            flush(part)
         draft.replace(path)
-    _flush(path.parent)
+    flush(path.parent)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Make a file's content, or the names in a folder, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -14,8 +14,11 @@ FOLDERS = {"sd_perf": ROOT / "sd_perf", "sd_kernels": ROOT / "kernels/sd_kernels
 ORDER = (
     "errors",
     "visible",
+    "stopping",
+    "children",
     "console",
     "memory",
+    "drafts",
     "files",
     "optional",
     "config",

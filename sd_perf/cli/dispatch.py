@@ -6,9 +6,7 @@ import argparse
 import functools
 import inspect
 import logging
-import os
 import sys
-import time
 import traceback
 from collections.abc import Callable
 
@@ -23,14 +21,15 @@ from sd_perf.cli.tools import doctor, estimate, parity, report
 from sd_perf.cli.train import train
 from sd_perf.cli.weights import export
 from sd_perf.config import Config
+from sd_perf.console import LossyOutput
 from sd_perf.errors import ConfigError, UserError
 from sd_perf.presets import load_preset
+from sd_perf.stopping import STOP, Stopped
 from sd_perf.visible import visible
 
 Command = Callable[..., int]
 
 _BUG, _BAD_INPUT = 1, 2
-_CTRL_C = 130  # 128 + SIGINT, as shells have it
 _DESCRIPTION = (
     "A fast, checkable trainer of the MLPerf text-to-image benchmark (Stable Diffusion v2). "
     "Bad input is one sentence and exit code 2; --debug, with any command, adds the traceback."
@@ -72,38 +71,57 @@ _COMMANDS: dict[str, Command] = {
 def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit.
 
-    Exit codes: 0 done, 1 a bug (or a check that failed), 2 bad input, 75 stopped and saved,
-    130 stopped by Ctrl-C.
+    Exit codes: 0 done, 1 a bug (or a check that failed, or output that could not be written), 2 bad
+    input, 75 stopped by a signal (training: and saved), 130 stopped by Ctrl-C.
+
+    Signals are handled from here to the end of the process. A program that gives `arguments` gets
+    its own handlers and streams back.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    STOP.take(speaks=RANK == 0)
+    output = LossyOutput()
+    output.take()
+    try:
+        words = list(sys.argv[1:] if arguments is None else arguments)
+        try:
+            code = _exit_code(words)
+        finally:
+            STOP.hold()
+        # What training is for is in its run folder.
+        if output.is_lost() and not code and words[:1] != ["train"]:
+            code = _BUG
+        if code:
+            _let_first_rank_speak()
+    finally:
+        if arguments is None:
+            STOP.ignore()
+        else:
+            output.give_back()
+            STOP.give_back()
+    sys.exit(code)
+
+
+def _exit_code(arguments: list[str]) -> str | int | None:
+    """Run a command; returns its exit code. Errors that a user can mend are printed."""
     debug = "--debug" in arguments
     logging.basicConfig(
         level=logging.INFO if debug else logging.WARNING,
         format="%(levelname)s %(name)s: %(message)s",
     )
-    code: str | int | None
     try:
-        code = _run([argument for argument in arguments if argument != "--debug"])
+        return _run([argument for argument in arguments if argument != "--debug"])
     except SystemExit as leaving:  # tyro has said why, or another rank will
-        code = leaving.code
+        return leaving.code
     except _bad_input_errors() as error:
         if debug:
             traceback.print_exc()
         if isinstance(error, ConfigError):  # every rank read the config; the first one speaks
             _let_first_rank_speak()
+            if STOP.received is not None:
+                return _BAD_INPUT
         print(visible(f"sd-perf: {f'rank {RANK}: ' if RANK else ''}{error}"), file=sys.stderr)
-        code = _BAD_INPUT
-    except KeyboardInterrupt:
-        if RANK == 0:
-            print("sd-perf: stopped by Ctrl-C", file=sys.stderr)
-        sys.exit(_CTRL_C)
-    except BrokenPipeError:  # whatever read our output, such as `head`, has closed it
-        # Python flushes stdout at exit, and would complain of the same pipe again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = _BUG
-    if code:
-        _let_first_rank_speak()
-    sys.exit(code)
+        return _BAD_INPUT
+    except Stopped as stop:
+        return stop.exit_code
 
 
 def _let_first_rank_speak() -> None:
@@ -112,8 +130,8 @@ def _let_first_rank_speak() -> None:
     A launcher ends all processes of a machine as soon as one fails. Without the wait, a rank that
     fails first would end the rank that has the error to print.
     """
-    if LOCAL_RANK:
-        time.sleep(10)
+    if LOCAL_RANK and STOP.received is None:
+        STOP.wait(10)
 
 
 def _bad_input_errors() -> tuple[type[Exception], ...]:

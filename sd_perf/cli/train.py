@@ -7,9 +7,7 @@ from pathlib import Path
 from sd_perf.cli.console import CONSOLE, print_json, print_plain, table_console
 from sd_perf.cli.options import MAX_RANKS, Settings, TargetName, require_between
 from sd_perf.config import Config
-
-INTERRUPTED = 75
-"""exit code of a run that was stopped and saved: EX_TEMPFAIL, "run me again" """
+from sd_perf.stopping import STOPPED
 
 
 def train(
@@ -50,7 +48,7 @@ def train(
         return 0
     again = f"sd-perf train --config {config} --run.dir {settings.run.dir} --resume"
     print_plain(f"stopped by {stop_reason} and saved; continue with:", f"  {again}")
-    return INTERRUPTED
+    return STOPPED
 
 
 def _dry_run(settings: Config, ranks: int, target: str, as_json: bool) -> int:

@@ -54,7 +54,8 @@ class TrainingConfig(Section):
     max_samples: Samples = 5_120_000
     """length of the run, samples (rounded up to whole steps)"""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """fp32 everywhere, or bf16 autocast over fp32 weights"""
+    """fp32 everywhere; bf16: weights with fp32 masters in the fast network, autocast over fp32
+    weights in the plain one"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one and says what it took"""
     cpu_threads: Annotated[
@@ -63,5 +64,11 @@ class TrainingConfig(Section):
     """threads of CPU arithmetic per process; none: the run's so far, at first torch's choice"""
     seed: Annotated[int | None, SEED] = None
     """seed of weights, data order and every draw; none: random, kept in the manifest"""
+    cuda_graph: Literal["auto", "off"] = "auto"
+    """auto: where there is a GPU, the fast network's iteration is one CUDA graph; off: its kernels
+    are launched one by one, which is slower"""
+    strategy: Literal["auto", "ddp", "zero1"] = "auto"
+    """of several ranks with the fast network; ddp: each updates all weights; zero1: each updates
+    a share and keeps only that share's moments; auto: zero1"""
     deterministic: bool = False
     """deterministic GPU algorithms, slower (CPU runs always are)"""

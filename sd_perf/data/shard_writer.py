@@ -5,14 +5,14 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from sd_perf.drafts import draft_folder
 from sd_perf.errors import DataError
-from sd_perf.files import ASIDE, disk_errors
+from sd_perf.files import disk_errors
 
 
 def _npy_bytes(array: np.ndarray) -> bytes:
@@ -39,6 +39,7 @@ class ShardWriter:
         self.samples_per_shard = samples_per_shard
         self.num_samples = 0
         self._tar: tarfile.TarFile | None = None
+        self._drafts = ExitStack()
         with self._guard():
             self.folder.mkdir(parents=True, exist_ok=True)
         self._refuse_to_overwrite()
@@ -88,7 +89,7 @@ class ShardWriter:
     def _start(self, shard: int) -> tarfile.TarFile:
         if self._tar is not None:
             self._tar.close()
-        path = Path(self._aside.name) / f"{shard:05d}.tar"
+        path = self._aside / f"{shard:05d}.tar"
         self._tar = tarfile.open(path, "w")  # noqa: SIM115 (closed by _start or __exit__)
         # a nameless directory entry first, as `tar` of a folder writes it in the benchmark's shards
         root = tarfile.TarInfo("")
@@ -98,16 +99,14 @@ class ShardWriter:
 
     def __enter__(self) -> ShardWriter:
         with self._guard():
-            self._aside = TemporaryDirectory(
-                prefix=ASIDE, dir=self.folder, ignore_cleanup_errors=True
-            )
+            self._aside = self._drafts.enter_context(draft_folder(self.folder))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with self._guard(), self._aside as aside:
+        with self._guard(), self._drafts:
             if self._tar is not None:
                 self._tar.close()
             if kind is None:
                 self._refuse_to_overwrite()
-                for path in sorted(Path(aside).iterdir()):
+                for path in sorted(self._aside.iterdir()):
                     path.rename(self.folder / path.name)

@@ -15,16 +15,15 @@ import logging
 import os
 import re
 import tarfile
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from sd_perf.children import worker_pool
 from sd_perf.data.npz import read_npz
 from sd_perf.errors import DataError
 from sd_perf.files import disk_errors, is_absent, one_line, opened_untrusted, written_aside
@@ -160,9 +159,7 @@ def _scan_all(paths: list[Path], processes: int | None) -> np.ndarray:
     if processes is None:
         processes = min(os.cpu_count() or 1, len(paths) // _SHARDS_PER_PROCESS)
     parts: list[np.ndarray] = []
-    # spawn, because forking a process that may hold CUDA or threads is not safe
-    several = processes > 1
-    with ProcessPoolExecutor(processes, get_context("spawn")) if several else nullcontext() as pool:
+    with worker_pool(processes) if processes > 1 else nullcontext() as pool:
         for part in (pool.map if pool else map)(scan_shard, paths, range(len(paths))):
             parts.append(part)
             done, samples = len(parts), sum(map(len, parts))

@@ -245,6 +245,35 @@ class FastUNet(nn.Module):
     def _text_widths(self) -> list[int]:
         return [2 * attention.to_k.out_features for attention in self._text_attentions()]
 
+    def parameters_by_use(self) -> list[tuple[nn.Module, list[str]]]:
+        """Names of all parameters in the order of the forward pass, in groups.
+
+        A group stands beside the module whose call comes before the first use of its parameters:
+        first the network itself, then every ResBlock and transformer.
+        """
+        packed = {id(parameter) for parameter in self.time_embed.parameters()}
+        for attention in self._text_attentions():
+            packed |= {id(attention.to_k.weight), id(attention.to_v.weight)}
+        blocks = {}
+        for prefix, module in self.named_modules():
+            if isinstance(module, ResBlock):
+                packed |= {id(parameter) for parameter in module.emb_layers.parameters()}
+                packed.add(id(module.in_layers[2].bias))
+            if isinstance(module, ResBlock | SpatialTransformer):
+                blocks[prefix] = module
+        groups: list[tuple[nn.Module, list[str]]] = [(self, [])]
+        for name, parameter in self.named_parameters():
+            owner = next(
+                (blocks[prefix] for prefix in blocks if name.startswith(f"{prefix}.")), None
+            )
+            if id(parameter) in packed:
+                groups[0][1].append(name)
+                continue
+            if owner and owner is not groups[-1][0]:
+                groups.append((owner, []))
+            groups[-1][1].append(name)
+        return groups
+
     def project_text(self, context: Tensor) -> list[Tensor]:
         """Keys and values (B, T, 2C) for each transformer from context (B, T, D), by one matmul."""
         weights: list[Tensor] = []

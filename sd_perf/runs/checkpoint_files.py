@@ -2,20 +2,25 @@
 
 A checkpoint folder holds one file `<component>_<rank>_of_<count>.safetensors` per component
 ("model", "exp_avg", "exp_avg_sq", "precision_state") and rank that wrote. A tensor is named
-`<component>.<name>` and lies whole in one file. `state.json` has the state of training, the size
-and SHA-256 of every file, file, shape and dtype of every tensor, and the SHA-256 of itself.
-Nothing is ever unpickled, and no file outside the folder is ever opened.
+`<component>.<name>`. It lies whole in one file, or in pieces in several: those of ranks that each
+hold a part of the optimizer's state. `state.json` has the state of training, the size and SHA-256
+of every file, shape, dtype and place of every tensor, and the SHA-256 of itself. Nothing is ever
+unpickled, and no file outside the folder is ever opened.
+
+Format 1 has no pieces; all else is the same.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shlex
 import stat
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +33,10 @@ from sd_perf.files import one_line, quoted, write_json
 
 GO_BACK = "move this checkpoint away to go back to an older one"
 """advice where a checkpoint cannot be read"""
-FORMAT = 1
+FORMAT = 2
 """number of the format described above"""
+READABLE = (1, 2)
+"""formats that can be read"""
 STATE_NAME = "state.json"
 POSITION = re.compile(r"samples_(\d{10})")
 """name of a checkpoint folder; the group is its position in samples"""
@@ -40,25 +47,70 @@ DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "uint8"
 """of tensors in a checkpoint"""
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Elements of a tensor from `begin` on, in the order in which they lie in memory."""
+
+    values: torch.Tensor
+    """(n,)"""
+    begin: int
+    shape: tuple[int, ...]
+    """of the whole tensor"""
+    order: tuple[int, ...]
+    """axes of the whole tensor from the one with the longest steps in memory to the shortest"""
+
+    @classmethod
+    def of(cls, whole: torch.Tensor, values: torch.Tensor, begin: int) -> Piece:
+        """A piece of a tensor that has the shape and memory order of the dense tensor `whole`."""
+        strides = whole.stride()
+        order = sorted(range(whole.dim()), key=lambda axis: -strides[axis])
+        return cls(values, begin, tuple(whole.shape), tuple(order))
+
+
 def write_shard(
-    folder: Path, tensors: Mapping[str, torch.Tensor], rank: int = 0, count: int = 1
+    folder: Path, tensors: Mapping[str, torch.Tensor | Piece], rank: int = 0, count: int = 1
 ) -> dict[str, dict[str, Any]]:
-    """Write the tensors that one of `count` ranks holds, contiguous and on the CPU.
+    """Write the tensors and pieces that one of `count` ranks holds, on the CPU.
 
     Returns the entries `files` and `tensors` that `write_state` takes.
     """
-    components: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    components: dict[str, dict[str, torch.Tensor | Piece]] = defaultdict(dict)
     for name, tensor in tensors.items():
         components[name.partition(".")[0]][name] = tensor
     files, described = {}, {}
     for component, part in components.items():
         file = folder / f"{component}_{rank:05d}_of_{count:05d}.safetensors"
-        save_file(part, file)
+        values = {
+            name: (some.values if isinstance(some, Piece) else some).contiguous()
+            for name, some in part.items()
+        }
+        save_file(values, file)
         file.chmod(0o644)  # the library makes it readable for its owner alone
         files[file.name] = {"size": file.stat().st_size, "sha256": _file_digest(file)}
-        for name, tensor in part.items():
-            described[name] = {"file": file.name, **_describe(tensor)}
+        for name, some in part.items():
+            described[name] = _entry(file.name, some)
     return {"files": files, "tensors": described}
+
+
+def _entry(file: str, some: torch.Tensor | Piece) -> dict[str, Any]:
+    """The entry of a tensor in `state.json`; of a piece, as if there were no other."""
+    if not isinstance(some, Piece):
+        return {"file": file, **_describe(some)}
+    piece = {"file": file, "begin": some.begin, "end": some.begin + some.values.numel()}
+    described = {**_describe(some.values), "shape": list(some.shape), "order": list(some.order)}
+    return {**described, "pieces": [piece]}
+
+
+def _joined(shards: Iterable[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """The entries of all ranks' tensors, with the pieces of each tensor in one entry."""
+    joined: dict[str, dict[str, Any]] = {}
+    for shard in shards:
+        for name, entry in shard["tensors"].items():
+            if "pieces" in entry and name in joined:
+                joined[name]["pieces"] += entry["pieces"]
+            else:
+                joined[name] = dict(entry)
+    return joined
 
 
 def write_state(
@@ -69,7 +121,7 @@ def write_state(
         "format": FORMAT,
         **state,
         "files": {name: entry for shard in shards for name, entry in shard["files"].items()},
-        "tensors": {name: entry for shard in shards for name, entry in shard["tensors"].items()},
+        "tensors": _joined(shards),
     }
     write_json(folder / STATE_NAME, {**entries, "sha256": state_digest(entries)})
 
@@ -96,10 +148,10 @@ def read_state(path: Path) -> dict[str, Any]:
     own = state.pop("sha256", None)
     if own != state_digest(state):
         raise CheckpointError(f"{path}: damaged (state.json: not what was written); {GO_BACK}")
-    if state.get("format") != FORMAT:
+    if state.get("format") not in READABLE:
         raise CheckpointError(
             f"{path}: has format {quoted(state.get('format'), limit=60)}, and this version of "
-            f"sd-perf reads format {FORMAT}; read it with the version that wrote it"
+            f"sd-perf reads formats up to {FORMAT}; read it with the version that wrote it"
         )
     if fault := _fault(state, path.name):
         raise CheckpointError(f"{path}: cannot be used (state.json: {fault}); {GO_BACK}")
@@ -141,13 +193,34 @@ def read_tensors(path: Path, state: Mapping[str, Any], names: list[str]) -> dict
     """
     by_file: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        by_file[state["tensors"][name]["file"]].append(name)
+        for piece in _pieces(state["tensors"][name]):
+            by_file[piece["file"]].append(name)
     for file in by_file:
         _check_file(path / file, state["files"][file])
-    tensors: dict[str, torch.Tensor] = {}
-    for file, wanted in by_file.items():
-        tensors |= _read_file(path / file, state, wanted)
-    return {name: tensors[name] for name in names}
+    stored = {file: _read_file(path / file, state, wanted) for file, wanted in by_file.items()}
+    tensors = {}
+    for name in names:
+        entry = state["tensors"][name]
+        if "file" in entry:
+            tensors[name] = stored[entry["file"]].pop(name)
+        else:
+            values = [stored[piece["file"]].pop(name) for piece in _pieces(entry)]
+            tensors[name] = _assembled(entry, torch.cat(values))
+    return tensors
+
+
+def _pieces(entry: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The places of a tensor's elements, in order; one without limits for a whole tensor."""
+    return (
+        sorted(entry["pieces"], key=lambda piece: piece["begin"]) if "pieces" in entry else [entry]
+    )
+
+
+def _assembled(entry: Mapping[str, Any], values: torch.Tensor) -> torch.Tensor:
+    """The whole tensor of an entry from all its elements (n,) in memory order."""
+    shape, order = entry["shape"], entry["order"]
+    in_order = values.view([shape[axis] for axis in order])
+    return in_order.permute([order.index(axis) for axis in range(len(order))])
 
 
 def _check_file(file: Path, entry: Mapping[str, Any]) -> None:
@@ -176,11 +249,20 @@ def _read_file(file: Path, state: Mapping[str, Any], names: list[str]) -> dict[s
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file}: damaged ({one_line(error)}); {GO_BACK}") from error
     for name, tensor in tensors.items():
-        if {"file": file.name, **_describe(tensor)} != state["tensors"][name]:
+        if _describe(tensor) != _expected(state["tensors"][name], file.name):
             raise CheckpointError(
                 f"{file}: {quoted(name, limit=60)} is not as state.json says; {GO_BACK}"
             )
     return tensors
+
+
+def _expected(entry: Mapping[str, Any], file: str) -> dict[str, Any]:
+    """Shape and dtype of what a file must hold of a tensor."""
+    shape = entry["shape"]
+    if "pieces" in entry:
+        piece = next(piece for piece in entry["pieces"] if piece["file"] == file)
+        shape = [piece["end"] - piece["begin"]]
+    return {"shape": shape, "dtype": entry["dtype"]}
 
 
 def _describe(tensor: torch.Tensor) -> dict[str, Any]:
@@ -205,9 +287,23 @@ def _fault(state: Mapping[str, Any], folder_name: str) -> str:
     if position and int(position[1]) != state["samples"]:
         return f"samples is {state['samples']}, not what the folder's name says"
     for name, entry in state["tensors"].items():
-        if entry["file"] not in state["files"]:
+        if any(piece["file"] not in state["files"] for piece in _pieces(entry)):
             return f"{quoted(name, limit=60)} lies in a file that is not listed"
+        if "pieces" in entry and not _is_covered(entry):
+            return f"the pieces of {quoted(name, limit=60)} do not make it up"
     return ""
+
+
+def _is_covered(entry: Mapping[str, Any]) -> bool:
+    """Whether the pieces, each in a file of its own, hold every element once."""
+    position, pieces = 0, _pieces(entry)
+    for piece in pieces:
+        if piece["begin"] != position or piece["end"] <= position:
+            return False
+        position = piece["end"]
+    one_each = len({piece["file"] for piece in pieces}) == len(pieces)
+    whole = position == math.prod(entry["shape"])
+    return one_each and whole and sorted(entry["order"]) == list(range(len(entry["shape"])))
 
 
 def _is_whole(value: Any) -> bool:
@@ -237,13 +333,34 @@ def _are_files(value: Any) -> bool:
 def _are_tensors(value: Any) -> bool:
     return isinstance(value, dict) and all(
         isinstance(entry, dict)
-        and entry.keys() == {"file", "shape", "dtype"}
-        and isinstance(entry["file"], str)
-        and isinstance(entry["shape"], list)
-        and all(map(_is_whole, entry["shape"]))
+        and (_has_file(entry) if "file" in entry else _has_pieces(entry))
+        and _are_whole(entry["shape"])
         and entry["dtype"] in DTYPES
         for entry in value.values()
     )
+
+
+def _has_file(entry: Mapping[str, Any]) -> bool:
+    return entry.keys() == {"file", "shape", "dtype"} and isinstance(entry["file"], str)
+
+
+def _has_pieces(entry: Mapping[str, Any]) -> bool:
+    return (
+        entry.keys() == {"pieces", "order", "shape", "dtype"}
+        and _are_whole(entry["order"])
+        and isinstance(entry["pieces"], list)
+        and all(
+            isinstance(piece, dict)
+            and piece.keys() == {"file", "begin", "end"}
+            and isinstance(piece["file"], str)
+            and _are_whole([piece["begin"], piece["end"]])
+            for piece in entry["pieces"]
+        )
+    )
+
+
+def _are_whole(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_whole, value))
 
 
 _WHOLE = (_is_whole, "a whole number from 0")
@@ -263,6 +380,6 @@ _SCHEMA = {
         "an object of objects",
     ),
     "files": (_are_files, "sizes and digests of files in the folder"),
-    "tensors": (_are_tensors, "file, shape and dtype of tensors"),
+    "tensors": (_are_tensors, "place, shape and dtype of tensors"),
 }
 """key of `state.json` -> whether a value is right, and what is right in words"""

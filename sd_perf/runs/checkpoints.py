@@ -2,7 +2,8 @@
 
 A checkpoint is a folder `checkpoints/samples_<position>`; `sd_perf.runs.checkpoint_files` has its
 format. It is written under another name and renamed when complete, so every folder of that name is
-complete, at whatever moment the process dies.
+complete, at whatever moment the process dies. Where ranks hold parts of the state, each writes its
+own part into one unfinished folder, and the main rank completes it.
 """
 
 from __future__ import annotations
@@ -10,34 +11,55 @@ from __future__ import annotations
 import queue
 import shutil
 import threading
+import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sd_perf.drafts import ASIDE, remove_leftovers
 from sd_perf.errors import CheckpointError
-from sd_perf.files import ASIDE, one_line, written_aside
+from sd_perf.files import (
+    flush,
+    one_line,
+    read_json,
+    write_json,
+    written_aside,
+)
 from sd_perf.runs.checkpoint_files import (
     POSITION,
+    Piece,
     read_state,
     read_tensors,
     write_shard,
     write_state,
 )
+from sd_perf.runs.host_copy import HostCopy
 
 MAKE_ROOM = "make room, then continue the run with --resume"
 """advice where a file of a run cannot be written"""
 
 
-class CheckpointStore:
-    """The `checkpoints` folder of one run. Only the main rank writes.
+PEER_SECONDS = 600.0
+"""how long the main rank waits for another rank's part, after its own is written"""
 
-    `keep` is how many checkpoints stay; None keeps all.
+
+class CheckpointStore:
+    """The `checkpoints` folder of one run.
+
+    `keep` is how many checkpoints stay; None keeps all. `writer` is (rank, ranks) of those that
+    write: rank 0 of 1, unless all ranks hold a part of the state.
     """
 
-    def __init__(self, folder: Path, keep: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, keep: int | None = None, writer: tuple[int, int] = (0, 1)
+    ) -> None:
         self.folder = folder
         self.keep = keep
+        self.rank, self.ranks = writer
+        self._host = HostCopy()
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
         self._saved: queue.SimpleQueue[Path] = queue.SimpleQueue()
@@ -61,17 +83,34 @@ class CheckpointStore:
             else "there is no complete checkpoint yet"
         )
 
-    def save(self, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> Path:
+    def path(self, samples: int) -> Path:
+        """The folder of the checkpoint at a position."""
+        return self.folder / f"samples_{samples:010d}"
+
+    def begin(self) -> None:
+        """Clear away what was left by writers that were killed.
+
+        Called by the main rank before any rank saves.
+        """
+        self.wait()
+        remove_leftovers(self.folder)
+
+    def save(self, tensors: Mapping[str, torch.Tensor | Piece], state: dict[str, Any]) -> Path:
         """Copy the tensors to the host, then write them in a thread; returns the folder's path.
 
         Waits for the write before it; raises CheckpointError where that one failed.
         """
         self.wait()
-        path = self.folder / f"samples_{state['samples']:010d}"
+        path = self.path(state["samples"])
         # A copy, so that the optimizer may change the weights while the thread writes.
-        host = {
-            name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-            for name, tensor in tensors.items()
+        values = {
+            name: some.values if isinstance(some, Piece) else some.detach()
+            for name, some in tensors.items()
+        }
+        copies = self._host.take(values)
+        host: dict[str, torch.Tensor | Piece] = {
+            name: replace(some, values=copies[name]) if isinstance(some, Piece) else copies[name]
+            for name, some in tensors.items()
         }
         self._thread = threading.Thread(
             target=self._write, args=(path, host, state), name="checkpoint writer"
@@ -99,21 +138,50 @@ class CheckpointStore:
         """Checkpoints that were completed since the last call, oldest first; does not block."""
         return [self._saved.get() for _ in range(self._saved.qsize())]
 
-    def _write(self, path: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+    def _write(
+        self, path: Path, tensors: dict[str, torch.Tensor | Piece], state: dict[str, Any]
+    ) -> None:
         try:
+            self._host.wait()
             self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob(f"{ASIDE}*"):  # of a process killed while it wrote
-                shutil.rmtree(leftover)
             # A resumed run may come to a saved position again; what it would write is the same.
             if path.exists():
                 return
-            with written_aside(path) as draft:
-                draft.mkdir()
-                write_state(draft, state, write_shard(draft, tensors))
-            self._saved.put(path)
-            self._drop_old()
+            if self.ranks > 1:
+                self._write_part(path, tensors, state)
+            else:
+                with written_aside(path) as draft:
+                    draft.mkdir()
+                    write_state(draft, state, write_shard(draft, tensors))
+            if self.rank == 0:
+                self._saved.put(path)
+                self._drop_old()
         except Exception as error:  # handed to the training thread by raise_failure
             self._failure = error
+
+    def _write_part(
+        self, path: Path, tensors: dict[str, torch.Tensor | Piece], state: dict[str, Any]
+    ) -> None:
+        """Write this rank's part; the main rank waits for the others' and completes the folder."""
+        draft = path.with_name(f"{ASIDE}{path.name}.parts")
+        draft.mkdir(exist_ok=True)
+        try:
+            written = write_shard(draft, tensors, self.rank, self.ranks)
+            for file in written["files"]:
+                flush(draft / file)
+        except Exception as error:
+            write_json(_report(draft, self.rank), {"failed": one_line(error)})
+            raise
+        write_json(_report(draft, self.rank), written)
+        if self.rank:
+            return
+        parts = [_wait_for_part(draft, rank) for rank in range(self.ranks)]
+        write_state(draft, state, *parts)
+        for rank in range(self.ranks):
+            _report(draft, rank).unlink()
+        flush(draft)
+        draft.replace(path)
+        flush(path.parent)
 
     def _drop_old(self) -> None:
         """Delete all but the newest `keep` checkpoints."""
@@ -122,16 +190,34 @@ class CheckpointStore:
             shutil.rmtree(path.rename(path.with_name(ASIDE + path.name)))
 
 
+def _report(draft: Path, rank: int) -> Path:
+    """The file in which a rank tells what it wrote, or that it failed."""
+    return draft / f"rank_{rank:05d}.json"
+
+
+def _wait_for_part(draft: Path, rank: int) -> dict[str, Any]:
+    """What a rank wrote, when it has; CheckpointError where it failed or is silent for too long."""
+    end = time.monotonic() + PEER_SECONDS
+    while not _report(draft, rank).exists():
+        if time.monotonic() > end:
+            raise CheckpointError(f"rank {rank} wrote nothing in {PEER_SECONDS:.0f} s")
+        time.sleep(0.02)
+    part = read_json(_report(draft, rank))
+    if "failed" in part:
+        raise CheckpointError(f"rank {rank} could not write its part: {part['failed']}")
+    return part
+
+
 def position(path: Path) -> int:
     """Position of a checkpoint in samples, as its folder's name says."""
     return int(path.name.removeprefix("samples_"))
 
 
-def load_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Fill tensors, {name: tensor}, in place from a checkpoint folder.
+def load_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint folder that have these names, shapes and dtypes, on the CPU.
 
     Raises CheckpointError where the checkpoint lacks a name, has another shape or dtype, or is
-    damaged; then no tensor is changed.
+    damaged.
     """
     state = read_state(path)
     for name, tensor in tensors.items():
@@ -148,8 +234,7 @@ def load_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
                 f"{path}: {name} is {stored['dtype']} there and {tensor.dtype} in this model; use "
                 "the config the run was made with"
             )
-    for name, saved in read_tensors(path, state, list(tensors)).items():
-        tensors[name].copy_(saved)
+    return read_tensors(path, state, list(tensors))
 
 
 def load_component(path: Path, component: str) -> dict[str, torch.Tensor]:

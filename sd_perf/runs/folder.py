@@ -51,6 +51,8 @@ _FREE_KEYS = (
     "training.device",
     "training.accumulate_steps",
     "training.cpu_threads",
+    "training.cuda_graph",
+    "training.strategy",
     "text_encoder.weights",
     "kernels.",
     *(f"model.{name}" for name in SPEED_ONLY),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Iterable
 from importlib import metadata
@@ -42,6 +43,9 @@ _PACKAGES = (
     ("diffusers", "tests only: an independent UNet", "pip install 'sd-perf[dev]'"),
 )
 
+_ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
+"""environment variable by which torch's allocator of GPU memory is set"""
+
 
 def examine(target: str = "here", results: Path = RESULTS) -> dict[str, Any]:
     """Versions, devices, packages and kernels for the target, as JSON takes them."""
@@ -52,6 +56,7 @@ def examine(target: str = "here", results: Path = RESULTS) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "devices": _devices(),
+        "allocator": os.environ.get(_ALLOCATOR),
         "packages": [
             {"package": name, "version": _version(name), "needed_for": purpose, "install": command}
             for name, purpose, command in _PACKAGES
@@ -146,6 +151,8 @@ def _facts(report: dict[str, Any]) -> Table:
     for what, names in groupby(described, key=lambda pair: pair[1]):
         alike = [name for name, _ in names]
         table.add_row(alike[0] + (f" ... {alike[-1]}" if len(alike) > 1 else ""), what)
+    if any("capability" in device for device in report["devices"]):
+        table.add_row("allocator", f"{_ALLOCATOR}={report['allocator'] or '(not set)'}")
     there = [
         Text.assemble(f"{row['package']} ", styled("cyan", row["version"]))
         for row in report["packages"]

@@ -2,15 +2,25 @@
 
 With one buffer the optimizer is one kernel launch and the gradient mean one collective, instead of
 hundreds. Each parameter keeps its name, shape and memory order (channels-last stays so), so the
-network's state dict does not change. In bfloat16 the buffer holds the upper halves of float32
-masters and a second buffer the lower halves: see `sd_kernels.adamw.reference.split_master`.
+network's state dict does not change.
 
-Shape letter: N elements of a buffer, the parameters' and the padding between them.
+In bfloat16 the buffer holds the upper halves of float32 masters, a second buffer the lower halves:
+see `sd_kernels.adamw.reference.split_master`.
+
+The buffer is divided into buckets, in the order in which the network uses its parameters. A
+backward pass completes the last bucket first, so its gradients can be exchanged while the others
+are still being computed. Where the optimizer's state is divided over ranks, each rank keeps an
+equal share of every bucket: remainders and moments are buffers (M,) that hold this rank's shares,
+one behind the other.
+
+Shape letters: N elements of a buffer, the parameters' and the padding between them; M elements of
+this rank's shares, N where nothing is divided.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,101 +32,217 @@ ALIGNMENT = 64
 16 bytes per thread and a warp's loads fill whole cache lines"""
 
 
+@dataclass(frozen=True)
+class Bucket:
+    """The elements [begin, end) of a flat buffer, which are collected and exchanged together."""
+
+    begin: int
+    end: int
+    names: tuple[str, ...]
+    """parameters that lie in it, in order"""
+    share: slice
+    """this rank's share, within [begin, end)"""
+    local: slice
+    """where that share lies in a buffer (M,)"""
+
+    @property
+    def all(self) -> slice:
+        """All its elements."""
+        return slice(self.begin, self.end)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a buffer (M,) holds of one parameter: its elements from `begin` on, in memory order."""
+
+    values: Tensor
+    begin: int
+
+
 class FlatParameters:
-    """The parameters of `module` as views into `weights` (N,); their values become the masters.
+    """The parameters of `module` as views into `weights` (N,), which take their values.
 
     The padding between two parameters is zero in every buffer, and AdamW leaves it zero. A later
-    `module.to(...)` would move the parameters out again; `collect_gradients` then raises.
+    `module.to(...)` would move the parameters out again; `collect` then raises.
     """
 
-    def __init__(self, module: torch.nn.Module, dtype: torch.dtype) -> None:
-        """`dtype` is bfloat16, with 16-bit `remainders`, or float32, without them.
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        dtype: torch.dtype,
+        *,
+        grads_dtype: torch.dtype | None = None,
+        order: Iterable[str] | None = None,
+        buckets: int = 1,
+        share: tuple[int, int] = (0, 1),
+    ) -> None:
+        """Weights are bfloat16, with 16-bit `remainders`, or float32, without them.
 
-        ValueError unless all parameters are float32 and dense.
+        `grads_dtype` is that of the gradients (None: the weights'). `order` are the names of all
+        parameters as they are to lie in memory (None: the module's). `share` is (rank, ranks):
+        which part of remainders and moments is kept here, of how many. ValueError unless all
+        parameters are float32 and dense, and `order` names each once.
         """
-        self._parameters = dict(module.named_parameters())
-        self._offsets, size = {}, 0
-        for name, parameter in self._parameters.items():
+        named = dict(module.named_parameters())
+        names = list(named if order is None else order)
+        if sorted(names) != sorted(named):
+            unlike = sorted(set(names) ^ set(named)) or names
+            raise ValueError(f"the order must name every parameter once; see {unlike[0]!r}")
+        self.parameters = {name: named[name] for name in names}
+        for name, parameter in self.parameters.items():
             _require_dense(name, parameter)
-            self._offsets[name] = size
-            size += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
-        device = next(iter(self._parameters.values())).device
+        self.offsets, self.buckets = _layout(self.parameters, buckets, *share)
+        self.is_divided = share[1] > 1
+        size, device = self.buckets[-1].end, next(iter(self.parameters.values())).device
         self.weights = torch.zeros(size, dtype=dtype, device=device)
-        self.grads = torch.zeros_like(self.weights)
+        self.grads = torch.zeros(size, dtype=grads_dtype or dtype, device=device)
         split = dtype == torch.bfloat16
-        self.remainders = torch.zeros(size, dtype=torch.int16, device=device) if split else None
-        masters = {name: parameter.detach() for name, parameter in self._parameters.items()}
+        self.remainders = self.local_buffer(torch.int16) if split else None
+        masters = {name: parameter.detach() for name, parameter in self.parameters.items()}
         for name, view in self.views(self.weights).items():
-            self._parameters[name].data = view
+            self.parameters[name].data = view
         self.set_masters(masters)
+
+    def local_buffer(self, dtype: torch.dtype) -> Tensor:
+        """A buffer (M,) of zeros."""
+        size = self.buckets[-1].local.stop
+        return torch.zeros(size, dtype=dtype, device=self.weights.device)
 
     def views(self, buffer: Tensor) -> dict[str, Tensor]:
         """Views of a buffer (N,) by parameter name, in the parameters' shapes and memory order."""
         return {
-            name: buffer.as_strided(parameter.shape, parameter.stride(), self._offsets[name])
-            for name, parameter in self._parameters.items()
+            name: buffer.as_strided(parameter.shape, parameter.stride(), self.offsets[name])
+            for name, parameter in self.parameters.items()
         }
 
-    def masters(self) -> dict[str, Tensor]:
-        """Copies of the float32 weights that AdamW updates, by parameter name."""
-        weights = self.views(self.weights)
-        if self.remainders is None:
-            return {name: weight.clone() for name, weight in weights.items()}
-        return {
-            name: join_master(weights[name], rest)
-            for name, rest in self.views(self.remainders).items()
-        }
+    def parts(self, local: Tensor) -> dict[str, Part]:
+        """What a buffer (M,) holds of each parameter, by name; parameters held elsewhere are left
+        out."""
+        parts = {}
+        for bucket in self.buckets:
+            for name in bucket.names:
+                offset = self.offsets[name]
+                begin = max(offset, bucket.share.start)
+                end = min(offset + self.parameters[name].numel(), bucket.share.stop)
+                if begin < end:
+                    shift = bucket.local.start - bucket.share.start
+                    parts[name] = Part(local[begin + shift : end + shift], begin - offset)
+        return parts
+
+    def masters(self) -> Tensor:
+        """The float32 weights that AdamW updates on this rank (M,), a copy."""
+        shares = torch.cat([self.weights[bucket.share] for bucket in self.buckets])
+        return shares if self.remainders is None else join_master(shares, self.remainders)
 
     def set_masters(self, masters: Mapping[str, Tensor]) -> None:
-        """Set weights, and remainders if any, from float32 tensors by parameter name."""
-        if masters.keys() != self._parameters.keys():
-            unlike = sorted(masters.keys() ^ self._parameters.keys())
+        """Set all weights, and this rank's remainders, from whole float32 tensors by name."""
+        if masters.keys() != self.parameters.keys():
+            unlike = sorted(masters.keys() ^ self.parameters.keys())
             raise ValueError(
                 f"masters must be of the network's own parameters; {unlike[0]!r} is on one side "
                 "only"
             )
         weights = self.views(self.weights)
-        if self.remainders is None:
-            for name, master in masters.items():
-                weights[name].copy_(master)
-            return
-        remainders = self.views(self.remainders)
+        lower = {} if self.remainders is None else self.parts(self.remainders)
         for name, master in masters.items():
-            upper, lower = split_master(master.detach().to(self.weights.device, torch.float32))
-            weights[name].copy_(upper)
-            remainders[name].copy_(lower)
+            view = weights[name]
+            exact = torch.empty_like(view, dtype=torch.float32).copy_(master)
+            if self.remainders is None:
+                view.copy_(exact)
+                continue
+            upper, rest = split_master(exact)
+            view.copy_(upper)
+            if name in lower:
+                fill_part(lower[name], rest)
 
-    def collect_gradients(self) -> Tensor:
-        """Move every parameter's gradient into `grads` (N,), and return that buffer.
+    def collect(self, bucket: Bucket, *, add: bool = False) -> None:
+        """Move the gradients of a bucket's parameters into `grads`, or add them to what is there.
 
         The parameters have no gradient afterwards. If their gradients were views into `grads`,
         autograd would add to them, which costs more: zeroing writes them, adding reads two tensors
         and writes one, in bfloat16 8 bytes a parameter in hundreds of launches. A gradient that
         starts from None is the tensor that autograd made; copying it moves 4, in few launches.
         """
-        alike: list[tuple[Tensor, Tensor]] = []
-        begin, width = self.weights.data_ptr(), self.weights.element_size()
-        for name, parameter in self._parameters.items():
-            offset, gradient = self._offsets[name], parameter.grad
-            if (
-                parameter.data_ptr() != begin + offset * width
-                or parameter.dtype != self.weights.dtype
-            ):
-                raise RuntimeError(f"{name} has left the flat buffer, so AdamW would not update it")
-            if gradient is None:
-                raise RuntimeError(
-                    f"{name} has no gradient; every parameter must take part in the loss"
-                )
+        targets: list[Tensor] = []
+        sources: list[Tensor] = []
+        for name in bucket.names:
+            parameter = self.parameters[name]
+            gradient, offset = self._gradient(name), self.offsets[name]
             target = self.grads.as_strided(parameter.shape, parameter.stride(), offset)
-            if _order(gradient) == _order(target):
-                # As rows of memory: torch copies all in few launches only if every pair has the
-                # very same strides.
-                alike.append((_in_memory_order(target), _in_memory_order(gradient)))
-            else:
-                target.copy_(gradient)
             parameter.grad = None
-        torch._foreach_copy_([target for target, _ in alike], [gradient for _, gradient in alike])
+            if _order(gradient) == _order(target):
+                # As rows of memory: torch takes all in few launches only if every pair has the
+                # very same strides.
+                target, gradient = in_memory_order(target), in_memory_order(gradient)
+            targets.append(target)
+            sources.append(gradient)
+        if add:
+            torch._foreach_add_(targets, sources)
+        else:
+            _copy_all(targets, sources)
+
+    def collect_gradients(self) -> Tensor:
+        """`collect` every bucket; returns the gradients (N,)."""
+        for bucket in self.buckets:
+            self.collect(bucket)
         return self.grads
+
+    def _gradient(self, name: str) -> Tensor:
+        parameter = self.parameters[name]
+        address = self.weights.data_ptr() + self.offsets[name] * self.weights.element_size()
+        if parameter.data_ptr() != address or parameter.dtype != self.weights.dtype:
+            raise RuntimeError(f"{name} has left the flat buffer, so AdamW would not update it")
+        if parameter.grad is None:
+            raise RuntimeError(
+                f"{name} has no gradient; every parameter must take part in the loss"
+            )
+        return parameter.grad
+
+
+def _layout(
+    parameters: Mapping[str, Tensor], buckets: int, rank: int, ranks: int
+) -> tuple[dict[str, int], tuple[Bucket, ...]]:
+    """Offset of every parameter, and the buckets: as even as whole parameters allow.
+
+    A bucket is padded so that every rank's share is a multiple of ALIGNMENT.
+    """
+    sizes = {name: _padded(tensor.numel(), ALIGNMENT) for name, tensor in parameters.items()}
+    even = -(-sum(sizes.values()) // buckets)
+    offsets: dict[str, int] = {}
+    done: list[Bucket] = []
+    begin, end, taken, names = 0, 0, 0, []
+    for position, (name, size) in enumerate(sizes.items(), start=1):
+        offsets[name] = end
+        end, taken = end + size, taken + size
+        names.append(name)
+        if taken >= even * (len(done) + 1) or position == len(sizes):
+            end = begin + _padded(end - begin, ALIGNMENT * ranks)
+            size, local = (end - begin) // ranks, begin // ranks
+            share = slice(begin + rank * size, begin + (rank + 1) * size)
+            done.append(Bucket(begin, end, tuple(names), share, slice(local, local + size)))
+            begin, names = end, []
+    return offsets, tuple(done)
+
+
+def _padded(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copy each source into its target, in few launches where their strides agree."""
+    alike = [
+        pair for pair in zip(targets, sources, strict=True) if _order(pair[0]) == _order(pair[1])
+    ]
+    for target, source in zip(targets, sources, strict=True):
+        if _order(target) != _order(source):
+            target.copy_(source)
+    torch._foreach_copy_([target for target, _ in alike], [source for _, source in alike])
+
+
+def fill_part(part: Part, whole: Tensor) -> None:
+    """Fill a part from the whole tensor, whose memory order is the parameter's."""
+    end = part.begin + part.values.numel()
+    part.values.copy_(in_memory_order(whole)[part.begin : end])
 
 
 def _require_dense(name: str, parameter: Tensor) -> None:
@@ -141,6 +267,6 @@ def _order(tensor: Tensor) -> list[tuple[int, int]]:
     ]
 
 
-def _in_memory_order(tensor: Tensor) -> Tensor:
+def in_memory_order(tensor: Tensor) -> Tensor:
     """The elements of a dense tensor as they lie in memory, without a copy."""
     return tensor.as_strided((tensor.numel(),), (1,))

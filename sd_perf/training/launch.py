@@ -23,6 +23,7 @@ from sd_perf.models.build import build_text_encoder, build_unet
 from sd_perf.runs.folder import open_run, read_run_config, settle_run
 from sd_perf.runs.lock import RunLock
 from sd_perf.runs.parity_record import require_green
+from sd_perf.training.build_step import build_step
 from sd_perf.training.callbacks.base import Callback
 from sd_perf.training.callbacks.checkpointer import Checkpointer
 from sd_perf.training.callbacks.metrics import MetricsFile
@@ -31,7 +32,6 @@ from sd_perf.training.callbacks.progress import ProgressDisplay
 from sd_perf.training.callbacks.signals import StopOnSignal
 from sd_perf.training.kernels_table import kernels_table
 from sd_perf.training.memory import require_step_fits
-from sd_perf.training.step import TrainStep
 from sd_perf.training.trainer import Trainer
 from sd_perf.visible import visible
 
@@ -129,7 +129,7 @@ def build_trainer(
         text_encoder = world.together(lambda: build_text_encoder(config, world.device))
     ops = Ops.chosen(choices) if config.model.implementation == "fast" else None
     unet = build_unet(config, seed=seed, device=world.device, ops=ops)
-    step = TrainStep(unet, config, seed=seed, world=world, text_encoder=text_encoder, ops=ops)
+    step = build_step(unet, config, seed=seed, world=world, text_encoder=text_encoder, ops=ops)
     return Trainer(config, world, step=step, loader=loader, callbacks=callbacks)
 
 

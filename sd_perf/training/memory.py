@@ -22,11 +22,30 @@ def require_step_fits(config: Config, world: World) -> None:
 def least_bytes(config: Config, world_size: int) -> int:
     """A lower bound of the bytes that a step needs on each rank.
 
-    Weights, gradients and both moments of AdamW in float32; per sample the moments and latents, and
-    the first level's skips, which every way of training keeps until the backward pass, in 16 bits.
+    The training state; per sample the moments and latents, and the first level's skips, which every
+    way of training keeps until the backward pass, in 16 bits.
     """
-    parameters = architecture(config).parameters
     pixels = config.data.latent_size**2
     inputs = 4 * (2 + 1) * config.model.in_channels * pixels
     skips = 2 * (config.model.num_res_blocks + 1) * config.model.model_channels * pixels
-    return 16 * parameters + config.micro_batch_size(world_size) * (inputs + skips)
+    state = sum(state_bytes(config, world_size).values())
+    return state + config.micro_batch_size(world_size) * (inputs + skips)
+
+
+def state_bytes(config: Config, world_size: int) -> dict[str, int]:
+    """Bytes that weights, gradients and moments of AdamW take on each rank, without padding.
+
+    In precision bf16 the fast network's weights are bfloat16 with 16-bit remainders, and its
+    gradients bfloat16, unless micro-batches are summed. The plain network's are all float32.
+    """
+    parameters, training = architecture(config).parameters, config.training
+    is_fast = config.model.implementation == "fast"
+    is_split = is_fast and training.precision == "bf16"
+    is_divided = is_fast and training.strategy != "ddp"
+    share = parameters // (world_size if is_divided else 1)
+    sums_in_16_bits = is_split and training.accumulate_steps == 1
+    return {
+        "weights": 2 * parameters + 2 * share if is_split else 4 * parameters,
+        "gradients": (2 if sums_in_16_bits else 4) * parameters,
+        "adamw_moments": 8 * share,
+    }

@@ -1,7 +1,8 @@
 """AdamW over every parameter, and the learning-rate schedule.
 
 Two implementations of the same update (Loshchilov and Hutter, arXiv 1711.05101): torch's fused
-AdamW, which the trainer runs, and `FlatAdamW`, one kernel over the buffers of `training.flat`.
+AdamW for the plain network, and for the fast one `FlatAdamW`, one kernel over the buffers of
+`training.flat`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sd_perf.config import Config, OptimizerConfig
-from sd_perf.training.flat import FlatParameters
+from sd_perf.training.flat import ALIGNMENT, Bucket, FlatParameters
 
 
 def build_optimizer(unet: torch.nn.Module, config: Config) -> torch.optim.AdamW:
@@ -68,23 +69,20 @@ def set_step_count(optimizer: torch.optim.AdamW, step: int) -> None:
 class FlatAdamW:
     """AdamW on the buffers of `FlatParameters`, moments in float32, by a backend of op `adamw`.
 
-    Step count and learning rate are tensors, so that a CUDA graph reads them at every replay.
+    It updates this rank's shares of the weights. Step and learning rate are tensors, so that a CUDA
+    graph reads them at every replay.
     """
 
     def __init__(
-        self,
-        parameters: FlatParameters,
-        config: OptimizerConfig,
-        learning_rate: float,
-        adamw: Callable[..., Any],
+        self, parameters: FlatParameters, config: OptimizerConfig, adamw: Callable[..., Any]
     ) -> None:
-        weights = parameters.weights
+        device = parameters.weights.device
         self.parameters = parameters
-        self.exp_avg = torch.zeros_like(weights, dtype=torch.float32)
-        self.exp_avg_sq = torch.zeros_like(weights, dtype=torch.float32)
-        self.step_count = torch.zeros((), dtype=torch.int64, device=weights.device)
-        """steps taken"""
-        self.learning_rate = torch.tensor(learning_rate, device=weights.device)
+        self.exp_avg = parameters.local_buffer(torch.float32)
+        self.exp_avg_sq = parameters.local_buffer(torch.float32)
+        self.step_number = torch.ones((), dtype=torch.int64, device=device)
+        """number of the step that comes next, from 1"""
+        self.learning_rate = torch.zeros((), dtype=torch.float64, device=device)
         self._adamw = adamw
         self._options = {
             "beta1": config.beta_1,
@@ -93,14 +91,29 @@ class FlatAdamW:
             "weight_decay": config.weight_decay,
         }
 
-    def step(self, grads: Tensor) -> None:
-        """Update weights, remainders and moments from the gradients (N,) of the flat buffer."""
-        flat = self.parameters
-        self.step_count += 1
-        buffers = (flat.weights, flat.remainders, grads, self.exp_avg, self.exp_avg_sq)
-        self._adamw(*buffers, self.step_count, self.learning_rate, **self._options)
+    def step(self, bucket: Bucket) -> None:
+        """Update this rank's share of a bucket: weights, remainders and moments."""
+        flat, local = self.parameters, bucket.local
+        self._adamw(
+            flat.weights[bucket.share],
+            None if flat.remainders is None else flat.remainders[local],
+            flat.grads[bucket.share],
+            self.exp_avg[local],
+            self.exp_avg_sq[local],
+            self.step_number,
+            self.learning_rate,
+            **self._options,
+        )
 
-    def reset(self) -> None:
-        """Set moments and step count to 0; weights and learning rate stay."""
-        for tensor in (self.exp_avg, self.exp_avg_sq, self.step_count):
-            tensor.zero_()
+    def try_on_scratch(self) -> None:
+        """One step on small copies: what it compiles is there afterwards, no state has changed.
+
+        Their lengths and addresses are multiples of the same powers of two as those of the shares,
+        which is what Triton compiles for.
+        """
+        flat, part = self.parameters, slice(0, 16 * ALIGNMENT)
+        weights, grads = flat.weights[part].clone(), flat.grads[part].clone()
+        locals_ = (flat.remainders, self.exp_avg, self.exp_avg_sq)
+        remainders, *moments = (None if own is None else own[part].clone() for own in locals_)
+        state = (weights, remainders, grads, *moments)
+        self._adamw(*state, self.step_number, self.learning_rate, **self._options)

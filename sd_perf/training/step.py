@@ -1,98 +1,94 @@
-"""One optimizer step: micro-batches, forward, backward, gradient mean over ranks, AdamW."""
+"""What the trainer asks of a training step, whichever network it trains.
+
+`plain_step` and `fast_step` have the two kinds; `build_step` chooses.
+
+Shape letters: B samples, T text tokens, D context channels.
+"""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from sd_perf.config import Config
 from sd_perf.data.batch import Batch, Replacement
 from sd_perf.distributed.world import World
-from sd_perf.fast.ops import Ops
-from sd_perf.fast.step import FusedDiffusionStep
-from sd_perf.reference.step import DiffusionStep
-from sd_perf.training.optimizer import build_optimizer, learning_rate
+from sd_perf.training.optimizer import learning_rate
 
 TextEncoder = Callable[[list[str]], torch.Tensor]
 """B captions -> text states (B, T, D)"""
+State = dict[str, Any]
+"""tensors by checkpoint name, or `runs.checkpoint_files.Piece` where a rank has but a part"""
 
 
-def build_diffusion_step(config: Config, seed: int, ops: Ops | None) -> torch.nn.Module:
-    """The fused diffusion step with the operators `ops`; the plain one where that is None."""
-    if ops is None:
-        return DiffusionStep(config.diffusion, seed)
-    return FusedDiffusionStep(config, seed, ops)
+class TrainStep(ABC):
+    """`step(batches, step_index)`: one optimizer step on this rank; owns weights and optimizer."""
 
-
-class TrainStep:
-    """`step(batches, step_index) -> loss` on this rank; owns the optimizer.
-
-    `ops` are the chosen operators of the fast network, None for the plain one.
-    """
+    divides_state = False
+    """whether each rank holds a part of the state, so that all must write checkpoints"""
 
     def __init__(
         self,
         unet: torch.nn.Module,
         config: Config,
-        seed: int,
         world: World,
         text_encoder: TextEncoder | None,
-        ops: Ops | None,
     ) -> None:
-        self.unet = unet
-        self.config = config
-        self.world = world
+        self.unet, self.config, self.world = unet, config, world
         self.text_encoder = text_encoder
-        self.optimizer = build_optimizer(unet, config)
-        self.diffusion = build_diffusion_step(config, seed, ops).to(world.device)
-        self.parallel: torch.nn.Module = unet
-        if world.size > 1:
-            devices = [world.device] if world.device.type == "cuda" else None
-            self.parallel = DistributedDataParallel(
-                unet, device_ids=devices, gradient_as_bucket_view=True
-            )
 
+    @abstractmethod
     def __call__(
         self, batches: Iterator[Batch], step_index: int
     ) -> tuple[torch.Tensor, list[Replacement]]:
-        """Take one step; returns the loss and the bad samples that were replaced.
+        """Take one step, counted from 0; returns the loss and the bad samples that were replaced.
 
-        The loss is the mean over the rank's samples, a detached scalar on the device.
+        The loss is the mean over the rank's samples, a detached float32 scalar on the device, which
+        the next step may overwrite.
         """
-        accumulate = self.config.training.accumulate_steps
-        mean_loss = torch.zeros((), device=self.world.device)
-        replacements: list[Replacement] = []
-        for micro_step in range(accumulate):
-            batch = next(batches)
-            replacements += batch.replacements
-            with self._gradient_sync(last=micro_step == accumulate - 1):
-                loss = self._loss(batch.to(self.world.device)) / accumulate
-                loss.backward()
-            mean_loss += loss.detach()
-        self.optimizer.param_groups[0]["lr"] = learning_rate(
-            self.config.optimizer, self.config.learning_rate, step_index
-        )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=False)
-        return mean_loss, replacements
 
-    def _loss(self, batch: Batch) -> torch.Tensor:
+    @abstractmethod
+    def prepare(self) -> None:
+        """Do once what the first step would: compile kernels, tune convolutions, capture a graph.
+
+        Runs on synthetic samples, and leaves weights, moments and precision state bit-identical.
+        Where nothing of the kind is to be done it does nothing.
+        """
+
+    @abstractmethod
+    def state(self) -> State:
+        """Float32 weights and moments of every parameter; the tensors themselves, or copies.
+
+        Their names are `model.<name>`, `exp_avg.<name>` and `exp_avg_sq.<name>`.
+        """
+
+    @abstractmethod
+    def restore(self, tensors: Mapping[str, torch.Tensor], steps: int) -> None:
+        """Continue after `steps` steps from whole tensors, by the names that `state_shapes` has."""
+
+    def state_shapes(self) -> dict[str, torch.Tensor]:
+        """Whole tensors of the state by checkpoint name, without data (device "meta")."""
+        return {
+            f"{component}.{name}": torch.empty_like(
+                parameter, dtype=torch.float32, device="meta", memory_format=torch.preserve_format
+            )
+            for component in ("model", "exp_avg", "exp_avg_sq")
+            for name, parameter in self.unet.named_parameters()
+        }
+
+    def learning_rate(self, step_index: int) -> float:
+        """Rate of a step, counted from 0."""
+        return learning_rate(self.config.optimizer, self.config.learning_rate, step_index)
+
+    def context(self, batch: Batch) -> torch.Tensor:
+        """The text states (B, T, D) of a batch; encoded here where the loader has captions only."""
+        if batch.context is not None:
+            return batch.context
+        if self.text_encoder is None:
+            raise ValueError("the batch holds captions only: the step needs a text encoder")
         is_bf16 = self.config.training.precision == "bf16"
         with torch.autocast(self.world.device.type, torch.bfloat16, enabled=is_bf16):
-            context = batch.context
-            if context is None:
-                if self.text_encoder is None:
-                    raise ValueError("the batch holds captions only: the step needs a text encoder")
-                context = self.text_encoder(batch.captions)
-            return self.diffusion(
-                self.parallel, batch.moments, context.float(), batch.sample_indices
-            )
-
-    def _gradient_sync(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Context of a backward pass: ranks exchange gradients in a step's last one only."""
-        if isinstance(self.parallel, DistributedDataParallel) and not last:
-            return self.parallel.no_sync()
-        return contextlib.nullcontext()
+            return self.text_encoder(batch.captions)

@@ -6,6 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from sd_perf.distributed.world import World
 from sd_perf.errors import CheckpointError, DataError, UserError
 from sd_perf.fast.linear import load_precision_state, precision_state
 from sd_perf.files import disk_errors, json_lines, quoted
-from sd_perf.runs.checkpoint_files import GO_BACK, read_state
+from sd_perf.runs.checkpoint_files import GO_BACK, Piece, read_state
 from sd_perf.runs.checkpoints import (
     MAKE_ROOM,
     CheckpointStore,
@@ -26,14 +27,40 @@ from sd_perf.runs.checkpoints import (
 )
 from sd_perf.runs.folder import config_digest, read_run_id, require_of_run
 from sd_perf.training.callbacks.base import Callback
-from sd_perf.training.optimizer import optimizer_tensors, set_step_count
+from sd_perf.training.readings import (
+    LateNumber,
+    collect_garbage,
+    manual_garbage_collection,
+    named_range,
+)
 from sd_perf.training.step import TrainStep
+
+LATE_STEPS = 2
+"""steps after which a logged loss is read on a GPU"""
+
+
+def late_steps(device: torch.device) -> int:
+    """Steps after which a logged loss is read: on a CPU it is there at once."""
+    return LATE_STEPS if device.type == "cuda" else 0
+
+
+@dataclass(frozen=True)
+class _Log:
+    """The metrics of a logged step whose loss has not been read yet."""
+
+    metrics: dict[str, float]
+    loss: LateNumber
+    due: int
+    """number of steps taken when it is read"""
 
 
 class Trainer:
     """One run: `fit` takes steps from position `samples` to `total_samples`.
 
-    Positions are counted in samples, as the benchmark counts.
+    Positions are counted in samples, as the benchmark counts. On a GPU the loss of a logged step is
+    read LATE_STEPS steps later, when it has long been computed, so that reading holds up nothing. A
+    loss that is not finite therefore ends the run at most logging.every_steps + LATE_STEPS steps
+    after it arose, and before anything is saved.
     """
 
     def __init__(
@@ -50,7 +77,8 @@ class Trainer:
         self.world = world
         self.seed = config.training.seed
         self.folder = Path(config.run.dir)
-        self.store = CheckpointStore(self.folder / "checkpoints", config.checkpoint.keep)
+        writer = (world.rank, world.size) if step.divides_state else (0, 1)
+        self.store = CheckpointStore(self.folder / "checkpoints", config.checkpoint.keep, writer)
         self.loader = loader
         self.callbacks = callbacks
         self.step = step
@@ -64,6 +92,8 @@ class Trainer:
         self.stop_reason: str | None = None
         self.loss = torch.zeros(())
         self._data_seconds = 0.0
+        self._log_under_way: _Log | None = None
+        self._window_start, self._window_samples = 0.0, 0
 
     @property
     def steps(self) -> int:
@@ -82,26 +112,34 @@ class Trainer:
             stack.callback(getattr(batches, "close", lambda: None))
             for callback in self.callbacks:
                 stack.callback(callback.close, self)
+            # Before any callback starts: an MLPerf run begins when all that is done once is done.
+            self.step.prepare()
             self._each(lambda callback: callback.on_start(self))
-            window_start, window_samples = time.monotonic(), self.samples
+            stack.enter_context(manual_garbage_collection())
+            self._window_start, self._window_samples = time.monotonic(), self.samples
             while not self.is_over:
-                ready = self.world.together(lambda: self._next_batches(batches))
-                for callback in self.callbacks:
-                    callback.before_step(self)
-                self.loss, replacements = self.step(iter(ready), self.steps)
-                self.samples += self.config.training.global_batch_size
-                self._new_bad_samples += replacements
-                if (
-                    self.steps % self.config.logging.every_steps == 0
-                    or self.samples >= self.total_samples
-                ):
-                    self._log(window_start, window_samples)
-                    window_start, window_samples = time.monotonic(), self.samples
-                for callback in self.callbacks:
-                    callback.on_step(self)
+                self._take_step(batches)
+            self._finish_log()
             self._each(lambda callback: callback.on_end(self))
             self.world.together(self._tell_of_saved)
         return self.stop_reason
+
+    def _take_step(self, batches: Iterator[Batch]) -> None:
+        with named_range("data"):
+            ready = self.world.together(lambda: self._next_batches(batches))
+        for callback in self.callbacks:
+            callback.before_step(self)
+        with named_range("step"):
+            self.loss, replacements = self.step(iter(ready), self.steps)
+        self.samples += self.config.training.global_batch_size
+        self._new_bad_samples += replacements
+        is_logged = self.steps % self.config.logging.every_steps == 0
+        if is_logged or self.samples >= self.total_samples:
+            self._begin_log()
+        if self._log_under_way and self.steps >= self._log_under_way.due:
+            self._finish_log()
+        for callback in self.callbacks:
+            callback.on_step(self)
 
     def checked_loss(self) -> float:
         """Mean loss of the last step over all ranks, called by all of them.
@@ -109,32 +147,42 @@ class Trainer:
         UserError where it is not finite, DataError where more samples were bad than the config
         allows. Samples replaced since the last call are written to bad_samples.jsonl.
         """
+        self._finish_log()
+        return self._checked(self.loss.item())
+
+    def _checked(self, own: float) -> float:
+        """The mean over ranks of a loss; see `checked_loss`."""
         replaced = [bad for rank in self.world.gather(self._new_bad_samples) for bad in rank]
         self._new_bad_samples = []
         self.bad_samples += len(replaced)
-        loss = self.world.sum([self.loss.item()])[0] / self.world.size
+        loss = self.world.sum([own])[0] / self.world.size
         self.world.on_main(lambda: self._stop_past_limits(loss, replaced))
         return loss
 
     def save(self) -> Path:
-        """Begin to write a checkpoint (main rank). UserError where the state has blown up: then
-        nothing is written."""
-        tensors = self.tensors()
+        """Begin to write a checkpoint, called by all ranks; returns its path.
+
+        UserError where the state has blown up: then nothing is written.
+        """
+        self.world.on_main(self.store.begin)
+        return self.world.together(self._save)
+
+    def _save(self) -> Path:
+        position = self.state()
+        if not (self.world.is_main or self.step.divides_state):
+            return self.store.path(self.samples)
+        tensors = self.step.state()
         # The loss was taken before the update. A norm's squares leave float32 long before the
         # numbers themselves do.
-        if not torch.nn.utils.get_total_norm(list(tensors.values())).isfinite():
+        values = [some.values if isinstance(some, Piece) else some for some in tensors.values()]
+        if not torch.nn.utils.get_total_norm(values).isfinite():
             raise self._diverged("weights or optimizer moments are")
-        scales = {
-            f"precision_state.{name}": state for name, state in precision_state(self.unet).items()
-        }
-        return self.store.save(tensors | scales, self.state())
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor of the training state by its checkpoint name; the tensors themselves."""
-        model = {
-            f"model.{name}": parameter.data for name, parameter in self.unet.named_parameters()
-        }
-        return model | optimizer_tensors(self.unet, self.step.optimizer)
+        if self.world.is_main:
+            tensors |= {
+                f"precision_state.{name}": state
+                for name, state in precision_state(self.unet).items()
+            }
+        return self.store.save(tensors, position)
 
     def state(self) -> dict[str, Any]:
         """The rest of the training state, as `state.json` has it."""
@@ -157,10 +205,9 @@ class Trainer:
         """Continue from a checkpoint of this run, written at any world size."""
         state = read_state(path)
         self._require_continues(path, state)
-        load_tensors(path, self.tensors())
+        self.step.restore(load_tensors(path, self.step.state_shapes()), state["steps"])
         if precision_state(self.unet):
             load_precision_state(self.unet, load_component(path, "precision_state"))
-        set_step_count(self.step.optimizer, state["steps"])
         for callback in self.callbacks:
             if saved := state["callbacks"].get(type(callback).__name__):
                 callback.load_state_dict(saved)
@@ -188,18 +235,31 @@ class Trainer:
                 f"{state['steps']} steps of {batch}); {GO_BACK}"
             )
 
-    def _log(self, window_start: float, window_samples: int) -> None:
-        loss = self.checked_loss()
-        seconds = time.monotonic() - window_start
+    def _begin_log(self) -> None:
+        """Take the metrics of the step just taken; its loss is read when it is due."""
+        self._finish_log()
+        loss, now = LateNumber(self.loss), time.monotonic()
+        seconds = now - self._window_start
         metrics = {
             "samples": self.samples,
-            "loss": loss,
-            "lr": self.step.optimizer.param_groups[0]["lr"],
-            "samples_per_second": (self.samples - window_samples) / seconds,
+            "loss": math.nan,
+            "lr": self.step.learning_rate(self.steps - 1),
+            "samples_per_second": (self.samples - self._window_samples) / seconds,
             "data_wait": self._data_seconds / seconds,
         }
-        self._data_seconds = 0.0
-        self._each(lambda callback: callback.on_log(self, metrics))
+        due = self.steps + late_steps(self.world.device)
+        self._log_under_way = _Log(metrics, loss, due)
+        self._window_start, self._window_samples, self._data_seconds = now, self.samples, 0.0
+
+    def _finish_log(self) -> None:
+        """Hand the metrics of a logged step to the callbacks, where there are any."""
+        log, self._log_under_way = self._log_under_way, None
+        if log is None:
+            return
+        with named_range("log"):
+            metrics = {**log.metrics, "loss": self._checked(log.loss.value())}
+            self._each(lambda callback: callback.on_log(self, metrics))
+            collect_garbage()
 
     def _each(self, hook: Callable[[Callback], None]) -> None:
         """Call a hook of every callback, in order; where one fails on one rank, all leave."""

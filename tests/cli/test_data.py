@@ -1,11 +1,13 @@
-"""Bad numbers and places for the commands that make data, and Ctrl-C in what does not save."""
+"""Bad numbers and places for the commands that make data, and signals in what does not save."""
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
 
+from sd_perf.stopping import STOP_SIGNALS
 from tests.cli.bad_input import AUTOENCODER, matches
 
 SMOKE = Path(__file__).parents[2] / "configs" / "smoke.yaml"
@@ -59,10 +61,18 @@ def test_numbers_of_prepared_samples(tmp_path, refused):
     ],
     ids=["data scenes", "evaluate"],
 )
-def test_ctrl_c_is_one_line(command, work, sd_perf, monkeypatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(work, interrupted)
-    code, _, errors = sd_perf(*command)
-    assert (code, errors) == (130, "sd-perf: stopped by Ctrl-C\n")
+@pytest.mark.parametrize(
+    ("number", "code", "name"),
+    [
+        (signal.SIGINT, 130, "Ctrl-C"),
+        (signal.SIGTERM, 75, "SIGTERM"),
+        (signal.SIGUSR1, 75, "SIGUSR1"),
+        (signal.SIGHUP, 75, "SIGHUP"),
+    ],
+)
+def test_a_signal_is_one_line(command, work, number, code, name, sd_perf, monkeypatch):
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
+    monkeypatch.setattr(work, lambda *_: signal.raise_signal(number))
+    left, _, errors = sd_perf(*command)
+    assert (left, errors) == (code, f"sd-perf: stopped by {name}\n")
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before

@@ -53,7 +53,7 @@ def test_a_run_goes_on_from_a_converted_checkpoint(make_config, make_trainer):
     (run / "run_manifest.json").write_text(json.dumps(manifest))
     path = run / "checkpoints" / "samples_0000000040"
     writer = dcp.FileSystemWriter(path, single_file_per_rank=True)
-    dcp.save(trainer.tensors(), storage_writer=writer, no_dist=True)
+    dcp.save(trainer.step.state(), storage_writer=writer, no_dist=True)
     for key in ("run_id", "config_digest"):
         del state[key]
     (path / "state.json").write_text(json.dumps({**state, "samples": 40, "steps": 10}))
@@ -65,8 +65,8 @@ def test_a_run_goes_on_from_a_converted_checkpoint(make_config, make_trainer):
     assert list(convert_run(run)) == []
     resumed = make_trainer(make_config(), resume=True)
     assert resumed.samples == 40 and read_run_id(run)
-    for name, tensor in trainer.tensors().items():
-        assert torch.equal(resumed.tensors()[name], tensor)
+    for name, tensor in trainer.step.state().items():
+        assert torch.equal(resumed.step.state()[name], tensor)
 
 
 class Runs:

@@ -127,3 +127,12 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
         main(["doctor", "--json", "--target", "h200"])
     assert exit.value.code == 0
     assert json.loads(capsys.readouterr().out)["target"] == {"name": "H200", "declared": True}
+
+
+def test_a_gpus_allocator_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    report = examine("here")
+    gpu = {"device": "cuda:0", "name": "H100", "memory_bytes": 80 * 2**30, "capability": "9.0"}
+    assert "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True" in shown({**report, "devices": [gpu]})
+    if not torch.cuda.is_available():
+        assert "ALLOC_CONF" not in shown(report)

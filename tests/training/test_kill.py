@@ -17,7 +17,10 @@ from tests.training.test_resume import assert_bit_identical, final_tensors, wait
 
 KILLS, IN_A_WRITE = 20, 5
 AIMS = ("any moment", "a write", "training")
-OPTIONS = ("--checkpoint.every-samples", "20", "--logging.every-steps", "1")
+OPTIONS = (
+    *("--model.implementation", "fast"),
+    *("--checkpoint.every-samples", "20", "--logging.every-steps", "1"),
+)
 
 
 def being_written(run: Path) -> bool:
@@ -67,6 +70,7 @@ def test_kill_nine(preset, tmp_path, make_config, make_trainer):
 
     end = str(position + 40)
     train(preset, run, "--resume", "--training.max-samples", end, *OPTIONS)
-    whole = make_trainer(make_config("whole", training={"max_samples": int(end)}), [Checkpointer()])
+    fast, length = {"implementation": "fast"}, {"max_samples": int(end)}
+    whole = make_trainer(make_config("whole", model=fast, training=length), [Checkpointer()])
     whole.fit()
     assert_bit_identical(final_tensors(run), final_tensors(whole.folder))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from sd_perf.training.memory import least_bytes
+from dataclasses import replace
+
+from sd_perf.config import Config
+from sd_perf.training.memory import least_bytes, state_bytes
 
 
 def test_least_bytes(make_config):
@@ -13,3 +16,16 @@ def test_least_bytes(make_config):
     assert few - least_bytes(config, world_size=4) == 3 * per_sample
     wider = make_config(model={"model_channels": 64})
     assert least_bytes(wider, world_size=1) > 3 * few
+
+
+def test_state_of_stable_diffusion():
+    """865,910,724 parameters: 16 bytes each in float32, 14 where masters are split."""
+    plain = Config()
+    fast = replace(plain, model=replace(plain.model, implementation="fast"))
+    N = 865_910_724
+    assert sum(state_bytes(plain, 8).values()) == 16 * N
+    assert sum(state_bytes(fast, 1).values()) == 14 * N
+    divided = {"weights": 2 * N + 2 * (N // 8), "gradients": 2 * N, "adamw_moments": 8 * (N // 8)}
+    assert state_bytes(fast, 8) == divided
+    summed = replace(fast, training=replace(fast.training, accumulate_steps=2, strategy="ddp"))
+    assert state_bytes(summed, 8) == {"weights": 4 * N, "gradients": 4 * N, "adamw_moments": 8 * N}

@@ -132,4 +132,4 @@ def test_compiled_steps_are_the_steps(make_config, make_trainer):
     eager, ours = runs
     assert len(set(losses(eager))) == 6
     assert losses(ours) == pytest.approx(losses(eager), rel=1e-5)
-    assert ours.tensors().keys() == eager.tensors().keys()
+    assert ours.step.state().keys() == eager.step.state().keys()

@@ -206,8 +206,11 @@ def test_signal_saves_and_leaves(number, preset, tmp_path, sd_perf):
         )
     )
     process.send_signal(number)
+    while number == signal.SIGTERM and process.poll() is None:  # as schedulers repeat it
+        process.send_signal(number)
+        time.sleep(0.02)
     output, errors = process.communicate(timeout=60)
-    assert process.returncode == 75, errors
+    assert process.returncode == 75 and "saving after this step" in errors, errors
     assert number.name in output and "--resume" in output
     newest = CheckpointStore(run / "checkpoints").newest()
     assert newest is not None

@@ -18,6 +18,7 @@ from sd_perf.fast.choice import choose_kernels, target_named, used_ops
 from sd_perf.reference.unet import UNet
 from sd_perf.tools.estimate.eager import plain
 from sd_perf.tools.estimate.fused import saved_activations
+from sd_perf.training.memory import state_bytes
 
 
 def dry_run(config: Config, world_size: int, target: str = "here") -> dict[str, Any]:
@@ -35,18 +36,14 @@ def dry_run(config: Config, world_size: int, target: str = "here") -> dict[str, 
     parameters = sum(parameter.numel() for parameter in unet.parameters())
     flops_forward, flops_step = _flops(unet, config)
     activations = _activation_bytes(config)
-    # Weights, gradients and both moments are float32; under autocast a bfloat16 copy of each weight
-    # lives as long as the step.
-    weight_bytes = 4 * parameters
-    low_precision = 2 * parameters if config.training.precision == "bf16" else 0
+    # Under autocast a bfloat16 copy of each weight lives as long as the step.
+    is_autocast = config.training.precision == "bf16" and config.model.implementation == "plain"
     name = "activations" + (
         "_without_checkpointing" if config.model.activation_checkpointing else ""
     )
     memory = {
-        "weights": weight_bytes,
-        "gradients": weight_bytes,
-        "adamw_moments": 2 * weight_bytes,
-        "bf16_weight_copies": low_precision,
+        **state_bytes(config, world_size),
+        "bf16_weight_copies": 2 * parameters if is_autocast else 0,
         name: int(activations * micro_batch),
     }
     batch = config.training.global_batch_size

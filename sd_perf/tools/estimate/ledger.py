@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -13,10 +13,10 @@ import triton
 from sd_kernels.launch import recording
 from sd_kernels.targets import GPU, named
 from sd_perf.config import Config
+from sd_perf.distributed.world import World
 from sd_perf.fast.architecture import architecture
 from sd_perf.fast.choice import choose_kernels
 from sd_perf.fast.ops import Ops
-from sd_perf.fast.step import FusedDiffusionStep
 from sd_perf.models.build import build_unet
 from sd_perf.tools.estimate.ledger_causes import cause, is_own, rows
 from sd_perf.tools.estimate.ledger_recorder import (
@@ -25,8 +25,7 @@ from sd_perf.tools.estimate.ledger_recorder import (
     FakeGPU,
     Recorder,
 )
-from sd_perf.training.flat import FlatParameters
-from sd_perf.training.optimizer import FlatAdamW
+from sd_perf.training.iteration import Iteration
 
 
 @contextmanager
@@ -77,35 +76,23 @@ def trace(config: Config, gpu: GPU, batch: int) -> list[Entry]:
     config = replace(
         config,
         model=replace(config.model, implementation="fast", compile=False),
-        training=replace(config.training, precision="bf16"),
+        training=replace(
+            config.training, precision="bf16", global_batch_size=batch, accumulate_steps=1
+        ),
     )
     with _compiled(), recording() as launches, FakeGPU():
         recorder = Recorder(launches)
-        iteration = _iteration(config, gpu, batch, recorder)
+        iteration = _iteration(config, gpu, recorder)
         with recorder.step():
             iteration()
     return recorder.entries
 
 
-def _iteration(config: Config, gpu: GPU, batch: int, recorder: Recorder) -> Callable[[], None]:
-    choices = choose_kernels(config, gpu.target)
-    ops = Ops.chosen(choices, recorder.owned)
+def _iteration(config: Config, gpu: GPU, recorder: Recorder) -> Iteration:
+    """The trainer's own iteration, without memory, on the kernels chosen for the GPU."""
+    ops = Ops.chosen(choose_kernels(config, gpu.target), recorder.owned)
     with torch.device("cuda"):  # initial weights of 866 million numbers would take minutes
         unet = build_unet(config, seed=0, device=torch.device("cuda"), ops=ops)
-    step = FusedDiffusionStep(config, 0, ops).to("cuda")
-    flat = FlatParameters(unet, torch.bfloat16)
-    optimizer = FlatAdamW(flat, config.optimizer, config.learning_rate, ops.adamw)
-    side, channels = config.data.latent_size, config.model.in_channels
-    with torch.device("cuda"):
-        moments = torch.empty(batch, 2 * channels, side, side)
-        context = torch.empty(
-            batch, config.data.context_tokens, config.model.context_dim, dtype=torch.bfloat16
-        )
-        indices = torch.empty(batch, dtype=torch.int64)
-
-    def iteration() -> None:
-        loss = step(unet, moments, context, indices)
-        loss.backward()
-        optimizer.step(flat.collect_gradients())
-
-    return iteration
+    # A world on a GPU would make streams. Tensors on meta say that they are on a GPU all the same.
+    world = World(rank=0, size=1, device=torch.device("meta"))
+    return Iteration(config, unet, seed=0, world=world, ops=ops)

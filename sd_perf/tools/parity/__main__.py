@@ -16,6 +16,7 @@ from sd_kernels.errors import KernelError
 from sd_perf.errors import UserError
 from sd_perf.files import read_json, write_json
 from sd_perf.presets import config_from_dict
+from sd_perf.stopping import STOP, Stopped
 from sd_perf.tools.parity.compare_levels import compare_levels
 from sd_perf.visible import visible
 
@@ -42,4 +43,8 @@ def main(request: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    STOP.take(speaks=False)  # sd-perf parity has said it
+    try:
+        sys.exit(main(Path(sys.argv[1])))
+    except Stopped as stop:
+        sys.exit(stop.exit_code)

@@ -18,7 +18,7 @@ from sd_perf.fast.ops import Ops
 from sd_perf.models.build import build_text_encoder, build_unet
 from sd_perf.tools.parity.comparison import Comparison
 from sd_perf.tools.parity.parity_case import SEED, ParityCase
-from sd_perf.training.step import TrainStep
+from sd_perf.training.build_step import build_step
 
 STEPS = 200
 WINDOW = 20
@@ -64,7 +64,7 @@ def _losses(
         _move_by_half_an_ulp(unet, seed=SEED + moved)
     captions_only = config.data.format == "moments" and config.data.context == "open_clip"
     text_encoder = build_text_encoder(config, device) if captions_only else None
-    step = TrainStep(unet, config, seed=seed, world=world, text_encoder=text_encoder, ops=ops)
+    step = build_step(unet, config, seed=seed, world=world, text_encoder=text_encoder, ops=ops)
     batches = build_loader(config, seed, world).batches(0)
     losses = [step(batches, index)[0] for index in range(STEPS)]
     return torch.stack(losses).cpu().double()

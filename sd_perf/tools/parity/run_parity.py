@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from sd_perf.children import child
 from sd_perf.config import Config
 from sd_perf.errors import UserError
 from sd_perf.files import disk_errors, write_json, write_text
@@ -89,10 +90,11 @@ def _run_children(
             answer, request = (Path(scratch) / f"{where}.{file}.json" for file in ("answer", "ask"))
             asked = {"where": where, "levels": wanted, "folder": str(folder), "answer": str(answer)}
             write_json(request, {"config": dataclasses.asdict(config), **asked})
-            command = [sys.executable, "-m", "sd_perf.tools.parity", str(request)]
             environment = {**os.environ, "TRITON_INTERPRET": "1" if where == "interpreter" else "0"}
             tell(f"{where}: {', '.join(wanted)}")
-            process = running.enter_context(subprocess.Popen(command, env=environment))
+            process = running.enter_context(
+                child("sd_perf.tools.parity", str(request), env=environment)
+            )
             processes.append((process, answer))
         codes = [process.wait() for process, _ in processes]
         if bad := next((code for code in codes if code), 0):

@@ -30,8 +30,8 @@ from sd_perf.tools.parity.optimizer_updates import (
 from sd_perf.tools.parity.parity_case import SEED, ParityCase
 from sd_perf.tools.parity.sampler import compare_sampler
 from sd_perf.tools.parity.yardsticks import plain_torch_networks
+from sd_perf.training.build_step import build_step
 from sd_perf.training.optimizer import learning_rate
-from sd_perf.training.step import TrainStep
 
 SAMPLES = 4
 RANKS = 2
@@ -125,7 +125,7 @@ def _compare_whole_step(case: ParityCase) -> Iterator[Comparison]:
     batch = _batch(case)
     for dtype in case.dtypes:
         comparer = case.comparer("step", dtype)
-        config = _trained_in(dtype, case.config)
+        config = _of_size(_trained_in(dtype, case.config), batch)
         plain = dataclasses.replace(config, model=config.model.network, precision=PrecisionConfig())
         fast = _train_one_step(case.fast_network(dtype), config, batch, ops=case.ops)
         by_torch = [
@@ -158,12 +158,29 @@ def _train_one_step(
 
     `ops` are the fast network's operators, None for the plain one.
     """
-    start = [parameter.detach().clone() for parameter in unet.parameters()]
     world = World(rank=0, size=1, device=batch.moments.device)
-    step = TrainStep(unet, config, seed=SEED, world=world, text_encoder=None, ops=ops)
-    loss, _ = step(iter([batch]), config.optimizer.warmup_steps)
-    weights = zip(unet.parameters(), start, strict=True)
-    return [loss, *(now.detach().double() - before.double() for now, before in weights)]
+    step = build_step(unet, config, seed=SEED, world=world, text_encoder=None, ops=ops)
+    names = [f"model.{name}" for name, _ in unet.named_parameters()]
+    start = step.state()
+    before = [start[name].double() for name in names]
+    loss, _ = step(iter([batch]), 0)
+    after = step.state()
+    return [loss, *(after[name].double() - was for name, was in zip(names, before, strict=True))]
+
+
+def _of_size(config: Config, batch: Batch) -> Config:
+    """The config with the batch's sizes, and from the first step on its own full learning rate."""
+    samples, side = len(batch.sample_indices), batch.moments.shape[-1]
+    return dataclasses.replace(
+        config,
+        training=dataclasses.replace(
+            config.training, global_batch_size=samples, accumulate_steps=1
+        ),
+        optimizer=dataclasses.replace(
+            config.optimizer, base_learning_rate=config.learning_rate / samples, warmup_steps=0
+        ),
+        data=dataclasses.replace(config.data, latent_size=side),
+    )
 
 
 def _joined(results: list[Tensor]) -> list[Tensor]:
@@ -191,5 +208,5 @@ def _exact_step(case: ParityCase, config: Config, batch: Batch) -> list[Tensor]:
     loss = F.mse_loss(unet(noisy, timesteps, batch.context.double()), target)
     loss.backward()
     grads = [[parameter.grad for parameter in unet.parameters() if parameter.grad is not None]]
-    rate = learning_rate(config.optimizer, config.learning_rate, config.optimizer.warmup_steps)
+    rate = learning_rate(config.optimizer, config.learning_rate, step=0)
     return [loss.detach(), *textbook_changes(config, start, grads, rate)]

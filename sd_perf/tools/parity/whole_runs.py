@@ -10,11 +10,11 @@ import dataclasses
 import math
 import statistics
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from sd_perf.children import child
 from sd_perf.config import Config
 from sd_perf.errors import UserError
 from sd_perf.files import write_json
@@ -103,8 +103,8 @@ class _Runs:
         return tree
 
     def _call(self, run: Path, *command: str) -> None:
-        arguments = [sys.executable, "-m", "sd_perf", *command]
-        code = subprocess.run(arguments, stdout=subprocess.DEVNULL).returncode
+        with child("sd_perf", *command, stdout=subprocess.DEVNULL) as process:
+            code = process.wait()
         if code:
             raise UserError(
                 f"{run}: sd-perf {command[0]} ended with {code}; run parity again to go on"

@@ -43,7 +43,7 @@ class TrainerView(Protocol):
         ...
 
     def save(self) -> Path:
-        """Begin to write a checkpoint; main rank alone."""
+        """Begin to write a checkpoint; all ranks must call it."""
         ...
 
 

@@ -20,7 +20,7 @@ class Checkpointer(Callback):
         if trainer.steps % cadence == 0 or trainer.is_over:
             trainer.checked_loss()
             trainer.world.on_main(trainer.loader.require_unchanged)
-            path = trainer.world.on_main(trainer.save)
+            path = trainer.save()
             logger.info("saving %s", path)
 
     def on_end(self, trainer: TrainerView) -> None:

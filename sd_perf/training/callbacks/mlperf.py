@@ -17,9 +17,9 @@ class MLPerfLogger(Callback):
     A block of the log lasts from one checkpoint to the next. A run that is asked to stop leaves its
     block open, and the resumed run closes it, so that the time between the two processes counts.
 
-    init_stop and run_start are written before the first step. What that step does once, such as
-    compiling kernels and trying convolution algorithms, is therefore on the clock, though the rules
-    would allow it before init_stop on synthetic batches.
+    init_stop and run_start are written before the first step. What is done but once, such as
+    compiling kernels and trying convolution algorithms, comes before them, on synthetic batches, as
+    the rules allow (`TrainStep.prepare`).
     """
 
     def __init__(self, config: Config) -> None:

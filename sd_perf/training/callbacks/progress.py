@@ -51,7 +51,7 @@ class ProgressDisplay(Callback):
         self._losses.append(metrics["loss"])
         line = self._line(trainer, metrics)
         if self._bar:
-            self._bar.update(self._bar.task_ids[0], completed=trainer.samples, line=line)
+            self._bar.update(self._bar.task_ids[0], completed=metrics["samples"], line=line)
         else:
             self.console.print(line, soft_wrap=True)
 
@@ -66,9 +66,10 @@ class ProgressDisplay(Callback):
         self._stop_bar()
 
     def _line(self, trainer: TrainerView, metrics: dict[str, float]) -> str:
-        left = (trainer.total_samples - trainer.samples) / metrics["samples_per_second"]
+        samples = int(metrics["samples"])
+        left = (trainer.total_samples - samples) / metrics["samples_per_second"]
         return (
-            f"{trainer.samples:,}/{trainer.total_samples:,} samples  loss {metrics['loss']:.4f}  "
+            f"{samples:,}/{trainer.total_samples:,} samples  loss {metrics['loss']:.4f}  "
             f"lr {metrics['lr']:.2e}  {metrics['samples_per_second']:.1f} samples/s  "
             f"{_clock(left)} left"
         )

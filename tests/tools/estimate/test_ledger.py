@@ -17,6 +17,7 @@ from torch import Tensor
 from sd_kernels.launch import recording
 from sd_perf.cli import main
 from sd_perf.config import Config, UNetConfig
+from sd_perf.fast.step import FusedDiffusionStep
 from sd_perf.tools.estimate.ledger import ledger
 from sd_perf.tools.estimate.ledger_operators import moved_by
 from sd_perf.tools.estimate.ledger_page import ledger_tables
@@ -28,7 +29,7 @@ SHALLOW = Config(
     model=UNetConfig(channel_mult=(2, 1), attention_resolutions=(2,), num_res_blocks=1)
 )
 BATCH = 64
-LAUNCHES, GIGABYTES = 2170, 6.01
+LAUNCHES, GIGABYTES = 2200, 6.02
 """most of a step and most of a sample, as the step is today; the goals are 1100 and 5.45"""
 
 
@@ -75,10 +76,16 @@ def test_a_small_step_by_hand() -> None:
     backward = sum(row["launches"] for row in rows if row["phase"] == "backward")
     # Neither text nor timesteps take a gradient: their matmuls have one matmul in backward.
     assert backward == 2 * forward - 2
-    geglu = found["ops"]["geglu"]
     # 32 x 32 tokens of 320 channels: 12C forward and 20C backward, of 2 bytes, in 2 samples.
-    calls = geglu["launches"] / 2
-    assert geglu["bytes"] == geglu["floor"] == calls * 2 * (32 * 32) * 320 * (12 + 20) * 2
+    geglu = found["ops"]["geglu"]
+    calls, one = geglu["launches"] / 2, 2 * (32 * 32) * 320 * 2
+    assert geglu["bytes"] == geglu["floor"] == calls * one * (12 + 20)
+    split = {
+        row["phase"]: (row["read"] / one / calls, row["written"] / one / calls)
+        for row in found["kernels"]
+        if row["op"] == "geglu"
+    }
+    assert split == {"forward": (8, 4), "backward": (12, 8)}
 
 
 def test_the_documented_ledger_is_that_of_the_code(benchmark: dict[str, Any]) -> None:
@@ -172,16 +179,14 @@ def test_launches_of_foreach() -> None:
 def test_a_step_that_waits_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import sd_perf.fast.step as module
-
-    whole = module.FusedDiffusionStep.forward
+    whole = FusedDiffusionStep.forward
 
     def waiting(self: Any, *arguments: Any) -> Tensor:
         loss = whole(self, *arguments)
         assert loss.item() >= 0
         return loss
 
-    monkeypatch.setattr(module.FusedDiffusionStep, "forward", waiting)
+    monkeypatch.setattr(FusedDiffusionStep, "forward", waiting)
     smoke = str(ROOT / "configs/smoke.yaml")
     with pytest.raises(SystemExit) as left:
         main(["estimate", "--config", smoke, "--batch", "2", "--ledger"])

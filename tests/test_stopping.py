@@ -1,0 +1,104 @@
+"""Signals that ask to stop: which one counts, what is said, and when."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+from sd_perf import stopping
+from sd_perf.stopping import CTRL_C, STOP_SIGNALS, STOPPED, Stopped, StopRequests
+
+
+@pytest.fixture
+def stop():
+    requests = StopRequests()
+    requests.take()
+    yield requests
+    requests.give_back()
+
+
+class Left(BaseException):
+    pass
+
+
+@pytest.fixture(autouse=True)
+def left(monkeypatch):
+    """os._exit raises Left, with the exit code."""
+
+    def leave(code: int) -> None:
+        raise Left(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_command_stops_at_once(number, stop, capfd):
+    with pytest.raises(Stopped) as stopped:
+        signal.raise_signal(number)
+    assert stopped.value.exit_code == (CTRL_C if number == signal.SIGINT else STOPPED)
+    assert capfd.readouterr().err.startswith("sd-perf: stopped by ")
+
+
+def test_cleaning_up_is_not_disturbed(stop, capfd):
+    with pytest.raises(Stopped):
+        signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGINT)  # within one press
+    assert len(capfd.readouterr().err.splitlines()) == 1
+    time.sleep(stopping.ONE_PRESS)
+    with pytest.raises(Left, match=str(CTRL_C)):
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_training_is_told_and_goes_on(number, stop, capfd):
+    with stop.deferred():
+        for _ in range(3):
+            signal.raise_signal(number)
+        assert stop.received == number
+    [line] = capfd.readouterr().err.splitlines()
+    again = "Ctrl-C: saving after this step; Ctrl-C again to quit without"
+    later = f"{number.name}: saving after this step; Ctrl-C to quit without"
+    assert line == "sd-perf: " + (again if number == signal.SIGINT else later)
+
+
+def test_two_at_once_are_one_press_and_a_second_press_quits(stop):
+    with stop.deferred():
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(0.005)
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(stopping.ONE_PRESS)
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(stopping.ONE_PRESS)
+        with pytest.raises(Stopped) as stopped:
+            signal.raise_signal(signal.SIGINT)
+        assert stopped.value.exit_code == CTRL_C
+        time.sleep(stopping.ONE_PRESS)
+        with pytest.raises(Left, match=str(CTRL_C)):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_what_is_ignored_stays_ignored(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        requests = StopRequests()
+        requests.take()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        requests.give_back()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_waiting_ends_at_a_signal(stop, capfd):
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    before = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGTERM))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        stop.wait(60)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert stop.received == signal.SIGTERM and capfd.readouterr().err == ""

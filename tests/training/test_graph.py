@@ -1,0 +1,86 @@
+"""What can be shown of a graph's capture without a GPU: its order, and its error's words."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+
+from sd_perf.errors import UserError
+from sd_perf.training import graph
+from sd_perf.training.graph import Runner, naming_the_operator
+
+
+class Relu(torch.autograd.Function):
+    """Its backward pass does what no capture allows."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.relu()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient.sort()
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+
+def test_the_operator_that_cannot_be_captured_is_named():
+    x = torch.ones(3, requires_grad=True)
+    words = r"training\.cuda_graph: aten\.sort\.default cannot be captured in a CUDA graph \("
+    with pytest.raises(UserError, match=words) as told, naming_the_operator("training.cuda_graph"):
+        Relu.apply(x * 2).sum().backward()
+    assert "not permitted when stream is capturing); choose another kernel" in str(told.value)
+
+
+def test_memory_that_ran_out_is_another_error():
+    with pytest.raises(torch.OutOfMemoryError), naming_the_operator("training.cuda_graph"):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_without_a_graph_the_iteration_is_called():
+    calls = []
+    runner = Runner(lambda: calls.append("iteration"))
+    runner.run()
+    runner.run()
+    assert calls == ["iteration"] * 2
+
+
+class Stream:
+    """Stands for a CUDA stream."""
+
+    def __init__(self, log: list[str], name: str) -> None:
+        self.log, self.name = log, name
+
+    def wait_stream(self, other: Stream) -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+
+def test_warm_up_comes_before_the_capture_and_replays_after(monkeypatch):
+    log: list[str] = []
+    main, side = Stream(log, "main"), Stream(log, "side")
+    recorded = type("Graph", (), {"replay": lambda self: log.append("replay")})()
+
+    @contextlib.contextmanager
+    def stream(of: Stream):
+        log.append(f"on {of.name}")
+        yield
+        log.append("back")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: side)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: log.append("empty cache"))
+
+    def capture(iteration):
+        log.append("capture")
+        return recorded
+
+    monkeypatch.setattr(graph, "capture", capture)
+    runner = Runner(lambda: log.append("iteration"))
+    runner.capture(lambda: log.append("warm-up"))
+    into = ["side waits for main", "on side"]
+    assert log == [*into, "warm-up", "empty cache", "capture", "back"]
+    log.clear()
+    runner.run()
+    assert log == [*into, "replay", "back", "main waits for side"]

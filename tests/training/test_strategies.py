@@ -1,0 +1,158 @@
+"""Several ranks of the fast network: whatever they share, they train as one process does."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sd_perf.distributed.strategies import AllReduce, ShardedOptimizer, Strategy, build_strategy
+from sd_perf.distributed.world import World
+from sd_perf.runs.checkpoint_files import read_state
+from sd_perf.runs.checkpoints import CheckpointStore
+from sd_perf.training.callbacks.checkpointer import Checkpointer
+from tests.small_run import small_config, small_trainer
+from tests.training.test_resume import StopAt, final_tensors, relative_error
+
+STEPS, BATCH = 50, 16
+# Programs leave by os._exit, see tests/distributed/test_world.py.
+PROGRAM = """
+import json, os, sys
+from pathlib import Path
+from sd_kernels.spec import Target
+from sd_perf.distributed.world import start_world, stop_world
+from sd_perf.fast.choice import choose_kernels
+from sd_perf.runs.folder import open_run
+from sd_perf.training.callbacks.checkpointer import Checkpointer
+from sd_perf.training.launch import build_trainer
+from tests.small_run import small_config
+
+world = start_world("cpu")
+for folder, changes in json.loads(sys.argv[1]):
+    config = small_config(Path(folder), **changes)
+    resume = Path(folder).is_dir()
+    settled = world.on_main(lambda: open_run(config, resume=resume))
+    choices = choose_kernels(config, Target.here())
+    trainer = build_trainer(settled, world, choices, [Checkpointer()])
+    if resume:
+        trainer.load(trainer.store.newest())
+    trainer.fit()
+stop_world()
+os._exit(0)
+"""
+
+
+def changes(strategy: str, accumulate: int = 1) -> dict[str, Any]:
+    training = {
+        "global_batch_size": BATCH,
+        "max_samples": STEPS * BATCH,
+        "strategy": strategy,
+        "accumulate_steps": accumulate,
+    }
+    return {
+        "model": {"implementation": "fast"},
+        "training": training,
+        "optimizer": {"base_learning_rate": 2.5e-5},  # 4e-4 in all, as small_run has it for 4
+        "checkpoint": {"every_samples": STEPS * BATCH // 2},
+    }
+
+
+def run_ranks(count: int, runs: list[tuple[Path, dict[str, Any]]]) -> None:
+    """Train one run after the other in `count` processes; a folder that exists is resumed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    given = json.dumps([(str(folder), changed) for folder, changed in runs])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, given],
+            env={**os.environ, **shared, "OMP_NUM_THREADS": "1", "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in map(str, range(count))
+    ]
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
+    assert not any(process.returncode for process in processes), "\n".join(outputs)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """The run in one process, without accumulation."""
+    config = small_config(tmp_path_factory.mktemp("alone") / "run", **changes("auto"))
+    trainer = small_trainer(config, [Checkpointer()])
+    trainer.fit()
+    return trainer.folder
+
+
+def half_of(run: Path, folder: Path) -> Path:
+    """A copy of a run, as if it had been stopped at half its length."""
+    shutil.copytree(run, folder)
+    CheckpointStore(folder / "checkpoints").complete()[-1].rename(folder / "last")
+    return folder
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_ranks_equal_one_process_and_resume_each_other(count, alone, tmp_path):
+    runs = {
+        f"{strategy}-{accumulate}": (tmp_path / f"{strategy}-{accumulate}", strategy, accumulate)
+        for strategy in ("ddp", "zero1")
+        for accumulate in (1, 4)
+    }
+    begun = [(folder, changes(*of)) for folder, *of in runs.values()]
+    resumed = half_of(alone, tmp_path / "resumed")  # begun in one process
+    run_ranks(count, [*begun, (resumed, changes("zero1"))])
+    # And back: begun by ranks that each held a part of the state, ended by one process.
+    back = small_config(half_of(tmp_path / "zero1-1", tmp_path / "back"), **changes("auto"))
+    trainer = small_trainer(back, [Checkpointer()], resume=True)
+    assert trainer.steps == STEPS // 2
+    trainer.fit()
+    right = final_tensors(alone)
+    for folder in (*(folder for folder, *_ in runs.values()), resumed, trainer.folder):
+        error = relative_error(final_tensors(folder), right)
+        print(f"{count} ranks, {folder.name}: largest relative error {error:.1e}")
+        assert 0 < error < 1e-5, folder.name
+    newest = CheckpointStore(tmp_path / "zero1-1" / "checkpoints").newest()
+    assert newest is not None
+    files = [file for file in read_state(newest)["files"] if file.startswith("exp_avg_sq")]
+    assert len(files) == count
+
+
+def test_names_of_strategies():
+    one, two = (World(rank=0, size=size, device=torch.device("cpu")) for size in (1, 2))
+    assert type(build_strategy("zero1", one)) is Strategy
+    assert type(build_strategy("ddp", two)) is AllReduce
+    assert type(build_strategy("auto", two)) is ShardedOptimizer
+    assert build_strategy("zero1", two).share == (0, 2) and build_strategy("ddp", two).share == (
+        0,
+        1,
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_done_once_changes_nothing(precision, make_config, make_trainer):
+    """A rehearsed run is, bit for bit, the run that was not; so a resumed run may be, too."""
+    training = {"precision": precision, "max_samples": 24, "accumulate_steps": 2}
+    finals = []
+    for name in ("plain", "rehearsed"):
+        config = make_config(name, model={"implementation": "fast"}, training=training)
+        trainer = make_trainer(config, [StopAt(3), Checkpointer()])
+        if name == "rehearsed":
+            trainer.step.rehearse()
+        trainer.fit()
+        resumed = make_trainer(config, [Checkpointer()], resume=True)
+        if name == "rehearsed":
+            resumed.step.rehearse()
+        resumed.fit()
+        finals.append(final_tensors(resumed.folder))
+    assert all(torch.equal(finals[0][name], finals[1][name]) for name in finals[0])
