@@ -17,7 +17,7 @@ from sd_perf.distributed.world import World
 from sd_perf.fast.architecture import architecture
 from sd_perf.fast.choice import choose_kernels
 from sd_perf.fast.ops import Ops
-from sd_perf.models.build import build_unet
+from sd_perf.fast.unet import FastUNet
 from sd_perf.tools.estimate.ledger_causes import cause, is_own, rows
 from sd_perf.tools.estimate.ledger_recorder import (
     PHASES,
@@ -73,6 +73,9 @@ def _sum(entries: Iterable[Entry]) -> dict[str, float]:
 
 def trace(config: Config, gpu: GPU, batch: int) -> list[Entry]:
     """The kernels of one training step of the fast network in bfloat16 on the GPU, in order."""
+    for _, _, key in config.precision.in_fp8():
+        right = "bf16, since the ledger traces a step in bfloat16"
+        config.precision.require(False, key, right)
     config = replace(
         config,
         model=replace(config.model, implementation="fast", compile=False),
@@ -92,7 +95,7 @@ def _iteration(config: Config, gpu: GPU, recorder: Recorder) -> Iteration:
     """The trainer's own iteration, without memory, on the kernels chosen for the GPU."""
     ops = Ops.chosen(choose_kernels(config, gpu.target), recorder.owned)
     with torch.device("cuda"):  # initial weights of 866 million numbers would take minutes
-        unet = build_unet(config, seed=0, device=torch.device("cuda"), ops=ops)
+        unet = FastUNet(config.model, ops, config.precision)
     # A world on a GPU would make streams. Tensors on meta say that they are on a GPU all the same.
     world = World(rank=0, size=1, device=torch.device("meta"))
     return Iteration(config, unet, seed=0, world=world, ops=ops)

@@ -17,6 +17,7 @@ from torch import Tensor
 from sd_kernels.launch import recording
 from sd_perf.cli import main
 from sd_perf.config import Config, UNetConfig
+from sd_perf.errors import ConfigError
 from sd_perf.fast.step import FusedDiffusionStep
 from sd_perf.tools.estimate.ledger import ledger
 from sd_perf.tools.estimate.ledger_operators import moved_by
@@ -195,6 +196,12 @@ def test_a_step_that_waits_is_one_sentence(
     assert (
         line.startswith("sd-perf: aten._local_scalar_dense in ") and "makes the host wait" in line
     )
+
+
+def test_layers_in_fp8_are_refused() -> None:
+    fp8 = replace(SHALLOW, precision=replace(SHALLOW.precision, linear="fp8_native"))
+    with pytest.raises(ConfigError, match="precision.linear.*bf16, since the ledger traces"):
+        ledger(fp8, "h100", 2)
 
 
 def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
