@@ -21,7 +21,7 @@ CODE_LINES = {
     "sd_perf/reference": 300,
     "sd_perf/fast": 750,
     "sd_perf/diffusion": 150,
-    "sd_perf/models": 1000,
+    "sd_perf/models": 1050,
     "sd_perf/data": 2000,
     "sd_perf/runs": 1100,
     "sd_perf/training": 1400,
@@ -29,7 +29,7 @@ CODE_LINES = {
     "sd_perf/evaluation": 1000,
     "sd_perf/mlperf": 700,
     "sd_perf/tools": 3500,
-    "sd_perf": 1650,
+    "sd_perf": 1720,
     "kernels": 4800,
     "benchmarks": 2500,
 }

@@ -14,7 +14,7 @@ import tyro
 
 from sd_perf.cli.checkpoints import convert_checkpoints, verify
 from sd_perf.cli.console import LOCAL_RANK, RANK
-from sd_perf.cli.data import prepare, scenes, statistics
+from sd_perf.cli.data import prepare, scenes, statistics, verify_data
 from sd_perf.cli.evaluation import evaluate, sample
 from sd_perf.cli.mlperf import check
 from sd_perf.cli.tools import doctor, estimate, parity, report
@@ -49,7 +49,12 @@ def _group(name: str, about: str, commands: dict[str, Command]) -> Command:
     return listed
 
 
-_DATA: dict[str, Command] = {"prepare": prepare, "scenes": scenes, "statistics": statistics}
+_DATA: dict[str, Command] = {
+    "prepare": prepare,
+    "verify": verify_data,
+    "scenes": scenes,
+    "statistics": statistics,
+}
 _MLPERF: dict[str, Command] = {"check": check}
 _GROUPS = {"data": _DATA, "mlperf": _MLPERF}
 _COMMANDS: dict[str, Command] = {
@@ -57,7 +62,7 @@ _COMMANDS: dict[str, Command] = {
     "evaluate": evaluate,
     "sample": sample,
     "export": export,
-    "data": _group("data", "Make shards from images, the tiny world, FID's statistics", _DATA),
+    "data": _group("data", "Make and check shards, the tiny world, FID's statistics", _DATA),
     "mlperf": _group("mlperf", "MLPerf logs", _MLPERF),
     "verify": verify,
     "convert-checkpoints": convert_checkpoints,
@@ -122,6 +127,15 @@ def _exit_code(arguments: list[str]) -> str | int | None:
         return _BAD_INPUT
     except Stopped as stop:
         return stop.exit_code
+    except OSError as error:
+        if error.filename is None:
+            raise
+        # Such as a name over 255 bytes, or a folder that may not be searched, in any option.
+        if debug:
+            traceback.print_exc()
+        sentence = f"{error.filename}: cannot be used ({error.strerror}); check the path"
+        print(visible(f"sd-perf: {sentence}"), file=sys.stderr)
+        return _BAD_INPUT
 
 
 def _let_first_rank_speak() -> None:

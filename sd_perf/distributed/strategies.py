@@ -18,6 +18,10 @@ from torch import Tensor
 
 from sd_perf.distributed.world import World
 
+# torch 2.13 renamed these two and warns of the old names.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
 
 class Handle(Protocol):
     """A collective under way."""
@@ -66,10 +70,10 @@ class ShardedOptimizer(Strategy):
     divides_state = True
 
     def reduce(self, gradients: Tensor) -> Handle | None:
-        return dist.reduce_scatter_tensor(self._mine(gradients), gradients, async_op=True)
+        return _reduce_scatter(self._mine(gradients), gradients, async_op=True)
 
     def gather(self, weights: Tensor) -> Handle | None:
-        return dist.all_gather_into_tensor(weights, self._mine(weights), async_op=True)
+        return _all_gather(weights, self._mine(weights), async_op=True)
 
     def _mine(self, bucket: Tensor) -> Tensor:
         """This rank's share of a bucket: equal parts, in rank order."""

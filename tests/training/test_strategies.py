@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from sd_perf.runs.checkpoint_files import read_state
 from sd_perf.runs.checkpoints import CheckpointStore
 from sd_perf.training.callbacks.checkpointer import Checkpointer
 from tests.small_run import small_config, small_trainer
-from tests.training.test_resume import StopAt, final_tensors, relative_error
+from tests.training.test_resume import StopAt, final_tensors, relative_error, wait_for
 
 STEPS, BATCH = 50, 16
 # Programs leave by os._exit, see tests/distributed/test_world.py.
@@ -67,12 +68,19 @@ def changes(strategy: str, accumulate: int = 1) -> dict[str, Any]:
 
 def run_ranks(count: int, runs: list[tuple[Path, dict[str, Any]]]) -> None:
     """Train one run after the other in `count` processes; a folder that exists is resumed."""
+    processes = start_ranks(count, runs)
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
+    assert not any(process.returncode for process in processes), "\n".join(outputs)
+
+
+def start_ranks(count: int, runs: list[tuple[Path, dict[str, Any]]]) -> list[subprocess.Popen[str]]:
+    """`run_ranks`, not waited for."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     given = json.dumps([(str(folder), changed) for folder, changed in runs])
-    processes = [
+    return [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM, given],
             env={**os.environ, **shared, "OMP_NUM_THREADS": "1", "RANK": rank, "LOCAL_RANK": rank},
@@ -82,8 +90,6 @@ def run_ranks(count: int, runs: list[tuple[Path, dict[str, Any]]]) -> None:
         )
         for rank in map(str, range(count))
     ]
-    outputs = [process.communicate(timeout=600)[0] for process in processes]
-    assert not any(process.returncode for process in processes), "\n".join(outputs)
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +132,38 @@ def test_ranks_equal_one_process_and_resume_each_other(count, alone, tmp_path):
     assert newest is not None
     files = [file for file in read_state(newest)["files"] if file.startswith("exp_avg_sq")]
     assert len(files) == count
+
+
+@pytest.mark.slow
+def test_ranks_killed_while_they_write_together(tmp_path):
+    """The newest checkpoint loads, and the run that continues is the run never killed."""
+    often = {**changes("zero1"), "checkpoint": {"every_samples": BATCH}}
+    run, position = tmp_path / "run", 0
+    for kill in range(4):
+        processes = start_ranks(2, [(run, often)])
+        wait_for(partial(is_writing_after, run, position))
+        for process in processes:
+            process.kill()
+            process.communicate()
+        print(f"kill {kill}: newest at {saved(run)}")
+        final_tensors(run)  # every tensor loads
+        assert saved(run) > position
+        position = saved(run)
+    run_ranks(2, [(run, often), (tmp_path / "whole", often)])
+    killed, whole = final_tensors(run), final_tensors(tmp_path / "whole")
+    assert all(torch.equal(killed[name], whole[name]) for name in whole)
+    assert not any(run.glob("checkpoints/.writing_*"))
+
+
+def is_writing_after(run: Path, position: int) -> bool:
+    """Whether ranks write a checkpoint, and have completed one after a position."""
+    return saved(run) > position and any(run.glob("checkpoints/.writing_*.parts"))
+
+
+def saved(run: Path) -> int:
+    """Position of the newest checkpoint, 0 where there is none."""
+    newest = CheckpointStore(run / "checkpoints").newest()
+    return int(newest.name.removeprefix("samples_")) if newest else 0
 
 
 def test_names_of_strategies():

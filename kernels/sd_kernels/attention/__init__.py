@@ -164,7 +164,7 @@ SPEC = OpSpec(
             "te",
             f"{__name__}.te",
             package="transformer_engine 2.20.2",
-            install="pip install --no-build-isolation transformer_engine[pytorch]==2.20.2",
+            install="pip install --no-build-isolation 'transformer_engine[pytorch]==2.20.2'",
             capability=(8, 0),
             gpu_dtypes=HALF,
             refuses=_head_dims(128),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sd_kernels.launch import recording
 from sd_perf.cli import main
-from sd_perf.config import Config, UNetConfig
+from sd_perf.config import Config, PrecisionConfig, UNetConfig
 from sd_perf.errors import ConfigError
 from sd_perf.fast.step import FusedDiffusionStep
 from sd_perf.tools.estimate.ledger import ledger
@@ -199,8 +199,9 @@ def test_a_step_that_waits_is_one_sentence(
 
 
 def test_layers_in_fp8_are_refused() -> None:
-    fp8 = replace(SHALLOW, precision=replace(SHALLOW.precision, linear="fp8_native"))
-    with pytest.raises(ConfigError, match="precision.linear.*bf16, since the ledger traces"):
+    fast = replace(SHALLOW.model, implementation="fast")
+    fp8 = Config(model=fast, precision=PrecisionConfig(linear="fp8_native"))
+    with pytest.raises(ConfigError, match=r"precision\.linear.*bf16, since the ledger traces"):
         ledger(fp8, "h100", 2)
 
 
