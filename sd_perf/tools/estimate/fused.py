@@ -12,7 +12,7 @@ from dataclasses import replace
 from torch import bfloat16
 
 from sd_kernels.registry import all_ops
-from sd_kernels.sd_v2_shapes import Architecture, res_blocks
+from sd_kernels.sd_v2_shapes import Architecture, res_blocks, transformers
 from sd_kernels.spec import Attention, Case, Matmuls
 from sd_perf.tools.estimate.roofline import AttentionWork, Kernel
 
@@ -36,7 +36,9 @@ def fused(unet: Architecture, batch: int) -> Iterator[Kernel]:
             if op == "upsample_conv":
                 yield from _around_upsample_conv(case)
     yield from skip_gradients(unet, batch)
-    yield from flat_gradients(unet)
+    yield from packed_weights(unet, batch)
+    # Every gradient is read where autograd left it and written into the flat buffer.
+    yield Kernel("elementwise", 2.0 * BYTES * unet.parameters, backward=True)
 
 
 def kernels_of(op: str, case: Case) -> Iterator[Kernel]:
@@ -120,9 +122,22 @@ def skip_gradients(unet: Architecture, batch: int) -> Iterator[Kernel]:
             yield from moving("elementwise", pixels, backward=3 * skip)
 
 
-def flat_gradients(unet: Architecture) -> Iterator[Kernel]:
-    """The copy of every gradient into the flat buffer: read where autograd left it, and written."""
-    yield Kernel("elementwise", 2.0 * BYTES * unet.parameters, backward=True)
+def packed_weights(unet: Architecture, batch: int) -> Iterator[Kernel]:
+    """Copies around matmuls that make several results: weights, and gradients of text and times."""
+    texts = sum(2 * layer.channels for layer in transformers(unet))
+    times = sum(block.channels for block in res_blocks(unet))
+    weights = sum(3 * layer.channels**2 for layer in transformers(unet))
+    weights += texts * unet.context_width + times * 4 * unet.stem
+    gradients = batch * (texts * unet.context_length + times)
+    for numbers, backward in ((weights, False), (gradients, True)):
+        yield Kernel("elementwise", 2.0 * BYTES * numbers, backward=backward)
+
+
+def packed_attention_gradients(unet: Architecture, batch: int) -> Iterator[Kernel]:
+    """The copy of dq, dk and dv into one gradient, after an attention that writes them apart."""
+    for layer in transformers(unet):
+        for rows, parts in ((layer.side**2, 3), (unet.context_length, 2)):
+            yield from moving("elementwise", batch * rows, backward=2 * parts * layer.channels)
 
 
 def saved_activations(unet: Architecture, batch: int, concatenated: bool) -> float:

@@ -21,7 +21,12 @@ from sd_perf.config import Config
 from sd_perf.errors import ConfigError
 from sd_perf.fast.architecture import architecture
 from sd_perf.tools.estimate.eager import plain
-from sd_perf.tools.estimate.fused import fused, refusals, saved_activations
+from sd_perf.tools.estimate.fused import (
+    fused,
+    packed_attention_gradients,
+    refusals,
+    saved_activations,
+)
 from sd_perf.tools.estimate.published import reached_shares
 from sd_perf.tools.estimate.roofline import Kernel
 from sd_perf.tools.estimate.submission import submission
@@ -76,6 +81,8 @@ _LIBRARIES = {
     "flash_sdpa": "FlashAttention 2",
 }
 """the library behind a backend of the op `attention`, as `GPU.attention` names it"""
+_PACKING = ("fa2", "fa3", "fa4", "te")
+"""backends of `attention` that write dq, dk and dv into one gradient; torch's write them apart"""
 
 
 def operators() -> dict[str, list[str]]:
@@ -184,6 +191,8 @@ def _installed(
         notes.append(f"{name}: no rate is known; counted as {slowest}")
         library = slowest
     recipe = RECIPES["fused"]
+    if backend not in _PACKING:
+        kernels = [*kernels, *packed_attention_gradients(architecture(config), batch)]
     by_op = spent(kernels, gpu=gpu, rates=gpu.attention[library], gap=recipe.gap, batch=batch)
     at_most = 1e3 / sum(row["ms_per_sample"] for row in by_op.values())
     reached = reached_shares(gpu, _submitted)
@@ -191,6 +200,7 @@ def _installed(
         "attention": backend,
         "attention_rates": library,
         "samples_per_second": at_most,
+        "by_op": {op: row for op, row in by_op.items() if row["ms_per_sample"]},
         "expected": [share * at_most for share in reached] if reached else None,
         "shares_reached": list(reached) if reached else None,
     }, notes

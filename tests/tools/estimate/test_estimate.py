@@ -124,9 +124,15 @@ def test_bytes_by_hand() -> None:
         + 256 * (640 + 2 * 1280)
         + 64 * (3 * 1280)
     )
-    times = 1280 + 1280 + sum(block for block in [320] * 5 + [640] * 5 + [1280] * 12)
-    # The copy of each gradient into the flat buffer has no batch.
-    elementwise = batch * (skips * 6 + tokens * 13 + times) * 2 + 4 * 865_910_724
+    times_out = sum([320] * 5 + [640] * 5 + [1280] * 12)
+    times = 1280 + 1280 + times_out
+    # Copies read and write: of each gradient into the flat buffer, of packed weights, and of the
+    # packed gradients of texts and times.
+    widths = [320] * 5 + [640] * 5 + [1280] * 6
+    weights = sum(3 * C**2 + 2 * C * 1024 for C in widths) + times_out * 1280
+    gradients = batch * (sum(2 * C * 77 for C in widths) + times_out)
+    copies = 4 * (865_910_724 + weights + gradients)
+    elementwise = batch * (skips * 6 + tokens * 13 + times) * 2 + copies
     assert moved(kernels, "elementwise") == elementwise
     # The 1x1 convolutions' second source is one more reading of the output.
     skip_convs = [kernel for kernel in kernels if kernel.op == "skip_conv"]
@@ -291,8 +297,18 @@ def test_what_is_installed_and_what_to_expect() -> None:
     assert predicted("a100", 64)["installed"]["expected"] is None
     named = replace(Config(), kernels=replace(Config().kernels, attention="fa3"))
     with_fa3 = predict(named, "h100", 64)["installed"]
+    assert facts["installed"]["by_op"]["elementwise"]["gigabytes"] == pytest.approx(
+        with_fa3["by_op"]["elementwise"]["gigabytes"] + 9.363 / 64, abs=1e-4
+    )
     assert with_fa3["samples_per_second"] == pytest.approx(facts["samples_per_second"])
-    rows = PUBLISHED_ROW.findall((ROOT / "docs/performance.md").read_text(encoding="utf-8"))
+    page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    ranges = [
+        "{:.0f} to {:.0f}".format(*predicted(gpu, 64)["installed"]["expected"])
+        for gpu in ("h100", "h200")
+    ]
+    sentence = "To be expected are {} samples/s on an H100 and {} on an H200."
+    assert sentence.format(*ranges) in page
+    rows = PUBLISHED_ROW.findall(page)
     documented = {
         (gpu.lower(), int(batch), int(ranks), float(rate)) for gpu, batch, ranks, rate, *_ in rows
     }

@@ -60,13 +60,19 @@ def test_floor_and_causes_are_the_whole(benchmark: dict[str, Any]) -> None:
 
 
 def test_the_estimate_is_the_ledger_op_by_op(benchmark: dict[str, Any]) -> None:
-    estimated = predict(Config(), "h100", BATCH)["recipes"]["fused"]["by_op"]
-    assert benchmark["ops"].keys() == estimated.keys() - {"elementwise"}
-    for op, row in benchmark["ops"].items():
+    estimated = predict(Config(), "h100", BATCH)["installed"]["by_op"]
+    found = {op: row["bytes"] for op, row in benchmark["ops"].items()}
+    # What torch moves between the ops; what lies inside them has no launch of its own.
+    found["elementwise"] = sum(
+        row["bytes"]
+        for row in benchmark["causes"]
+        if row["launches"] and "inside" not in row["cause"]
+    )
+    assert found.keys() == estimated.keys()
+    for op, moved in found.items():
+        ours = estimated[op]["gigabytes"] * BATCH
         # A hundredth of a gigabyte of a step is 3 microseconds.
-        assert estimated[op]["gigabytes"] * BATCH == pytest.approx(
-            row["bytes"] / 1e9, rel=0.02, abs=0.01
-        ), op
+        assert ours == pytest.approx(moved / 1e9, rel=0.02, abs=0.01), op
 
 
 def test_a_small_step_by_hand() -> None:
