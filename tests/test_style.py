@@ -24,14 +24,14 @@ CODE_LINES = {
     "sd_perf/models": 1050,
     "sd_perf/data": 2000,
     "sd_perf/runs": 1100,
-    "sd_perf/training": 1400,
-    "sd_perf/distributed": 400,
+    "sd_perf/training": 1500,
+    "sd_perf/distributed": 480,
     "sd_perf/evaluation": 1000,
     "sd_perf/mlperf": 700,
-    "sd_perf/tools": 3500,
+    "sd_perf/tools": 3600,
     "sd_perf": 1720,
-    "kernels": 4800,
-    "benchmarks": 2500,
+    "kernels": 5750,
+    "benchmarks": 2650,
 }
 """of each room; `sd_perf` is the command line, the config and the files beside the rooms"""
 COMMENTED = ("sd_perf/fast", "sd_perf/tools/estimate")

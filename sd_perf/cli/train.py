@@ -43,13 +43,21 @@ def train(
             settle_run(settings, resume=resume, fresh=fresh)
         return _dry_run(settings, ranks, target, as_json=json)
     from sd_perf.distributed.world import start_world, stop_world
+    from sd_perf.tools.estimate.out_of_memory import is_out_of_memory, out_of_memory
     from sd_perf.training.launch import launch
 
-    world = start_world(settings.training.device)
+    world = start_world(
+        settings.training.device, settings.run.join_seconds, settings.run.silence_seconds
+    )
     try:
         stop_reason = launch(settings, world, resume=resume, fresh=fresh, console=CONSOLE)
-    finally:
-        stop_world()
+        world.part()
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory(settings, world) from error
+    # Not after an error: to leave in order can take all ranks, and the process ends anyway.
+    stop_world(world)
     if stop_reason is None:
         return 0
     how = "continue with" if world.size == 1 else "continue, under the same launcher, with"

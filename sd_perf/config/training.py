@@ -31,6 +31,10 @@ class OptimizerConfig(Section):
     """optimizer steps of linear warm-up to the full rate"""
     warmup_start: Annotated[float, Rule(lambda part: 0 <= part <= 1, "between 0 and 1")] = 1e-6
     """fraction of the full rate at the first step"""
+    decay_steps: StepsOrNone = 0
+    """optimizer steps after warm-up in which the rate falls linearly; 0: it stays constant"""
+    decay_end: Annotated[float, Rule(lambda part: 0 < part <= 1, "positive and at most 1")] = 0.01
+    """fraction of the full rate that is left after decay_steps, and then kept"""
     beta_1: Decay = 0.9
     """decay of the first moment"""
     beta_2: Decay = 0.999
@@ -69,6 +73,6 @@ class TrainingConfig(Section):
     are launched one by one, which is slower"""
     strategy: Literal["auto", "ddp", "zero1"] = "auto"
     """of several ranks with the fast network; ddp: each updates all weights; zero1: each updates
-    a share and keeps only that share's moments; auto: zero1"""
+    a share and keeps only that share's moments; auto: zero1, but ddp with model.compile"""
     deterministic: bool = False
-    """deterministic GPU algorithms, slower (CPU runs always are)"""
+    """deterministic GPU algorithms and kernels, slower (CPU runs always are)"""

@@ -145,7 +145,7 @@ class MLPerfLog:
     def describe(self, seed: int, train_samples: int) -> None:
         """Write the constants of the run; `train_samples` is the size of the training set."""
         optimizer, training = self._config.optimizer, self._config.training
-        values = {
+        values: dict[str, Any] = {
             "seed": seed,
             "train_samples": train_samples,
             "eval_samples": self._config.evaluation.num_prompts,
@@ -160,6 +160,10 @@ class MLPerfLog:
             "opt_base_learning_rate": self._config.learning_rate,
             "opt_learning_rate_warmup_steps": optimizer.warmup_steps,
         }
+        if optimizer.decay_steps:  # the open division alone has these
+            values["opt_learning_rate_decay_schedule"] = "linear"
+            values["opt_learning_rate_decay_steps"] = optimizer.decay_steps
+            values["opt_learning_rate_decay_factor"] = optimizer.decay_end
         for key, value in values.items():
             self._once("event", key, value)
 

@@ -24,6 +24,7 @@ CLIP_TARGET = 0.15
 """smallest CLIP score that passes, at the same checkpoint"""
 
 _OPTIMIZER = "AdamW's constants are fixed; free are learning rate, warm-up steps and batch size"
+_SCHEDULE = "the schedule is the reference's: linear from 1e-6 of the rate, then constant"
 _SAMPLER = "checkpoints are scored on pictures of 50 DDIM steps with guidance 8"
 _TARGET = (
     "a run has converged at FID 90 or less and CLIP score 0.15 or more, both at one checkpoint"
@@ -41,10 +42,8 @@ FIXED: dict[str, tuple[Any, str]] = {
     "optimizer.beta_2": (0.999, _OPTIMIZER),
     "optimizer.epsilon": (1e-8, _OPTIMIZER),
     "optimizer.weight_decay": (0.01, _OPTIMIZER),
-    "optimizer.warmup_start": (
-        1e-6,
-        "the schedule is the reference's: linear from 1e-6 of the rate, then constant",
-    ),
+    "optimizer.warmup_start": (1e-6, _SCHEDULE),
+    "optimizer.decay_steps": (0, _SCHEDULE),
     "training.seed": (
         None,
         "seeds come from the clock or the system's entropy, anew for every run",

@@ -1,4 +1,4 @@
-"""AdamW over every parameter, and the learning-rate schedule.
+"""AdamW over every parameter.
 
 Two implementations of the same update (Loshchilov and Hutter, arXiv 1711.05101): torch's fused
 AdamW for the plain network, and for the fast one `FlatAdamW`, one kernel over the buffers of
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sd_perf.config import Config, OptimizerConfig
 from sd_perf.training.flat import ALIGNMENT, Bucket, FlatParameters
+from sd_perf.training.learning_rate import learning_rate
 
 
 def build_optimizer(unet: torch.nn.Module, config: Config) -> torch.optim.AdamW:
@@ -38,17 +39,6 @@ def build_optimizer(unet: torch.nn.Module, config: Config) -> torch.optim.AdamW:
             "exp_avg_sq": torch.zeros_like(parameter),
         }
     return optimizer
-
-
-def learning_rate(config: OptimizerConfig, full_rate: float, step: int) -> float:
-    """Rate of optimizer step `step`, counted from 0: a linear warm-up, then constant.
-
-    The first step has warmup_start x full_rate; warmup_steps later the rate is full_rate.
-    """
-    if step >= config.warmup_steps:
-        return full_rate
-    progress = step / config.warmup_steps
-    return full_rate * (config.warmup_start + (1.0 - config.warmup_start) * progress)
 
 
 def optimizer_tensors(unet: torch.nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:

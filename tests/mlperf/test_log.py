@@ -68,6 +68,16 @@ def test_lines_are_whole_and_in_order(write_log):
     assert line["metadata"]["file"] == "sd_perf/mlperf/log.py"  # no path of this machine
 
 
+def test_a_decay_of_the_learning_rate_is_logged(closed, tmp_path):
+    decaying = closed(optimizer={"decay_steps": 400, "decay_end": 0.05})
+    begin(tmp_path / "decaying.txt", decaying)
+    begin(tmp_path / "constant.txt", closed())
+    key = "opt_learning_rate_decay_"
+    decay = {k: v for k, v in values(tmp_path / "decaying.txt").items() if k.startswith(key)}
+    assert decay == {f"{key}schedule": "linear", f"{key}steps": 400, f"{key}factor": 0.05}
+    assert not any(k.startswith(key) for k in keys(tmp_path / "constant.txt"))
+
+
 def test_run_stop_is_the_end_of_the_first_passing_block(write_log):
     stop = read_log(write_log())[-1]
     assert (stop.key, stop.time_ms) == ("run_stop", 3 * 3_600_000)

@@ -33,6 +33,7 @@ OTHERS = {
         "epsilon": 1e-6,
         "weight_decay": 0.0,
         "warmup_start": 0.0,
+        "decay_steps": 1000,
     },
     "training": {"seed": 0, "max_samples": 1_000_000},
     "checkpoint": {"every_samples": 256_000, "keep": 2},

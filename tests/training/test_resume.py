@@ -89,6 +89,19 @@ def test_resumed_run_is_bit_identical(stop, make_config, make_trainer, whole_run
     assert stopped == whole
 
 
+def test_a_decay_does_not_move_when_the_run_is_made_longer(make_config, make_trainer):
+    optimizer = {"warmup_steps": 2, "decay_steps": 12}
+    whole = make_trainer(
+        make_config("long", optimizer=optimizer, training=LENGTH), [Checkpointer()]
+    )
+    whole.fit()
+    for samples in (40, 80):
+        config = make_config("longer", optimizer=optimizer, training={"max_samples": samples})
+        trainer = make_trainer(config, [Checkpointer()], resume=samples > 40)
+        trainer.fit()
+    assert_bit_identical(final_tensors(trainer.folder), final_tensors(whole.folder))
+
+
 def stopped_and_resumed(
     make_config, make_trainer, implementations: list[str]
 ) -> dict[str, torch.Tensor]:

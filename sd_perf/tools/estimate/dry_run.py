@@ -61,6 +61,8 @@ def dry_run(config: Config, world_size: int, target: str = "here") -> dict[str, 
         },
         "learning_rate": config.learning_rate,
         "warmup_steps": config.optimizer.warmup_steps,
+        "decay_steps": config.optimizer.decay_steps,
+        "decay_end": config.optimizer.decay_end,
         "steps": config.steps_of(config.training.max_samples),
         "steps_between_checkpoints": config.steps_of(config.checkpoint.every_samples),
         "linear_layers": {layers: _format(config, layers) for layers in LINEAR_LAYERS},
@@ -91,9 +93,9 @@ def as_table(facts: dict[str, Any]) -> Table:
     table.add_row(
         "linear layers", named if len(set(formats.values())) > 1 else next(iter(formats.values()))
     )
-    table.add_row(
-        "learning rate", f"{facts['learning_rate']:.4g} after {facts['warmup_steps']} steps"
-    )
+    rate, decay_steps = facts["learning_rate"], facts["decay_steps"]
+    last = f", {rate * facts['decay_end']:.4g} after {decay_steps:,} more" if decay_steps else ""
+    table.add_row("learning rate", f"{rate:.4g} after {facts['warmup_steps']} steps{last}")
     table.add_row(
         "steps", f"{facts['steps']:,}, a checkpoint every {facts['steps_between_checkpoints']:,}"
     )

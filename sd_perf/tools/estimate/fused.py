@@ -12,7 +12,7 @@ from dataclasses import replace
 from torch import bfloat16
 
 from sd_kernels.registry import all_ops
-from sd_kernels.sd_v2_shapes import Architecture, res_blocks, transformers
+from sd_kernels.sd_v2_shapes import Architecture, Resample, layers, res_blocks, transformers
 from sd_kernels.spec import Attention, Case, Matmuls
 from sd_perf.tools.estimate.roofline import AttentionWork, Kernel
 
@@ -35,7 +35,7 @@ def fused(unet: Architecture, batch: int) -> Iterator[Kernel]:
             yield from _skip_conv(case) if op == "skip_conv" else kernels_of(op, case)
             if op == "upsample_conv":
                 yield from _around_upsample_conv(case)
-    yield from skip_gradients(unet, batch)
+    yield from downsampled_skip_gradients(unet, batch)
     yield from packed_weights(unet, batch)
     # Every gradient is read where autograd left it and written into the flat buffer.
     yield Kernel("elementwise", 2.0 * BYTES * unet.parameters, backward=True)
@@ -109,8 +109,18 @@ def moving(op: str, rows: int, forward: float = 0, backward: float = 0) -> Itera
             yield Kernel(op, float(numbers * rows * BYTES), backward=is_backward)
 
 
+def downsampled_skip_gradients(unet: Architecture, batch: int) -> Iterator[Kernel]:
+    """Sums of the gradients of the skips that a downsampling convolution reads.
+
+    The norms on the way down and up take those of all other skips as they come.
+    """
+    for layer in layers(unet):
+        if isinstance(layer, Resample) and not layer.up:
+            yield from moving("elementwise", batch * layer.side**2, backward=3 * layer.channels)
+
+
 def skip_gradients(unet: Architecture, batch: int) -> Iterator[Kernel]:
-    """Sums of the gradients of the skips.
+    """Sums of the gradients of the skips where no norm takes them, as in the submission.
 
     A skip is read by the next layer on the way down, and on the way up by a norm and by a 1x1
     convolution. Autograd adds the three gradients in two sums, which read two and write one each.

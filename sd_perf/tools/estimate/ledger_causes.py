@@ -57,7 +57,7 @@ def cause(entry: Entry) -> str:
     name = entry.kernel.removesuffix("_")
     if entry.phase == OPTIMIZER:
         return "the optimizer's step count and rates"
-    if entry.phase == REDUCE and name in ("copy", "_foreach_copy"):
+    if entry.phase == REDUCE and "copy" in name and "training.flat" in entry.where:
         return "gradients moved into the flat buffer"
     if entry.inside:
         return f"torch's sums, casts and zeros inside {entry.op}"

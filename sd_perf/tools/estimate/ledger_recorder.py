@@ -33,6 +33,8 @@ FORWARD, BACKWARD, REDUCE, OPTIMIZER = PHASES = ("forward", "backward", "reduce"
 _OWNER = "sd_kernels operator"
 """key in the metadata of autograd's nodes"""
 _DEVICE = torch.Tensor.device.__get__
+_FLAT = "sd_perf.training.flat:"
+"""begins `Entry.where` of kernels that move gradients to where they are reduced"""
 _META = ("meta", torch.device("meta"))
 _FROM_HOST = "takes numbers from the host to the GPU or back"
 _CUDA = re.compile(r"cuda(:\d+)?")
@@ -208,12 +210,14 @@ class Recorder(TorchDispatchMode):
     ) -> None:
         node = torch._C._current_autograd_node()
         first = next((leaf for leaf in tree_leaves(tensors) if isinstance(leaf, Tensor)), None)
+        where = _where()
         entry = Entry(
             op=self._owner() if op is None else op,
             kernel=kernel,
-            phase=self.phase,
+            # Hooks may collect gradients before the backward pass has ended.
+            phase=REDUCE if where.startswith(_FLAT) else self.phase,
             node="" if node is None else node.name(),
-            where=_where(),
+            where=where,
             moved=moved,
             shape=() if first is None else tuple(first.shape),
             inside=bool(self._mutated),

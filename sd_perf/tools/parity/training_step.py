@@ -31,7 +31,7 @@ from sd_perf.tools.parity.parity_case import SEED, ParityCase
 from sd_perf.tools.parity.sampler import compare_sampler
 from sd_perf.tools.parity.yardsticks import plain_torch_networks
 from sd_perf.training.build_step import build_step
-from sd_perf.training.optimizer import learning_rate
+from sd_perf.training.learning_rate import learning_rate
 
 SAMPLES = 4
 RANKS = 2

@@ -30,7 +30,7 @@ SHALLOW = Config(
     model=UNetConfig(channel_mult=(2, 1), attention_resolutions=(2,), num_res_blocks=1)
 )
 BATCH = 64
-LAUNCHES, GIGABYTES = 2200, 6.02
+LAUNCHES, GIGABYTES = 1515, 5.76
 """most of a step and most of a sample, as the step is today; the goals are 1100 and 5.45"""
 
 
@@ -84,15 +84,16 @@ def test_a_small_step_by_hand() -> None:
     # Neither text nor timesteps take a gradient: their matmuls have one matmul in backward.
     assert backward == 2 * forward - 2
     # 32 x 32 tokens of 320 channels: 12C forward and 20C backward, of 2 bytes, in 2 samples.
-    geglu = found["ops"]["geglu"]
-    calls, one = geglu["launches"] / 2, 2 * (32 * 32) * 320 * 2
-    assert geglu["bytes"] == geglu["floor"] == calls * one * (12 + 20)
+    rows = [row for row in found["kernels"] if row["kernel"].startswith("geglu")]
+    calls, one = rows[0]["launches"], 2 * (32 * 32) * 320 * 2
+    assert found["ops"]["geglu"]["floor"] == calls * one * (12 + 20)
     split = {
-        row["phase"]: (row["read"] / one / calls, row["written"] / one / calls)
-        for row in found["kernels"]
-        if row["op"] == "geglu"
+        row["phase"]: (row["read"] / one / calls, row["written"] / one / calls) for row in rows
     }
-    assert split == {"forward": (8, 4), "backward": (12, 8)}
+    # Beside the tokens: a bias of 8C, and in backward its gradient in parts, one for each program.
+    assert split["forward"] == (pytest.approx(8, rel=0.01), 4)
+    assert split["backward"][0] == pytest.approx(12, rel=0.01)
+    assert 8 <= split["backward"][1] < 9
 
 
 def test_the_documented_ledger_is_that_of_the_code(benchmark: dict[str, Any]) -> None:
