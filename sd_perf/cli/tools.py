@@ -54,14 +54,15 @@ def estimate(
     gpu: GPUName = "h100",
     batch: int = 64,
     ranks: int = 1,
+    ledger: bool = False,
     png: Path | None = None,
     json: bool = False,
 ) -> int:
     """Predict time and memory of a training step on a GPU that need not be here: where the time
     goes, and what fits.
 
-    All figures are of bfloat16, and a floor of time. The fused way is what the ops of sd_kernels
-    amount to in one CUDA graph, not a step that the trainer has yet.
+    All figures are of bfloat16, and a floor of time. The fused way is the fast network's step in
+    one CUDA graph. Beside it stands the rate to expect, with the attention that is installed.
 
     Args:
         config: YAML preset
@@ -69,21 +70,28 @@ def estimate(
         gpu: GPU to predict for
         batch: samples of a step
         ranks: GPUs that share the optimizer state of the MLPerf submission's way
+        ledger: trace the fast step instead, without a GPU: launches and bytes of every kernel, and
+            each byte beyond the floor by its cause; fails where the step waits for the host
         png: file to draw the ms per sample to, by op
         json: print JSON
     """
+    from sd_perf.tools.estimate.ledger import ledger as traced_step
+    from sd_perf.tools.estimate.ledger_page import ledger_tables
     from sd_perf.tools.estimate.page import draw, tables
     from sd_perf.tools.estimate.predict import predict
 
     require_between("--batch", batch, 1, MAX_BATCH)
     require_between("--ranks", ranks, 1, MAX_RANKS)
     facts = predict(settings, gpu, batch=batch, ranks=ranks)
+    if ledger:
+        facts["ledger"] = traced_step(settings, gpu, batch)
     if png is not None:
         draw(facts, png)
     if json:
         print_json(facts)
     else:
-        table_console().print(*tables(facts), sep="\n")
+        shown = ledger_tables(facts) if ledger else tables(facts)
+        table_console().print(*shown, sep="\n")
     return 0
 
 

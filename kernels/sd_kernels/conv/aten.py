@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from sd_kernels.errors import require, require_convolution
+from sd_kernels.launch import is_recording
 
 OP = "conv/cudnn"
 
@@ -59,7 +60,8 @@ def conv(
     KernelError where torch would not give the convolution to cuDNN.
     """
     require_convolution(OP, x, weight)
-    if not torch.compiler.is_compiling():
+    # Where launches are recorded or compiled, tensors are fake and torch would choose otherwise.
+    if not (torch.compiler.is_compiling() or is_recording()):
         _require_cudnn(x, weight, stride, padding)
     y = F.conv2d(x, weight, stride=stride, padding=padding)
     assert y.is_contiguous(memory_format=torch.channels_last)

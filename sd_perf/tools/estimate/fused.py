@@ -1,18 +1,19 @@
-"""The kernels of a training step made of the ops of sd_kernels, from what their specs say.
+"""The kernels of the fast training step, made of the ops of sd_kernels, from what their specs say.
 
-The trainer does not run such a step in one CUDA graph yet. `submission` counts the ops that the
-MLPerf submission has in common with it by the same functions.
+A test compares them, op by op, with the kernels that `ledger` traces from the step itself.
+`submission` counts the ops that the MLPerf submission has in common with it by the same functions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 from torch import bfloat16
 
 from sd_kernels.registry import all_ops
-from sd_kernels.sd_v2_shapes import Architecture, Resample, layers, res_blocks
-from sd_kernels.spec import Attention, Case, Matmuls, Work
+from sd_kernels.sd_v2_shapes import Architecture, Resample, layers, res_blocks, transformers
+from sd_kernels.spec import Attention, Case, Matmuls
 from sd_perf.tools.estimate.roofline import AttentionWork, Kernel
 
 BYTES = bfloat16.itemsize
@@ -31,8 +32,13 @@ def fused(unet: Architecture, batch: int) -> Iterator[Kernel]:
     """Every op's kernels, and torch's own: sums for the gradients of biases and of skips."""
     for op in all_ops():
         for case in cases(op, unet, batch):
-            yield from kernels_of(op, case)
+            yield from _skip_conv(case) if op == "skip_conv" else kernels_of(op, case)
+            if op == "upsample_conv":
+                yield from _around_upsample_conv(case)
     yield from downsampled_skip_gradients(unet, batch)
+    yield from packed_weights(unet, batch)
+    # Every gradient is read where autograd left it and written into the flat buffer.
+    yield Kernel("elementwise", 2.0 * BYTES * unet.parameters, backward=True)
 
 
 def kernels_of(op: str, case: Case) -> Iterator[Kernel]:
@@ -41,7 +47,7 @@ def kernels_of(op: str, case: Case) -> Iterator[Kernel]:
     work = spec.work(case, bfloat16)
     computed = spec.matmuls(case) if spec.matmuls else None
     if isinstance(computed, Matmuls):
-        yield from matmul_kernels(op, work, computed, calls=case.calls)
+        yield from matmul_kernels(op, computed, calls=case.calls)
         return
     # Attention has a rate of its own; an op without matrices takes as long as its bytes.
     forward = backward = None
@@ -54,22 +60,46 @@ def kernels_of(op: str, case: Case) -> Iterator[Kernel]:
 
 
 def matmul_kernels(
-    op: str, work: Work, sizes: Matmuls, calls: int = 1, frozen_input: bool = False
+    op: str, sizes: Matmuls, calls: int = 1, frozen_input: bool = False
 ) -> Iterator[Kernel]:
     """Forward, gradient of the input unless it is frozen, gradient of the weight, and the bias's.
 
-    The two matmuls of the backward pass move half of its bytes each: both read the output's
-    gradient and one more tensor, and write one.
+    Each matmul moves input, weight and output: two of them, or their gradients, are read, and the
+    third is written.
     """
-    half = work.backward_bytes / 2
-    yield Kernel(op, work.forward_bytes, matmul=sizes.forward, calls=calls)
+    inputs = sizes.rows * sizes.stride**2 * sizes.channels
+    weights = sizes.columns * sizes.taps * sizes.channels
+    moved = float((inputs + weights + sizes.rows * sizes.columns) * BYTES)
+    yield Kernel(op, moved, matmul=sizes.forward, calls=calls)
     if not frozen_input:
-        yield Kernel(op, half, matmul=sizes.grad_input, calls=calls, backward=True)
-    yield Kernel(op, half, matmul=sizes.grad_weight, calls=calls, backward=True)
+        yield Kernel(op, moved, matmul=sizes.grad_input, calls=calls, backward=True)
+    yield Kernel(op, moved, matmul=sizes.grad_weight, calls=calls, backward=True)
     if sizes.bias:
         # torch sums the output's gradient over its rows in a kernel of its own.
         read = float(sizes.rows * sizes.columns * BYTES)
         yield Kernel("elementwise", read, calls=calls, backward=True)
+
+
+def _skip_conv(case: Case) -> Iterator[Kernel]:
+    """A matmul for each source; the second reads the output of the first, and adds to it."""
+    B, H, W, K = case.sizes("B", "H", "W", "K")
+    for place, channels in enumerate(case.sizes("C1", "C2")):
+        if channels:
+            sizes = Matmuls(rows=B * H * W, columns=K, channels=channels)
+            for kernel in matmul_kernels("skip_conv", sizes, calls=case.calls):
+                again = BYTES * B * H * W * K if place and not kernel.backward else 0
+                yield replace(kernel, bytes=kernel.bytes + again)
+
+
+def _around_upsample_conv(case: Case) -> Iterator[Kernel]:
+    """Nine taps are merged to sixteen before the matmul, and its pixels interleaved after it."""
+    B, H, W, C, K = case.sizes("B", "H", "W", "C", "K")
+    # A parity has one row and one column of pixels more than it needs.
+    parities, pixels = B * (H + 1) * (W + 1) * 4 * K, B * 4 * H * W * K
+    for moved in (25 * K * C, parities + pixels):
+        for backward in (False, True):
+            size = float(moved * BYTES)
+            yield Kernel("upsample_conv", size, calls=case.calls, backward=backward)
 
 
 def moving(op: str, rows: int, forward: float = 0, backward: float = 0) -> Iterator[Kernel]:
@@ -100,6 +130,24 @@ def skip_gradients(unet: Architecture, batch: int) -> Iterator[Kernel]:
             pixels = batch * block.side**2
             yield from moving("elementwise", pixels, backward=3 * skip)
             yield from moving("elementwise", pixels, backward=3 * skip)
+
+
+def packed_weights(unet: Architecture, batch: int) -> Iterator[Kernel]:
+    """Copies around matmuls that make several results: weights, and gradients of text and times."""
+    texts = sum(2 * layer.channels for layer in transformers(unet))
+    times = sum(block.channels for block in res_blocks(unet))
+    weights = sum(3 * layer.channels**2 for layer in transformers(unet))
+    weights += texts * unet.context_width + times * 4 * unet.stem
+    gradients = batch * (texts * unet.context_length + times)
+    for numbers, backward in ((weights, False), (gradients, True)):
+        yield Kernel("elementwise", 2.0 * BYTES * numbers, backward=backward)
+
+
+def packed_attention_gradients(unet: Architecture, batch: int) -> Iterator[Kernel]:
+    """The copy of dq, dk and dv into one gradient, after an attention that writes them apart."""
+    for layer in transformers(unet):
+        for rows, parts in ((layer.side**2, 3), (unet.context_length, 2)):
+            yield from moving("elementwise", batch * rows, backward=2 * parts * layer.channels)
 
 
 def saved_activations(unet: Architecture, batch: int, concatenated: bool) -> float:

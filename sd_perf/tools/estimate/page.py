@@ -19,11 +19,25 @@ def tables(facts: dict[str, Any]) -> Iterable[Any]:
     """Times, memory and notes for the terminal."""
     yield _times(facts)
     yield _memory(facts)
+    yield _expected(facts["installed"])
     yield (
-        "One GPU; communication is not counted. fused is what the ops amount to; the trainer has "
-        "no such step yet."
+        "One GPU; communication is not counted. fused is the fast network's step in one CUDA graph."
     )
     yield from facts["notes"]
+
+
+def _expected(installed: dict[str, Any]) -> str:
+    """What fused amounts to with the attention that is installed, and what may be reached."""
+    rate, library = installed["samples_per_second"], installed["attention_rates"]
+    chosen = f"{installed['attention']} ({library})"
+    text = f"fused with attention by {chosen}: at most {rate:.1f} samples/s"
+    if installed["expected"] is None:
+        return f"{text}; no published run says how much of it is reached on this GPU."
+    (low, high), shares = installed["expected"], installed["shares_reached"]
+    return (
+        f"{text}; expected {low:.0f} to {high:.0f}, the {shares[0]:.2f} to {shares[1]:.2f} of the "
+        "estimate that the best MLPerf entries reached on this kind of GPU."
+    )
 
 
 def _times(facts: dict[str, Any]) -> Any:

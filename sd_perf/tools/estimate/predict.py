@@ -7,18 +7,27 @@ on: docs/performance.md.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, get_args
 
 from sd_kernels.registry import all_ops
-from sd_kernels.sd_v2_shapes import Architecture
+from sd_kernels.sd_v2_shapes import SD_V2, Architecture
+from sd_kernels.selection import AUTO, choose
 from sd_kernels.spec import Family
 from sd_kernels.targets import GPU, AttentionRates, named
 from sd_perf.config import Config
 from sd_perf.errors import ConfigError
 from sd_perf.fast.architecture import architecture
 from sd_perf.tools.estimate.eager import plain
-from sd_perf.tools.estimate.fused import fused, refusals, saved_activations
+from sd_perf.tools.estimate.fused import (
+    fused,
+    packed_attention_gradients,
+    refusals,
+    saved_activations,
+)
+from sd_perf.tools.estimate.published import reached_shares
 from sd_perf.tools.estimate.roofline import Kernel
 from sd_perf.tools.estimate.submission import submission
 
@@ -63,6 +72,19 @@ RECIPES = {
 }
 
 
+_LIBRARIES = {
+    "fa2": "FlashAttention 2",
+    "fa3": "FlashAttention 3",
+    "fa4": "FlashAttention 4",
+    "cudnn": "cuDNN",
+    "te": "cuDNN",
+    "flash_sdpa": "FlashAttention 2",
+}
+"""the library behind a backend of the op `attention`, as `GPU.attention` names it"""
+_PACKING = ("fa2", "fa3", "fa4", "te")
+"""backends of `attention` that write dq, dk and dv into one gradient; torch's write them apart"""
+
+
 def operators() -> dict[str, list[str]]:
     """Rows of the figures by family: the ops of sd_kernels, and two rows for everything else."""
     rows: dict[str, list[str]] = {family: [] for family in get_args(Family)}
@@ -77,8 +99,9 @@ def operators() -> dict[str, list[str]]:
 def predict(config: Config, gpu: str, batch: int, ranks: int = 1) -> dict[str, Any]:
     """Figures of each recipe in bfloat16, as JSON takes them; those of `fused` at the top, too.
 
-    `fused` is the sum of the ops in one CUDA graph; the trainer does not run such a step yet.
-    ranks: GPUs that share the submission's optimizer state.
+    `fused` is the sum of the ops in one CUDA graph, with the fastest attention that is known for
+    the GPU; `installed` is the same with the attention that a run would choose. ranks: GPUs that
+    share the submission's optimizer state.
     Raises ConfigError where the GPU is not known, or a number is below 1.
     """
     try:
@@ -91,7 +114,7 @@ def predict(config: Config, gpu: str, batch: int, ranks: int = 1) -> dict[str, A
     unet = architecture(config)
     eager, eager_saved = plain(config, batch)
     # torch's fused AdamW in float32 reads gradients, and reads and writes weights and two moments.
-    eager.append(Kernel("adamw", 28.0 * unet.parameters))
+    eager = [*eager, Kernel("adamw", 28.0 * unet.parameters)]
     kernels = {
         "plain": eager,
         "submission": list(submission(unet, batch, ranks)),
@@ -102,7 +125,8 @@ def predict(config: Config, gpu: str, batch: int, ranks: int = 1) -> dict[str, A
         name: _figures(recipe, kernels=kernels[name], held=held[name], gpu=card, batch=batch)
         for name, recipe in RECIPES.items()
     }
-    notes = list(refusals(unet, batch))
+    installed, notes = _installed(config, kernels["fused"], gpu=card, batch=batch)
+    notes += refusals(unet, batch)
     if config.training.precision != "bf16":
         notes.append(
             f"training.precision is {config.training.precision}; these figures are of bfloat16"
@@ -113,7 +137,7 @@ def predict(config: Config, gpu: str, batch: int, ranks: int = 1) -> dict[str, A
         if batch > (largest := recipe["largest_batch"])
     ]
     shown = {"gpu": gpu, "batch": batch, "ranks": ranks, "notes": notes}
-    return {**shown, **figures["fused"], "recipes": figures}
+    return {**shown, **figures["fused"], "installed": installed, "recipes": figures}
 
 
 def _held(
@@ -149,6 +173,49 @@ def _held(
     }
 
 
+def _installed(
+    config: Config, kernels: list[Kernel], *, gpu: GPU, batch: int
+) -> tuple[dict[str, Any], list[str]]:
+    """The step with the attention that the config's run would choose on the GPU; and notes.
+
+    `expected` is a range of samples per second, where published runs allow one: see `published`.
+    """
+    backend = config.kernels.attention
+    if backend == AUTO:
+        backend = choose("attention", target=gpu.target, cases=all_ops()["attention"].cases).backend
+    library = _LIBRARIES.get(backend, "")
+    notes = []
+    if library not in gpu.attention:
+        slowest = min(gpu.attention, key=lambda known: sum(gpu.attention[known].backward))
+        name = f"attention by {backend} on {gpu.name}"
+        notes.append(f"{name}: no rate is known; counted as {slowest}")
+        library = slowest
+    recipe = RECIPES["fused"]
+    if backend not in _PACKING:
+        kernels = [*kernels, *packed_attention_gradients(architecture(config), batch)]
+    by_op = spent(kernels, gpu=gpu, rates=gpu.attention[library], gap=recipe.gap, batch=batch)
+    at_most = 1e3 / sum(row["ms_per_sample"] for row in by_op.values())
+    reached = reached_shares(gpu, _submitted)
+    return {
+        "attention": backend,
+        "attention_rates": library,
+        "samples_per_second": at_most,
+        "by_op": {op: row for op, row in by_op.items() if row["ms_per_sample"]},
+        "expected": [share * at_most for share in reached] if reached else None,
+        "shares_reached": list(reached) if reached else None,
+    }, notes
+
+
+@cache
+def _submitted(gpu: str, batch: int, ranks: int) -> float:
+    """Samples per second, at most, of the submission's way with the benchmark's network."""
+    card, recipe = named(gpu), RECIPES["submission"]
+    kernels = list(submission(SD_V2, batch, ranks))
+    rates = _attention_rates(card, recipe)
+    by_op = spent(kernels, gpu=card, rates=rates, gap=recipe.gap, batch=batch)
+    return 1e3 / sum(row["ms_per_sample"] for row in by_op.values())
+
+
 def _attention_rates(gpu: GPU, recipe: Recipe) -> AttentionRates:
     """The rates of the recipe's most preferred library that the GPU's entry has."""
     known = [library for library in recipe.attention if library in gpu.attention]
@@ -160,22 +227,30 @@ def _attention_rates(gpu: GPU, recipe: Recipe) -> AttentionRates:
     return gpu.attention[known[0]]
 
 
-def _figures(
-    recipe: Recipe, *, kernels: list[Kernel], held: dict[str, float], gpu: GPU, batch: int
-) -> dict[str, Any]:
-    """One recipe's time, work and memory; `held` are the bytes that live through a step."""
+def spent(
+    kernels: Iterable[Kernel], *, gpu: GPU, rates: AttentionRates, gap: float, batch: int
+) -> dict[str, dict[str, float]]:
+    """Time, work and bytes of a sample by op, and the kernels of a step; `gap` as in `Recipe`."""
     by_op: dict[str, dict[str, float]] = {
         op: {"ms_per_sample": 0.0, "gflop": 0.0, "gigabytes": 0.0, "kernels": 0}
         for ops in operators().values()
         for op in ops
     }
-    rates = _attention_rates(gpu, recipe)
     for kernel in kernels:
         row, calls_per_sample = by_op[kernel.op], kernel.calls / batch
-        row["ms_per_sample"] += calls_per_sample * 1e3 * (kernel.seconds(gpu, rates) + recipe.gap)
+        row["ms_per_sample"] += calls_per_sample * 1e3 * (kernel.seconds(gpu, rates) + gap)
         row["gflop"] += calls_per_sample * kernel.flops / 1e9
         row["gigabytes"] += calls_per_sample * kernel.bytes / 1e9
         row["kernels"] += kernel.calls
+    return by_op
+
+
+def _figures(
+    recipe: Recipe, *, kernels: list[Kernel], held: dict[str, float], gpu: GPU, batch: int
+) -> dict[str, Any]:
+    """One recipe's time, work and memory; `held` are the bytes that live through a step."""
+    rates = _attention_rates(gpu, recipe)
+    by_op = spent(kernels, gpu=gpu, rates=rates, gap=recipe.gap, batch=batch)
     total = sum(row["ms_per_sample"] for row in by_op.values())
     if recipe.is_eager:
         # Host and GPU work side by side: the step takes as long as the slower of them.

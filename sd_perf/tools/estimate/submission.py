@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sd_kernels.sd_v2_shapes import Architecture, Resample, ResBlock, Transformer, layers
-from sd_kernels.spec import Case, Matmuls, Work
+from sd_kernels.spec import Case, Matmuls
 from sd_perf.tools.estimate.fused import (
-    BYTES,
     cases,
     kernels_of,
     matmul_kernels,
@@ -56,10 +55,8 @@ def _linear(
     rows: int, channels: int, columns: int, bias: bool = True, frozen_input: bool = False
 ) -> Iterator[Kernel]:
     """A linear layer with its bias in the matmul's epilogue. A frozen input has no gradient."""
-    size = float(rows * (channels + columns) + channels * columns) * BYTES
     sizes = Matmuls(rows=rows, columns=columns, channels=channels, bias=bias)
-    work = Work(0.0, forward_bytes=size, backward_bytes=2 * size)
-    yield from matmul_kernels("linear", work, sizes, frozen_input=frozen_input)
+    yield from matmul_kernels("linear", sizes, frozen_input=frozen_input)
 
 
 def _group_norm(batch: int, side: int, channels: int) -> Iterator[Kernel]:

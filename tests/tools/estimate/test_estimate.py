@@ -29,11 +29,15 @@ from sd_perf.tools.estimate.dry_run import dry_run
 from sd_perf.tools.estimate.eager import plain
 from sd_perf.tools.estimate.fused import cases, fused, saved_activations
 from sd_perf.tools.estimate.predict import RECIPES, operators, predict
+from sd_perf.tools.estimate.published import BEST
 from sd_perf.tools.estimate.roofline import Kernel, matmul_seconds
 from sd_perf.tools.estimate.submission import submission
 
 ROOT = Path(__file__).parents[3]
 SMOKE = ROOT / "configs/smoke.yaml"
+PUBLISHED_ROW = re.compile(
+    r"\| (\w+) \| (\d+) \| .* \| (\d+) \| ([\d.]+) \| ([\d.]+) \| \+(\d+) % \|"
+)
 SHALLOW = UNetConfig(channel_mult=(2, 1), attention_resolutions=(2,), num_res_blocks=1)
 
 
@@ -113,8 +117,19 @@ def test_bytes_by_hand() -> None:
     # Skips that are downsampled: a sum of three passes each; biases of linears: 4C a token, and the
     # times'.
     skips = 4096 * 320 + 1024 * 640 + 256 * 1280
-    times = 1280 + 1280 + sum(block for block in [320] * 5 + [640] * 5 + [1280] * 12)
-    assert moved(kernels, "elementwise") == batch * (skips * 3 + tokens * 4 + times) * 2
+    times_out = sum([320] * 5 + [640] * 5 + [1280] * 12)
+    times = 1280 + 1280 + times_out
+    # Copies read and write: of each gradient into the flat buffer, of packed weights, and of the
+    # packed gradients of texts and times.
+    widths = [320] * 5 + [640] * 5 + [1280] * 6
+    weights = sum(3 * C**2 + 2 * C * 1024 for C in widths) + times_out * 1280
+    gradients = batch * (sum(2 * C * 77 for C in widths) + times_out)
+    copies = 4 * (865_910_724 + weights + gradients)
+    elementwise = batch * (skips * 3 + tokens * 4 + times) * 2 + copies
+    assert moved(kernels, "elementwise") == elementwise
+    # The 1x1 convolutions' second source is one more reading of the output.
+    skip_convs = [kernel for kernel in kernels if kernel.op == "skip_conv"]
+    assert sum(kernel.calls for kernel in skip_convs) == 3 * (2 + 2 * 12)
 
 
 def test_a_product_fills_whole_waves() -> None:
@@ -256,7 +271,41 @@ def test_json_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         and "largest batch" in page
         and "communication is not counted" in page
     )
-    assert "the trainer has no such step yet" in " ".join(page.split())
+    # Nobody has published a rate of cuDNN's attention there; one entry says what was reached.
+    assert "fused with attention by cudnn (FlashAttention 2): at most" in " ".join(page.split())
+    assert "attention by cudnn on B200: no rate is known" in " ".join(page.split())
+
+
+def test_what_is_installed_and_what_to_expect() -> None:
+    facts = predicted("h100", 64)
+    installed, submitted = facts["installed"], predicted("h100", 64, 4)["recipes"]["submission"]
+    assert (installed["attention"], installed["attention_rates"]) == ("cudnn", "cuDNN")
+    assert facts["samples_per_second"] > installed["samples_per_second"]
+    # The best entries of H100 and H200, over the estimate of their own way.
+    low, high = installed["shares_reached"]
+    assert high == pytest.approx(145.0 / submitted["samples_per_second"])
+    assert installed["expected"] == [
+        share * installed["samples_per_second"] for share in (low, high)
+    ]
+    assert predicted("a100", 64)["installed"]["expected"] is None
+    named = replace(Config(), kernels=replace(Config().kernels, attention="fa3"))
+    with_fa3 = predict(named, "h100", 64)["installed"]
+    assert facts["installed"]["by_op"]["elementwise"]["gigabytes"] == pytest.approx(
+        with_fa3["by_op"]["elementwise"]["gigabytes"] + 9.363 / 64, abs=1e-4
+    )
+    assert with_fa3["samples_per_second"] == pytest.approx(facts["samples_per_second"])
+    page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    ranges = [
+        "{:.0f} to {:.0f}".format(*predicted(gpu, 64)["installed"]["expected"])
+        for gpu in ("h100", "h200")
+    ]
+    sentence = "To be expected are {} samples/s on an H100 and {} on an H200."
+    assert sentence.format(*ranges) in page
+    rows = PUBLISHED_ROW.findall(page)
+    documented = {
+        (gpu.lower(), int(batch), int(ranks), float(rate)) for gpu, batch, ranks, rate, *_ in rows
+    }
+    assert set(BEST) <= documented
 
 
 @pytest.mark.parametrize(
@@ -327,8 +376,7 @@ def test_the_documented_rates_of_submissions_are_those_of_the_model(
     page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
     # The eager way is not looked at here: one batch's kernels stand for every batch's.
     monkeypatch.setattr(prediction, "plain", lambda config, batch: traced(config, 64))
-    row = r"\| (\w+) \| (\d+) \| .* \| (\d+) \| ([\d.]+) \| ([\d.]+) \| \+(\d+) % \|"
-    rows = re.findall(row, page)
+    rows = PUBLISHED_ROW.findall(page)
     assert len(rows) >= 10
     for gpu, batch, ranks, published, rate, error in rows:
         facts = predict(Config(), gpu.lower(), int(batch), int(ranks))
