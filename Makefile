@@ -6,6 +6,7 @@ TORCH     ?= torch==2.13.0
 # Folder of real photographs, autoencoder and logs for the tests that need them; they skip without it.
 REAL_DATA ?=
 BIN       := .venv/bin
+PIP       := $(BIN)/python -m pip
 STAMP     := .venv/installed
 # Threads that wait for each other spin for microseconds, then sleep: where another process has the core, spinning for
 # longer makes two threads many times slower than one.
@@ -20,14 +21,18 @@ PYTEST    := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist workste
 
 install: $(STAMP)
 
+# A .venv without pip is one whose making was interrupted: it is completed or, where that fails, made anew.
 $(STAMP): pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(PIP) --version > /dev/null 2>&1 || ($(PYTHON) -m venv .venv && $(PIP) --version > /dev/null) || \
+	    $(PYTHON) -m venv --clear .venv
+	$(PIP) install --quiet --disable-pip-version-check $(TORCH)
+	$(PIP) install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
-# The tiny world: pictures and moments beside the proof of the fast network, then training, scores, report.
+# The tiny world: pictures and moments beside the proof of the fast network, then training, scores, report. The dry run comes
+# first because it refuses an unfinished run in seconds.
 train: install
+	$(BIN)/sd-perf train --config configs/smoke.yaml --fresh --dry-run > /dev/null
 	$(MAKE) --no-print-directory -j 2 parity data/smoke/moments/00000.tar
 	$(BIN)/sd-perf train --config configs/smoke.yaml --fresh
 	$(MAKE) --no-print-directory scores
@@ -60,7 +65,7 @@ test-all: install .venv/triton-3.6/triton
 
 # The oldest Triton that is supported, aside: kernels are compiled by it, too.
 .venv/triton-3.6/triton: | install
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) triton==3.6.0
+	$(PIP) install --quiet --disable-pip-version-check --no-deps --target $(@D) triton==3.6.0
 
 check: install
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ Must run without TRITON_INTERPRET. Exit code 0: all is green; 1: something is re
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
@@ -37,9 +38,11 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from benchmarks.command import command_parser
+from benchmarks.machine_code import instructions
 from sd_kernels.launch import Launch, interpreted, recording
 from sd_kernels.registry import all_ops
 from sd_kernels.spec import Backend, Inputs, OpSpec
+from sd_kernels.targets import GPUS
 from sd_perf.tools.results import Provenance, Result, write
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -47,6 +50,30 @@ MATRIX_INSTRUCTIONS = {80: "HMMA", 90: "HGMMA", 100: r"UTC\w*MMA"}
 CONVOLUTIONS = (torch.ops.aten.convolution, torch.ops.aten.convolution_backward)
 INLINE_ASSEMBLY = re.compile(r"// begin inline asm\n.*?// end inline asm", re.DOTALL)
 GLOBAL_ACCESS = re.compile(r"\b(LDG|LDGSTS|STG)\.(\S+)")
+
+
+SCHEDULERS = 4
+"""of a multiprocessor; each issues one instruction of one warp a clock"""
+H100_CLOCK = 1.98e9
+"""clocks a second at most: 67 TFLOP/s of float32 (data sheet) over 132 x 128 lanes x 2"""
+TILES = {
+    "diffusion_inputs_kernel": ("C", "PIXELS"),
+    "geglu_backward_kernel": ("ROWS", "COLUMNS"),
+    "geglu_forward_kernel": ("ROWS", "COLUMNS"),
+    "group_norm_backward_kernel": ("ROWS", "BLOCK"),
+    "group_norm_forward_kernel": ("ROWS", "BLOCK"),
+    "interleave_backward_kernel": ("ROWS", "COLUMNS"),
+    "interleave_forward_kernel": ("ROWS", "COLUMNS"),
+    "layer_norm_backward_kernel": ("ROWS", "C"),
+    "layer_norm_forward_kernel": ("ROWS", "C"),
+    "adamw_kernel": ("BLOCK",),
+    "residual_add_kernel": ("ROWS", "COLUMNS"),
+    "v_mse_loss_backward_kernel": ("BLOCK",),
+    "v_mse_loss_forward_kernel": ("BLOCK",),
+}
+"""the constants whose product is the elements of a tile, of each kernel that memory should bound"""
+TWO_SWEEPS = ("group_norm_backward_kernel", "group_norm_forward_kernel")
+"""kernels in which one program makes a tile's statistics and another its result"""
 
 
 @dataclass(frozen=True)
@@ -67,6 +94,10 @@ class Compiled:
     """source lines with narrow accesses that do not say why"""
     matrix: str
     """the matrix instruction found, or `missing`; empty: the kernel has no matmul"""
+    instructions: float | None = None
+    """machine instructions of a thread for each element; None: not a kernel of `TILES`"""
+    bytes: float | None = None
+    """of device memory for each element, where every tensor of the launch is moved once"""
 
     @property
     def ok(self) -> bool:
@@ -163,6 +194,10 @@ def inspect(
         usage = _run("cuobjdump", "-res-usage", file.name)
         sass = _run("nvdisasm", "-g", "-c", file.name)
     narrow, wide = _accesses(sass)
+    per_element = None
+    if counted := tile_elements(launch):
+        whole = launch.kernel.fn.__name__ in TWO_SWEEPS
+        per_element = instructions(sass, whole) * 32 * compiled.metadata.num_warps / counted
     has_dot = "tt.dot" in compiled.asm["ttir"]
     found = re.search(rf"\b{MATRIX_INSTRUCTIONS[capability]}\b", sass)
     return Compiled(
@@ -178,7 +213,33 @@ def inspect(
         wide_accesses=wide,
         narrow_lines=tuple(sorted(narrow)),
         matrix=(found.group() if found else "missing") if has_dot else "",
+        instructions=per_element,
+        bytes=bytes_per_element(launch) if per_element else None,
     )
+
+
+def tile_elements(launch: Launch) -> int:
+    """Elements that a program works on at once; 0 for a kernel that is not in `TILES`."""
+    names = TILES.get(launch.kernel.fn.__name__)
+    return math.prod(launch.options[name] for name in names) if names else 0
+
+
+def bytes_per_element(launch: Launch) -> float:
+    """Bytes of all tensors of the launch for each element of the result."""
+    tensors = [each for each in launch.arguments if isinstance(each, torch.Tensor)]
+    elements = max(each.numel() for each in tensors)
+    if launch.kernel.fn.__name__.startswith("geglu"):
+        elements //= 2  # the largest tensor holds value and gate
+    return sum(each.numel() * each.element_size() for each in tensors) / elements
+
+
+def floors(row: Compiled) -> tuple[float, float] | None:
+    """Picoseconds for each element on an H100: to issue its instructions, and to move its bytes."""
+    if row.instructions is None or row.bytes is None:
+        return None
+    gpu = GPUS["h100"]
+    issued = SCHEDULERS * 32 * gpu.multiprocessors * H100_CLOCK
+    return row.instructions / issued * 1e12, row.bytes / gpu.bandwidth.value * 1e12
 
 
 def _accesses(sass: str) -> tuple[set[str], int]:
@@ -237,7 +298,8 @@ def markdown(rows: list[Compiled]) -> str:
     """A table for the documentation: a line per kernel, with the range of its specialisations."""
     targets = sorted({row.target for row in rows})
     registers = [f"registers sm_{target}" for target in targets]
-    head = ["kernel", *registers, "shared", "stack", "spills", "verdict"]
+    rates = ["instructions", "issue, ps", "memory, ps"]
+    head = ["kernel", *registers, "shared", "stack", "spills", *rates, "verdict"]
     kernels: dict[str, list[Compiled]] = {}
     for row in rows:
         kernels.setdefault(row.kernel, []).append(row)
@@ -255,10 +317,26 @@ def markdown(rows: list[Compiled]) -> str:
             _span([row.shared_bytes for row in alike]),
             _span([row.stack_bytes for row in alike]),
             _span([row.spills for row in alike]),
+            *_rates([row for row in alike if row.target == 90]),
             f"red: {'; '.join(sorted(filter(None, red)))}" if red else f"{len(alike)} green",
         ]
         table.append(f"| {' | '.join(line)} |")
     return "\n".join(table) + "\n"
+
+
+def _rates(rows: list[Compiled]) -> tuple[str, str, str]:
+    """Instructions for each element, and both floors of an H100, of the specialisations for it."""
+    counted = [(row.instructions, *pair) for row in rows if (pair := floors(row))]
+    columns = zip(*counted, strict=True) if counted else ((), (), ())
+    instructions, issue, memory = ([f"{number:.3g}" for number in column] for column in columns)
+    return _range(instructions), _range(issue), _range(memory)
+
+
+def _range(numbers: list[str]) -> str:
+    if not numbers:
+        return "-"
+    low, high = min(numbers, key=float), max(numbers, key=float)
+    return low if low == high else f"{low} to {high}"
 
 
 def _span(numbers: list[int]) -> str:

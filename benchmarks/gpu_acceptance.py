@@ -134,8 +134,9 @@ def set_arithmetic(timing: bool) -> None:
 
     For timing it takes the fastest, otherwise those that repeat themselves bit for bit.
     """
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+    # Not by `fp32_precision`: after that torch, and Inductor, may no longer read these.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = not timing
 
 

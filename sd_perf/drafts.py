@@ -32,11 +32,14 @@ def _locked(stack: contextlib.ExitStack, parent: Path, prefix: str) -> Path:
         folder = stack.enter_context(
             TemporaryDirectory(prefix=prefix, dir=parent, ignore_cleanup_errors=True)
         )
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        # Another process may take it for a leftover and remove it before it is locked.
+        try:
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            continue
         stack.callback(os.close, descriptor)
         with contextlib.suppress(OSError):  # no flock here: then nobody removes leftovers, either
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        # Another process may have removed it, as a leftover, before it was locked.
         if Path(folder).is_dir():
             return Path(folder)
 

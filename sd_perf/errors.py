@@ -4,6 +4,8 @@
 class UserError(Exception):
     """Base of these errors. The message is one sentence: what is wrong, where, and what to do."""
 
+    exit_code = 2
+
 
 class ConfigError(UserError):
     """A key or value of the config that cannot be used, or a missing package that it needs."""
@@ -19,3 +21,9 @@ class BadSampleError(DataError):
 
 class CheckpointError(UserError):
     """A checkpoint or weight file that is missing, damaged, or of another model or run."""
+
+
+class RankLostError(UserError):
+    """Another process of the run died or fell silent."""
+
+    exit_code = 76

@@ -7,6 +7,7 @@ give a value that can be used, or raise one UserError.
 from __future__ import annotations
 
 import errno
+import io
 import itertools
 import json
 import math
@@ -16,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 from sd_perf.drafts import draft_folder
 from sd_perf.errors import UserError
@@ -95,7 +96,7 @@ def write_json(path: Path, value: Any) -> None:
 @contextmanager
 def opened_untrusted(
     path: Path, remedy: str = RESTORE, kind: type[UserError] = UserError
-) -> Iterator[BinaryIO]:
+) -> Iterator[io.BufferedReader]:
     """Open a regular file to read its bytes, for a block.
 
     Raises an error of `kind`, with path and cause, where it cannot be opened, is no regular file,
@@ -145,6 +146,31 @@ def untrusted_lines(path: Path, limit: int = MAX_LINE_BYTES, **errors: Any) -> I
             if not line:
                 return
             yield line.removesuffix(b"\n").removesuffix(b"\r")
+
+
+def untrusted_text(
+    path: Path,
+    *,
+    remedy: str,
+    kind: type[UserError],
+    encoding: str = "utf-8",
+    errors: str = "strict",
+    newline: str | None = None,
+) -> Iterator[str]:
+    """The lines of a text file, with their ends, of fewer than MAX_LINE_BYTES characters each.
+
+    `encoding`, `errors` and `newline` are those of `open`. Raises an error of `kind` as
+    `opened_untrusted` does, and UnicodeDecodeError.
+    """
+    with opened_untrusted(path, remedy, kind) as file:
+        stream = io.TextIOWrapper(file, encoding, errors, newline)
+        for number in itertools.count(1):
+            line = stream.readline(MAX_LINE_BYTES)
+            if len(line) == MAX_LINE_BYTES:
+                raise OSError(f"line {number} has {MAX_LINE_BYTES:,} characters or more")
+            if not line:
+                return
+            yield line
 
 
 def is_absent(path: Path) -> bool:

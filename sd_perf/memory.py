@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from sd_perf.errors import UserError
 
 _MEMINFO = Path("/proc/meminfo")
+_STATM = Path("/proc/self/statm")
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -44,6 +46,16 @@ def available_bytes(device: torch.device) -> int | None:
         return min(free, int(_CGROUP_LIMIT.read_text()))
     except (OSError, ValueError):  # no control group, or "max": no limit
         return free
+
+
+def held_bytes(device: torch.device) -> int:
+    """Bytes of a device that this process holds, and could use otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.memory_reserved()
+    try:
+        return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # no Linux
+        return 0
 
 
 def _gib(size: int) -> str:

@@ -21,17 +21,17 @@ CODE_LINES = {
     "sd_perf/reference": 300,
     "sd_perf/fast": 750,
     "sd_perf/diffusion": 150,
-    "sd_perf/models": 1000,
+    "sd_perf/models": 1050,
     "sd_perf/data": 2000,
     "sd_perf/runs": 1100,
-    "sd_perf/training": 1400,
-    "sd_perf/distributed": 400,
+    "sd_perf/training": 1500,
+    "sd_perf/distributed": 480,
     "sd_perf/evaluation": 1000,
     "sd_perf/mlperf": 700,
     "sd_perf/tools": 3200,
-    "sd_perf": 1650,
-    "kernels": 4800,
-    "benchmarks": 2500,
+    "sd_perf": 1720,
+    "kernels": 5750,
+    "benchmarks": 2650,
 }
 """of each room; `sd_perf` is the command line, the config and the files beside the rooms"""
 COMMENTED = ("sd_perf/fast", "sd_perf/tools/estimate")

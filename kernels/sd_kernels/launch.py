@@ -27,6 +27,7 @@ class Launch:
     """A recorded launch: the arguments that Triton's own binder would be given."""
 
     kernel: Any
+    grid: tuple[int, ...]
     arguments: tuple[Any, ...]
     options: dict[str, Any]
 
@@ -80,7 +81,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     # changes between versions.
     options.setdefault("enable_fp_fusion", True)
     if _state.recorded is not None:
-        _state.recorded.append(Launch(kernel, arguments, options))
+        _state.recorded.append(Launch(kernel, grid, arguments, options))
         return
     tensor = next(argument for argument in arguments if isinstance(argument, torch.Tensor))
     name = kernel.__name__ if hasattr(kernel, "__name__") else kernel.fn.__name__

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["hardware", "package", "dtype", "case", "named"]
+Kind = Literal["hardware", "package", "dtype", "case", "named", "deterministic"]
 """hardware: not for such a device; package: what it adapts cannot be imported; dtype: not computed
-on a GPU; case: sizes or options of a call; named: runs only when the config names it"""
+on a GPU; case: sizes or options of a call; named: runs only when the config names it;
+deterministic: its sums may differ from run to run"""
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,11 @@ class Reason:
 
 
 ONLY_NAMED = Reason("named", "only when named", "only when named")
+NOT_DETERMINISTIC = Reason(
+    "deterministic",
+    "its gradients may differ in their last bits from run to run, and this run is deterministic",
+    "not deterministic",
+)
 
 
 def refusal(takes: str, got: str = "") -> Reason:

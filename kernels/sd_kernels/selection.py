@@ -9,7 +9,7 @@ from difflib import get_close_matches
 import torch
 
 from sd_kernels.errors import KernelError
-from sd_kernels.reasons import ONLY_NAMED, Reason, of_case
+from sd_kernels.reasons import NOT_DETERMINISTIC, ONLY_NAMED, Reason, of_case
 from sd_kernels.registry import all_ops
 from sd_kernels.spec import Backend, Case, Function, OpSpec
 from sd_kernels.targets import Target
@@ -36,18 +36,22 @@ def reasons_against(
     target: Target,
     cases: Iterable[Case] = (),
     dtype: torch.dtype = torch.bfloat16,
+    deterministic: bool = False,
 ) -> list[Reason]:
     """Everything that keeps a backend from running these cases on the target; empty: it can.
 
-    A reason that several cases share is given once, for the first of them.
+    A reason that several cases share is given once, for the first of them. With `deterministic`
+    the backend must give the same bits in each run.
     """
     missing = backend.missing(target) or _wrong_dtype(backend, target, dtype)
     refusals: dict[Reason, str] = {}
     for case in cases:
         if why := backend.refuses(case, dtype):
             refusals.setdefault(why, case.name)
-    of_cases = [of_case(name, why) for why, name in refusals.items()]
-    return [missing, *of_cases] if missing else of_cases
+    reasons = [missing] if missing else []
+    if deterministic and target.device == "cuda" and not backend.deterministic:
+        reasons.append(NOT_DETERMINISTIC)
+    return [*reasons, *(of_case(name, why) for why, name in refusals.items())]
 
 
 def _wrong_dtype(backend: Backend, target: Target, dtype: torch.dtype) -> Reason | None:
@@ -64,23 +68,25 @@ def choose(
     cases: Iterable[Case] = (),
     dtype: torch.dtype = torch.bfloat16,
     strict: bool = False,
+    deterministic: bool = False,
 ) -> Choice:
-    """The backend for an op.
+    """The backend for an op; with `deterministic` one that gives the same bits in each run.
 
     A backend that is asked for by name and cannot run here is a KernelError with every reason.
     `auto` takes the first backend that can run. With `strict` it is an error that `auto` passes one
-    over, unless that one is for other GPUs than this, or runs only when it is named.
+    over, unless that one is for other GPUs than this, runs only when it is named, or is not
+    deterministic in a run that must be.
     """
     spec = _spec(op)
     target = target or Target.here()
     cases = list(cases)
     if wanted != AUTO:
-        return _named(spec, wanted, target, cases, dtype)
+        return _named(spec, wanted, target, cases, dtype, deterministic)
     # The interpreter is for tests, which name their backend.
     target = replace(target, interpreted=False)
     passed_over: dict[str, str] = {}
     for backend in spec.backends:
-        against = reasons_against(backend, target, cases, dtype)
+        against = reasons_against(backend, target, cases, dtype, deterministic)
         if not backend.automatic:
             against = [ONLY_NAMED, *against]
         if not against:
@@ -90,7 +96,7 @@ def choose(
     slower = [
         f"{name}: {why}"
         for name, why in passed_over.items()
-        if _may_be_had(spec.backend(name), target)
+        if _may_be_had(spec.backend(name), target, deterministic)
     ]
     if strict and slower:
         raise KernelError(
@@ -101,9 +107,10 @@ def choose(
     return chosen
 
 
-def _may_be_had(backend: Backend, target: Target) -> bool:
+def _may_be_had(backend: Backend, target: Target, deterministic: bool) -> bool:
     is_for_another_gpu = target.device == "cuda" and backend.unfit(target) is not None
-    return backend.automatic and not is_for_another_gpu
+    is_excluded = deterministic and not backend.deterministic
+    return backend.automatic and not is_for_another_gpu and not is_excluded
 
 
 def _spec(op: str) -> OpSpec:
@@ -115,7 +122,12 @@ def _spec(op: str) -> OpSpec:
 
 
 def _named(
-    spec: OpSpec, wanted: str, target: Target, cases: list[Case], dtype: torch.dtype
+    spec: OpSpec,
+    wanted: str,
+    target: Target,
+    cases: list[Case],
+    dtype: torch.dtype,
+    deterministic: bool,
 ) -> Choice:
     names = [backend.name for backend in spec.backends]
     if wanted not in names:
@@ -124,7 +136,7 @@ def _named(
             f"kernels.{spec.name}: {wanted!r} is not a backend{hint}; choose auto, "
             f"{', '.join(names)}"
         )
-    against = reasons_against(spec.backend(wanted), target, cases, dtype)
+    against = reasons_against(spec.backend(wanted), target, cases, dtype, deterministic)
     if against:
         why = "; ".join(map(str, against))
         raise KernelError(

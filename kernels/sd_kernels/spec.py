@@ -182,6 +182,9 @@ class Backend:
     """why it cannot compute a case; None: it can"""
     automatic: bool = True
     """whether `auto` may choose it"""
+    deterministic: bool = True
+    """whether results on a GPU are the same bit for bit in each run, where torch is asked for that
+    (`torch.use_deterministic_algorithms`)"""
     ours: bool = False
     """whether these are Triton kernels of this package. They run in the interpreter on a CPU, and
     are compared with the reference at the same dtype alone"""

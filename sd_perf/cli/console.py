@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 from typing import Any
 
 from sd_perf.console import TextConsole
+from sd_perf.distributed.launcher import Place, read_place
+from sd_perf.errors import ConfigError
 from sd_perf.visible import visible
 
-RANK = int(os.environ.get("RANK", "0"))
-"""of this process among all that the launcher (torchrun, SLURM) started"""
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
-"""of this process among those on this machine"""
+try:
+    PLACE = read_place()
+except ConfigError:  # raised again by the commands that have ranks
+    PLACE = Place()
+RANK, LOCAL_RANK = PLACE.rank, PLACE.local_rank
+"""of this process among all that the launcher started, and among those on this machine"""
 CONSOLE = TextConsole(quiet=RANK > 0)
 
 

@@ -6,6 +6,7 @@ import argparse
 import functools
 import inspect
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -13,8 +14,8 @@ from collections.abc import Callable
 import tyro
 
 from sd_perf.cli.checkpoints import convert_checkpoints, verify
-from sd_perf.cli.console import LOCAL_RANK, RANK
-from sd_perf.cli.data import prepare, scenes, statistics
+from sd_perf.cli.console import LOCAL_RANK, PLACE, RANK
+from sd_perf.cli.data import prepare, scenes, statistics, verify_data
 from sd_perf.cli.evaluation import evaluate, sample
 from sd_perf.cli.mlperf import check
 from sd_perf.cli.tools import doctor, estimate, parity, report
@@ -49,7 +50,12 @@ def _group(name: str, about: str, commands: dict[str, Command]) -> Command:
     return listed
 
 
-_DATA: dict[str, Command] = {"prepare": prepare, "scenes": scenes, "statistics": statistics}
+_DATA: dict[str, Command] = {
+    "prepare": prepare,
+    "verify": verify_data,
+    "scenes": scenes,
+    "statistics": statistics,
+}
 _MLPERF: dict[str, Command] = {"check": check}
 _GROUPS = {"data": _DATA, "mlperf": _MLPERF}
 _COMMANDS: dict[str, Command] = {
@@ -57,7 +63,7 @@ _COMMANDS: dict[str, Command] = {
     "evaluate": evaluate,
     "sample": sample,
     "export": export,
-    "data": _group("data", "Make shards from images, the tiny world, FID's statistics", _DATA),
+    "data": _group("data", "Make and check shards, the tiny world, FID's statistics", _DATA),
     "mlperf": _group("mlperf", "MLPerf logs", _MLPERF),
     "verify": verify,
     "convert-checkpoints": convert_checkpoints,
@@ -72,7 +78,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit.
 
     Exit codes: 0 done, 1 a bug (or a check that failed, or output that could not be written), 2 bad
-    input, 75 stopped by a signal (training: and saved), 130 stopped by Ctrl-C.
+    input, 75 stopped by a signal (training: and saved), 76 another process of the run was lost, 130
+    stopped by Ctrl-C.
 
     Signals are handled from here to the end of the process. A program that gives `arguments` gets
     its own handlers and streams back.
@@ -97,6 +104,12 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             output.give_back()
             STOP.give_back()
+    if arguments is None and PLACE.size > 1 and not isinstance(code, str):
+        # The threads of gloo's groups may abort a process that Python takes down.
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+        os._exit(code or 0)
     sys.exit(code)
 
 
@@ -112,16 +125,26 @@ def _exit_code(arguments: list[str]) -> str | int | None:
     except SystemExit as leaving:  # tyro has said why, or another rank will
         return leaving.code
     except _bad_input_errors() as error:
+        code = getattr(error, "exit_code", _BAD_INPUT)
         if debug:
             traceback.print_exc()
         if isinstance(error, ConfigError):  # every rank read the config; the first one speaks
             _let_first_rank_speak()
             if STOP.received is not None:
-                return _BAD_INPUT
+                return code
         print(visible(f"sd-perf: {f'rank {RANK}: ' if RANK else ''}{error}"), file=sys.stderr)
-        return _BAD_INPUT
+        return code
     except Stopped as stop:
         return stop.exit_code
+    except OSError as error:
+        if error.filename is None:
+            raise
+        # Such as a name over 255 bytes, or a folder that may not be searched, in any option.
+        if debug:
+            traceback.print_exc()
+        sentence = f"{error.filename}: cannot be used ({error.strerror}); check the path"
+        print(visible(f"sd-perf: {sentence}"), file=sys.stderr)
+        return _BAD_INPUT
 
 
 def _let_first_rank_speak() -> None:

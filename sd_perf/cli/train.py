@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sd_perf.cli.console import CONSOLE, print_json, print_plain, table_console
 from sd_perf.cli.options import MAX_RANKS, Settings, TargetName, require_between
+from sd_perf.commands import resume_command
 from sd_perf.config import Config
 from sd_perf.stopping import STOPPED
 
@@ -29,25 +30,38 @@ def train(
             none)
         fresh: move a complete run in the folder aside (runs/smoke becomes runs/smoke.1, ...) and
             begin anew
-        dry_run: print parameters, FLOPs, memory, batch arithmetic and kernels of the run, and exit
+        dry_run: print parameters, FLOPs, memory, batch arithmetic and kernels of the run, and exit;
+            with resume or fresh, also refuse what the run folder does not allow
         ranks: processes that the dry run counts with
         target: GPU that the dry run chooses kernels for
         json: print the dry run as JSON
     """
+    from sd_perf.runs.folder import settle_run
+
     if dry_run:
+        if resume or fresh:  # what would refuse them is told now
+            settle_run(settings, resume=resume, fresh=fresh)
         return _dry_run(settings, ranks, target, as_json=json)
     from sd_perf.distributed.world import start_world, stop_world
+    from sd_perf.tools.estimate.out_of_memory import is_out_of_memory, out_of_memory
     from sd_perf.training.launch import launch
 
-    world = start_world(settings.training.device)
+    world = start_world(
+        settings.training.device, settings.run.join_seconds, settings.run.silence_seconds
+    )
     try:
         stop_reason = launch(settings, world, resume=resume, fresh=fresh, console=CONSOLE)
-    finally:
-        stop_world()
+        world.part()
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory(settings, world) from error
+    # Not after an error: to leave in order can take all ranks, and the process ends anyway.
+    stop_world(world)
     if stop_reason is None:
         return 0
-    again = f"sd-perf train --config {config} --run.dir {settings.run.dir} --resume"
-    print_plain(f"stopped by {stop_reason} and saved; continue with:", f"  {again}")
+    how = "continue with" if world.size == 1 else "continue, under the same launcher, with"
+    print_plain(f"stopped by {stop_reason} and saved; {how}:", f"  {resume_command()}")
     return STOPPED
 
 

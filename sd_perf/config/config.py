@@ -45,14 +45,24 @@ class Config:
         self.sampling.require(self.sampling.steps <= timesteps, "steps", right)
         for layers, arithmetic, key in self.precision.in_fp8():
             self._require_fp8(layers, arithmetic, key)
-        # A block that is computed again would enter its magnitudes twice into the history from
-        # which delayed scaling takes its scales.
-        again = self.model.activation_checkpointing and self.precision.fp8_recipe == "delayed"
+        if self.precision.fp8_recipe == "delayed":
+            self._require_delayed()
+
+    def _require_delayed(self) -> None:
+        """The rules between delayed scaling and the other sections."""
+        model, precision, is_native = self.model, self.precision, self.precision.uses("fp8_native")
+        # Transformer Engine moves its histories on with every forward pass, so that a block which
+        # is computed again would enter its magnitudes twice. fp8_native does so once a step.
+        again = model.activation_checkpointing and precision.uses("fp8_te")
         right = (
-            "current with model.activation_checkpointing: computing again would enter magnitudes "
-            "twice"
+            "current with model.activation_checkpointing and fp8_te: computing again would enter"
         )
-        self.precision.require(not again, "fp8_recipe", right)
+        precision.require(not again, "fp8_recipe", f"{right} magnitudes twice")
+        right = "false with precision.fp8_recipe delayed, whose scales change in the backward pass"
+        model.require(not (is_native and model.compile), "compile", right)
+        right = "auto, triton or reference with fp8_native and precision.fp8_recipe delayed"
+        is_te = is_native and self.kernels.fp8_linear == "te"
+        self.kernels.require(not is_te, "fp8_linear", right)
 
     def _require_fp8(self, layers: str, arithmetic: str, key: str) -> None:
         """The rules between a class of layers in FP8 and the other sections.

@@ -158,12 +158,13 @@ class PrecisionConfig(Section):
     text: Arithmetic | None = None
     """keys and values of the text; none: as linear"""
     fp8_recipe: Literal["current", "delayed"] = "current"
-    """scales of fp8_te: from this step's values, or from earlier steps' (in checkpoints)"""
+    """FP8 scales: from this step's values, or from earlier steps' (kept in checkpoints)"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        right = "current, since no layer is fp8_te"
-        self.require(self.fp8_recipe == "current" or self.uses("fp8_te"), "fp8_recipe", right)
+        right = "current, since no layer is in FP8"
+        in_fp8 = any(True for _ in self.in_fp8())
+        self.require(self.fp8_recipe == "current" or in_fp8, "fp8_recipe", right)
 
     def of(self, layers: str) -> Arithmetic:
         """The arithmetic of a class of layers, one of LINEAR_LAYERS."""

@@ -7,10 +7,12 @@ from typing import Annotated, Literal
 
 from sd_perf.config.rules import PathText, Rule, Samples, Section, Steps, at_most
 
+Seconds = Annotated[int, Rule(lambda seconds: seconds > 0, "at least 1, seconds"), at_most(86_400)]
+
 
 @dataclass(frozen=True)
 class RunConfig(Section):
-    """The run folder."""
+    """The run folder, and the patience of its processes with each other."""
 
     section = "run"
 
@@ -18,6 +20,10 @@ class RunConfig(Section):
     """folder that receives manifest, metrics and checkpoints"""
     note: str = ""
     """what the run can and cannot show; printed under its last table"""
+    join_seconds: Seconds = 60
+    """time for all processes of the run to come, seconds"""
+    silence_seconds: Seconds = 60
+    """time after which a process of the run that gives no sign of life is given up, seconds"""
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,6 @@ class TrainingConfig(Section):
     are launched one by one, which is slower"""
     strategy: Literal["auto", "ddp", "zero1"] = "auto"
     """of several ranks with the fast network; ddp: each updates all weights; zero1: each updates
-    a share and keeps only that share's moments; auto: zero1"""
+    a share and keeps only that share's moments; auto: zero1, but ddp with model.compile"""
     deterministic: bool = False
-    """deterministic GPU algorithms, slower (CPU runs always are)"""
+    """deterministic GPU algorithms and kernels, slower (CPU runs always are)"""

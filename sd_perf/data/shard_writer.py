@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sd_perf.data.digests import record_digests
 from sd_perf.drafts import draft_folder
 from sd_perf.errors import DataError
 from sd_perf.files import disk_errors
@@ -26,8 +27,8 @@ class ShardWriter:
     """Writes samples as shards `00000.tar`, `00001.tar`, ...; a context manager.
 
     Shards get their names only when the block ends without an exception, so a folder holds a whole
-    set or none. Equal samples give equal bytes. Raises DataError where the folder already has
-    shards or cannot be written.
+    set or none. Their digests are recorded beside them in SHA256SUMS. Equal samples give equal
+    bytes. Raises DataError where the folder already has shards or cannot be written.
     """
 
     def __init__(self, folder: str | Path, samples_per_shard: int = 1000) -> None:
@@ -108,5 +109,6 @@ class ShardWriter:
                 self._tar.close()
             if kind is None:
                 self._refuse_to_overwrite()
+                record_digests(self._aside, sorted(self._aside.iterdir()))
                 for path in sorted(self._aside.iterdir()):
                     path.rename(self.folder / path.name)

@@ -199,7 +199,7 @@ class ShardIndex:
         no index, and, with `need_context`, for a sample without .context.npy.
         """
         folder = Path(folder)
-        paths = _find_shards(folder)
+        paths = find_shards(folder)
         file = Path(file) if str(file) else folder / INDEX_NAME
         stats = [_stat(path) for path in paths]
         state: dict[str, Any] = {
@@ -260,7 +260,8 @@ def find_tars(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.tar") if not path.name.startswith("._"))
 
 
-def _find_shards(folder: Path) -> list[Path]:
+def find_shards(folder: Path) -> list[Path]:
+    """The shards of a folder by name; DataError where there are none."""
     advice = "data.path must name the folder of the *.tar moments shards"
     try:
         names = [path.name for path in folder.iterdir()]

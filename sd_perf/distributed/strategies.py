@@ -3,8 +3,7 @@
 A strategy exchanges one range of a flat buffer at a time (`training.flat.Bucket`). Its collectives
 are asynchronous: each returns a handle whose `wait` makes the current stream wait on a GPU, and the
 caller on a CPU. NCCL runs them on a stream of its own, beside the computation, and a CUDA graph
-records both. A new strategy is a class here, listed in `STRATEGIES`; docs/training_step.md writes
-one from nothing.
+records both. A new strategy is a class here, listed in `STRATEGIES`; see docs/training_step.md.
 
 Shape letter: N elements of a flat buffer.
 """
@@ -17,6 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sd_perf.distributed.world import World
+
+# torch 2.13 renamed these two and warns of the old names.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
 class Handle(Protocol):
@@ -42,10 +45,19 @@ class Strategy:
         return (self.world.rank, self.world.size) if self.divides_state else (0, 1)
 
     def reduce(self, gradients: Tensor) -> Handle | None:
-        """Begin to sum a bucket's gradients (N,) over ranks, in place; in this rank's share."""
+        """Begin to sum a bucket's gradients (N,) over ranks, in place.
+
+        Where state is divided, the sum is needed in this rank's share alone.
+        """
 
     def gather(self, weights: Tensor) -> Handle | None:
-        """Begin to fill a bucket's weights (N,), of which this rank's share is right."""
+        """Begin to fill a bucket's weights (N,) from the shares of all ranks."""
+
+    def largest(self, magnitudes: Tensor) -> Handle | None:
+        """Begin to take the largest of every magnitude over ranks, in place."""
+        if self.world.size == 1:
+            return None
+        return dist.all_reduce(magnitudes, dist.ReduceOp.MAX, async_op=True)
 
 
 class AllReduce(Strategy):
@@ -66,10 +78,10 @@ class ShardedOptimizer(Strategy):
     divides_state = True
 
     def reduce(self, gradients: Tensor) -> Handle | None:
-        return dist.reduce_scatter_tensor(self._mine(gradients), gradients, async_op=True)
+        return _reduce_scatter(self._mine(gradients), gradients, async_op=True)
 
     def gather(self, weights: Tensor) -> Handle | None:
-        return dist.all_gather_into_tensor(weights, self._mine(weights), async_op=True)
+        return _all_gather(weights, self._mine(weights), async_op=True)
 
     def _mine(self, bucket: Tensor) -> Tensor:
         """This rank's share of a bucket: equal parts, in rank order."""

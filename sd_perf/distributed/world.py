@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from sd_perf.distributed.launcher import read_place
+from sd_perf.distributed.rendezvous import meet
+from sd_perf.distributed.watchdog import Watchdog
 from sd_perf.errors import ConfigError, UserError
 
 Value = TypeVar("Value")
@@ -31,6 +34,25 @@ class World:
     device: torch.device
     cpu_group: Any = None
     """gloo process group; None in a world of one process"""
+    watchdog: Watchdog | None = None
+    """notices lost ranks; None in a world of one process"""
+
+    def part(self) -> None:
+        """Stop to care whether other ranks are there: this one has done what it does with them."""
+        if self.watchdog is not None:
+            self.watchdog.release()
+
+    @contextlib.contextmanager
+    def losses_named(self, what_is_kept: Callable[[], str]) -> Iterator[None]:
+        """RankLostError, naming the rank, for an error in the block that a lost rank caused.
+
+        `what_is_kept` names the newest checkpoint.
+        """
+        if self.watchdog is None:
+            yield
+        else:
+            with self.watchdog.named(what_is_kept):
+                yield
 
     @property
     def is_main(self) -> bool:
@@ -80,6 +102,7 @@ class World:
             rank, told = next(
                 (rank, error) for rank, error in enumerate(self.gather(failure)) if error
             )
+            self.part()
             raise (failure or UserError(f"rank {rank}: {told}")) if self.is_main else SystemExit(2)
         return value
 
@@ -96,25 +119,35 @@ class World:
         return box[0]
 
 
-def start_world(device_choice: str) -> World:
-    """Join the processes that torchrun started, or be a world of one process.
+def start_world(device_choice: str, join_seconds: float = 60, silence_seconds: float = 60) -> World:
+    """Join the processes that torchrun or Slurm started, or be a world of one process.
 
-    torchrun says which by RANK, WORLD_SIZE and LOCAL_RANK. `device_choice` is "auto", "cpu" or
-    "cuda". Raises ConfigError for "cuda" where torch sees no GPU.
+    `device_choice` is "auto", "cpu" or "cuda". Raises ConfigError for "cuda" where torch sees no
+    GPU, for a launcher's variables that cannot be, and where a process has not come in time.
     """
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    device = _device(device_choice, int(os.environ.get("LOCAL_RANK", "0")))
-    if size == 1:
+    place = read_place()
+    device = _device(device_choice, place.local_rank)
+    if place.size == 1:
         return World(rank=0, size=1, device=device)
+    store = meet(place, join_seconds)
+    watchdog = Watchdog(place, silence_seconds)
+    watchdog.start(store)
     # With GPUs there are two groups: NCCL for gradients, gloo for the collectives of World.
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    joined: dict[str, Any] = {"store": store, "rank": place.rank, "world_size": place.size}
+    if device.type == "cuda":
+        # Of high priority, so that the computation that it runs beside does not starve it.
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        dist.init_process_group("nccl", device_id=device, pg_options=options, **joined)
+    else:
+        dist.init_process_group("gloo", **joined)
     cpu_group = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
-    return World(rank=rank, size=size, device=device, cpu_group=cpu_group)
+    return World(place.rank, place.size, device, cpu_group, watchdog)
 
 
-def stop_world() -> None:
-    """Leave the process group, where there is one."""
-    if dist.is_initialized():
+def stop_world(world: World | None = None) -> None:
+    """Leave the process group, where there is one. Lost ranks could not be left in order."""
+    lost = world is not None and world.watchdog is not None and world.watchdog.lost
+    if dist.is_initialized() and not lost:
         dist.destroy_process_group()
 
 
@@ -127,5 +160,13 @@ def _device(choice: str, local_rank: int) -> torch.device:
         )
     if choice == "cpu" or not has_cuda:
         return torch.device("cpu")
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    # A launcher may show each process a GPU of its own, which is then number 0.
+    gpus = torch.cuda.device_count()
+    if local_rank >= gpus > 1:
+        raise ConfigError(
+            f"LOCAL_RANK: {local_rank} has no GPU of its own, {gpus} are here; start at most "
+            "as many processes on a machine as it has GPUs"
+        )
+    device = torch.device("cuda", local_rank if gpus > 1 else 0)
+    torch.cuda.set_device(device)
+    return device

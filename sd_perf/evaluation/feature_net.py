@@ -13,7 +13,7 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sd_perf.models.weight_files import load_into, read_ldm_checkpoint, safetensors_config
+from sd_perf.models.weight_files import filled, read_ldm_checkpoint, safetensors_config
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,6 @@ def read_feature_net(path: str | Path) -> FeatureNet:
     Raises CheckpointError for any other file.
     """
     path = Path(path)
-    net = FeatureNet(safetensors_config(path, FeatureNetConfig))
-    load_into(net, read_ldm_checkpoint(path), "the feature net", path)
+    config, state = safetensors_config(path, FeatureNetConfig), read_ldm_checkpoint(path)
+    net = filled(lambda: FeatureNet(config), state, "the feature net", path)
     return net.requires_grad_(False).eval()

@@ -21,6 +21,7 @@ from torch import nn
 from sd_perf.errors import CheckpointError
 from sd_perf.files import one_line
 from sd_perf.models.weight_files import load_into
+from sd_perf.torch_files import require_bounded
 
 WEIGHTS_FILE = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_SHA1 = "bd836944fd6db519dfd8d924aa457f5b3c8357ff"
@@ -219,6 +220,8 @@ def read_inception(path: Path, sha1: str | None = WEIGHTS_SHA1) -> FidInception:
                 f"{path}: its SHA-1 is {found}, that of {WEIGHTS_FILE} is {sha1}; get it again"
             )
     try:
+        with path.open("rb") as file:
+            require_bounded(file)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise many kinds
         raise CheckpointError(f"{path}: not a file of weights ({one_line(error)})") from error

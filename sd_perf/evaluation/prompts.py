@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
 from sd_perf.errors import DataError
-from sd_perf.files import one_line
+from sd_perf.files import one_line, parse_json, untrusted_text
 
+_REMEDY = "evaluation.prompts names a .tsv or a captions.jsonl"
 _END = "\0end"
 """row after a table's last: a quote left open swallows it"""
 
@@ -26,22 +26,23 @@ def read_prompts(path: Path, num: int) -> list[str]:
     of another kind, or too short.
     """
     if not path.is_file():
-        raise DataError(
-            f"{path}: no such file; evaluation.prompts names a .tsv or a captions.jsonl"
-        )
+        raise DataError(f"{path}: no such file; {_REMEDY}")
     read = _read_table if path.suffix == ".tsv" else _read_json_lines
+    lines = untrusted_text(path, remedy=_REMEDY, kind=DataError, encoding="utf-8-sig", newline="")
+    prompts: list[str] = []
+    held = 0
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            prompts = [_require_caption(path, line, caption) for line, caption in read(file, path)]
+        for held, (line, entry) in enumerate(read(lines, path), 1):
+            caption = _require_caption(path, line, entry)
+            if held <= num:
+                prompts.append(caption)
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(
             f"{path}: not a .tsv with a column `caption`, nor a captions.jsonl ({one_line(error)})"
         ) from error
-    if len(prompts) < num:
-        raise DataError(
-            f"{path}: holds {len(prompts)} captions, and evaluation.num_prompts is {num}"
-        )
-    return prompts[:num]
+    if held < num:
+        raise DataError(f"{path}: holds {held} captions, and evaluation.num_prompts is {num}")
+    return prompts
 
 
 def _read_table(lines: Iterable[str], path: Path) -> Iterator[tuple[int, object]]:
@@ -72,8 +73,8 @@ def _read_json_lines(lines: Iterable[str], path: Path) -> Iterator[tuple[int, ob
         if not text.strip():
             continue
         try:
-            entry = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            entry = parse_json(text)
+        except ValueError as error:
             raise DataError(f"{path}: line {number} is not JSON ({one_line(error)})") from error
         yield number, _first_caption(entry)
 

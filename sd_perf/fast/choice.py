@@ -53,6 +53,7 @@ def choose_kernels(config: Config, target: Target) -> dict[str, Choice]:
                 cases=cases,
                 dtype=dtype,
                 strict=config.kernels.strict and name in used,
+                deterministic=config.training.deterministic,
             )
         except KernelError as error:
             raise ConfigError(str(error)) from error

@@ -19,16 +19,14 @@ from sd_perf.fast.ops import Ops
 
 @dataclass(frozen=True)
 class Pending:
-    """The sum x (B, C, H, W) + bias (C,) + residual (B, C, H, W), not yet written to memory."""
+    """The sum x (B, C, H, W) + bias + residual (B, C, H, W), not yet written to memory.
+
+    The bias is (C,), or (B, C) where a norm follows.
+    """
 
     x: Tensor
     bias: Tensor | None = None
     residual: Tensor | None = None
-
-    @property
-    def shift(self) -> Tensor | None:
-        """The bias as a norm takes it, (B, C): an expanded view, without memory of its own."""
-        return None if self.bias is None else self.bias.expand(len(self.x), -1)
 
     def written(self, ops: Ops) -> Tensor:
         """The sum (B, C, H, W), for where no norm follows."""
@@ -58,32 +56,16 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
         self.num_groups, self.eps, self.silu = groups, eps, silu
 
-    def normalize(
-        self,
-        ops: Ops,
-        x: Tensor,
-        *,
-        shift: Tensor | None = None,
-        residual: Tensor | None = None,
-        skip: Tensor | None = None,
-        return_sum: bool = False,
-    ) -> Any:
-        """Norm of x + shift + residual, concatenated with skip; with `return_sum` also that sum.
-
-        x and residual are (B, C, H, W), shift (B, C), skip (B, C', H, W).
-        """
-        tensors = x, self.weight, self.bias, shift, residual, skip
-        options = {"num_groups": self.num_groups, "eps": self.eps, "silu": self.silu}
-        return ops.group_norm(*tensors, **options, return_sum=return_sum)
-
     def forward(
-        self, pending: Pending, ops: Ops, skip: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The norm, and the pending sum (B, C, H, W) that was normalised."""
-        if pending.bias is None and pending.residual is None:
-            # Nothing waits: x is the sum, and the norm need not write a copy of it.
-            return self.normalize(ops, pending.x, skip=skip), pending.x
-        shift, residual = pending.shift, pending.residual
-        return self.normalize(
-            ops, pending.x, shift=shift, residual=residual, skip=skip, return_sum=True
+        self, pending: Pending, ops: Ops, skip: Tensor | None = None, *, return_sum: int = 0
+    ) -> Any:
+        """The norm; with it the sum (B, C, H, W) `return_sum` times, and `skip` (B, C', H, W).
+
+        Whoever reads the sum or the skip later should take one of these, each reader another, since
+        the norm's backward pass then adds their gradients. Without both the result is a tensor.
+        """
+        tensors = pending.x, self.weight, self.bias, pending.bias, pending.residual, skip
+        options = {"num_groups": self.num_groups, "eps": self.eps, "silu": self.silu}
+        return ops.group_norm(
+            *tensors, **options, return_sum=return_sum, return_skip=skip is not None
         )

@@ -1,8 +1,9 @@
 """The UNet of Stable Diffusion v2 from fused operators: `reference.unet` in fewer memory passes.
 
 - All activations are channels-last (NHWC), the layout of the tensor cores.
-- A sum is not written where it arises. The bias of a convolution, the time shift and the residual
-  wait in a `Pending` until a norm reads them; the norm also returns the sum, for the skips.
+- A sum is not written where it arises. The bias of a layer, the time shift and the residual wait
+  in a `Pending` until a norm reads them; the norm also returns the sum, for the skips.
+- A gradient is not added where it arises: the norms take those of all later uses of what they read.
 - One matmul makes queries, keys and values; one the keys and values of the text for all
   transformers, once per step; one the time projections of all ResBlocks.
 - Concatenations are never written: norm and skip convolution read both sources. Upsampling is part
@@ -40,7 +41,7 @@ class ResBlock(nn.Module):
     """Two convolutions with the input added to their result: (pending, skip) -> (pending, sum).
 
     On the way up the input is the concatenation of `pending` and `skip`. The second result is the
-    written sum of `pending`, which a skip may need.
+    written sum of `pending` for a later skip; on the way up nobody needs one, and it is `skip`.
     """
 
     def __init__(self, channels: int, out_channels: int, emb_channels: int, groups: int) -> None:
@@ -60,20 +61,24 @@ class ResBlock(nn.Module):
         self, pending: Pending, skip: Tensor | None, time: Tensor, ops: Ops
     ) -> tuple[Pending, Tensor]:
         """time (B, C') is the projected time embedding plus the first convolution's bias."""
-        normal, summed = self.in_layers[0](pending, ops, skip)
+        # The sum is read twice more on the way down: here and, as a skip, on the way up. There the
+        # skip is read once more itself.
+        return_sum = 2 if skip is None else 1
+        normal, summed, other = self.in_layers[0](pending, ops, skip, return_sum=return_sum)
         h = ops.conv(normal, self.in_layers[2].weight)
         # The first convolution has no bias of its own here: `time` brings it.
-        h = self.out_layers[0].normalize(ops, h, shift=time)
+        h = self.out_layers[0](Pending(h, time), ops)
         h = ops.conv(h, self.out_layers[3].weight)
         # The second convolution's bias waits with the residual for the next norm.
         bias, residual = self.out_layers[3].bias, summed
         if isinstance(self.skip_connection, nn.Conv2d):
             bias = bias + self.skip_connection.bias
-            residual = ops.skip_conv(summed, self.skip_connection.weight, skip)
+            second = None if skip is None else other
+            residual = ops.skip_conv(summed, self.skip_connection.weight, second)
         elif skip is not None:
             # As many channels out as in, of two sources: no SD v2 layer, but configs may have it.
-            residual = torch.cat((summed, skip), dim=1)
-        return Pending(h, bias, residual), summed
+            residual = torch.cat((summed, other), dim=1)
+        return Pending(h, bias, residual), other
 
 
 class Attention(nn.Module):
@@ -108,8 +113,9 @@ class TransformerBlock(nn.Module):
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels, eps=1e-5) for _ in range(3))
         self.qkv = precision.layer("attention", channels, 3 * channels, bias=False)
         self.query = precision.layer("attention", channels, channels, bias=False)
-        self.widen = precision.layer("feed_forward", channels, 8 * channels)
+        self.widen = precision.layer("feed_forward", channels, 8 * channels, bias=False)
         self.narrow = precision.layer("feed_forward", 4 * channels, channels)
+        self.feed_forward = precision.feed_forward(self.widen, self.narrow)
 
     def forward(self, tokens: Tensor, text: Tensor, ops: Ops) -> Tensor:
         # One matmul for q, k and v reads the normalised tokens once instead of three times. Each
@@ -119,10 +125,9 @@ class TransformerBlock(nn.Module):
         h = self.attn1.out(ops.attention(h, num_heads=self.num_heads))
         h, tokens = self.query.after_layer_norm(h, tokens, self.norm2, self.attn2.to_q.weight)
         h = self.attn2.out(ops.attention(h, text, num_heads=self.num_heads))
-        into, out = self.ff.net[0].proj, self.ff.net[2]
-        h, tokens = self.widen.after_layer_norm(h, tokens, self.norm3, into.weight, into.bias)
+        h, tokens = self.feed_forward(h, tokens, self.norm3, self.ff.net[0].proj, self.ff.net[2])
         # No norm follows: the sum must be written.
-        return ops.residual_add(self.narrow.after_geglu(h, out.weight, out.bias), tokens)
+        return ops.residual_add(h, tokens)
 
 
 class SpatialTransformer(nn.Module):
@@ -145,18 +150,20 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList(
             [TransformerBlock(channels, context_dim, head_channels, precision)]
         )
-        self.proj_out = zeroed(nn.Linear(channels, channels))
+        self.proj_out: Any = zeroed(nn.Linear(channels, channels))
         self.entrance, self.exit = (
-            precision.layer("transformer_ends", channels, channels) for _ in range(2)
+            precision.layer("transformer_ends", channels, channels, bias=bias)
+            for bias in (True, False)
         )
 
     def forward(self, pending: Pending, text: Tensor, ops: Ops) -> tuple[Pending, Tensor]:
-        normal, summed = self.norm(pending, ops)
+        normal, summed = self.norm(pending, ops, return_sum=1)
         tokens = self.entrance.linear(as_tokens(normal), self.proj_in.weight, self.proj_in.bias)
         for block in self.transformer_blocks:
             tokens = block(tokens, text, ops)
-        out = self.exit.linear(tokens, self.proj_out.weight, self.proj_out.bias)
-        return Pending(as_image(out, summed), residual=summed), summed
+        # The bias waits for the next norm, whose backward pass also sums its gradient.
+        out = self.exit.linear(tokens, self.proj_out.weight)
+        return Pending(as_image(out, summed), self.proj_out.bias, summed), summed
 
 
 class Downsample(nn.Module):
@@ -222,6 +229,8 @@ class FastUNet(nn.Module):
         self._text_widths = [2 * layer.to_k.out_features for layer in self._text_attentions]
         text_features = sum(self._text_widths)
         self.text = self.precision.layer("text", config.context_dim, text_features, bias=False)
+        # A submodule, to be moved with the UNet; it has no entry in the state dict.
+        self.delayed_scaling = self.precision.scaling
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _res_block(self, channels: int, out_channels: int) -> nn.Module:
@@ -350,9 +359,7 @@ class FastUNet(nn.Module):
                     )
                     skip = None  # the stage's first layer has read it
         norm, last = self.out[0], self.out[2]
-        shift, residual = pending.shift, pending.residual
-        normal = norm.normalize(ops, pending.x, shift=shift, residual=residual)
-        return Pending(ops.conv(normal, last.weight), last.bias).written(ops)
+        return Pending(ops.conv(norm(pending, ops), last.weight), last.bias).written(ops)
 
     def _layer(
         self,

@@ -8,7 +8,6 @@ the times at which they happened.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -20,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 from sd_perf.config import Config
 from sd_perf.errors import DataError, UserError
-from sd_perf.files import disk_errors, one_line
+from sd_perf.files import RESTORE, disk_errors, misfit, one_line, parse_json, untrusted_text
 from sd_perf.mlperf.rules import CLIP_TARGET, FID_TARGET
 from sd_perf.optional import optional
 from sd_perf.runs.checkpoints import MAKE_ROOM
@@ -29,6 +28,14 @@ LOG_NAME = "result_0.txt"
 BENCHMARK = "stable_diffusion"
 _TOKEN = ":::MLLOG "
 """what an entry starts with"""
+_BLOCK = {"metadata": {"samples_count": int}}
+_SHAPES: dict[str, dict[str, Any]] = {
+    "block_start": _BLOCK,
+    "block_stop": _BLOCK,
+    "eval_accuracy": {"value": float, "metadata": {"samples_count": int, "metric": str}},
+    "run_stop": {"metadata": {"status": {"success", "aborted"}}},
+}
+"""key -> shape (see `sd_perf.files.require_shape`) of the events that a run reads back"""
 
 Kind = Literal["event", "start", "end"]
 Status = Literal["success", "aborted"]
@@ -51,10 +58,16 @@ def import_mlperf(module: str) -> ModuleType:
 
 
 def read_log(path: Path) -> list[Event]:
-    """The events of a log in file order; DataError where it is missing or a line is damaged."""
+    """The events of a run's own log in file order.
+
+    DataError where it is missing, or has a line that is damaged or not as `MLPerfLog` writes it.
+    """
     events, damaged = scan_log(path)
+    for event in events:
+        if fault := misfit(event._asdict(), _SHAPES.get(event.key, {})):
+            damaged.append(f"{event.key} cannot be used ({fault})")
     if damaged:
-        raise DataError(f"{path}: {damaged[0]}")
+        raise DataError(f"{path}: {damaged[0]}; {RESTORE}")
     return events
 
 
@@ -69,20 +82,16 @@ def scan_log(path: Path) -> tuple[list[Event], list[str]]:
         raise DataError(f"{path}: no such MLPerf log")
     events: list[Event] = []
     damaged: list[str] = []
-    try:
-        # str.splitlines would also split at characters that may stand in a name, such as U+0085.
-        with path.open(encoding="utf-8", errors="replace") as lines:
-            entries = [
-                (number, line.rpartition(_TOKEN)[2])
-                for number, line in enumerate(lines, start=1)
-                if _TOKEN in line
-            ]
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    for number, text in entries:
+    # str.splitlines would also split at characters that may stand in a name, such as U+0085.
+    lines = untrusted_text(
+        path, remedy="give the log of a run", kind=DataError, encoding="utf-8", errors="replace"
+    )
+    for number, line in enumerate(lines, 1):
+        if _TOKEN not in line:
+            continue
         try:
-            events.append(_event(json.loads(text)))
-        except (ValueError, TypeError, OverflowError, RecursionError) as error:
+            events.append(_event(parse_json(line.rpartition(_TOKEN)[2])))
+        except (ValueError, TypeError, OverflowError) as error:
             damaged.append(f"line {number} is damaged ({one_line(error)})")
     return events, damaged
 

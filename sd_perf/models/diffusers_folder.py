@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sd_perf.config import DiffusionConfig, UNetConfig
 from sd_perf.errors import CheckpointError, ConfigError
+from sd_perf.files import parse_json, read_untrusted
 from sd_perf.models.key_maps import (
     diffusers_unet_config,
     from_diffusers,
@@ -41,8 +42,8 @@ def read_diffusers_unet(folder: str | Path) -> tuple[dict[str, Tensor], UNetConf
         folder = folder / "unet"
     path = folder / "config.json"
     try:
-        entries = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        entries = parse_json(read_untrusted(path, kind=CheckpointError))
+    except ValueError as error:
         raise CheckpointError(
             f"{path}: cannot be read as a diffusers config ({reason(error)})"
         ) from error
@@ -74,10 +75,10 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 def _read_parts(index: Path) -> dict[str, Tensor]:
     """The weights of all parts that an index names, each beside it."""
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
+        weight_map = parse_json(read_untrusted(index, kind=CheckpointError))["weight_map"]
         names = sorted(set(weight_map.values()))
         outside = [name for name in names if Path(name).name != name]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{index}: cannot be read as the index of weights in parts ({reason(error)})"
         ) from error

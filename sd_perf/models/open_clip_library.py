@@ -5,7 +5,7 @@ Nothing is downloaded. Errors name the config key that asked for the model.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from sd_perf.errors import CheckpointError, ConfigError
-from sd_perf.files import one_line
+from sd_perf.files import one_line, parse_json, read_untrusted
 from sd_perf.models.torchvision_schemas import define_missing_torchvision_ops
-from sd_perf.models.weight_files import load_into
+from sd_perf.models.weight_files import load_into, require_fit
 from sd_perf.optional import optional
+from sd_perf.torch_files import require_bounded
 
 VOCABULARY = 49408
 """tokens of CLIP's byte-pair encoding"""
@@ -39,7 +40,7 @@ def register_model(open_clip: ModuleType, key: str, model: str) -> str:
             raise ConfigError(f"{key}: {model!r}: no such file")
         try:
             # Checked before open_clip has it: once registered, a bad file breaks every later call.
-            json.loads(Path(model).read_text(encoding="utf-8"))
+            parse_json(read_untrusted(Path(model), kind=ConfigError))
         except ValueError as error:
             raise ConfigError(
                 f"{key}: {model!r} cannot be read as JSON ({one_line(error)})"
@@ -60,10 +61,24 @@ def read_clip(key: str, model: str, weights: Path) -> tuple[Any, Any]:
     open_clip = import_open_clip(key)
     name = register_model(open_clip, key, model)
     state = read_open_clip_weights(weights, key.replace("model", "weights"))
-    clip = open_clip.CLIP(**open_clip.get_model_config(name))
     state.pop("attn_mask", None)  # a constant that old files carry
+
+    def build() -> torch.nn.Module:
+        return open_clip.CLIP(**open_clip.get_model_config(name))
+
+    with torch.device("meta"):  # no memory is taken for sizes that the weights have not
+        require_fit(built(key, model, build), state, "CLIP", weights)
+    clip = built(key, model, build)
     load_into(clip, state, "CLIP", weights)
     return clip.requires_grad_(False).eval(), open_clip.get_tokenizer(name)
+
+
+def built(key: str, model: str, build: Callable[[], torch.nn.Module]) -> Any:
+    """What open_clip builds of a model's sizes; ConfigError where it cannot."""
+    try:
+        return build()
+    except Exception as error:  # whatever a size of another type or a missing one leads to
+        raise ConfigError(f"{key}: {model!r} describes no model ({one_line(error)})") from error
 
 
 def read_open_clip_weights(path: Path, key: str) -> dict[str, torch.Tensor]:
@@ -78,6 +93,8 @@ def read_open_clip_weights(path: Path, key: str) -> dict[str, torch.Tensor]:
             from safetensors.torch import load_file
 
             return _with_whole_vocabulary(load_file(path))
+        with path.open("rb") as file:
+            require_bounded(file)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each format has its own errors for damaged files
         raise CheckpointError(

@@ -15,14 +15,14 @@ from sd_perf.models.onnx_autoencoder import OnnxDecoder, OnnxEncoder
 from sd_perf.models.vae import AutoencoderConfig, AutoencoderKL
 from sd_perf.models.weight_files import (
     UNET_CONFIG,
-    load_into,
+    filled,
     read_ldm_checkpoint,
     require_fit,
     safetensors_config,
     split_components,
 )
 from sd_perf.reference.unet import UNet
-from sd_perf.runs.checkpoint_files import STATE_NAME, read_state
+from sd_perf.runs.checkpoint_files import STATE_NAME, read_state, run_folder_of
 from sd_perf.runs.checkpoints import CheckpointStore, load_component
 from sd_perf.runs.folder import read_run_config, require_of_run
 
@@ -104,7 +104,7 @@ def newest_checkpoint(source: Path) -> tuple[Path, Path]:
     Raises CheckpointError where there is no checkpoint.
     """
     if (source / STATE_NAME).is_file():
-        return source, source.parent.parent
+        return source, run_folder_of(source)
     if not source.exists():
         raise CheckpointError(f"{source}: no such run, checkpoint or weight file; check the path")
     newest = CheckpointStore(source / "checkpoints").newest()
@@ -134,8 +134,7 @@ def read_autoencoder(path: Path) -> AutoencoderKL:
             f"{path}: holds no autoencoder (no first_stage_model.* keys, nor encoder.* and "
             "decoder.* alone)"
         )
-    autoencoder = AutoencoderKL(config)
-    load_into(autoencoder, state, "the autoencoder", path)
+    autoencoder = filled(lambda: AutoencoderKL(config), state, "the autoencoder", path)
     return autoencoder.requires_grad_(False).eval()
 
 

@@ -15,11 +15,17 @@ import torch
 
 from sd_perf.config import TextEncoderConfig
 from sd_perf.models.open_clip_library import (
+    built,
     import_open_clip,
     read_open_clip_weights,
     register_model,
 )
-from sd_perf.models.weight_files import load_into, read_ldm_checkpoint, split_components
+from sd_perf.models.weight_files import (
+    load_into,
+    read_ldm_checkpoint,
+    require_fit,
+    split_components,
+)
 
 
 class OpenClipTextEncoder(torch.nn.Module):
@@ -35,11 +41,19 @@ class OpenClipTextEncoder(torch.nn.Module):
         name = register_model(open_clip, "text_encoder.model", config.model)
         model_config = open_clip.get_model_config(name)
         weights = _text_weights(config)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # so that weights: random are the same in every run
-            self.tower = open_clip.model._build_text_tower(
+
+        def build() -> torch.nn.Module:
+            return open_clip.model._build_text_tower(
                 model_config["embed_dim"], model_config["text_cfg"]
             )
+
+        if weights is not None:
+            with torch.device("meta"):  # no memory is taken for sizes that the weights have not
+                tower = built("text_encoder.model", config.model, build)
+                require_fit(tower, weights, "the text encoder", config.weights)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # so that weights: random are the same in every run
+            self.tower = built("text_encoder.model", config.model, build)
         self.tokenizer = open_clip.SimpleTokenizer(context_length=self.tower.context_length)
         self.width = self.tower.ln_final.normalized_shape[0]
         if weights is not None:

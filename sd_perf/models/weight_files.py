@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,8 +22,10 @@ from sd_perf.config import UNetConfig
 from sd_perf.errors import CheckpointError, ConfigError
 from sd_perf.files import disk_errors, misfit, one_line, parse_json, quoted, written_aside
 from sd_perf.optional import optional
+from sd_perf.torch_files import require_bounded
 
 T = TypeVar("T")
+M = TypeVar("M", bound=nn.Module)
 
 UNET_PREFIX = "model.diffusion_model."
 PREFIXES = {"unet": UNET_PREFIX, "vae": "first_stage_model.", "text": "cond_stage_model.model."}
@@ -125,6 +127,25 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], what: str, path: s
     module.load_state_dict(state)
 
 
+def filled(build: Callable[[], M], state: Mapping[str, Tensor], what: str, path: Path) -> M:
+    """The module that `build` makes, with weights from a file, in float32 on the CPU.
+
+    The module's sizes may be from the file as well, so it is compared with the weights as
+    `require_fit` does before it takes memory. Raises CheckpointError for sizes of no module, too.
+    """
+    try:
+        with torch.device("meta"):
+            module = build()
+    except (ValueError, RuntimeError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"{path}: its sizes are not those of {what} ({reason(error)}); the file is damaged"
+        ) from error
+    require_fit(module, state, what, path)
+    module = module.to_empty(device="cpu")
+    module.load_state_dict(state)
+    return module
+
+
 def require_fit(
     module: nn.Module, state: Mapping[str, Tensor], what: str, path: str | Path
 ) -> None:
@@ -155,6 +176,8 @@ def _unpickled(path: Path) -> Any:
     """The content of a torch.save file, with stand-ins for `INERT_GLOBALS` and nothing else."""
     with torch.serialization.safe_globals([(_Inert, name) for name in INERT_GLOBALS]):
         try:
+            with path.open("rb") as file:
+                require_bounded(file)
             refused = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
         except Exception as error:  # damage shows as nearly any error
             raise CheckpointError(
@@ -226,8 +249,9 @@ def _require_sizes(entries: Any, kind: type) -> None:
         raise ValueError(fault)
     for name, value in entries.items():
         sizes = value if isinstance(value, list) else [value]
-        if len(sizes) > 16 or any(type(n) is int and not 0 < n <= 65_536 for n in sizes):
-            raise ValueError(f"{name} is {quoted(value)}, not of sizes from 1 to 65,536")
+        most = 64 if name == "num_res_blocks" else 65_536
+        if len(sizes) > 16 or any(type(n) is int and not 0 < n <= most for n in sizes):
+            raise ValueError(f"{name} is {quoted(value)}, not of sizes from 1 to {most:,}")
 
 
 def export_ldm(

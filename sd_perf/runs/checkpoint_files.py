@@ -16,7 +16,6 @@ import hashlib
 import json
 import math
 import re
-import shlex
 import stat
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -28,8 +27,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from sd_perf.commands import sd_perf_command
 from sd_perf.errors import CheckpointError
-from sd_perf.files import one_line, quoted, write_json
+from sd_perf.files import is_absent, one_line, parse_json, quoted, read_untrusted, write_json
 
 GO_BACK = "move this checkpoint away to go back to an older one"
 """advice where a checkpoint cannot be read"""
@@ -143,7 +143,7 @@ def read_state(path: Path) -> dict[str, Any]:
     if "format" not in state and is_old_format(path):
         raise CheckpointError(
             f"{path}: has the old format, which is a pickle; convert it with "
-            f"`sd-perf convert-checkpoints {shlex.quote(str(path.parent.parent))}`"
+            f"`{sd_perf_command('convert-checkpoints', run_folder_of(path))}`"
         )
     own = state.pop("sha256", None)
     if own != state_digest(state):
@@ -158,19 +158,23 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
+def run_folder_of(checkpoint: Path) -> Path:
+    """The run folder that a checkpoint folder lies in: by its name, or where a link to it leads."""
+    named = checkpoint.absolute().parent.parent
+    if (named / "run_manifest.json").exists():
+        return named
+    return checkpoint.resolve().parent.parent
+
+
 def read_json_state(path: Path) -> dict[str, Any]:
     """`state.json` of either format, not checked; CheckpointError where it is no JSON object."""
     file = path / STATE_NAME
-
-    def refuse(number: str) -> None:
-        raise ValueError(f"{number} is no number")
-
+    if is_absent(file):
+        raise CheckpointError(f"{path}: not a checkpoint of sd-perf (no state.json); {GO_BACK}")
+    content = read_untrusted(file, _MAX_STATE_BYTES, remedy=GO_BACK, kind=CheckpointError)
     try:
-        status = file.stat()
-        if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_STATE_BYTES:
-            raise ValueError(f"no regular file of at most {_MAX_STATE_BYTES} bytes")
-        state = json.loads(file.read_text(encoding="utf-8"), parse_constant=refuse)
-    except (OSError, ValueError, RecursionError) as error:
+        state = parse_json(content)
+    except ValueError as error:
         raise CheckpointError(
             f"{path}: not a checkpoint of sd-perf (state.json: {one_line(error)}); {GO_BACK}"
         ) from error

@@ -12,8 +12,7 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,8 @@ MAKE_ROOM = "make room, then continue the run with --resume"
 """advice where a file of a run cannot be written"""
 
 
+Named = Callable[[dict[str, torch.Tensor]], Mapping[str, torch.Tensor | Piece]]
+"""makes the tensors of a checkpoint, by name, from copies of buffers"""
 PEER_SECONDS = 600.0
 """how long the main rank waits for another rank's part, after its own is written"""
 
@@ -95,25 +96,27 @@ class CheckpointStore:
         self.wait()
         remove_leftovers(self.folder)
 
-    def save(self, tensors: Mapping[str, torch.Tensor | Piece], state: dict[str, Any]) -> Path:
-        """Copy the tensors to the host, then write them in a thread; returns the folder's path.
+    def reserve(self, buffers: Mapping[str, torch.Tensor]) -> None:
+        """Allocate the host memory that `save` copies to: seconds, where it is page-locked."""
+        self._host.reserve(buffers)
 
-        Waits for the write before it; raises CheckpointError where that one failed.
+    def save(
+        self,
+        buffers: Mapping[str, torch.Tensor],
+        state: dict[str, Any],
+        named: Named = dict,
+    ) -> Path:
+        """Copy the buffers to the host, then write them in a thread; returns the folder's path.
+
+        `named` makes of the copies the tensors to write, by name; the thread calls it. Waits for
+        the write before it; raises CheckpointError where that one failed.
         """
         self.wait()
         path = self.path(state["samples"])
         # A copy, so that the optimizer may change the weights while the thread writes.
-        values = {
-            name: some.values if isinstance(some, Piece) else some.detach()
-            for name, some in tensors.items()
-        }
-        copies = self._host.take(values)
-        host: dict[str, torch.Tensor | Piece] = {
-            name: replace(some, values=copies[name]) if isinstance(some, Piece) else copies[name]
-            for name, some in tensors.items()
-        }
+        copies = self._host.take(buffers)
         self._thread = threading.Thread(
-            target=self._write, args=(path, host, state), name="checkpoint writer"
+            target=self._write, args=(path, copies, state, named), name="checkpoint writer"
         )
         self._thread.start()
         return path
@@ -139,10 +142,11 @@ class CheckpointStore:
         return [self._saved.get() for _ in range(self._saved.qsize())]
 
     def _write(
-        self, path: Path, tensors: dict[str, torch.Tensor | Piece], state: dict[str, Any]
+        self, path: Path, copies: dict[str, torch.Tensor], state: dict[str, Any], named: Named
     ) -> None:
         try:
             self._host.wait()
+            tensors = named(copies)
             self.folder.mkdir(parents=True, exist_ok=True)
             # A resumed run may come to a saved position again; what it would write is the same.
             if path.exists():
@@ -160,7 +164,7 @@ class CheckpointStore:
             self._failure = error
 
     def _write_part(
-        self, path: Path, tensors: dict[str, torch.Tensor | Piece], state: dict[str, Any]
+        self, path: Path, tensors: Mapping[str, torch.Tensor | Piece], state: dict[str, Any]
     ) -> None:
         """Write this rank's part; the main rank waits for the others' and completes the folder."""
         draft = path.with_name(f"{ASIDE}{path.name}.parts")

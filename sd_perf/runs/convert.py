@@ -30,9 +30,10 @@ from sd_perf.runs.checkpoint_files import (
 from sd_perf.runs.checkpoints import CheckpointStore
 from sd_perf.runs.folder import config_digest, draw_run_id, read_run_config
 from sd_perf.runs.lock import RunLock
+from sd_perf.torch_files import require_bounded
 
 _FILE_NAME = re.compile(r"__\d+_\d+\.distcp", re.ASCII)
-_MAX_METADATA_BYTES = 64 * 2**20
+_MAX_METADATA_BYTES = 8 * 2**20  # that of Stable Diffusion v2 has about one megabyte
 _KEPT = ("samples", "steps", "seed", "bad_samples", "dataset", "callbacks")
 """entries of the old `state.json` that the new one has, too"""
 
@@ -145,7 +146,9 @@ def _read_tensor(path: Path, info: Any, described: Any) -> torch.Tensor:
         raise ValueError(f"{name} is truncated")
     with file.open("rb") as stream:
         stream.seek(offset)
-        tensor = torch.load(io.BytesIO(stream.read(length)), "cpu", weights_only=True)
+        stored = io.BytesIO(stream.read(length))
+    require_bounded(stored)
+    tensor = torch.load(stored, "cpu", weights_only=True)
     if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != described.size:
         raise ValueError(f"a tensor in {name} is not as .metadata says")
     return tensor.contiguous()

@@ -245,6 +245,10 @@ def _move_aside(folder: Path) -> Path:
 
 def _same_run(config: Config, folder: Path) -> Config:
     """The config with the seed of the run in the folder; ConfigError where it computes another."""
+    for path in sorted(folder.iterdir()):
+        # Opening a FIFO would wait for ever, and a link to nothing would put the file elsewhere.
+        if not (path.is_file() or path.is_dir()):
+            raise UserError(f"{path}: is neither a file nor a folder; remove it to resume the run")
     old = read_run_config(folder)
     config = _with_seed(config, old.training.seed)
     for key, (was, now) in config_differences(old, config).items():

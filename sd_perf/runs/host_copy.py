@@ -25,19 +25,23 @@ class HostCopy:
         self._stream: torch.cuda.Stream | None = None
         self._done: torch.cuda.Event | None = None
 
+    def reserve(self, tensors: Mapping[str, Tensor]) -> None:
+        """Allocate for tensors of these names, shapes, strides and dtypes."""
+        if {name: _kind(tensor) for name, tensor in tensors.items()} != {
+            name: _kind(buffer) for name, buffer in self._buffers.items()
+        }:
+            self._buffers = _allocate(tensors)
+
     def take(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Begin to copy; returns the copies by name, dense as the tensors are.
 
         They are overwritten by the next call.
         """
-        if {name: _kind(tensor) for name, tensor in tensors.items()} != {
-            name: _kind(buffer) for name, buffer in self._buffers.items()
-        }:
-            self._buffers = _allocate(tensors)
+        self.reserve(tensors)
         cuda = any(tensor.is_cuda for tensor in tensors.values())
         if not cuda:
             for name, tensor in tensors.items():
-                self._buffers[name].copy_(tensor)
+                self._buffers[name].copy_(tensor.detach())
             return dict(self._buffers)
         self._stream = self._stream or torch.cuda.Stream()
         self._done = torch.cuda.Event()

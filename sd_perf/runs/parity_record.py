@@ -54,8 +54,10 @@ _SECTIONS = ("model", "diffusion", "optimizer", "kernels", "precision")
 def record_folder(config: Config) -> Path:
     """The folder of the record: beside the run folder, or that of `mlperf.parity_record`."""
     run = Path(config.run.dir)
+    if run.name in ("", ".."):  # of "." and the like
+        run = run.resolve()
     named = config.mlperf.parity_record
-    return Path(named).parent if named else run.with_name(f"{run.name}.parity")
+    return Path(named).parent if named else run.parent / f"{run.name}.parity"
 
 
 def config_digest(config: Config) -> str:

@@ -7,7 +7,6 @@ there. Needs the standard library only.
 
 from __future__ import annotations
 
-import json
 import shlex
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypedDict, TypeVar, get_type_hints, is_typeddict
 
 from sd_perf.errors import UserError
-from sd_perf.files import one_line, write_json
+from sd_perf.files import one_line, parse_json, read_untrusted, write_json
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -134,7 +133,7 @@ def read(path: Path, benchmark: str, columns: type[Row]) -> Result[Row]:
     UserError: the file is missing, damaged, of another benchmark, or lacks a field.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(read_untrusted(path))
         _require_fields(data, Result, "the file")
         _require_fields(data["provenance"], Provenance, "provenance")
         for number, row in enumerate(data["rows"], 1):
@@ -142,7 +141,7 @@ def read(path: Path, benchmark: str, columns: type[Row]) -> Result[Row]:
         if data["benchmark"] != benchmark:
             raise ValueError(f"it is of {data['benchmark']}")
         return Result(benchmark, Provenance(**data["provenance"]), data["rows"], data["details"])
-    except (OSError, ValueError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise UserError(
             f"{path}: is no result of {benchmark}.py ({one_line(error)}); restore it"
         ) from error

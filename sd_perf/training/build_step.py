@@ -30,4 +30,7 @@ def build_step(
         return PlainStep(unet, config, seed, world, text_encoder)
     if not isinstance(unet, FastUNet):
         raise TypeError(f"operators are for the fast network, not {type(unet).__name__}")
+    can_trace = config.training.strategy != "zero1" or not config.model.compile or world.size == 1
+    right = "auto or ddp with model.compile, since torch.compile cannot trace the waits of zero1"
+    config.training.require(can_trace, "strategy", right)
     return FastStep(unet, config, seed, world, text_encoder, ops)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 
+from sd_kernels.adamw.reference import join_master
 from sd_perf.config import Config
 from sd_perf.data.batch import Batch, Replacement
 from sd_perf.distributed.world import World
@@ -57,7 +60,8 @@ class FastStep(TrainStep):
         iteration.optimizer.step_number.fill_(step_index + 1)
         self.runner.run()
         if self.world.device.type == "cuda":
-            done = torch.cuda.Event()
+            # Blocking: a thread that waits for it leaves the core to the loader.
+            done = torch.cuda.Event(blocking=True)
             done.record()
             self._queued.append(done)
         return iteration.loss, replacements
@@ -65,34 +69,49 @@ class FastStep(TrainStep):
     def prepare(self) -> None:
         is_cuda = self.world.device.type == "cuda"
         if is_cuda and self.config.training.cuda_graph == "auto":
-            self.runner.capture(self.rehearse)
+            self.runner.warm_up(self.rehearse)
+            # One rank may fail to record, and then all must leave.
+            self.world.together(self.runner.capture)
         elif is_cuda or self.config.model.compile:
             self.rehearse()
 
+    def close(self) -> None:
+        self.runner.close()
+
     def rehearse(self) -> None:
         """Run all of an iteration on synthetic samples; the state is the same afterwards."""
+        self.rehearse_text()
         for inputs in self.iteration.batches.inputs:
             inputs.draw(self.config, self.seed)
         saved = {name: state.clone() for name, state in precision_state(self.unet).items()}
         self.iteration.rehearse(WARM_UP_PASSES)
         load_precision_state(self.unet, saved)
 
-    def state(self) -> State:
+    def buffers(self) -> dict[str, torch.Tensor]:
         flat, optimizer = self.iteration.flat, self.iteration.optimizer
-        buffers = {
-            "model": flat.masters(),
-            "exp_avg": optimizer.exp_avg,
-            "exp_avg_sq": optimizer.exp_avg_sq,
-        }
+        buffers = {f"weights.{number}": share for number, share in enumerate(flat.shares())}
+        if flat.remainders is not None:
+            buffers["remainders"] = flat.remainders
+        return {**buffers, "exp_avg": optimizer.exp_avg, "exp_avg_sq": optimizer.exp_avg_sq}
+
+    def named(self, buffers: Mapping[str, torch.Tensor]) -> State:
+        shares = [buffers[f"weights.{i}"] for i in range(len(self.iteration.flat.buckets))]
+        weights = self._by_name("model", torch.cat(shares))
+        if "remainders" in buffers:
+            # Joined parameter by parameter, and in the thread that writes: as a whole it takes 18
+            # bytes a parameter.
+            rest = self._by_name("model", buffers["remainders"])
+            weights = {name: _joined(weights[name], rest[name]) for name in weights}
+        moments = [self._by_name(name, buffers[name]) for name in ("exp_avg", "exp_avg_sq")]
+        return weights | moments[0] | moments[1]
+
+    def _by_name(self, component: str, buffer: torch.Tensor) -> State:
+        """The tensors in a buffer (M,) by checkpoint name; pieces where state is divided."""
+        flat = self.iteration.flat
         if not self.divides_state:
-            return {
-                f"{component}.{name}": view
-                for component, buffer in buffers.items()
-                for name, view in flat.views(buffer).items()
-            }
+            return {f"{component}.{name}": view for name, view in flat.views(buffer).items()}
         return {
             f"{component}.{name}": Piece.of(flat.parameters[name], part.values, part.begin)
-            for component, buffer in buffers.items()
             for name, part in flat.parts(buffer).items()
         }
 
@@ -103,3 +122,10 @@ class FastStep(TrainStep):
             for name, part in flat.parts(getattr(optimizer, component)).items():
                 parameter, stored = flat.parameters[name], tensors[f"{component}.{name}"]
                 fill_part(part, torch.empty_like(parameter, dtype=torch.float32).copy_(stored))
+
+
+def _joined(weights: Any, remainders: Any) -> Any:
+    """The float32 masters of a tensor, or of a piece of one."""
+    if isinstance(weights, Piece):
+        return replace(weights, values=join_master(weights.values, remainders.values))
+    return join_master(weights, remainders)

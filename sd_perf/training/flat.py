@@ -92,7 +92,6 @@ class FlatParameters:
         for name, parameter in self.parameters.items():
             _require_dense(name, parameter)
         self.offsets, self.buckets = _layout(self.parameters, buckets, *share)
-        self.is_divided = share[1] > 1
         size, device = self.buckets[-1].end, next(iter(self.parameters.values())).device
         self.weights = torch.zeros(size, dtype=dtype, device=device)
         self.grads = torch.zeros(size, dtype=grads_dtype or dtype, device=device)
@@ -110,10 +109,12 @@ class FlatParameters:
 
     def views(self, buffer: Tensor) -> dict[str, Tensor]:
         """Views of a buffer (N,) by parameter name, in the parameters' shapes and memory order."""
-        return {
-            name: buffer.as_strided(parameter.shape, parameter.stride(), self.offsets[name])
-            for name, parameter in self.parameters.items()
-        }
+        views = {}
+        for name, parameter in self.parameters.items():
+            begin = self.offsets[name]
+            elements = buffer[begin : begin + parameter.numel()]
+            views[name] = elements.as_strided(parameter.shape, parameter.stride())
+        return views
 
     def parts(self, local: Tensor) -> dict[str, Part]:
         """What a buffer (M,) holds of each parameter, by name; parameters held elsewhere are left
@@ -131,8 +132,12 @@ class FlatParameters:
 
     def masters(self) -> Tensor:
         """The float32 weights that AdamW updates on this rank (M,), a copy."""
-        shares = torch.cat([self.weights[bucket.share] for bucket in self.buckets])
+        shares = torch.cat(self.shares())
         return shares if self.remainders is None else join_master(shares, self.remainders)
+
+    def shares(self) -> list[Tensor]:
+        """This rank's shares of the weights, one for each bucket; not copied."""
+        return [self.weights[bucket.share] for bucket in self.buckets]
 
     def set_masters(self, masters: Mapping[str, Tensor]) -> None:
         """Set all weights, and this rank's remainders, from whole float32 tensors by name."""
@@ -163,23 +168,18 @@ class FlatParameters:
         and writes one, in bfloat16 8 bytes a parameter in hundreds of launches. A gradient that
         starts from None is the tensor that autograd made; copying it moves 4, in few launches.
         """
-        targets: list[Tensor] = []
-        sources: list[Tensor] = []
+        targets, sources = [], []
         for name in bucket.names:
-            parameter = self.parameters[name]
-            gradient, offset = self._gradient(name), self.offsets[name]
-            target = self.grads.as_strided(parameter.shape, parameter.stride(), offset)
-            parameter.grad = None
-            if _order(gradient) == _order(target):
-                # As rows of memory: torch takes all in few launches only if every pair has the
-                # very same strides.
-                target, gradient = in_memory_order(target), in_memory_order(gradient)
-            targets.append(target)
-            sources.append(gradient)
+            begin, gradient = self.offsets[name], self._gradient(name)
+            # As rows of memory: torch takes all in few launches only if every pair has the very
+            # same strides. Autograd makes gradients in the memory order of their parameters.
+            targets.append(self.grads[begin : begin + gradient.numel()])
+            sources.append(in_memory_order(gradient))
+            self.parameters[name].grad = None
         if add:
             torch._foreach_add_(targets, sources)
         else:
-            _copy_all(targets, sources)
+            torch._foreach_copy_(targets, sources)
 
     def collect_gradients(self) -> Tensor:
         """`collect` every bucket; returns the gradients (N,)."""
@@ -196,6 +196,8 @@ class FlatParameters:
             raise RuntimeError(
                 f"{name} has no gradient; every parameter must take part in the loss"
             )
+        if _order(parameter.grad) != _order(parameter):
+            raise RuntimeError(f"{name} has a gradient in another memory order than its own")
         return parameter.grad
 
 
@@ -226,17 +228,6 @@ def _layout(
 
 def _padded(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
-
-
-def _copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
-    """Copy each source into its target, in few launches where their strides agree."""
-    alike = [
-        pair for pair in zip(targets, sources, strict=True) if _order(pair[0]) == _order(pair[1])
-    ]
-    for target, source in zip(targets, sources, strict=True):
-        if _order(target) != _order(source):
-            target.copy_(source)
-    torch._foreach_copy_([target for target, _ in alike], [source for _, source in alike])
 
 
 def fill_part(part: Part, whole: Tensor) -> None:

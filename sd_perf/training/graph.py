@@ -26,31 +26,32 @@ class Runner:
         self._stream: torch.cuda.Stream | None = None
 
     def run(self) -> None:
-        """One iteration. What is queued on the current stream comes before it, and what follows
-        comes after."""
-        if self._graph is None or self._stream is None:
+        """One iteration, after what is queued on the current stream."""
+        if self._graph is None:
             self.iteration()
-            return
-        current = torch.cuda.current_stream()
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
+        else:
             self._graph.replay()
-        current.wait_stream(self._stream)
 
-    def capture(self, warm_up: Callable[[], None]) -> None:
-        """Warm up and record, both on a stream of the graph's own; the iteration does not run.
-
-        `warm_up` runs all that the iteration does, eagerly, and leaves its state as it was.
-        UserError where an operator cannot be captured.
-        """
+    def warm_up(self, rehearse: Callable[[], None]) -> None:
+        """Call what does all that the iteration does, eagerly, on the stream of the capture."""
         self._stream = torch.cuda.Stream()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            warm_up()
-            # What the warm-up allocated goes back to the driver, for the graph's own memory.
-            torch.cuda.empty_cache()
-            with naming_the_operator("training.cuda_graph"):
-                self._graph = capture(self.iteration)
+            rehearse()
+
+    def capture(self) -> None:
+        """Record the iteration, after `warm_up`; it does not run, and ranks exchange nothing.
+
+        UserError where an operator cannot be captured.
+        """
+        with torch.cuda.stream(self._stream), naming_the_operator("training.cuda_graph"):
+            self._graph = capture(self.iteration)
+
+    def close(self) -> None:
+        """Give the graph back. NCCL ends no communicator that a graph still refers to."""
+        if self._graph is not None:
+            self._graph.reset()
+            self._graph = None
 
 
 def capture(iteration: Callable[[], None]) -> torch.cuda.CUDAGraph:
@@ -58,12 +59,13 @@ def capture(iteration: Callable[[], None]) -> torch.cuda.CUDAGraph:
 
     The current stream must be a side stream on which a few iterations have run. They load kernels,
     choose convolution algorithms and create the libraries' workspaces, none of which may happen
-    during a capture (torch's "CUDA semantics", section on CUDA graphs). Give gradients back first
-    (`zero_grad(set_to_none=True)`), so that the graph's own can take their memory. Replay on the
-    same stream, and keep every tensor that the iteration uses alive for as long.
+    during a capture (torch's "CUDA semantics", section on CUDA graphs). No parameter may have a
+    gradient, so that those of the graph are born in its own memory. Keep every tensor that the
+    iteration uses alive for as long as the graph.
 
-    Only what this thread calls is forbidden what a capture forbids: NCCL's watchdog and the threads
-    of loaders go on asking the device. RuntimeError on the default stream.
+    Other threads may do what a capture forbids: NCCL's watchdog and loaders go on asking the
+    device. The backward pass runs in a thread of torch, so that what it may not do is not policed,
+    either. RuntimeError on the default stream.
     """
     stream = torch.cuda.current_stream()
     if stream == torch.cuda.default_stream():
@@ -81,6 +83,11 @@ class _LastOperator(TorchDispatchMode):
 
     name = "no operator yet"
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let compiled code run as it is: torch would run its source instead within a mode."""
+        return True
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -97,11 +104,15 @@ def naming_the_operator(option: str) -> Iterator[None]:
     with _LastOperator() as last:
         try:
             yield
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            # Ending a capture that has failed fails as well; what failed first is wanted.
+            first: BaseException = error
+            while first.__context__ is not None:
+                first = first.__context__
+            if isinstance(first, torch.OutOfMemoryError):
+                raise first from None
             raise UserError(
-                f"{option}: {last.name} cannot be captured in a CUDA graph ({one_line(error)}); "
+                f"{option}: {last.name} cannot be captured in a CUDA graph ({one_line(first)}); "
                 f"choose another kernel for it (section kernels), or set {option} to off, which is "
                 "slower"
             ) from error

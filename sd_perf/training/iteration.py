@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from sd_perf.config import Config
-from sd_perf.distributed.strategies import Handle, build_strategy
+from sd_perf.distributed.strategies import Handle, Strategy, build_strategy
 from sd_perf.distributed.world import World
+from sd_perf.fast.linear import amax_buffer, update_scales
 from sd_perf.fast.ops import Ops
 from sd_perf.fast.step import FusedDiffusionStep
 from sd_perf.fast.unet import FastUNet
@@ -41,7 +42,9 @@ class Iteration:
         training = config.training
         self.world, self.unet = world, unet
         self.accumulate = training.accumulate_steps
-        self.strategy = build_strategy(training.strategy, world)
+        # torch.compile cannot trace the waits for gathered weights.
+        is_whole = training.strategy == "auto" and config.model.compile
+        self.strategy = build_strategy("ddp" if is_whole else training.strategy, world)
         uses = unet.parameters_by_use()
         self.flat = FlatParameters(
             unet,
@@ -57,42 +60,49 @@ class Iteration:
         self.batches = StaticBatches(config, world)
         self.loss = torch.zeros((), device=world.device)
         self._poison = torch.zeros((), device=world.device)
-        self._exchange = _Exchange(self) if world.size > 1 else None
-        if self._exchange:
-            self._exchange.watch(uses)
+        self._exchange = _Exchange(self.flat, self.strategy, uses)
 
     def __call__(self) -> None:
         """Forward, backward, exchange and update; see the class."""
         handles = self.accumulate_gradients()
+        shared = self._share_magnitudes()
         for bucket in reversed(self.flat.buckets):
-            if handle := handles.get(bucket.begin):
+            if handle := handles[bucket.begin]:
                 handle.wait()
             self.optimizer.step(bucket)
+        self._set_scales(shared)
 
-    def accumulate_gradients(self) -> Mapping[int, Handle]:
+    def accumulate_gradients(self) -> Mapping[int, Handle | None]:
         """All but the update: the mean gradient over micro-batches and ranks, and the loss.
 
-        Returns the exchanges under way, by where their buckets begin.
+        Returns the exchange under way of every bucket, by where it begins; None where there is
+        nothing to wait for.
         """
-        if self._exchange:
-            self._exchange.begin()
+        self._exchange.begin()
         mean = torch.zeros_like(self.loss)
         for micro_step, inputs in enumerate(self.batches.inputs):
-            add = micro_step > 0
-            is_last = micro_step == self.accumulate - 1
-            if self._exchange:
-                self._exchange.begin_backward(add=add, reduce=is_last)
+            last = micro_step == self.accumulate - 1
+            self._exchange.begin_backward(add=micro_step > 0, reduce=last)
             samples = inputs.moments, inputs.context, inputs.sample_indices
             loss = self.diffusion(self.unet, *samples) / self.accumulate
             # Sums over ranks become means; on powers of two this is exact.
             (loss / self.world.size).backward()
+            self._exchange.end_backward()
             mean += loss.detach()
-            if not self._exchange:
-                for bucket in self.flat.buckets:
-                    self.flat.collect(bucket, add=add)
         self._poison += 0 * mean  # infinity x 0 is NaN, and NaN stays
         self.loss.copy_(mean + self._poison)
-        return self._exchange.handles if self._exchange else {}
+        return self._exchange.handles
+
+    def _share_magnitudes(self) -> Handle | None:
+        """Begin to reduce the magnitudes that FP8 layers recorded, for ranks to agree on scales."""
+        amax = amax_buffer(self.unet)
+        return None if amax is None else self.strategy.largest(amax)
+
+    def _set_scales(self, shared: Handle | None) -> None:
+        """Set the next step's delayed FP8 scales, where there are such."""
+        if shared:
+            shared.wait()
+        update_scales(self.unet)
 
     def rehearse(self, passes: int) -> None:
         """Everything once or more, with weights and moments as they were at the end.
@@ -102,41 +112,46 @@ class Iteration:
         """
         for _ in range(passes):
             for handle in self.accumulate_gradients().values():
-                handle.wait()
+                if handle:
+                    handle.wait()
+            self._set_scales(self._share_magnitudes())
         self.optimizer.try_on_scratch()
         self.loss.zero_()
         self._poison.zero_()
 
 
 class _Exchange:
-    """Exchanges buckets among ranks, beside the computation.
+    """Collects gradients bucket by bucket, and exchanges them among ranks beside the computation.
 
     A bucket's weights are gathered before their first use in the forward pass; its gradients are
-    reduced as soon as the backward pass has made the last of them. Buckets go out in one order on
-    all ranks, from the last to the first.
+    collected and reduced as soon as the backward pass has made the last of them. Buckets go out in
+    one order on all ranks, from the last to the first.
     """
 
-    def __init__(self, iteration: Iteration) -> None:
-        self.flat, self.strategy = iteration.flat, iteration.strategy
-        self.handles: dict[int, Handle] = {}
+    def __init__(
+        self,
+        flat: FlatParameters,
+        strategy: Strategy,
+        uses: list[tuple[torch.nn.Module, list[str]]],
+    ) -> None:
+        """Hooks every parameter and, where weights are gathered, every module that `uses` names."""
+        self.flat, self.strategy = flat, strategy
+        self.handles: dict[int, Handle | None] = {}
         """reductions of this iteration, by the bucket's begin"""
         self._gathers: dict[int, Handle] = {}
-        self._missing: dict[int, int] = {}
+        self._missing: dict[int, set[str]] = {}
         self._add = self._reduce = False
-        self._sent = 0
-
-    def watch(self, uses: list[tuple[torch.nn.Module, list[str]]]) -> None:
-        """Hook every module that `uses` names, and every parameter."""
-        of_name = {name: bucket for bucket in self.flat.buckets for name in bucket.names}
-        for module, names in uses:
-            needed = sorted({of_name[name].begin for name in names})
-            module.register_forward_pre_hook(partial(self._before_use, needed))
-        for name, parameter in self.flat.parameters.items():
-            parameter.register_post_accumulate_grad_hook(partial(self._after, of_name[name]))
+        of_name = {name: bucket for bucket in flat.buckets for name in bucket.names}
+        if strategy.divides_state:
+            for module, names in uses:
+                needed = sorted({of_name[name].begin for name in names})
+                module.register_forward_pre_hook(partial(self._before_use, needed))
+        for name, parameter in flat.parameters.items():
+            hook = partial(self._after, name, of_name[name])
+            parameter.register_post_accumulate_grad_hook(hook)
 
     def begin(self) -> None:
         """Begin to gather all weights, in the order of their use."""
-        self.handles = {}
         self._gathers = {
             bucket.begin: handle
             for bucket in self.flat.buckets
@@ -145,22 +160,31 @@ class _Exchange:
 
     def begin_backward(self, *, add: bool, reduce: bool) -> None:
         """Expect the gradients of a micro-batch: add them to what is there, reduce the sums."""
-        self._add, self._reduce, self._sent = add, reduce, 0
-        self._missing = {bucket.begin: len(bucket.names) for bucket in self.flat.buckets}
+        self._add, self._reduce, self.handles = add, reduce, {}
+        self._missing = {bucket.begin: set(bucket.names) for bucket in self.flat.buckets}
+
+    def end_backward(self) -> None:
+        """RuntimeError where a parameter took no part in the loss: its gradient is an old one."""
+        for names in self._missing.values():
+            for name in names:
+                raise RuntimeError(
+                    f"{name} has no gradient; every parameter must take part in the loss"
+                )
 
     def _before_use(self, needed: list[int], *_: Any) -> None:
         for begin in needed:
             if handle := self._gathers.pop(begin, None):
                 handle.wait()
 
-    def _after(self, bucket: Bucket, _: Tensor) -> None:
-        self._missing[bucket.begin] -= 1
-        in_order = self.flat.buckets[::-1]
-        while self._sent < len(in_order) and not self._missing[in_order[self._sent].begin]:
-            self._send(in_order[self._sent])
-            self._sent += 1
+    def _after(self, name: str, bucket: Bucket, _: Tensor) -> None:
+        self._missing[bucket.begin].remove(name)
+        for each in reversed(self.flat.buckets):
+            if self._missing[each.begin]:
+                break
+            if each.begin not in self.handles:
+                self._send(each)
 
     def _send(self, bucket: Bucket) -> None:
         self.flat.collect(bucket, add=self._add)
-        if self._reduce and (handle := self.strategy.reduce(self.flat.grads[bucket.all])):
-            self.handles[bucket.begin] = handle
+        gradients = self.flat.grads[bucket.all]
+        self.handles[bucket.begin] = self.strategy.reduce(gradients) if self._reduce else None

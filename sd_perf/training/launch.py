@@ -62,6 +62,8 @@ def _launch(
     world.on_main(lambda: require_step_fits(config, world))
     settled = world.on_main(lambda: _settle(config, resume, fresh, console))
     torch.use_deterministic_algorithms(settled.training.deterministic)
+    # With it torch fills every new tensor with NaN: passes over memory that change no result.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if settled.training.cpu_threads is not None:
         torch.set_num_threads(settled.training.cpu_threads)
     trainer = build_trainer(settled, world, choices, default_callbacks(config, console))
@@ -83,7 +85,8 @@ def _launch(
     world.on_main(lambda: open_run(settled, resume=resume, fresh=fresh, records=records, lock=lock))
     # Convolutions have the same shapes for the whole run, so cuDNN may try its algorithms once per
     # shape. A deterministic run takes the algorithm that cuDNN's heuristics choose.
-    with contextlib.nullcontext() if settled.training.deterministic else tuned(algorithms=10):
+    tuning = contextlib.nullcontext() if settled.training.deterministic else tuned(algorithms=10)
+    with tuning, world.losses_named(trainer.store.newest_in_words):
         return trainer.fit()
 
 

@@ -75,19 +75,26 @@ class PlainStep(TrainStep):
     def prepare(self) -> None:
         if self.world.device.type != "cuda" and not self.config.model.compile:
             return
+        self.rehearse_text()
         inputs = Inputs.empty(self.config, self.world, torch.float32)
         inputs.draw(self.config, self.seed)
         for _ in range(WARM_UP_PASSES):
             self._loss(inputs).backward()
         self.optimizer.zero_grad(set_to_none=False)
 
-    def state(self) -> State:
+    def close(self) -> None:
+        pass
+
+    def buffers(self) -> dict[str, torch.Tensor]:
         model = {
             f"model.{name}": parameter.data for name, parameter in self.unet.named_parameters()
         }
         return model | optimizer_tensors(self.unet, self.optimizer)
 
+    def named(self, buffers: Mapping[str, torch.Tensor]) -> State:
+        return dict(buffers)
+
     def restore(self, tensors: Mapping[str, torch.Tensor], steps: int) -> None:
-        for name, tensor in self.state().items():
+        for name, tensor in self.buffers().items():
             tensor.copy_(tensors[name])
         set_step_count(self.optimizer, steps)

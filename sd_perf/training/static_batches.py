@@ -66,8 +66,9 @@ class StaticBatches:
         if world.device.type == "cuda":
             # Context is cast on its way from the second set to the first: torch casts a copy from
             # the host before it leaves there.
+            stream = torch.cuda.Stream()
             self._staged = [
-                _Staged(Inputs.empty(config, world, torch.float32)) for _ in range(count)
+                _Staged(Inputs.empty(config, world, torch.float32), stream) for _ in range(count)
             ]
 
     def fill(self, micro_step: int, batch: Batch, context: Tensor) -> None:
@@ -84,9 +85,8 @@ class StaticBatches:
 class _Staged:
     """A second set of buffers and the events of its two copies."""
 
-    def __init__(self, buffers: Inputs) -> None:
-        self.buffers = buffers
-        self.stream = torch.cuda.Stream()
+    def __init__(self, buffers: Inputs, stream: torch.cuda.Stream) -> None:
+        self.buffers, self.stream = buffers, stream
         self.arrived, self.read = torch.cuda.Event(), torch.cuda.Event()
 
     def pass_on(self, given: Inputs, inputs: Inputs) -> None:

@@ -59,11 +59,23 @@ class TrainStep(ABC):
         """
 
     @abstractmethod
-    def state(self) -> State:
-        """Float32 weights and moments of every parameter; the tensors themselves, or copies.
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """The tensors that hold weights and moments, as they lie on the device; not copied."""
+
+    @abstractmethod
+    def named(self, buffers: Mapping[str, torch.Tensor]) -> State:
+        """Float32 weights and moments of every parameter, from what `buffers` gave or copies of it.
 
         Their names are `model.<name>`, `exp_avg.<name>` and `exp_avg_sq.<name>`.
         """
+
+    def state(self) -> State:
+        """`named`, of the buffers themselves."""
+        return self.named(self.buffers())
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back what the device holds beside tensors."""
 
     @abstractmethod
     def restore(self, tensors: Mapping[str, torch.Tensor], steps: int) -> None:
@@ -87,8 +99,17 @@ class TrainStep(ABC):
         """The text states (B, T, D) of a batch; encoded here where the loader has captions only."""
         if batch.context is not None:
             return batch.context
+        return self.encode(batch.captions)
+
+    def encode(self, captions: list[str]) -> torch.Tensor:
+        """The text states (B, T, D) of B captions."""
         if self.text_encoder is None:
             raise ValueError("the batch holds captions only: the step needs a text encoder")
         is_bf16 = self.config.training.precision == "bf16"
         with torch.autocast(self.world.device.type, torch.bfloat16, enabled=is_bf16):
-            return self.text_encoder(batch.captions)
+            return self.text_encoder(captions)
+
+    def rehearse_text(self) -> None:
+        """Encode a batch of empty captions, where captions are encoded in the step."""
+        if self.text_encoder is not None:
+            self.encode([""] * self.config.micro_batch_size(self.world.size))

@@ -18,7 +18,7 @@ from sd_perf.distributed.world import World
 from sd_perf.errors import CheckpointError, DataError, UserError
 from sd_perf.fast.linear import load_precision_state, precision_state
 from sd_perf.files import disk_errors, json_lines, quoted
-from sd_perf.runs.checkpoint_files import GO_BACK, Piece, read_state
+from sd_perf.runs.checkpoint_files import GO_BACK, read_state
 from sd_perf.runs.checkpoints import (
     MAKE_ROOM,
     CheckpointStore,
@@ -33,8 +33,10 @@ from sd_perf.training.readings import (
     manual_garbage_collection,
     named_range,
 )
-from sd_perf.training.step import TrainStep
+from sd_perf.training.step import State, TrainStep
 
+_PRECISION = "precision_state."
+"""how names of the precision state begin in a checkpoint"""
 LATE_STEPS = 2
 """steps after which a logged loss is read on a GPU"""
 
@@ -113,7 +115,10 @@ class Trainer:
             for callback in self.callbacks:
                 stack.callback(callback.close, self)
             # Before any callback starts: an MLPerf run begins when all that is done once is done.
+            stack.callback(self.step.close)
             self.step.prepare()
+            if self.world.is_main or self.step.divides_state:
+                self.store.reserve(self._buffers())
             self._each(lambda callback: callback.on_start(self))
             stack.enter_context(manual_garbage_collection())
             self._window_start, self._window_samples = time.monotonic(), self.samples
@@ -165,24 +170,29 @@ class Trainer:
         UserError where the state has blown up: then nothing is written.
         """
         self.world.on_main(self.store.begin)
-        return self.world.together(self._save)
+        # All ranks look at their state before one begins to write, and waits for the others.
+        self.world.together(self._require_finite)
+        if self.world.is_main or self.step.divides_state:
+            self.store.save(self._buffers(), self.state(), self._named)
+        return self.store.path(self.samples)
 
-    def _save(self) -> Path:
-        position = self.state()
-        if not (self.world.is_main or self.step.divides_state):
-            return self.store.path(self.samples)
-        tensors = self.step.state()
+    def _require_finite(self) -> None:
         # The loss was taken before the update. A norm's squares leave float32 long before the
         # numbers themselves do.
-        values = [some.values if isinstance(some, Piece) else some for some in tensors.values()]
-        if not torch.nn.utils.get_total_norm(values).isfinite():
+        buffers = self.step.buffers().values()
+        numbers = [buffer for buffer in buffers if buffer.is_floating_point()]
+        if not torch.nn.utils.get_total_norm(numbers).isfinite():
             raise self._diverged("weights or optimizer moments are")
-        if self.world.is_main:
-            tensors |= {
-                f"precision_state.{name}": state
-                for name, state in precision_state(self.unet).items()
-            }
-        return self.store.save(tensors, position)
+
+    def _buffers(self) -> dict[str, torch.Tensor]:
+        """What is copied for a checkpoint; the precision state is the main rank's to write."""
+        state = precision_state(self.unet) if self.world.is_main else {}
+        named = {f"{_PRECISION}{name}": tensor for name, tensor in state.items()}
+        return self.step.buffers() | named
+
+    def _named(self, copies: dict[str, torch.Tensor]) -> State:
+        scales = {name: copy for name, copy in copies.items() if name.startswith(_PRECISION)}
+        return self.step.named(copies) | scales
 
     def state(self) -> dict[str, Any]:
         """The rest of the training state, as `state.json` has it."""

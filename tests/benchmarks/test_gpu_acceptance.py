@@ -50,6 +50,16 @@ def begin(
     return Report.begun(options), options
 
 
+def test_the_arithmetic_that_was_set_can_be_read() -> None:
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32, cudnn.deterministic
+    try:
+        gpu_acceptance.set_arithmetic(timing=False)
+        assert (cudnn.allow_tf32, matmul.allow_tf32, cudnn.deterministic) == (False, False, True)
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32, cudnn.deterministic = before
+
+
 def test_rows_of_a_run_that_meets_everything() -> None:
     outcomes = iter(
         [

@@ -181,3 +181,13 @@ def test_training_holds_the_lock(preset, run, sd_perf, monkeypatch):
     assert len(refusals) == 3
     for folder in (run, run.with_name("run.1")):
         assert not (folder / ".lock").exists()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "metrics.superseded.jsonl", "result_0.txt"])
+def test_files_that_would_be_waited_for(name, copied_run, preset, tmp_path, refused):
+    (copied_run / name).unlink(missing_ok=True)
+    command = command_on(copied_run, "resume", preset, tmp_path)
+    for spoil in (os.mkfifo, lambda path: path.symlink_to("nowhere")):
+        spoil(copied_run / name)
+        matches(refused(*command), f"{copied_run / name}: is neither a file nor a folder")
+        (copied_run / name).unlink()

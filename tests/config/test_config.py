@@ -25,6 +25,7 @@ from sd_perf.errors import ConfigError
 
 SECTIONS = {name: type(getattr(Config(), name)) for name in get_type_hints(Config)}
 FAST = UNetConfig(implementation="fast")
+DELAYED = PrecisionConfig(feed_forward="fp8_native", fp8_recipe="delayed")
 COUNTS = [
     (section, field)
     for section, kind in SECTIONS.items()
@@ -194,6 +195,14 @@ def test_other_rules(make, sentence):
             },
             "precision.fp8_recipe: 'delayed' ... current with model.activation_checkpointing",
         ),
+        (
+            {"model": dataclasses.replace(FAST, compile=True), "precision": DELAYED},
+            "model.compile: True ... false with precision.fp8_recipe delayed",
+        ),
+        (
+            {"precision": DELAYED, "kernels": KernelsConfig(fp8_linear="te")},
+            "kernels.fp8_linear: 'te' ... auto, triton or reference with fp8_native and",
+        ),
     ],
 )
 def test_rules_of_fp8(changes, sentence):
@@ -203,6 +212,11 @@ def test_rules_of_fp8(changes, sentence):
         ConfigError, match=re.escape(sentence.replace("...", "cannot be used; it must be"))
     ):
         Config(**{**allowed, **changes})
+
+
+def test_native_layers_may_have_delayed_scales_and_be_computed_again():
+    model = dataclasses.replace(FAST, activation_checkpointing=True)
+    assert Config(model=model, precision=DELAYED).precision.fp8_recipe == "delayed"
 
 
 def test_a_class_of_layers_is_as_linear_unless_it_says():

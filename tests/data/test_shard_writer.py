@@ -22,7 +22,7 @@ def names(folder: Path) -> list[str]:
 
 def test_written_layout(make_shards):
     folder = Path(make_shards(num=6).path)
-    assert names(folder) == ["00000.tar", "00001.tar"]
+    assert names(folder) == ["00000.tar", "00001.tar", "SHA256SUMS"]
     with tarfile.open(folder / "00001.tar") as tar:
         members = tar.getmembers()
         arrays = np.load(io.BytesIO(tar.extractfile("000010001.npy").read()), allow_pickle=False)

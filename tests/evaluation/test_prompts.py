@@ -78,6 +78,8 @@ def test_the_benchmarks_captions(real_data):
         ("p.tsv", 'id\tcaption\n1\t"a\nb"\n2\t\n', r"line 4 has no caption"),
         ("p.tsv", 'id\tcaption\n1\ta\n2\t"b\n3\tc\n', r"line 3 opens a quote that nothing closes"),
         ("p.tsv", f"id\tcaption\n1\t{'a' * 200_000}\n", r"not a \.tsv .*field larger"),
+        ("p.tsv", "id\tcaption\n1\t" + 2_000_000 * "a", r"line 2 has 1,048,576 characters"),
+        ("p.jsonl", 2_000_000 * "a", r"line 1 has 1,048,576 characters"),
         ("p.jsonl", "{", r"line 1 is not JSON"),
         ("p.jsonl", '\n{"a": 1}', r"line 2 has no caption"),
         ("p.jsonl", '{"captions": "hello"}', r"line 1 has no caption"),

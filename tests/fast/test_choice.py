@@ -9,7 +9,7 @@ import pytest
 
 from sd_kernels.registry import all_ops
 from sd_kernels.targets import GPUS, Target
-from sd_perf.config import Config, KernelsConfig, PrecisionConfig, UNetConfig
+from sd_perf.config import Config, KernelsConfig, PrecisionConfig, TrainingConfig, UNetConfig
 from sd_perf.errors import ConfigError
 from sd_perf.fast.choice import choose_kernels, require_used
 from sd_perf.presets import config_from_dict
@@ -44,6 +44,17 @@ def test_a_head_dim_that_cudnn_does_not_take() -> None:
         ConfigError, match=r"kernels\.attention: 'cudnn' cannot be had on H100: .*not 36"
     ):
         choose_kernels(asked, H100)
+
+
+def test_a_deterministic_run_takes_attention_that_repeats_itself() -> None:
+    training = TrainingConfig(deterministic=True)
+    config = Config(model=FAST, training=training)
+    chosen = choose_kernels(config, H100)["attention"]
+    assert chosen.backend == "flash_sdpa"
+    assert "deterministic" in chosen.passed_over["cudnn"]
+    named = replace(config, kernels=KernelsConfig(attention="cudnn"))
+    with pytest.raises(ConfigError, match=r"kernels\.attention: 'cudnn' .*this run is determinis"):
+        choose_kernels(named, H100)
 
 
 def test_a_tiny_model_runs_on_any_target() -> None:

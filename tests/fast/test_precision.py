@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sd_kernels import launch
 from sd_kernels.targets import GPUS, Target
@@ -285,6 +286,31 @@ def test_pictures_are_drawn_without_fp8() -> None:
     unet.load_state_dict(plain_unet().state_dict())
     ours, exact = (results(unet, torch.float32, 4, CONTEXT) for unet in (unet, plain_unet()))
     assert not unet.training and largest_difference(ours[:1], exact[:1]) < 1e-5
+
+
+class MatmulShapes(TorchDispatchMode):
+    """Records the shapes of the results of all matmuls within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            self.shapes.append(tuple(result.shape))
+        return result
+
+
+@pytest.mark.parametrize("text", ["bf16", "fp8_native"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_frozen_text_takes_no_gradient(text: Any, trained: bool) -> None:
+    unet = fast_unet(PrecisionConfig(text=text))
+    context = torch.randn(1, *CONTEXT).bfloat16().requires_grad_(trained)
+    with MatmulShapes() as matmuls:
+        sum(keys.sum() for keys in unet.project_text(context)).backward()
+    expected = {(77, TEXT[0]), (TEXT[0], 48)} | ({(77, 48)} if trained else set())
+    assert Counter(matmuls.shapes) == Counter(expected)
 
 
 def kept_tensors(unet: torch.nn.Module) -> tuple[list[torch.Tensor], int]:

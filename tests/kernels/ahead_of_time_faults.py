@@ -98,7 +98,7 @@ def product(x, y, N: tl.constexpr):
 def judged(kernel: Any, capability: int) -> dict[str, Any]:
     """The check's row for one kernel, with its verdict."""
     arguments = torch.empty(64 * N, dtype=torch.bfloat16), torch.empty(64 * N, dtype=torch.bfloat16)
-    launch = Launch(kernel, arguments, {"N": N, "enable_fp_fusion": True})
+    launch = Launch(kernel, (1,), arguments, {"N": N, "enable_fp_fusion": True})
     _, source, options = ahead_of_time.compile_for(launch, capability)
     row = ahead_of_time.inspect("fault", "", launch, source, options, capability)
     return {"ok": row.ok, **asdict(row)}

@@ -186,6 +186,14 @@ def test_passes_over_the_packed_gradient(
         assert grad.is_contiguous()
 
 
+@pytest.mark.parametrize("kernel", ["cudnn", "flash"])
+def test_torch_takes_no_memory_for_the_gradients(kernel: str) -> None:
+    """Where this fails, torch can write the packed gradient, and `aten` need not stack it."""
+    backward = getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}_attention_backward")
+    assert backward.overloads() == ["default"]
+    assert not any(argument.alias_info for argument in backward.default._schema.arguments)
+
+
 @pytest.mark.parametrize("backend", [*ON_CPU, *PACKAGES])
 @pytest.mark.parametrize("name", ["self, rows apart", "cross, rows apart"])
 def test_layouts_change_nothing(backend: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sd_kernels import harness
 from sd_kernels.errors import KernelError
@@ -21,13 +22,19 @@ from tests.kernels.faults import assert_caught, planted
 CASES = {case.name: case for case in SPEC.small_cases}
 
 
+SCALE_OF_ANOTHER = (
+    "weight_gradient(grad, transposed, scale, dtype)",
+    "weight_gradient(grad, transposed, weight_scale, dtype)",
+)
+
+
 @pytest.mark.parametrize(
     ("case", "fault"),
     [
-        ("77 tokens", ("(grad_scale, scale)", "(grad_scale, weight_scale)")),
+        ("77 tokens", SCALE_OF_ANOTHER),
         (
             "after LayerNorm",
-            ("mean, rstd, amax, norm_weight", "mean, rstd, amax - (1 << 22), norm_weight"),
+            ("mean, rstd, bits, weight", "mean, rstd, bits - (1 << 22), weight"),
         ),
         (
             "after GEGLU",
@@ -37,9 +44,14 @@ CASES = {case.name: case for case in SPEC.small_cases}
             "after LayerNorm",
             ("layer_norm_backward(*kept, dx, grads[1])", "layer_norm_backward(*kept, dx, None)"),
         ),
-        ("after LayerNorm", ("norm_bias, residual, eps\n", "norm_bias, residual, 1.0\n")),
+        ("after LayerNorm", ("weight, bias, residual, eps\n", "weight, bias, residual, 1.0\n")),
         ("77 tokens", ("column_sum(grad, grad.dtype)", "column_sum(grad[:-1], grad.dtype)")),
-        ("77 tokens", ("x.dtype, bias, fast", "x.dtype, None, fast")),
+        ("77 tokens", ("dtype, bias, fast=True", "dtype, None, fast=True")),
+        ("delayed", SCALE_OF_ANOTHER),
+        ("delayed after LayerNorm", ("result * scale", "result * (scale * 1.2)")),
+        ("delayed feed-forward", ("tl.store(place + K, dgate,", "tl.store(place + K, dvalue,")),
+        ("delayed feed-forward", ("transposed + K * P.to(tl.int64), dgate", "transposed, dgate")),
+        ("delayed feed-forward", ("tl.sum(dgate, 0)", "tl.sum(dvalue, 0)")),
     ],
     ids=[
         "weights' scale for the values'",
@@ -49,6 +61,11 @@ CASES = {case.name: case for case in SPEC.small_cases}
         "wrong eps",
         "last row left out of the bias",
         "bias forgotten",
+        "delayed: weights' scale for the values'",
+        "delayed: stale scale",
+        "delayed: gate's gradient is the value's",
+        "delayed: gate's transposed gradient unwritten",
+        "delayed: gate's bias gradient is the value's",
     ],
 )
 def test_planted_faults_are_red(case: str, fault: tuple[str, str]) -> None:
@@ -166,6 +183,62 @@ def test_backward_of_the_sum_alone(with_residual: bool) -> None:
     )
     grad = torch.randn(4, 32).bfloat16()
     assert all(torch.equal(given, grad) for given in torch.autograd.grad(summed, leaves, grad))
+
+
+class Matmuls(TorchDispatchMode):
+    """Counts the matmuls that run within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        aten = torch.ops.aten
+        self.count += func in (aten._scaled_mm.default, aten.mm.default, aten.addmm.default)
+        return func(*args, **(kwargs or {}))
+
+
+PARTS = {
+    "none": ("x", "weight", "bias"),
+    "geglu": ("x", "weight", "bias"),
+    "layer_norm": ("x", "weight", "bias", "residual", "norm_weight", "norm_bias"),
+}
+
+
+@pytest.mark.parametrize(
+    ("producer", "frozen"),
+    [(producer, part) for producer, parts in PARTS.items() for part in parts]
+    + [("layer_norm", "x residual norm_weight norm_bias")],
+)
+@pytest.mark.parametrize("function", [fp8_linear, reference], ids=["triton", "reference"])
+def test_frozen_inputs_cost_no_matmul(function: Any, producer: str, frozen: str) -> None:
+    """The others' gradients stay as they were, bit for bit."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = {"x": (3, 32), "weight": (16, 32), "bias": (16,), "residual": (3, 32)}
+    shapes |= {"norm_weight": (32,), "norm_bias": (32,)}
+    shapes["x"] = (3, 64) if producer == "geglu" else (3, 32)
+    tensors = {
+        name: torch.randn(shapes[name], generator=generator).bfloat16() for name in PARTS[producer]
+    }
+
+    def gradients(names: list[str]) -> tuple[dict[str, torch.Tensor | None], int]:
+        leaves = {name: t.clone().requires_grad_(name in names) for name, t in tensors.items()}
+        outputs = function(**leaves, producer=producer)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        with Matmuls() as matmuls:
+            sum(output.sum() for output in outputs if output.requires_grad).backward()
+        return {name: leaf.grad for name, leaf in leaves.items()}, matmuls.count
+
+    everything, count = gradients(list(tensors))
+    needed = [name for name in tensors if name not in frozen.split()]
+    some, fewer = gradients(needed)
+    assert count == 2
+    input_needed = any(name not in ("weight", "bias") for name in needed)
+    assert fewer == ("weight" in needed) + input_needed
+    for name, grad in some.items():
+        whole = everything[name]
+        assert (grad is None) == (name not in needed)
+        assert grad is None or (whole is not None and torch.equal(grad, whole))
 
 
 @pytest.mark.parametrize("name", ["77 tokens", "after GEGLU", "after LayerNorm"])

@@ -20,22 +20,35 @@ CASE = SPEC.small_cases[2]
         ),
         ("value * (gate * _normal_cdf(gate))", "gate * (value * _normal_cdf(value))"),
         ("slope = cdf + gate", "slope = cdf - gate"),
-        ("rows * 2 * N + N + columns, grad", "rows * 2 * N + columns, grad"),
+        ("rows * 2 * N + N + columns, dgate", "rows * 2 * N + columns, dgate"),
+        ("value += tl.load(bias", "value -= tl.load(bias"),
+        ("dgate_sums += dgate", "dgate_sums += dvalue"),
+        ("column_sum(sums, bias.dtype)", "column_sum(sums[1:], bias.dtype)"),
     ],
-    ids=["tanh GELU", "halves swapped", "wrong slope", "gradient of the gate not written"],
+    ids=[
+        "tanh GELU",
+        "halves swapped",
+        "wrong slope",
+        "gradient of the gate not written",
+        "bias subtracted",
+        "halves of the bias's gradient mixed",
+        "a stripe of the bias's gradient missing",
+    ],
 )
 def test_planted_faults_are_red(fault: tuple[str, str]) -> None:
     assert_caught("geglu", CASE, fault)
 
 
 @pytest.mark.parametrize(
-    ("x", "words"),
+    ("x", "bias", "words"),
     [
-        (torch.zeros(2, 3), "even last axis"),
-        (torch.zeros(2, 4, dtype=torch.int32), "int32"),
-        (torch.zeros(0, 4), "empty shape"),
+        (torch.zeros(2, 3), None, "even last axis"),
+        (torch.zeros(2, 4, dtype=torch.int32), None, "int32"),
+        (torch.zeros(0, 4), None, "empty shape"),
+        (torch.zeros(2, 4), torch.zeros(2), r"a bias of shape \(2,\); takes \(4,\)"),
+        (torch.zeros(2, 4), torch.zeros(4).bfloat16(), "one dtype"),
     ],
 )
-def test_bad_input_is_one_sentence(x: torch.Tensor, words: str) -> None:
+def test_bad_input_is_one_sentence(x: torch.Tensor, bias: torch.Tensor | None, words: str) -> None:
     with pytest.raises(KernelError, match=words):
-        geglu(x)
+        geglu(x, bias)

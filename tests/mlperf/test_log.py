@@ -141,6 +141,28 @@ def test_damaged_line_is_told(closed, tmp_path):
         MLPerfLog(path, closed())
 
 
+@pytest.mark.parametrize(
+    ("was", "now", "sentence"),
+    [
+        ('"samples_count": 512000', '"samples_count": "x"', "samples_count is 'x', not a whole"),
+        ('"samples_count": 512000', '"x": 512000', "lacks 'samples_count'"),
+        ('"value": 70.0', '"value": [70.0]', r"eval_accuracy cannot be used \(value is"),
+        ('"value": 70.0', '"value": 1e400', "is damaged .1e400 is too large"),
+        ('"value": 70.0', '"value": ' + "[" * 99_000, "is damaged .*nested"),
+        ('"value": 70.0', '"value": ' + "9" * 2_000_000, r"has 1,048,576 characters or more"),
+    ],
+)
+def test_a_hostile_log_of_the_run(was, now, sentence, write_log, closed):
+    path = write_log()
+    MLPerfLog(path, closed()).add_evaluation(512_000, 70.0, 0.2, 1, 2)
+    text = path.read_text()
+    assert was in text
+    path.write_text(text.replace(was, now))
+    with pytest.raises(DataError, match=sentence) as told:
+        MLPerfLog(path, closed())
+    assert len(str(told.value)) < 600
+
+
 def test_launchers_prefix_is_ignored(closed, tmp_path):
     path = tmp_path / "result_0.txt"
     begin(path, closed())

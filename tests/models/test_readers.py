@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,17 @@ def test_no_autoencoder(tmp_path: Path):
     torch.save({"a": torch.zeros(1)}, tmp_path / "a.ckpt")
     with pytest.raises(CheckpointError, match="holds no autoencoder"):
         read_autoencoder(tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "sentence"),
+    [
+        ({"channels": 65_536}, "not the weights of the autoencoder"),  # 150 GB in a convolution
+        ({"channels": 32, "channel_mult": [2048] * 16}, "not the weights of the autoencoder"),
+        ({"channels": 8, "groups": 3}, "its sizes are not those of the autoencoder"),
+    ],
+)
+def test_sizes_in_metadata_take_no_memory(sizes, sentence, tmp_path):
+    save_file({"x": torch.zeros(1)}, tmp_path / "a.safetensors", {"config": json.dumps(sizes)})
+    with pytest.raises(CheckpointError, match=sentence):
+        read_autoencoder(tmp_path / "a.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,36 @@ def test_weights_of_open_clip_and_of_an_ldm_checkpoint(encoder, tmp_path):
 )
 def test_bad_input(config, error, sentence):
     with pytest.raises(error, match=sentence):
+        OpenClipTextEncoder(config)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("[]", "is no model of open_clip"),
+        ("{", "cannot be read as JSON"),
+        ('{"embed_dim": 8, "vision_cfg": {}, "text_cfg": 3}', "describes no model"),
+        ('{"embed_dim": "x", "vision_cfg": {}, "text_cfg": {}}', "describes no model"),
+        (
+            '{"embed_dim": 8, "vision_cfg": {}, "text_cfg": {"width": 7, "heads": 2}}',
+            "describes no model",
+        ),
+    ],
+)
+def test_hostile_models(text, sentence, tmp_path):
+    model = tmp_path / f"model_{abs(hash(text))}.json"
+    model.write_text(text)
+    with pytest.raises(ConfigError, match=sentence):
+        OpenClipTextEncoder(TextEncoderConfig(str(model), "random"))
+
+
+def test_sizes_that_the_weights_have_not_take_no_memory(encoder, tmp_path):
+    torch.save(encoder.tower.state_dict(), tmp_path / "weights.bin")
+    sizes = json.loads(Path(TINY).read_text())
+    sizes["text_cfg"]["width"] = 2**20  # 13 TB in each block
+    (tmp_path / "huge.json").write_text(json.dumps(sizes))
+    config = TextEncoderConfig(str(tmp_path / "huge.json"), str(tmp_path / "weights.bin"))
+    with pytest.raises(CheckpointError, match="not the weights of the text encoder"):
         OpenClipTextEncoder(config)
 
 

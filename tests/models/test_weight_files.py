@@ -273,6 +273,7 @@ def test_missing_safetensors_is_named(tmp_path, monkeypatch):
         ("[]", "it is [], not an object"),
         ('{"channels": "x"}', "channels is 'x', not a whole number"),
         ('{"channels": true}', "channels is True, not a whole number"),
+        ('{"num_res_blocks": 65}', "num_res_blocks is 65, not of sizes from 1 to 64"),
         ('{"channels": -8}', "channels is -8, not of sizes from 1 to 65,536"),
         ('{"channel_mult": 3}', "channel_mult is 3, not a list"),
         ('{"channel_mult": [1, 2.5]}', "channel_mult[1] is 2.5, not a whole number"),

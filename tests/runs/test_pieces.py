@@ -17,11 +17,16 @@ FILTERS = torch.arange(60.0).view(5, 4, 3, 1).to(memory_format=torch.channels_la
 """a tensor whose memory order is not that of its axes"""
 
 
-def pieces_of(rank: int, cuts: tuple[int, ...]) -> dict[str, Piece]:
-    """What a rank holds of FILTERS, as cut in memory order."""
+def save(store: CheckpointStore, cuts: tuple[int, ...], **whole: torch.Tensor) -> Path:
+    """Begin to save what the store's rank holds of FILTERS, as cut in memory order, and `whole`."""
     flat = FILTERS.permute(0, 2, 3, 1).flatten()
-    begin, end = (0, *cuts, 60)[rank : rank + 2]
-    return {"exp_avg.a": Piece.of(FILTERS, flat[begin:end], begin)}
+    begin, end = (0, *cuts, 60)[store.rank : store.rank + 2]
+
+    def named(copies: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | Piece]:
+        piece = Piece.of(FILTERS, copies.pop("share"), begin)
+        return {"exp_avg.a": piece, **{f"model.{name}": copy for name, copy in copies.items()}}
+
+    return store.save({"share": flat[begin:end], **whole}, training_state(10), named)
 
 
 def stores(folder: Path, ranks: int) -> list[CheckpointStore]:
@@ -32,8 +37,7 @@ def test_pieces_of_several_ranks_are_read_as_one(tmp_path):
     ranks = stores(tmp_path, 3)
     ranks[0].begin()
     for rank in (0, 2, 1):  # the main rank waits for the others
-        whole = {"model.b": torch.ones(2)} if rank == 0 else {}
-        path = ranks[rank].save({**pieces_of(rank, (7, 31)), **whole}, training_state(10))
+        path = save(ranks[rank], (7, 31), **({"b": torch.ones(2)} if rank == 0 else {}))
     for store in ranks:
         store.wait()
     assert ranks[0].take_saved() == [path] and ranks[1].take_saved() == []
@@ -48,10 +52,10 @@ def test_a_rank_that_cannot_write_its_part(tmp_path, monkeypatch):
     ranks, full = stores(tmp_path, 2), OSError(28, "No space left on device")
     with monkeypatch.context() as patched:
         patched.setattr("sd_perf.runs.checkpoints.write_shard", Mock(side_effect=full))
-        ranks[1].save(pieces_of(1, (7,)), training_state(10))
+        save(ranks[1], (7,))
         with pytest.raises(CheckpointError, match="No space left"):
             ranks[1].wait()
-    ranks[0].save(pieces_of(0, (7,)), training_state(10))
+    save(ranks[0], (7,))
     with pytest.raises(CheckpointError, match=r"rank 1 could not write its part: .*No space"):
         ranks[0].wait()
     assert ranks[0].newest() is None
@@ -62,7 +66,7 @@ def test_a_rank_that_cannot_write_its_part(tmp_path, monkeypatch):
 def test_a_rank_that_is_silent(tmp_path, monkeypatch):
     monkeypatch.setattr("sd_perf.runs.checkpoints.PEER_SECONDS", 0.1)
     store = stores(tmp_path, 2)[0]
-    store.save(pieces_of(0, (7,)), training_state(10))
+    save(store, (7,))
     with pytest.raises(CheckpointError, match="rank 1 wrote nothing in 0 s"):
         store.wait()
 
@@ -84,7 +88,7 @@ def test_a_rank_that_is_silent(tmp_path, monkeypatch):
 def test_pieces_that_cannot_be(change, tmp_path):
     ranks = stores(tmp_path, 2)
     for rank in (1, 0):
-        path = ranks[rank].save(pieces_of(rank, (7,)), training_state(10))
+        path = save(ranks[rank], (7,))
         ranks[1].wait()
     ranks[0].wait()
     reseal(path, lambda state: change(state["tensors"]["exp_avg.a"]))

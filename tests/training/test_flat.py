@@ -81,7 +81,6 @@ def test_gradients_are_collected(dtype: torch.dtype) -> None:
         backward(network_, 1)
         backward(network_, 2)  # a second micro-batch
     expected = {name: parameter.grad for name, parameter in plain.named_parameters()}
-    module[0].weight.grad = module[0].weight.grad.contiguous()  # type: ignore[union-attr]
     views = flat.views(flat.collect_gradients())
     for name, gradient in expected.items():
         assert torch.equal(views[name], gradient), name
@@ -211,6 +210,11 @@ def test_a_parameter_that_left_or_took_no_part_is_an_error() -> None:
     module[4].weight.grad = None
     with pytest.raises(RuntimeError, match=r"4\.weight has no gradient"):
         flat.collect_gradients()
+    backward(module, 1)
+    module[0].weight.grad = module[0].weight.grad.contiguous()  # type: ignore[union-attr]
+    with pytest.raises(RuntimeError, match=r"0\.weight has a gradient in another memory order"):
+        flat.collect_gradients()
+    module.zero_grad()
     backward(module, 1)
     module[2].bias.data = module[2].bias.data.clone()
     with pytest.raises(RuntimeError, match=r"2\.bias has left the flat buffer"):

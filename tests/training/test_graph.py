@@ -46,6 +46,45 @@ def test_without_a_graph_the_iteration_is_called():
     assert calls == ["iteration"] * 2
 
 
+class Broken:
+    """A capture whose end fails, too, because an operator within has failed."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *failure: object) -> None:
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+
+@pytest.mark.parametrize(
+    ("first", "kind", "words"),
+    [
+        (RuntimeError("not permitted"), UserError, r"aten\.sort\.default .*\(not permitted\)"),
+        (torch.OutOfMemoryError("2 GiB"), torch.OutOfMemoryError, "2 GiB"),
+    ],
+)
+def test_what_failed_first_is_told(first, kind, words):
+    with pytest.raises(kind, match=words), naming_the_operator("training.cuda_graph"), Broken():
+        torch.ones(2).sort()
+        raise first
+
+
+def test_compiled_code_is_recorded_as_it_is():
+    calls = []
+
+    def backend(module, inputs):
+        def compiled(*given):
+            calls.append("compiled")
+            return module(*given)
+
+        return compiled
+
+    double = torch.compile(lambda x: x * 2, backend=backend, fullgraph=True)
+    with naming_the_operator("training.cuda_graph"):
+        double(torch.ones(2))
+    assert calls == ["compiled"]
+
+
 class Stream:
     """Stands for a CUDA stream."""
 
@@ -56,10 +95,22 @@ class Stream:
         self.log.append(f"{self.name} waits for {other.name}")
 
 
+class Graph:
+    """Stands for a CUDA graph."""
+
+    def __init__(self, log: list[str]) -> None:
+        self.log = log
+
+    def replay(self) -> None:
+        self.log.append("replay")
+
+    def reset(self) -> None:
+        self.log.append("reset")
+
+
 def test_warm_up_comes_before_the_capture_and_replays_after(monkeypatch):
     log: list[str] = []
     main, side = Stream(log, "main"), Stream(log, "side")
-    recorded = type("Graph", (), {"replay": lambda self: log.append("replay")})()
 
     @contextlib.contextmanager
     def stream(of: Stream):
@@ -70,17 +121,26 @@ def test_warm_up_comes_before_the_capture_and_replays_after(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", lambda: side)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
     monkeypatch.setattr(torch.cuda, "stream", stream)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: log.append("empty cache"))
 
     def capture(iteration):
         log.append("capture")
-        return recorded
+        return Graph(log)
 
     monkeypatch.setattr(graph, "capture", capture)
     runner = Runner(lambda: log.append("iteration"))
-    runner.capture(lambda: log.append("warm-up"))
-    into = ["side waits for main", "on side"]
-    assert log == [*into, "warm-up", "empty cache", "capture", "back"]
+    runner.warm_up(lambda: log.append("warm-up"))
+    runner.capture()
+    assert log == [
+        "side waits for main",
+        "on side",
+        "warm-up",
+        "back",
+        "on side",
+        "capture",
+        "back",
+    ]
     log.clear()
     runner.run()
-    assert log == [*into, "replay", "back", "main waits for side"]
+    runner.close()
+    runner.close()
+    assert log == ["replay", "reset"]

@@ -35,10 +35,13 @@ def fast_step(trainer) -> FastStep:
     return trainer.step
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_it_never_asks_the_host(accumulate, make_config, make_trainer):
+DELAYED = {"linear": "fp8_native", "fp8_recipe": "delayed"}
+
+
+@pytest.mark.parametrize(("accumulate", "precision"), [(1, {}), (2, {}), (1, DELAYED)])
+def test_it_never_asks_the_host(accumulate, precision, make_config, make_trainer):
     training = {"precision": "bf16", "accumulate_steps": accumulate}
-    trainer = make_trainer(make_config(model=FAST, training=training))
+    trainer = make_trainer(make_config(model=FAST, training=training, precision=precision))
     iteration = fast_step(trainer).iteration
     iteration()
     with Seen() as seen:
@@ -84,6 +87,17 @@ def test_weights_are_split_and_checkpoints_hold_masters(make_config, make_traine
         torch.testing.assert_close(parameter.float(), master, rtol=2**-8, atol=0)
         assert not torch.equal(master, master.bfloat16().float()) or not master.any()
     assert any(not torch.equal(moved[name], before[name]) for name in before)
+
+
+def test_a_parameter_without_a_gradient_is_an_error(make_config, make_trainer):
+    """Its bucket would never be exchanged, and AdamW would take the gradients of the last step."""
+    trainer = make_trainer(make_config(model=FAST))
+    iteration = fast_step(trainer).iteration
+    iteration()
+    time_embed = trainer.unet.time_embed[0].weight
+    time_embed.requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"time_embed\.0\.weight has no gradient"):
+        iteration()
 
 
 class Spoil(Callback):

@@ -19,7 +19,12 @@ def test_convolutions_are_tuned_unless_the_run_is_deterministic(
     deterministic, make_config, monkeypatch
 ):
     seen = []
-    monkeypatch.setattr(Trainer, "fit", lambda trainer: seen.append(torch.backends.cudnn.benchmark))
+
+    def fit(trainer: Trainer) -> None:
+        filled = torch.utils.deterministic.fill_uninitialized_memory
+        seen.append((torch.backends.cudnn.benchmark, filled))
+
+    monkeypatch.setattr(Trainer, "fit", fit)
     config = make_config(training={"deterministic": deterministic})
     try:
         launch(
@@ -27,7 +32,7 @@ def test_convolutions_are_tuned_unless_the_run_is_deterministic(
         )
     finally:
         torch.use_deterministic_algorithms(False)
-    assert seen == [not deterministic] and torch.backends.cudnn.benchmark is False
+    assert seen == [(not deterministic, False)] and torch.backends.cudnn.benchmark is False
 
 
 def test_threads_are_kept_unless_given(make_config, capsys):

@@ -8,19 +8,24 @@ import shutil
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from sd_kernels.fp8_linear.scaling import INPUT, SLOTS, WEIGHT
 from sd_perf.distributed.strategies import AllReduce, ShardedOptimizer, Strategy, build_strategy
 from sd_perf.distributed.world import World
+from sd_perf.errors import ConfigError
+from sd_perf.fast.linear import precision_state
 from sd_perf.runs.checkpoint_files import read_state
-from sd_perf.runs.checkpoints import CheckpointStore
+from sd_perf.runs.checkpoints import CheckpointStore, load_component
+from sd_perf.training.build_step import build_step
 from sd_perf.training.callbacks.checkpointer import Checkpointer
 from tests.small_run import small_config, small_trainer
-from tests.training.test_resume import StopAt, final_tensors, relative_error
+from tests.training.test_resume import StopAt, final_tensors, relative_error, wait_for
 
 STEPS, BATCH = 50, 16
 # Programs leave by os._exit, see tests/distributed/test_world.py.
@@ -31,6 +36,7 @@ from sd_kernels.spec import Target
 from sd_perf.distributed.world import start_world, stop_world
 from sd_perf.fast.choice import choose_kernels
 from sd_perf.runs.folder import open_run
+from sd_perf.training.build_step import build_step
 from sd_perf.training.callbacks.checkpointer import Checkpointer
 from sd_perf.training.launch import build_trainer
 from tests.small_run import small_config
@@ -67,12 +73,19 @@ def changes(strategy: str, accumulate: int = 1) -> dict[str, Any]:
 
 def run_ranks(count: int, runs: list[tuple[Path, dict[str, Any]]]) -> None:
     """Train one run after the other in `count` processes; a folder that exists is resumed."""
+    processes = start_ranks(count, runs)
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
+    assert not any(process.returncode for process in processes), "\n".join(outputs)
+
+
+def start_ranks(count: int, runs: list[tuple[Path, dict[str, Any]]]) -> list[subprocess.Popen[str]]:
+    """`run_ranks`, not waited for."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     given = json.dumps([(str(folder), changed) for folder, changed in runs])
-    processes = [
+    return [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM, given],
             env={**os.environ, **shared, "OMP_NUM_THREADS": "1", "RANK": rank, "LOCAL_RANK": rank},
@@ -82,8 +95,6 @@ def run_ranks(count: int, runs: list[tuple[Path, dict[str, Any]]]) -> None:
         )
         for rank in map(str, range(count))
     ]
-    outputs = [process.communicate(timeout=600)[0] for process in processes]
-    assert not any(process.returncode for process in processes), "\n".join(outputs)
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +139,38 @@ def test_ranks_equal_one_process_and_resume_each_other(count, alone, tmp_path):
     assert len(files) == count
 
 
+@pytest.mark.slow
+def test_ranks_killed_while_they_write_together(tmp_path):
+    """The newest checkpoint loads, and the run that continues is the run never killed."""
+    often = {**changes("zero1"), "checkpoint": {"every_samples": BATCH}}
+    run, position = tmp_path / "run", 0
+    for kill in range(4):
+        processes = start_ranks(2, [(run, often)])
+        wait_for(partial(is_writing_after, run, position))
+        for process in processes:
+            process.kill()
+            process.communicate()
+        print(f"kill {kill}: newest at {saved(run)}")
+        final_tensors(run)  # every tensor loads
+        assert saved(run) > position
+        position = saved(run)
+    run_ranks(2, [(run, often), (tmp_path / "whole", often)])
+    killed, whole = final_tensors(run), final_tensors(tmp_path / "whole")
+    assert all(torch.equal(killed[name], whole[name]) for name in whole)
+    assert not any(run.glob("checkpoints/.writing_*"))
+
+
+def is_writing_after(run: Path, position: int) -> bool:
+    """Whether ranks write a checkpoint, and have completed one after a position."""
+    return saved(run) > position and any(run.glob("checkpoints/.writing_*.parts"))
+
+
+def saved(run: Path) -> int:
+    """Position of the newest checkpoint, 0 where there is none."""
+    newest = CheckpointStore(run / "checkpoints").newest()
+    return int(newest.name.removeprefix("samples_")) if newest else 0
+
+
 def test_names_of_strategies():
     one, two = (World(rank=0, size=size, device=torch.device("cpu")) for size in (1, 2))
     assert type(build_strategy("zero1", one)) is Strategy
@@ -139,13 +182,51 @@ def test_names_of_strategies():
     )
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+DELAYED = {"feed_forward": "fp8_native", "fp8_recipe": "delayed"}
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero1"])
+def test_ranks_have_the_fp8_scales_of_one_process(strategy, make_config, make_trainer, tmp_path):
+    """Amax is that of all ranks' samples: the largest, not the first rank's."""
+    short = changes(strategy)
+    short["training"] |= {"precision": "bf16", "max_samples": 3 * BATCH}
+    short["precision"] = DELAYED
+    alone = make_trainer(make_config("alone", **short), [Checkpointer()])
+    alone.fit()
+    run_ranks(2, [(tmp_path / "ranks", short)])
+    newest = CheckpointStore(tmp_path / "ranks" / "checkpoints").newest()
+    ours, theirs = (
+        load_component(path, "precision_state")["delayed_scaling.history"]
+        for path in (newest, alone.store.newest())
+    )
+    # Of forward passes: gradients of transformers, whose last layer is zero, are zero at first.
+    assert ours[:3, INPUT::SLOTS].all() and not ours[3:].any()
+    assert torch.allclose(ours[:, INPUT::SLOTS], theirs[:, INPUT::SLOTS], rtol=0.01)
+    assert torch.allclose(ours[:, WEIGHT::SLOTS], theirs[:, WEIGHT::SLOTS], rtol=0.01)
+
+
+def test_zero1_is_refused_where_torch_compiles(make_config, make_trainer):
+    ranks = World(rank=0, size=2, device=torch.device("cpu"))
+    config = make_config(
+        model={"implementation": "fast", "compile": True}, training={"strategy": "zero1"}
+    )
+    unet = make_trainer(make_config("other", model={"implementation": "fast"})).unet
+    with pytest.raises(
+        ConfigError, match=r"training\.strategy: 'zero1' .* ddp with model\.compile"
+    ):
+        build_step(unet, config, seed=0, world=ranks, text_encoder=None, ops=unet.ops)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
 def test_what_is_done_once_changes_nothing(precision, make_config, make_trainer):
     """A rehearsed run is, bit for bit, the run that was not; so a resumed run may be, too."""
-    training = {"precision": precision, "max_samples": 24, "accumulate_steps": 2}
+    is_fp8 = precision == "fp8"
+    training = {"precision": "bf16" if is_fp8 else precision}
+    training |= {"max_samples": 24, "accumulate_steps": 2}
+    options = {"model": {"implementation": "fast"}, "precision": DELAYED if is_fp8 else {}}
     finals = []
     for name in ("plain", "rehearsed"):
-        config = make_config(name, model={"implementation": "fast"}, training=training)
+        config = make_config(name, **options, training=training)
         trainer = make_trainer(config, [StopAt(3), Checkpointer()])
         if name == "rehearsed":
             trainer.step.rehearse()
@@ -154,5 +235,5 @@ def test_what_is_done_once_changes_nothing(precision, make_config, make_trainer)
         if name == "rehearsed":
             resumed.step.rehearse()
         resumed.fit()
-        finals.append(final_tensors(resumed.folder))
+        finals.append(final_tensors(resumed.folder) | precision_state(resumed.unet))
     assert all(torch.equal(finals[0][name], finals[1][name]) for name in finals[0])

@@ -5,7 +5,8 @@ Heads of 64 channels, no mask, no dropout.
 Order of preference by published TFLOP/s on an H100 at head dim 64, forward and backward, 4096
 tokens (FlashAttention 2: 321, 279; cuDNN: 408, 417; FlashAttention 3: 476, 453), then by what
 packing the gradient costs. FlashAttention 2 and Transformer Engine run only when named:
-`flash_sdpa` has the former's kernels, `cudnn` the latter's.
+`flash_sdpa` has the former's kernels, `cudnn` the latter's. A deterministic run takes `flash_sdpa`,
+which torch makes deterministic on request.
 
 | backend | passes over the packed gradient besides the kernel's own |
 |---|---|
@@ -110,7 +111,13 @@ def _flash(name: str, *, most: int, **fields: Any) -> Backend:
     """A backend in `flash`, for head dims up to `most`; `fields` are those of `Backend`."""
     refuses = _head_dims(most)
     return Backend(
-        name, f"{__name__}.flash", attribute=name, gpu_dtypes=HALF, refuses=refuses, **fields
+        name,
+        f"{__name__}.flash",
+        attribute=name,
+        gpu_dtypes=HALF,
+        refuses=refuses,
+        deterministic=False,  # their backward adds up dq by atomics unless told not to
+        **fields,
     )
 
 
@@ -147,6 +154,7 @@ SPEC = OpSpec(
             capability=(8, 0),
             gpu_dtypes=HALF,
             refuses=_head_dims(128, single_key=False),
+            deterministic=False,  # torch refuses it in a deterministic run
         ),
         _sdpa("flash_sdpa", "flash", gpu_dtypes=HALF, refuses=_head_dims(256)),
         _sdpa("efficient", "efficient", capability=(8, 0), refuses=_sixteen_bytes),
@@ -164,11 +172,12 @@ SPEC = OpSpec(
             "te",
             f"{__name__}.te",
             package="transformer_engine 2.20.2",
-            install="pip install --no-build-isolation transformer_engine[pytorch]==2.20.2",
+            install="pip install --no-build-isolation 'transformer_engine[pytorch]==2.20.2'",
             capability=(8, 0),
             gpu_dtypes=HALF,
             refuses=_head_dims(128),
             automatic=False,
+            deterministic=False,
         ),
         Backend("reference", f"{__name__}.reference"),
     ),

@@ -2,7 +2,9 @@
 
 A pinned kernel that cannot run is an error; torch chooses no other. Forward copies nothing: the
 kernels read heads where the linear layer wrote them. Backward writes dq, dk and dv apart, and packs
-them in one more pass (2 * 3 * B*L*H*D elements moved).
+them in one more pass (2 * 3 * B*L*H*D elements moved). That pass stays: torch's backward operators
+of cuDNN and FlashAttention return new tensors and take none to write into (no `out` overload), and
+`shared_storage_dqdkdv` of the efficient kernel is out of reach of scaled_dot_product_attention.
 
 Shape letters: B samples, L queries, H heads, D head dim.
 """

@@ -82,19 +82,21 @@ def diffusion_inputs_kernel(
     latent_scale: tl.float32, TIMESTEP: tl.constexpr, NOISE: tl.constexpr, MOMENTS: tl.constexpr,
     T: tl.constexpr, HW: tl.constexpr, C: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    sample = tl.program_id(1).to(tl.int64)
+    # One axis for both, since the others of a grid end at 65,535.
+    TILES: tl.constexpr = (HW + PIXELS - 1) // PIXELS
+    sample, tile = (tl.program_id(0) // TILES).to(tl.int64), tl.program_id(0) % TILES
     index = tl.load(sample_indices + sample)  # narrow: one number a program
     # The counter is (element // 4, stream, index low, index high); see `philox`.
     low, high = index.to(tl.uint32), (index >> 32).to(tl.uint32)
     word, _, _, _ = tl.philox(seed, 0, TIMESTEP, low, high)
     # The high word of word * T: uniform in [0, T) without a division.
     timestep = ((word.to(tl.uint64) * T) >> 32).to(tl.int64)
-    if tl.program_id(0) == 0:
+    if tile == 0:
         tl.store(timesteps + sample, timestep)  # narrow: one number a sample
     signal = tl.load(signals + timestep)  # narrow: one number a program
     sigma = tl.load(sigmas + timestep)  # narrow: one number a program
 
-    first = tl.program_id(0) * PIXELS
+    first = tile * PIXELS
     channels, pixels = tl.arange(0, C)[:, None], first + tl.arange(0, PIXELS)[None, :]
     source = moments + sample * (2 * C * HW) + channels * HW + pixels
     mean = tl.load(source, mask=pixels < HW).to(tl.float32)
@@ -134,7 +136,7 @@ def diffusion_inputs_forward(
     pixels = min(TUNING.pixels, triton.next_power_of_2(H * W))
     launch(
         diffusion_inputs_kernel,
-        (triton.cdiv(H * W, pixels), B),
+        (triton.cdiv(H * W, pixels) * B,),
         *(moments, sample_indices, signals, sigmas, noisy, target, timesteps, seed, latent_scale),
         **dict(zip(("TIMESTEP", "NOISE", "MOMENTS"), streams, strict=True)),
         **{"T": len(signals), "HW": H * W, "C": C, "PIXELS": pixels},

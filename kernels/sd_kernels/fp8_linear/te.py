@@ -21,11 +21,8 @@ from transformer_engine.common.recipe import DelayedScaling, Float8CurrentScalin
 
 from sd_kernels.errors import require
 from sd_kernels.fp8_linear.checks import check
+from sd_kernels.fp8_linear.scaling import HISTORY, Scales
 from sd_kernels.geglu.reference import geglu
-
-HISTORY = 16
-"""steps over whose largest magnitudes delayed scaling takes the maximum. Transformer Engine's
-default is 1024; with 16 an outlier early in training is soon forgotten"""
 
 
 def make_recipe(name: str) -> Any:
@@ -139,22 +136,36 @@ def fp8_linear(
     residual: torch.Tensor | None = None,
     norm_weight: torch.Tensor | None = None,
     norm_bias: torch.Tensor | None = None,
+    inner_weight: torch.Tensor | None = None,
+    inner_bias: torch.Tensor | None = None,
     *,
     producer: str = "none",
     eps: float = 1e-5,
+    scales: Scales | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """See `reference.fp8_linear`; current scaling, which has no state, in a layer of this call.
 
     The layer's own parameters are on the meta device, so that none are drawn; `weight` and `bias`
     take their places.
     """
-    check(x, weight, bias, residual, norm_weight, norm_bias, producer)
+    norm, inner = (norm_weight, norm_bias), (inner_weight, inner_bias)
+    check(x, weight, bias, residual, *norm, *inner, producer, scales)
+    got = "delayed scales of this call's own"
+    require(scales is None, "fp8_linear/te", got, "None; its layers keep theirs")
     summed = x if residual is None else x + residual
-    produced = geglu(summed) if producer == "geglu" else summed
+    produced = summed
     if norm_weight is not None:
         produced = F.layer_norm(summed, summed.shape[-1:], norm_weight, norm_bias, eps)
+    if inner_weight is not None:
+        produced = _layer(produced, inner_weight, inner_bias)
+    if producer in ("geglu", "feed_forward"):
+        produced = geglu(produced)
+    y = _layer(produced, weight, bias)
+    return (y, summed) if norm_weight is not None else y
+
+
+def _layer(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     N, K = weight.shape
     has_bias = bias is not None
     layer = Linear(K, N, bias=has_bias, recipe="current", dtype=x.dtype, device="meta")
-    y = layer.with_weights(produced, weight, bias)
-    return (y, summed) if producer == "layer_norm" else y
+    return layer.with_weights(x, weight, bias)

@@ -1,8 +1,6 @@
 """The FP8 linear layer: Triton kernels round the operands, torch's scaled matmul multiplies them.
 
-Values and weights are E4M3, gradients E5M2, and sums float32. torch._scaled_mm runs on a CPU too.
-
-Shape letters: M rows, P rows padded to a multiple of 16, K columns in, N columns out.
+Shape letters: M rows, K columns in, N columns out.
 """
 
 from __future__ import annotations
@@ -11,35 +9,21 @@ from typing import Any
 
 import torch
 
-from sd_kernels.column_sum import column_sum
 from sd_kernels.errors import require
-from sd_kernels.fp8_linear.checks import check
-from sd_kernels.fp8_linear.quantise import fp8_quantise
-from sd_kernels.fp8_linear.reference import FORWARD, GRADIENT
+from sd_kernels.fp8_linear.checks import NORMED, check
+from sd_kernels.fp8_linear.feed_forward import FeedForward
+from sd_kernels.fp8_linear.matmul import (
+    input_gradient,
+    layer_norm_operand,
+    linear,
+    rounded_gradient,
+    rounded_input,
+    rounded_weight,
+    weight_gradient,
+)
+from sd_kernels.fp8_linear.scaling import Scales
 from sd_kernels.geglu.triton import geglu_backward
-from sd_kernels.launch import is_recording
-from sd_kernels.layer_norm.triton import layer_norm_backward, layer_norm_statistics
-
-
-def _matmul(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    scales: tuple[torch.Tensor, torch.Tensor],
-    dtype: torch.dtype,
-    bias: torch.Tensor | None = None,
-    fast: bool = False,
-) -> torch.Tensor:
-    """a (I, J) times b (L, J) transposed, plus bias (L,), in `dtype`; `scales` are inverse scales.
-
-    J must be the contiguous axis of both: Hopper's matrix units take FP8 in no other order.
-    """
-    # While launches are recorded there is nothing to multiply.
-    if is_recording():
-        return a.new_empty((a.shape[0], b.shape[0]), dtype=dtype)
-    scale_a, scale_b = scales
-    return torch._scaled_mm(
-        a, b.t(), scale_a, scale_b, bias=bias, out_dtype=dtype, use_fast_accum=fast
-    )
+from sd_kernels.layer_norm.triton import layer_norm_backward
 
 
 class _Fp8Linear(torch.autograd.Function):
@@ -56,60 +40,48 @@ class _Fp8Linear(torch.autograd.Function):
         norm_bias: torch.Tensor | None,
         producer: str,
         eps: float,
+        scales: Scales | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         # What the gradient of the producer reads; the FP8 operands are kept in any case.
         kept: tuple[Any, ...] = (x,) if producer == "geglu" else ()
-        summed, mean, rstd, amax = x, None, None, None
-        if producer == "layer_norm":
-            added, mean, rstd, amax = layer_norm_statistics(
-                x, norm_weight, norm_bias, residual, eps
+        summed = None
+        if norm_weight is not None and norm_bias is not None:
+            values, summed, *statistics = layer_norm_operand(
+                x, residual, norm_weight, norm_bias, eps, scales
             )
-            summed = x if residual is None else added
-            kept = summed, norm_weight, mean, rstd
-        operands = summed, FORWARD, producer, mean, rstd, amax, norm_weight, norm_bias
-        # The transpose is for the gradient of the weights, which sums over rows.
-        numbers, transposed, scale = fp8_quantise(*operands)
-        weights, weights_transposed, weight_scale = fp8_quantise(weight, FORWARD)
-        ctx.save_for_backward(transposed, scale, weights_transposed, weight_scale, *kept)
-        ctx.producer, ctx.has_bias, ctx.has_residual = (
-            producer,
-            bias is not None,
-            residual is not None,
+            kept = summed, norm_weight, *statistics
+        else:
+            values = rounded_input(x, producer, scales)
+        weights = rounded_weight(weight, scales)
+        # The transposes are for the gradients, which sum over rows and over columns out.
+        ctx.save_for_backward(
+            values.transposed, values.inverse, weights.transposed, weights.inverse, *kept
         )
+        ctx.producer, ctx.scales = producer, scales
         # An output without a gradient gives None, not a tensor of zeros that is written and read.
         ctx.set_materialize_grads(False)
-        # Forward accumulates fast: cuBLAS then leaves all sums to Hopper's FP8 matrix units, which
-        # keep about 14 bits (DeepSeek-V3 Technical Report, arXiv 2412.19437, section 3.3.2).
-        # Gradients span more magnitudes; for them cuBLAS moves partial sums to float32.
-        y = _matmul(numbers, weights, (scale, weight_scale), x.dtype, bias, fast=True)
-        return y, summed if producer == "layer_norm" else None
+        return linear(values, weights, bias, x.dtype), summed
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
+        needs_x, needs_weight, needs_bias, needs_residual, *needs_norm = ctx.needs_input_grad[:6]
         if grads[0] is None:  # only the sum was used
-            return (
-                grads[1],
-                None,
-                None,
-                grads[1] if ctx.has_residual else None,
-                None,
-                None,
-                None,
-                None,
-            )
+            return grads[1], None, None, grads[1] if needs_residual else None, *[None] * 5
         transposed, scale, weights_transposed, weight_scale, *kept = ctx.saved_tensors
-        grad = grads[0].contiguous()
-        numbers, grad_transposed, grad_scale = fp8_quantise(grad, GRADIENT)
-        dx = _matmul(numbers, weights_transposed, (grad_scale, weight_scale), grad.dtype)
-        dweight = _matmul(grad_transposed, transposed, (grad_scale, scale), grad.dtype)
-        dbias = column_sum(grad, grad.dtype) if ctx.has_bias else None
-        # Back through the producer; LayerNorm adds the gradient of the sum in the same pass.
+        dtype, dx, dweight = grads[0].dtype, None, None
         dnorm: tuple[Any, Any] = None, None
-        if ctx.producer == "geglu":
-            dx = geglu_backward(*kept, dx)
-        elif ctx.producer == "layer_norm":
-            dx, dnorm = layer_norm_backward(*kept, dx, grads[1])
-        return dx, dweight, dbias, dx if ctx.has_residual else None, *dnorm, None, None
+        grad, dbias = rounded_gradient(grads[0].contiguous(), needs_bias, ctx.scales)
+        if needs_weight:
+            dweight = weight_gradient(grad, transposed, scale, dtype)
+        # Frozen text states need no gradient, and that matmul is as large as the forward's.
+        if needs_x or needs_residual or any(needs_norm):
+            dx = input_gradient(grad, weights_transposed, weight_scale, dtype)
+            # Back through the producer; LayerNorm adds the gradient of the sum in the same pass.
+            if ctx.producer == "geglu":
+                dx = geglu_backward(*kept, dx)
+            elif ctx.producer == "layer_norm":
+                dx, dnorm = layer_norm_backward(*kept, dx, grads[1])
+        return dx, dweight, dbias, dx if needs_residual else None, *dnorm, None, None, None
 
 
 def fp8_linear(
@@ -119,17 +91,27 @@ def fp8_linear(
     residual: torch.Tensor | None = None,
     norm_weight: torch.Tensor | None = None,
     norm_bias: torch.Tensor | None = None,
+    inner_weight: torch.Tensor | None = None,
+    inner_bias: torch.Tensor | None = None,
     *,
     producer: str = "none",
     eps: float = 1e-5,
+    scales: Scales | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """See `reference.fp8_linear`; bfloat16 or float16, K and N multiples of 16."""
-    check(x, weight, bias, residual, norm_weight, norm_bias, producer)
+    """See `reference.fp8_linear`; bfloat16 or float16, all widths multiples of 16.
+
+    The producer "feed_forward" takes delayed scales alone: its gain is that they are known.
+    """
+    norm, inner = (norm_weight, norm_bias), (inner_weight, inner_bias)
+    check(x, weight, bias, residual, *norm, *inner, producer, scales)
     require(x.dtype != torch.float32, "fp8_linear", str(x.dtype), "bfloat16 or float16")
-    is_norm, width = producer == "layer_norm", x.shape[-1]
-    rows = x.reshape(-1, width)
-    residual_rows = None if residual is None else residual.reshape(-1, width)
-    norm = norm_weight, norm_bias
-    y, summed = _Fp8Linear.apply(rows, weight, bias, residual_rows, *norm, producer, eps)
+    rows = x.reshape(-1, x.shape[-1])
+    residual_rows = None if residual is None else residual.reshape(-1, x.shape[-1])
+    outer = rows, weight, bias, residual_rows, *norm
+    if producer == "feed_forward":
+        require(scales is not None, "fp8_linear/triton", "no scales", "scales for a feed-forward")
+        y, summed = FeedForward.apply(*outer, *inner, eps, scales)
+    else:
+        y, summed = _Fp8Linear.apply(*outer, producer, eps, scales)
     y = y.view(*x.shape[:-1], -1)
-    return (y, summed.view(x.shape)) if is_norm else y
+    return (y, summed.view(x.shape)) if producer in NORMED else y

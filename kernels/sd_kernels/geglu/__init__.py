@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,19 +11,28 @@ from sd_kernels.sd_v2_shapes import BATCH, transformers
 from sd_kernels.spec import Backend, Case, Draw, Inputs, OpSpec, Work, counted
 
 
+@dataclass(frozen=True)
+class Extras:
+    """Whether the bias of the linear layer before is added here."""
+
+    bias: bool
+
+
 def _case(layer: Any) -> Case:
-    tokens = layer.side**2
-    return Case(
-        f"{tokens} tokens, {4 * layer.channels}", {"B": BATCH, "L": tokens, "N": 4 * layer.channels}
-    )
+    tokens, columns = layer.side**2, 4 * layer.channels
+    shape = {"B": BATCH, "L": tokens, "N": columns}
+    return Case(f"{tokens} tokens, {columns}", shape, extras=Extras(bias=True))
 
 
-def _small(name: str, rows: int, columns: int, **draw: Any) -> Case:
-    return Case(name, {"B": 1, "L": rows, "N": columns}, draw=Draw(**draw))
+def _small(name: str, rows: int, columns: int, bias: bool = True, **draw: Any) -> Case:
+    shape = {"B": 1, "L": rows, "N": columns}
+    return Case(name, shape, draw=Draw(**draw), extras=Extras(bias))
 
 
 def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
-    return {"x": make.data(case.shape["B"], case.shape["L"], 2 * case.shape["N"])}
+    B, L, N = case.sizes("B", "L", "N")
+    x = make.data(B, L, 2 * N)
+    return {"x": x, "bias": make.tensor(2 * N, std=0.3) if case.extras.bias else None}
 
 
 def _saved_bytes(case: Case, dtype: torch.dtype) -> int:
@@ -48,7 +58,8 @@ SPEC = OpSpec(
     small_cases=(
         _small("tiny", 2, 5),
         _small("one row", 1, 1280),
-        _small("ragged", 37, 333),
+        _small("several stripes", 75, 333),
+        _small("no bias", 37, 333, bias=False),
         _small("wide", 3, 2560),
         _small("rows apart", 9, 320, padding=16),
         _small("shifted mean", 20, 256, mean=-2.3, std=0.5),

@@ -8,24 +8,38 @@ from typing import Any
 import torch
 
 from sd_kernels.reasons import Reason, refusal
-from sd_kernels.sd_v2_shapes import BATCH, SD_V2, Architecture, ResBlock, Transformer, layers
+from sd_kernels.sd_v2_shapes import (
+    BATCH,
+    SD_V2,
+    Architecture,
+    Resample,
+    ResBlock,
+    Transformer,
+    layers,
+)
 from sd_kernels.spec import Backend, Case, Draw, Inputs, OpSpec, Work, counted
 
 
 @dataclass(frozen=True)
 class Extras:
-    """What is added to x before it is normalised."""
+    """What is added to x before it is normalised: a shift of all samples or of each, a residual."""
 
+    bias: bool = False
     shift: bool = False
     residual: bool = False
 
     def __str__(self) -> str:
-        named = [name for name in ("shift", "residual") if getattr(self, name)]
+        named = [name for name in ("bias", "shift", "residual") if getattr(self, name)]
         return " and ".join(named) or "nothing"
 
 
-NOTHING, SHIFT, RESIDUAL = Extras(), Extras(shift=True), Extras(residual=True)
-BOTH = Extras(shift=True, residual=True)
+NOTHING, BIAS, SHIFT, RESIDUAL = (
+    Extras(),
+    Extras(bias=True),
+    Extras(shift=True),
+    Extras(residual=True),
+)
+BOTH, SHIFT_RESIDUAL = Extras(bias=True, residual=True), Extras(shift=True, residual=True)
 
 
 @dataclass(frozen=True)
@@ -36,33 +50,30 @@ class _Call:
     num_groups: int
     eps: float
     silu: bool
-    return_sum: bool
+    return_sum: int
 
 
 def _calls(unet: Architecture) -> list[_Call]:
     """Norms from input to output, each adding what the layer before it left pending.
 
-    A convolution leaves its bias and every block its residual to the norm that reads them.
+    A layer leaves its bias and every block its residual to the norm that reads them. The sum is
+    read again by the block itself, and on the way down once more, as a skip.
     """
 
-    def of_block(side: int, sources: tuple[int, ...], added: Extras, return_sum: bool) -> _Call:
-        return _Call(
-            side, sources, added, unet.block_groups, 1e-5, silu=True, return_sum=return_sum
-        )
+    def of_block(side: int, sources: tuple[int, ...], added: Extras, return_sum: int) -> _Call:
+        return _Call(side, sources, added, unet.block_groups, 1e-5, True, return_sum)
 
-    calls, added = [], SHIFT
+    calls, added = [], BIAS
     for layer in layers(unet):
         if isinstance(layer, ResBlock):
-            calls.append(of_block(layer.side, layer.sources, added, return_sum=True))
-            calls.append(of_block(layer.side, (layer.channels,), SHIFT, return_sum=False))
-            added = BOTH
+            return_sum = 2 if len(layer.sources) == 1 else 1
+            calls.append(of_block(layer.side, layer.sources, added, return_sum))
+            calls.append(of_block(layer.side, (layer.channels,), SHIFT, 0))
         elif isinstance(layer, Transformer):
             call = layer.side, (layer.channels,), added, unet.transformer_groups, 1e-6
-            calls.append(_Call(*call, silu=False, return_sum=True))
-            added = RESIDUAL
-        else:
-            added = SHIFT
-    calls.append(of_block(unet.side, (unet.widths[0],), added, return_sum=False))
+            calls.append(_Call(*call, silu=False, return_sum=1))
+        added = BIAS if isinstance(layer, Resample) else BOTH
+    calls.append(of_block(unet.side, (unet.widths[0],), added, 0))
     return calls
 
 
@@ -72,11 +83,12 @@ def _case(call: _Call) -> Case:
         "eps": call.eps,
         "silu": call.silu,
         "return_sum": call.return_sum,
+        "return_skip": len(call.sources) > 1,
     }
     channels = "+".join(map(str, call.sources))
     name = f"{call.side}x{call.side}x{channels} in {call.num_groups}, adds {call.added}"
     return _make(
-        name + (", returns the sum" if call.return_sum else ""),
+        name + ("", ", returns the sum", ", returns the sum twice")[call.return_sum],
         BATCH,
         call.side,
         call.side,
@@ -108,22 +120,31 @@ def _small(
     sources: tuple[int, ...],
     added: Extras = NOTHING,
     G: int = 16,
-    return_sum: bool = False,
+    return_sum: int = 0,
     silu: bool = True,
+    return_skip: bool = False,
     **draw: Any,
 ) -> Case:
-    options = {"num_groups": G, "eps": 1e-5, "silu": silu, "return_sum": return_sum}
+    options = {
+        "num_groups": G,
+        "eps": 1e-5,
+        "silu": silu,
+        "return_sum": return_sum,
+        "return_skip": return_skip,
+    }
     return _make(name, B, H, W, sources, added, options, **draw)
 
 
 def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
     B, H, W, C1, C2 = case.sizes("B", "H", "W", "C1", "C2")
     added = case.extras
+    shift = make.tensor(C1, std=0.5) if added.bias else None
+    shift = make.tensor(B, C1, std=0.5) if added.shift else shift
     return {
         "x": make.image(B, C1, H, W),
         "weight": make.tensor(C1 + C2, mean=1.0, std=0.3),
         "bias": make.tensor(C1 + C2, std=0.3),
-        "shift": make.tensor(B, C1, std=0.5) if added.shift else None,
+        "shift": shift,
         "residual": make.image(B, C1, H, W) if added.residual else None,
         "skip": make.image(B, C2, H, W) if C2 else None,
         **case.options,
@@ -135,13 +156,14 @@ def _work(case: Case, dtype: torch.dtype) -> Work:
     first, both = (B * H * W * channels * dtype.itemsize for channels in (C1, C1 + C2))
     return_sum = case.options["return_sum"]
     residual_bytes = first if case.extras.residual else 0
-    sum_bytes = first if return_sum else 0
-    # Backward needs the sum again: what forward returned, or its parts.
+    # Backward needs the sum again: what forward returned, or its parts. And it reads the gradient
+    # of every later use.
     reads_again = 0 if return_sum else residual_bytes
+    of_later_uses = return_sum * first + (both - first if case.options["return_skip"] else 0)
     return Work(
         0.0,
-        forward_bytes=2 * both + residual_bytes + sum_bytes,
-        backward_bytes=3 * both + sum_bytes + reads_again,
+        forward_bytes=2 * both + residual_bytes + (first if return_sum else 0),
+        backward_bytes=3 * both + of_later_uses + reads_again,
     )
 
 
@@ -172,6 +194,7 @@ SPEC = OpSpec(
             "(PyPI's apex is another package)",
             capability=(7, 5),
             refuses=_apex_refuses,
+            deterministic=False,  # Apex does not say that it is
         ),
         Backend("torch", f"{__name__}.aten", yardstick=True),
         Backend("reference", f"{__name__}.reference"),
@@ -179,20 +202,22 @@ SPEC = OpSpec(
     cases=counted(_calls(SD_V2), _case),
     cases_of=lambda unet: counted(_calls(unet), _case),
     small_cases=(
-        _small("tiny", 1, 2, 1, (32,), BOTH, return_sum=True),
-        _small("two sources, groups astride", 2, 3, 5, (320, 640), BOTH, return_sum=True),
-        _small("transformer's", 2, 5, 5, (320,), BOTH, G=32, return_sum=True, silu=False),
+        _small("tiny", 1, 2, 1, (32,), BOTH, return_sum=1),
+        _small(
+            "two sources, groups astride", 2, 3, 5, (320, 640), BOTH, return_sum=1, return_skip=True
+        ),
+        _small("transformer's", 2, 5, 5, (320,), BOTH, G=32, return_sum=1, silu=False),
         _small("shifted mean", 2, 9, 16, (320,), SHIFT, mean=-2.3, std=0.5),
-        _small("several tiles", 2, 15, 20, (320,), BOTH, return_sum=True),
+        _small("several tiles", 2, 15, 20, (320,), SHIFT_RESIDUAL, return_sum=2),
         _small("one pixel", 1, 1, 1, (2560,), RESIDUAL),
-        _small("2560 channels in 32", 1, 3, 3, (1280, 1280), SHIFT, G=32, return_sum=True),
-        _small("ragged channels", 3, 7, 3, (48, 80), RESIDUAL, return_sum=True),
-        _small("pixels apart", 2, 4, 6, (64,), BOTH, padding=16),
+        _small("2560 channels in 32", 1, 3, 3, (1280, 1280), SHIFT, G=32, return_sum=1),
+        _small("ragged channels", 3, 7, 3, (48, 80), BOTH, return_sum=2, return_skip=True),
+        _small("pixels apart", 2, 4, 6, (64,), BOTH, return_sum=2, padding=16),
         _small("nothing added", 2, 4, 4, (96,), G=32, silu=False),
     ),
     inputs=_inputs,
     work=_work,
     family="norms",
     saved_bytes=_saved_bytes,
-    outputs=("y", "summed"),
+    outputs=("y", "summed", "summed or skip", "skip"),
 )

@@ -15,7 +15,7 @@ import torch
 from sd_kernels.errors import require
 from sd_kernels.group_norm.apex_limits import refusal
 from sd_kernels.group_norm.checks import check
-from sd_kernels.group_norm.reference import prologue
+from sd_kernels.group_norm.reference import prologue, returned
 
 
 def group_norm(
@@ -29,8 +29,9 @@ def group_norm(
     num_groups: int,
     eps: float,
     silu: bool = False,
-    return_sum: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    return_sum: int = 0,
+    return_skip: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """See `reference.group_norm`; the concatenated sum must be dense in channels-last memory."""
     check(x, weight, bias, shift, residual, skip, num_groups)
     summed = prologue(x, shift, residual)
@@ -47,4 +48,4 @@ def group_norm(
     y, _ = torch.ops.apex.group_norm_nhwc_fprop(
         source, num_groups, weight, bias, eps, act, passes, False
     )
-    return (y, summed) if return_sum else y
+    return returned(y, summed, skip, return_sum, return_skip)

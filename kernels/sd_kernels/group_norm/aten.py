@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from sd_kernels.group_norm.checks import check
-from sd_kernels.group_norm.reference import prologue
+from sd_kernels.group_norm.reference import prologue, returned
 from sd_kernels.group_norm.rows import dense, is_channels_last
 
 
@@ -24,8 +24,9 @@ def group_norm(
     num_groups: int,
     eps: float,
     silu: bool = False,
-    return_sum: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    return_sum: int = 0,
+    return_skip: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """See `reference.group_norm`."""
     check(x, weight, bias, shift, residual, skip, num_groups, double=True)
     summed = prologue(x, shift, residual)
@@ -34,4 +35,4 @@ def group_norm(
     # On a GPU torch's kernel returns NCHW memory for any input.
     y = dense(y) if is_channels_last(source) else y
     y = F.silu(y) if silu else y
-    return (y, summed) if return_sum else y
+    return returned(y, summed, skip, return_sum, return_skip)

@@ -41,7 +41,8 @@ def check(
             f"{tuple(x.shape)}",
         )
     if shift is not None:
-        require(shift.shape == (B, C1), OP, f"a shift of shape {tuple(shift.shape)}", f"{(B, C1)}")
+        fits = shift.shape in ((B, C1), (C1,))
+        require(fits, OP, f"a shift of shape {tuple(shift.shape)}", f"{(B, C1)} or ({C1},)")
     C = C1
     if skip is not None:
         C += skip.shape[1]

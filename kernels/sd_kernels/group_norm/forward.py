@@ -14,16 +14,19 @@ import triton
 import triton.language as tl
 
 from sd_kernels.group_norm.tiles import (
+    TUNING,
     arrive,
     groups_of,
     load_by_channel,
     load_parts,
-    load_source,
+    load_sources,
     plan,
+    sigmoid,
     slots_of_groups,
     slots_of_tile,
     source_strides,
     store_pixels,
+    sum_of,
     take_item,
     to_channels,
     to_groups,
@@ -75,7 +78,8 @@ def _combined(
     return group_mean, tl.rsqrt(deviation / (N * CPG) + eps)
 
 
-@triton.jit
+# Each batch size would otherwise be compiled anew where it is 1, or first a multiple of 16.
+@triton.jit(do_not_specialize=["B"])
 def group_norm_forward_kernel(
     x, skip, shift, residual, weight, bias, y, summed, mean, rstd, counters, means, deviations,
     B, eps, x_stride, x_pixel, skip_stride, skip_pixel, shift_stride, residual_stride,
@@ -107,7 +111,7 @@ def group_norm_forward_kernel(
     )
     if summed is None:
         # Read before a result waits, so that the wait hides the read.
-        value = load_source(x, skip, shift, residual, layout, at, inside, C1, "")
+        raw = load_sources(x, skip, layout, at, inside, C1, "")
     if is_result:
         wait(counters, sample, ITEMS)
         place, count, known = slots_of_groups(
@@ -124,18 +128,23 @@ def group_norm_forward_kernel(
         if summed is not None:
             # The first sweep has added everything up; its tile was written by another program.
             summed_layout = (N * C1, C1, skip_stride, skip_pixel, 0, 0, 0)
-            value = load_source(summed, skip, None, None, summed_layout, at, inside, C1, ".cg")
+            raw = load_sources(summed, skip, summed_layout, at, inside, C1, ".cg")
+            value = raw.to(tl.float32)
+        else:
+            value = sum_of(raw, shift, residual, layout, at, inside, C1)
         scale = load_by_channel(weight, channels, C)[None, :]
         offset = load_by_channel(bias, channels, C)[None, :]
         # Wu and He, "Group Normalization" (2018), section 3.1, and SiLU.
         value = (value - to_channels(group_mean, member)) * to_channels(group_rstd, member)
         value = value * scale + offset
         if SILU:
-            value = value * tl.sigmoid(value)
+            value = value * sigmoid(value)
         store_pixels(y, value, at, C, N, inside)
     else:
         if summed is not None:
-            value = load_source(x, skip, shift, residual, layout, at, inside, C1, "")
+            raw = load_sources(x, skip, layout, at, inside, C1, "")
+        value = sum_of(raw, shift, residual, layout, at, inside, C1)
+        if summed is not None:
             # Normalise the rounded sum: it is what backward and the skip connection read.
             rounded_sum = value.to(summed.dtype.element_ty)
             store_pixels(summed, rounded_sum, at, C1, N, inside & (channels < C1)[None, :])
@@ -169,7 +178,7 @@ def group_norm_forward(
     """
     B, C1, H, W = x.shape
     C = weight.shape[0]
-    launch_plan = plan(B, H * W, C, num_groups)
+    launch_plan = plan(B, H * W, C, num_groups, TUNING.forward_rows)
     y = empty(x, (B, H, W, C)).permute(0, 3, 1, 2)
     summed = empty(x, (B, H, W, C1)).permute(0, 3, 1, 2) if return_sum else None
     mean, rstd = (empty(x, (B, num_groups), torch.float32) for _ in range(2))

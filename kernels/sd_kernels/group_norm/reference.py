@@ -12,10 +12,22 @@ import torch.nn.functional as F
 def prologue(
     x: torch.Tensor, shift: torch.Tensor | None, residual: torch.Tensor | None
 ) -> torch.Tensor:
-    """The sum of x (B, C1, H, W), shift (B, C1) and residual (B, C1, H, W), where given."""
+    """The sum of x (B, C1, H, W), shift (B, C1) or (C1,), and residual (B, C1, H, W), if given."""
     if shift is not None:
-        x = x + shift[:, :, None, None]
+        x = x + shift[..., None, None]
     return x if residual is None else x + residual
+
+
+def returned(
+    y: torch.Tensor,
+    summed: torch.Tensor,
+    skip: torch.Tensor | None,
+    return_sum: int,
+    return_skip: bool,
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """What `group_norm` returns: y alone, or y, the sum so many times, and skip."""
+    others = (summed,) * return_sum + ((skip,) if return_skip and skip is not None else ())
+    return (y, *others) if others else y
 
 
 def group_norm(
@@ -29,14 +41,18 @@ def group_norm(
     num_groups: int,
     eps: float,
     silu: bool = False,
-    return_sum: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    return_sum: int = 0,
+    return_skip: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """Group normalisation of x + shift + residual beside `skip`, then weight, bias and SiLU.
 
-    x and residual are (B, C1, H, W), shift (B, C1), skip (B, C - C1, H, W), weight and bias (C,).
-    Returns y (B, C, H, W) in the memory order of x; with `return_sum` also the sum x + shift +
-    residual (B, C1, H, W), which a skip connection needs. Statistics are float32 at least, with the
-    biased variance. Wu and He, "Group Normalization" (2018).
+    x and residual are (B, C1, H, W), shift (B, C1) or (C1,), skip (B, C - C1, H, W), weight and
+    bias (C,). Returns y (B, C, H, W) in the memory order of x. Statistics are float32 at least,
+    with the biased variance. Wu and He, "Group Normalization" (2018).
+
+    The sum x + shift + residual (B, C1, H, W) is returned `return_sum` times, 0 to 2, and then
+    `skip` itself with `return_skip`. Whoever reads these tensors later should take those that are
+    returned, each reader another: a backend may then add their gradients to its own in one pass.
     """
     summed = prologue(x, shift, residual)
     source = summed if skip is None else torch.cat((summed, skip), dim=1)
@@ -50,4 +66,4 @@ def group_norm(
     normalised = (wide - mean) * torch.rsqrt(variance + eps)
     y = (normalised * weight[:, None, None] + bias[:, None, None]).to(x.dtype)
     y = F.silu(y) if silu else y
-    return (y, summed) if return_sum else y
+    return returned(y, summed, skip, return_sum, return_skip)

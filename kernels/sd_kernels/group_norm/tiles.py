@@ -37,15 +37,22 @@ class Tuning:
     block: int = 64
     """channels of a tile: all widths of the UNet are multiples, and 8 threads read the 128 bytes of
     a pixel by 16 bytes each"""
-    max_rows: int = 128
-    """pixels of a tile: 8 warps hold 32 elements a thread"""
+    forward_rows: int = 256
+    """pixels of a tile: 8 warps hold 64 elements a thread, in at most 128 registers, so that two
+    programs fit into a multiprocessor. Sums by channel take a quarter fewer instructions than with
+    half as many pixels"""
+    backward_rows: int = 128
+    """pixels of a tile: with 256 a thread has up to 250 registers, and a program would be alone on
+    its multiprocessor: nothing would be read while it computes"""
     warps: int = 8
-    """warps of a tile of `max_rows` pixels"""
+    """warps of a tile of that many pixels"""
     small_warps: int = 4
-    """warps of a smaller tile: at 64 pixels a thread holds 32 elements, too"""
-    window: int = 512
-    """items between the statistics of a sample and its results: close to 528, the programs of 8
-    warps and 64 registers a thread that fit into an H100's 132 multiprocessors, 4 each, at once"""
+    """warps of a smaller tile"""
+    samples: int = 32
+    """samples whose sums by channel are added at once: 16 numbers for each thread of 4 warps"""
+    window: int = 256
+    """items between the statistics of a sample and its results: close to 264, the programs of 8
+    warps and 128 registers a thread that fit into an H100's 132 multiprocessors, 2 each, at once"""
 
 
 TUNING = Tuning()
@@ -60,10 +67,10 @@ class Plan:
     num_warps: int
 
 
-def plan(B: int, N: int, C: int, G: int) -> Plan:
+def plan(B: int, N: int, C: int, G: int, max_rows: int) -> Plan:
     """The launch for images of B samples, N pixels and C channels in G groups."""
     block, per_group = TUNING.block, C // G
-    rows = min(TUNING.max_rows, triton.next_power_of_2(N))
+    rows = min(max_rows, triton.next_power_of_2(N))
     pixel_tiles = triton.cdiv(N, rows)
     items = pixel_tiles * triton.cdiv(C, block)
     # A group that starts at the last channel of a block reaches over the most blocks, and a block
@@ -85,7 +92,7 @@ def plan(B: int, N: int, C: int, G: int) -> Plan:
         "ROWS": rows,
         "BLOCK": block,
     }
-    num_warps = TUNING.warps if rows == TUNING.max_rows else TUNING.small_warps
+    num_warps = TUNING.warps if rows == max_rows else TUNING.small_warps
     return Plan(sizes, 2 * items * (B + lag), num_warps)
 
 
@@ -104,13 +111,17 @@ def source_strides(
     residual: torch.Tensor | None,
 ) -> list[int]:
     """The strides of what is normalised, in the order of the kernels' arguments."""
-    return [*strides(x, skip), 0 if shift is None else shift.stride(0), *strides(residual)]
+    # A shift (C1,) is that of every sample.
+    shift_stride = 0 if shift is None or shift.dim() == 1 else shift.stride(0)
+    return [*strides(x, skip), shift_stride, *strides(residual)]
 
 
 @triton.jit
 def take_item(counters, B, ITEMS: tl.constexpr, LAG: tl.constexpr):
     """Draws a ticket: (sample, item of the sample, whether it is a result, whether it exists)."""
-    ticket = tl.atomic_add(counters, 1)
+    # Relaxed: a ticket says nothing of memory. Its number is unique and tickets are drawn in their
+    # order whatever the ordering, and `arrive` and `wait` order the accesses of data.
+    ticket = tl.atomic_add(counters, 1, sem="relaxed")
     # Turn t has the statistics of sample t, then the results of sample t - LAG. The first LAG turns
     # have no results and the last LAG turns no statistics.
     turn, slot = ticket // (2 * ITEMS), ticket % (2 * ITEMS)
@@ -212,6 +223,15 @@ def slots_of_groups(
 
 
 @triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)) in float32."""
+    # The divisor is at least 1 and may be infinite: the square of its reciprocal root, one
+    # instruction, needs none of the cases of a division. Its relative error is 2^-22.
+    root = tl.rsqrt(1.0 + tl.exp(-x))
+    return root * root
+
+
+@triton.jit
 def load_parts(place, exists):
     """Partial sums that other programs of this launch stored."""
     # .cg reads from the L2 cache: first-level caches are not coherent within a launch (PTX ISA,
@@ -226,40 +246,51 @@ def load_by_channel(pointer, channels, C: tl.constexpr):
 
 
 @triton.jit
-def load_pixels(image, stride, pixel, at, inside, CACHE: tl.constexpr):
-    """A tile (ROWS, BLOCK) in float32, zero outside; strides of samples and of pixels."""
+def load_raw(image, stride, pixel, at, inside, other, CACHE: tl.constexpr):
+    """A tile (ROWS, BLOCK) as it is in memory, `other` outside; strides of samples and of pixels.
+
+    CACHE is ".cg" where another program of this launch wrote the image; see `load_parts`.
+    """
     sample, rows, channels = at
     # A batch may have more than 2^31 elements, a sample has fewer.
     place = image + sample.to(tl.int64) * stride + rows[:, None] * pixel + channels[None, :]
-    return tl.load(place, mask=inside, other=0.0, cache_modifier=CACHE).to(tl.float32)
+    return tl.load(place, mask=inside, other=other, cache_modifier=CACHE)
 
 
 @triton.jit
-def load_source(
-    x, skip, shift, residual, layout, at, inside, C1: tl.constexpr, CACHE: tl.constexpr
-):
-    """The tile (ROWS, BLOCK) that is normalised, in float32: x + shift + residual, then skip.
+def load_pixels(image, stride, pixel, at, inside):
+    """A tile (ROWS, BLOCK) in float32, zero outside; strides of samples and of pixels."""
+    return load_raw(image, stride, pixel, at, inside, 0.0, "").to(tl.float32)
+
+
+@triton.jit
+def load_sources(x, skip, layout, at, inside, C1: tl.constexpr, CACHE: tl.constexpr):
+    """The tile (ROWS, BLOCK) of x, and of skip from channel C1 on, as they are in memory.
 
     `layout` has the strides in the order of `source_strides`, `at` is (sample, rows, channels).
-    CACHE is ".cg" where x was written by another program of this launch; see `load_parts`.
     """
     sample, rows, channels = at
-    x_stride, x_pixel, skip_stride, skip_pixel, shift_stride, residual_stride, residual_pixel = (
-        layout
-    )
     # One block may hold the last channels of x and the first of skip: each source has its mask.
     first = inside & (channels < C1)[None, :]
-    value = load_pixels(x, x_stride, x_pixel, at, first, CACHE)
+    raw = load_raw(x, layout[0], layout[1], at, first, 0.0, CACHE)
+    if skip is not None:
+        # Loaded over the zeros that x has there, which costs no addition.
+        second, at = inside & (channels >= C1)[None, :], (sample, rows, channels - C1)
+        raw = load_raw(skip, layout[2], layout[3], at, second, raw, "")
+    return raw
+
+
+@triton.jit
+def sum_of(raw, shift, residual, layout, at, inside, C1: tl.constexpr):
+    """What is normalised, in float32: a tile of `load_sources`, and shift and residual of x."""
+    sample, _, channels = at
+    value = raw.to(tl.float32)
+    first = inside & (channels < C1)[None, :]
     if shift is not None:
-        added = load_by_channel(shift + sample.to(tl.int64) * shift_stride, channels, C1)
+        added = load_by_channel(shift + sample.to(tl.int64) * layout[4], channels, C1)
         value += tl.where(first, added[None, :], 0.0)
     if residual is not None:
-        value += load_pixels(residual, residual_stride, residual_pixel, at, first, "")
-    if skip is not None:
-        second = inside & (channels >= C1)[None, :]
-        value += load_pixels(
-            skip, skip_stride, skip_pixel, (sample, rows, channels - C1), second, ""
-        )
+        value += load_pixels(residual, layout[5], layout[6], at, first)
     return value
 
 

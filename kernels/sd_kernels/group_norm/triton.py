@@ -32,32 +32,75 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -
     kept = (summed, None, None) if return_sum else (x, shift, residual)
     ctx.save_for_backward(*kept, weight, bias, skip, mean, rstd)
     ctx.silu, ctx.has_residual = silu, residual is not None
+    ctx.shift_axes = 0 if shift is None else shift.dim()
     # An output without a gradient gives None, not a tensor of zeros that is written and read.
     ctx.set_materialize_grads(False)
 
 
-def _backward(
-    ctx: Any, dy: torch.Tensor | None, dsummed: torch.Tensor | None, *_: Any
-) -> tuple[Any, ...]:
+def _gradients(
+    ctx: Any,
+    dy: torch.Tensor | None,
+    dsummed: tuple[torch.Tensor | None, ...],
+    dlater: torch.Tensor | None = None,
+    *,
+    shift_gradient: bool,
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of x, weight, bias, shift, residual and skip."""
     x, shift, residual, weight, bias, skip, mean, rstd = ctx.saved_tensors
     if dy is None:
         B, _, H, W = x.shape
         dy = x.new_zeros(B, H, W, weight.shape[0]).permute(0, 3, 1, 2)
-    # The fourth input is the shift.
-    shift_gradient = ctx.needs_input_grad[3]
-    dx, dskip, dweight, dbias, dshift = group_norm_backward(
-        dy, dsummed, x, weight, bias, shift, residual, skip, mean, rstd, ctx.silu, shift_gradient
+    given = [grad for grad in dsummed if grad is not None and grad.shape == x.shape]
+    axes = ctx.shift_axes if shift_gradient else 0
+    dx, dskip, vectors, of_samples = group_norm_backward(
+        dy, given, dlater, x, weight, bias, shift, residual, skip, mean, rstd, ctx.silu, axes
     )
+    dbias, dweight, *dshift = vectors.unbind()
+    if axes == 1:
+        of_samples = dshift[0][: x.shape[1]]
     # x and residual enter as a sum, so that they share one gradient.
     optional = (
-        dshift if shift_gradient else None,
+        of_samples if axes else None,
         dx if ctx.has_residual else None,
         None if skip is None else dskip,
     )
-    return dx, dweight, dbias, *optional, None, None, None, None
+    return dx, dweight, dbias, *optional
+
+
+def _backward(
+    ctx: Any, dy: torch.Tensor | None, dsummed: torch.Tensor | None, *_: Any
+) -> tuple[torch.Tensor | None, ...]:
+    wanted = ctx.needs_input_grad[3]
+    return *_gradients(ctx, dy, (dsummed,), shift_gradient=wanted), None, None, None, None
 
 
 group_norm_forward.register_autograd(_backward, setup_context=_save)
+
+
+class _ReturningInputs(torch.autograd.Function):
+    """The norm that returns the sum several times, or skip, which a registered op may not do.
+
+    So the gradients of their later uses come into this backward pass, and are not added in passes
+    of their own.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, return_sum: int, return_skip: bool, *inputs: Any
+    ) -> tuple[torch.Tensor, ...]:
+        output = group_norm_forward(*inputs)
+        _save(ctx, inputs, output)
+        ctx.return_sum = return_sum
+        y, summed = output[:2]
+        sums = [summed, *(summed.view_as(summed) for _ in range(1, return_sum))][:return_sum]
+        return (y, *sums, inputs[5]) if return_skip else (y, *sums)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:
+        dsummed, dlater = grads[: ctx.return_sum], (*grads[ctx.return_sum :], None)[0]
+        wanted = ctx.needs_input_grad[5]  # after the two of its own
+        gradients = _gradients(ctx, dy, dsummed, dlater, shift_gradient=wanted)
+        return None, None, *gradients, None, None, None, None
 
 
 def group_norm(
@@ -71,12 +114,13 @@ def group_norm(
     num_groups: int,
     eps: float,
     silu: bool = False,
-    return_sum: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    return_sum: int = 0,
+    return_skip: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """See `reference.group_norm`; float32, bfloat16 or float16, statistics in float32.
 
     Images must be in channels-last memory (pixels may be apart), channels of `shift` adjacent;
-    otherwise KernelError.
+    otherwise KernelError. The gradients of all that is returned are added in the one backward pass.
     """
     check(x, weight, bias, shift, residual, skip, num_groups)
     for name, image in {"x": x, "residual": residual, "skip": skip}.items():
@@ -85,10 +129,14 @@ def group_norm(
             takes = "channels-last memory (x.to(memory_format=torch.channels_last))"
             require(is_channels_last(image), "group_norm", order, takes)
     if shift is not None:
-        adjacent = shift.stride(1) == 1 or shift.shape[1] == 1
+        adjacent = shift.stride(-1) == 1 or shift.shape[-1] == 1
         got = f"a shift with strides {shift.stride()}"
         require(adjacent, "group_norm", got, "channels adjacent")
-    y, summed, _, _ = group_norm_forward(
-        x, weight, bias, shift, residual, skip, num_groups, eps, silu, return_sum
-    )
+    most = f"the sum returned {return_sum} times"
+    require(0 <= return_sum <= 2, "group_norm", most, "0, 1 or 2")
+    inputs = x, weight, bias, shift, residual, skip, num_groups, eps, silu, return_sum > 0
+    return_skip = return_skip and skip is not None
+    if return_sum > 1 or return_skip:
+        return _ReturningInputs.apply(return_sum, return_skip, *inputs)
+    y, summed, _, _ = group_norm_forward(*inputs)
     return (y, summed) if return_sum else y

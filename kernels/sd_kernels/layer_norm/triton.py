@@ -95,11 +95,14 @@ def _store(x, value, rows, is_row, i: tl.constexpr, C: tl.constexpr, K: tl.const
 
 
 @triton.jit
-def layer_norm_forward_kernel(
-    x, residual, weight, bias, y, summed, mean, rstd, amax, M, stride, residual_stride, eps,
+def _summed_rows(
+    x, residual, summed, rows, is_row, stride, residual_stride, eps,
     C: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    rows, is_row = _rows_of(tl.program_id(0) * ROWS, M, ROWS)
+    """The sum x + residual, rounded to the dtype of `summed`, its mean and 1 / deviation.
+
+    The sum is a tuple of tiles (ROWS, K) in float32, the statistics are (ROWS,).
+    """
     tiles = ()
     sums = tl.zeros((ROWS, K), tl.float32)
     for i in tl.static_range(TILES):
@@ -122,6 +125,18 @@ def layer_norm_forward_kernel(
             centred = tl.where(_columns_of(i, is_row, C, K)[1], centred, 0.0)
         squares += centred * centred
     row_rstd = 1.0 / tl.sqrt_rn(tl.sum(squares, 1) / C + eps)
+    return tiles, row_mean, row_rstd
+
+
+@triton.jit
+def layer_norm_forward_kernel(
+    x, residual, weight, bias, y, summed, mean, rstd, amax, M, stride, residual_stride, eps,
+    C: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    rows, is_row = _rows_of(tl.program_id(0) * ROWS, M, ROWS)
+    tiles, row_mean, row_rstd = _summed_rows(
+        x, residual, summed, rows, is_row, stride, residual_stride, eps, C, K, ROWS
+    )
     results = ()
     magnitudes = tl.zeros((ROWS, K), tl.float32)
     for i in tl.static_range(TILES):

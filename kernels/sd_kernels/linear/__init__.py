@@ -40,11 +40,12 @@ def _calls(unet: Architecture) -> list[_Call]:
     calls: list[_Call] = []
     for layer in transformers(unet):
         L, C = layer.side**2, layer.channels
-        calls += [_Call("projection in or out", L, C, C)] * 2
+        calls += [_Call("projection in", L, C, C), _Call("projection out", L, C, C, bias=False)]
         calls.append(_Call("self qkv", L, C, 3 * C, bias=False))
         calls.append(_Call("cross q", L, C, C, bias=False))
         calls += [_Call("attention out", L, C, C)] * 2
-        calls.append(_Call("feed-forward in", L, C, 8 * C))
+        # GEGLU adds the bias of "feed-forward in".
+        calls.append(_Call("feed-forward in", L, C, 8 * C, bias=False))
         calls.append(_Call("feed-forward out", L, 4 * C, C))
     texts = sum(2 * layer.channels for layer in transformers(unet))
     times = sum(block.channels for block in res_blocks(unet))

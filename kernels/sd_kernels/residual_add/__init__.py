@@ -6,7 +6,6 @@ There is one before a resampling convolution, and one at the end of a feed-forwa
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +15,6 @@ from sd_kernels.sd_v2_shapes import (
     SD_V2,
     Architecture,
     Resample,
-    ResBlock,
     layers,
     transformers,
 )
@@ -47,10 +45,10 @@ def _case(call: _Call) -> Case:
 
 
 def _calls(unet: Architecture) -> list[_Call]:
-    """Sums after a ResBlock also add its convolution's bias; a linear layer adds its own itself."""
+    """Sums before a resampling also add the bias of the block before them."""
     images = [
-        _Call(layer.side, layer.channels, image=True, bias=isinstance(before, ResBlock))
-        for before, layer in pairwise(layers(unet))
+        _Call(layer.side, layer.channels, image=True, bias=True)
+        for layer in layers(unet)
         if isinstance(layer, Resample)
     ]
     tokens = [

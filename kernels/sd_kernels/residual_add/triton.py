@@ -47,9 +47,11 @@ def residual_add_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    # Columns are the first axis of the grid, so that programs read memory in its order.
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
+    # Tiles are numbered along rows first, so that programs read memory in its order. The grid has
+    # one axis, since the others end at 65,535, which the rows of a batch of 512 pass.
+    TILES: tl.constexpr = (C + COLUMNS - 1) // COLUMNS
+    columns = tl.program_id(0) % TILES * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    rows = tl.program_id(0) // TILES * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
     inside = rows < M
     # Only ragged widths pay for a mask of columns, which would split the 16-byte accesses.
     if C % COLUMNS != 0:
@@ -84,7 +86,7 @@ def residual_add_forward(
     tensors = rows, residual_rows, None if bias is None else bias.contiguous(), y
     launch(
         residual_add_kernel,
-        (triton.cdiv(C, TUNING.columns), triton.cdiv(M, TUNING.rows)),
+        (triton.cdiv(C, TUNING.columns) * triton.cdiv(M, TUNING.rows),),
         *(*tensors, M, rows.stride(0), residual_rows.stride(0)),
         C=C,
         ROWS=TUNING.rows,

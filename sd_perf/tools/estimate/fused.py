@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from torch import bfloat16
 
 from sd_kernels.registry import all_ops
-from sd_kernels.sd_v2_shapes import Architecture, res_blocks
+from sd_kernels.sd_v2_shapes import Architecture, Resample, layers, res_blocks
 from sd_kernels.spec import Attention, Case, Matmuls, Work
 from sd_perf.tools.estimate.roofline import AttentionWork, Kernel
 
@@ -32,7 +32,7 @@ def fused(unet: Architecture, batch: int) -> Iterator[Kernel]:
     for op in all_ops():
         for case in cases(op, unet, batch):
             yield from kernels_of(op, case)
-    yield from skip_gradients(unet, batch)
+    yield from downsampled_skip_gradients(unet, batch)
 
 
 def kernels_of(op: str, case: Case) -> Iterator[Kernel]:
@@ -79,8 +79,18 @@ def moving(op: str, rows: int, forward: float = 0, backward: float = 0) -> Itera
             yield Kernel(op, float(numbers * rows * BYTES), backward=is_backward)
 
 
+def downsampled_skip_gradients(unet: Architecture, batch: int) -> Iterator[Kernel]:
+    """Sums of the gradients of the skips that a downsampling convolution reads.
+
+    The norms on the way down and up take those of all other skips as they come.
+    """
+    for layer in layers(unet):
+        if isinstance(layer, Resample) and not layer.up:
+            yield from moving("elementwise", batch * layer.side**2, backward=3 * layer.channels)
+
+
 def skip_gradients(unet: Architecture, batch: int) -> Iterator[Kernel]:
-    """Sums of the gradients of the skips.
+    """Sums of the gradients of the skips where no norm takes them, as in the submission.
 
     A skip is read by the next layer on the way down, and on the way up by a norm and by a 1x1
     convolution. Autograd adds the three gradients in two sums, which read two and write one each.

@@ -138,13 +138,15 @@ class ParityCase:
         """The fast network with the plain one's weights (float32), whose operators are counted.
 
         A training run's own builder makes it. `dtype` is what it will compute in: FP8 layers are
-        part of bfloat16, not of float32.
+        part of bfloat16, not of float32. Their scales are current ones: delayed ones would be those
+        of steps that were not made.
         """
+        precision = dataclasses.replace(self.config.precision, fp8_recipe="current")
         config = dataclasses.replace(
             self.config,
             # Calls that are counted cannot be compiled.
             model=dataclasses.replace(self.config.model, compile=False),
-            precision=self.config.precision if dtype == "bfloat16" else PrecisionConfig(),
+            precision=precision if dtype == "bfloat16" else PrecisionConfig(),
         )
         unet = build_unet(config, seed=SEED, device=self.device, ops=self.ops)
         randomise(unet, SEED)

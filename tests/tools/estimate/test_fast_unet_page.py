@@ -118,7 +118,7 @@ def res_block() -> list[Row]:
     do(lambda x, h: block.skip_connection(x) + h, x, h)
     conv = fast(("conv", "64x64x320 to 320"))
     ours = [
-        fast(("group_norm", "64x64x320 in 16, adds residual, returns the sum")),
+        fast(("group_norm", "64x64x320 in 16, adds bias and residual, returns the sum twice")),
         conv,
         share_of("all time projections", C),
         fast(("group_norm", "64x64x320 in 16, adds shift")),
@@ -175,8 +175,8 @@ def transformer_ops() -> Iterator[tuple[float, float]]:
         return both_ways(list(kernels_of("linear", case)))
 
     norm, add = (fast(("layer_norm", f"4096 tokens, 320{rest}")) for rest in ("", ", residual"))
-    yield fast(("group_norm", "64x64x320 in 32, adds shift and residual, returns the sum"))
-    yield linear("projection in or out")
+    yield fast(("group_norm", "64x64x320 in 32, adds bias and residual, returns the sum"))
+    yield linear("projection in")
     yield norm
     yield linear("self qkv")
     yield fast(("attention", "4096 tokens, 5 heads, self"))
@@ -191,7 +191,7 @@ def transformer_ops() -> Iterator[tuple[float, float]]:
     yield fast(("geglu", "4096 tokens, 1280"))
     yield linear("feed-forward out")
     yield fast(("residual_add", "4096 tokens, 320"))
-    yield linear("projection in or out")
+    yield linear("projection out")
     yield NOTHING
 
 
@@ -227,12 +227,12 @@ def documented(title: str) -> list[list[str]]:
 KEPT = {
     "ResBlock": {
         "group_norm": [
-            "64x64x320 in 16, adds residual, returns the sum",
+            "64x64x320 in 16, adds bias and residual, returns the sum twice",
             "64x64x320 in 16, adds shift",
         ]
     },
     "Transformer block": {
-        "group_norm": ["64x64x320 in 32, adds shift and residual, returns the sum"],
+        "group_norm": ["64x64x320 in 32, adds bias and residual, returns the sum"],
         "layer_norm": ["4096 tokens, 320", *["4096 tokens, 320, residual"] * 2],
         "attention": ["4096 tokens, 5 heads, self", "4096 tokens, 5 heads, cross"],
         "geglu": ["4096 tokens, 1280"],

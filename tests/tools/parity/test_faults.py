@@ -143,7 +143,7 @@ FAULTS: dict[str, tuple[Level, Where, str, Plant]] = {
         "fp8_linear",
         in_op(
             "fp8_linear",
-            ("mean, rstd, amax, norm_weight", "mean, rstd, amax and amax - (1 << 22), norm_weight"),
+            ("mean, rstd, bits, weight", "mean, rstd, bits - (1 << 22), weight"),
         ),
     ),
     "32 groups for 16": (
@@ -163,8 +163,8 @@ FAULTS: dict[str, tuple[Level, Where, str, Plant]] = {
         "SpatialTransformer",
         in_unet(
             (
-                "return Pending(as_image(out, summed), residual=summed)",
-                "return Pending(as_image(out, summed))",
+                "return Pending(as_image(out, summed), self.proj_out.bias, summed)",
+                "return Pending(as_image(out, summed), self.proj_out.bias)",
             )
         ),
     ),
