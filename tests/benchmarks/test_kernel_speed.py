@@ -174,7 +174,10 @@ def test_green_is_timed() -> None:
 def test_the_compiled_reference_is_held_to_the_same_rule(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(torch, "compile", lambda function, dynamic: lambda x: function(x) * 1.01)
+    def wrong(function: Any, dynamic: bool) -> Any:
+        return lambda *given, **options: function(*given, **options) * 1.01
+
+    monkeypatch.setattr(torch, "compile", wrong)
     found = measured(candidate(COMPILED))
     assert found["forward"]["status"] == "red" and "WRONG" in found["forward"]["reason"]
     rows = [make_row(MACHINE, candidate(COMPILED), way, found[way]) for way in found]
