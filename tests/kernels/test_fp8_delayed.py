@@ -13,7 +13,11 @@ import torch.nn.functional as F
 from sd_kernels import harness, launch
 from sd_kernels.errors import KernelError
 from sd_kernels.fp8_linear import SPEC
-from sd_kernels.fp8_linear.delayed import fp8_geglu_backward, fp8_layer_norm, fp8_update_scales
+from sd_kernels.fp8_linear.delayed_kernels import (
+    fp8_geglu_backward,
+    fp8_layer_norm,
+    fp8_update_scales,
+)
 from sd_kernels.fp8_linear.delayed_scaling import DelayedScaling
 from sd_kernels.fp8_linear.quantise import fp8_quantise_delayed
 from sd_kernels.fp8_linear.reference import fp8_linear as reference

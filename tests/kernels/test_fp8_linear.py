@@ -12,6 +12,7 @@ from sd_kernels.fp8_linear import SPEC
 from sd_kernels.fp8_linear.quantise import fp8_quantise
 from sd_kernels.fp8_linear.reference import FORWARD, GRADIENT, quantise
 from sd_kernels.fp8_linear.reference import fp8_linear as reference
+from sd_kernels.fp8_linear.scaling import Scales
 from sd_kernels.fp8_linear.triton import fp8_linear
 from sd_kernels.registry import all_ops
 from sd_kernels.sd_v2_shapes import BATCH
@@ -198,43 +199,64 @@ class Matmuls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+SHAPES = {
+    "x": (3, 32),
+    "weight": (16, 32),
+    "bias": (16,),
+    "residual": (3, 32),
+    "norm_weight": (32,),
+    "norm_bias": (32,),
+    "inner_weight": (64, 32),
+    "inner_bias": (64,),
+}
+INPUT = {"x", "residual", "norm_weight", "norm_bias"}
 PARTS = {
     "none": ("x", "weight", "bias"),
     "geglu": ("x", "weight", "bias"),
-    "layer_norm": ("x", "weight", "bias", "residual", "norm_weight", "norm_bias"),
+    "layer_norm": tuple(SHAPES)[:6],
+    "feed_forward": tuple(SHAPES),
 }
+
+
+def matmuls_of(producer: str, needed: set[str]) -> int:
+    """Matmuls of a backward pass in which these inputs need a gradient."""
+    count = ("weight" in needed) + bool(needed & INPUT)
+    if producer == "feed_forward":
+        inner = {"inner_weight", "inner_bias"}
+        count += ("inner_weight" in needed) + bool(needed & (INPUT | inner))
+    return count
 
 
 @pytest.mark.parametrize(
     ("producer", "frozen"),
     [(producer, part) for producer, parts in PARTS.items() for part in parts]
-    + [("layer_norm", "x residual norm_weight norm_bias")],
+    + [(producer, " ".join(INPUT)) for producer in ("layer_norm", "feed_forward")]
+    + [("feed_forward", " ".join({*INPUT, "inner_weight", "inner_bias"}))],
 )
 @pytest.mark.parametrize("function", [fp8_linear, reference], ids=["triton", "reference"])
 def test_frozen_inputs_cost_no_matmul(function: Any, producer: str, frozen: str) -> None:
     """The others' gradients stay as they were, bit for bit."""
     generator = torch.Generator().manual_seed(3)
-    shapes = {"x": (3, 32), "weight": (16, 32), "bias": (16,), "residual": (3, 32)}
-    shapes |= {"norm_weight": (32,), "norm_bias": (32,)}
-    shapes["x"] = (3, 64) if producer == "geglu" else (3, 32)
+    shapes = SHAPES | ({"x": (3, 64)} if producer == "geglu" else {})
     tensors = {
         name: torch.randn(shapes[name], generator=generator).bfloat16() for name in PARTS[producer]
     }
+    scales = Scales(torch.full((6,), 1 / 32), torch.zeros(6))
+    options = {"scales": scales} if producer == "feed_forward" else {}
 
     def gradients(names: list[str]) -> tuple[dict[str, torch.Tensor | None], int]:
         leaves = {name: t.clone().requires_grad_(name in names) for name, t in tensors.items()}
-        outputs = function(**leaves, producer=producer)
+        outputs = function(**leaves, producer=producer, **options)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         with Matmuls() as matmuls:
             sum(output.sum() for output in outputs if output.requires_grad).backward()
         return {name: leaf.grad for name, leaf in leaves.items()}, matmuls.count
 
     everything, count = gradients(list(tensors))
+    assert count == matmuls_of(producer, set(tensors)) == (4 if options else 2)
     needed = [name for name in tensors if name not in frozen.split()]
     some, fewer = gradients(needed)
-    assert count == 2
-    input_needed = any(name not in ("weight", "bias") for name in needed)
-    assert fewer == ("weight" in needed) + input_needed
+    assert fewer == matmuls_of(producer, set(needed))
     for name, grad in some.items():
         whole = everything[name]
         assert (grad is None) == (name not in needed)

@@ -47,7 +47,9 @@ class DelayedScaling(torch.nn.Module):
         """End a step: new scales from the history, without host synchronisation."""
         step = update_scales
         if self.amax.is_cuda:
-            from sd_kernels.fp8_linear.delayed import fp8_update_scales as step  # needs Triton
+            from sd_kernels.fp8_linear.delayed_kernels import (
+                fp8_update_scales as step,  # needs Triton
+            )
         step(self.amax, self.inverse, self.history)
 
     def state(self) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from sd_kernels.column_sum import column_sum
-from sd_kernels.fp8_linear.delayed import fp8_geglu_backward
+from sd_kernels.fp8_linear.delayed_kernels import fp8_geglu_backward
 from sd_kernels.fp8_linear.matmul import (
     Operand,
     input_gradient,
@@ -65,27 +65,30 @@ class FeedForward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        _, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
+        needs_x, needs_weight, needs_bias, needs_residual, *needs_norm = ctx.needs_input_grad[:6]
         needs_inner_weight, needs_inner_bias = ctx.needs_input_grad[6:8]
+        needs_dx = needs_x or needs_residual or any(needs_norm)
         if grads[0] is None:  # only the sum was used
             return grads[1], None, None, grads[1] if needs_residual else None, *[None] * 6
         summed, norm_weight, mean, rstd, gated, *operands = ctx.saved_tensors
         normal, inner_weights, product, weights = zip(operands[::2], operands[1::2], strict=True)
-        dtype, dweight, dinner_weight = gated.dtype, None, None
+        dtype, dx, dweight, dinner_weight, dinner_bias = gated.dtype, None, None, None, None
+        dnorm: tuple[Any, Any] = None, None
         grad, dbias = rounded_gradient(grads[0].contiguous(), needs_bias, ctx.scales.layer(1))
         if needs_weight:
             dweight = weight_gradient(grad, *product, dtype)
-        dproduct = input_gradient(grad, *weights, dtype)
-        inverse, amax = (tensor[GRAD] for tensor in ctx.scales.layer(0))
-        numbers, transposed, sums = fp8_geglu_backward(
-            gated, dproduct, inverse, amax, needs_inner_bias
-        )
-        grad = Operand(numbers, transposed, inverse)
-        dinner_bias = column_sum(sums, dtype) if needs_inner_bias else None
+        if needs_dx or needs_inner_weight or needs_inner_bias:
+            dproduct = input_gradient(grad, *weights, dtype)
+            inverse, amax = (tensor[GRAD] for tensor in ctx.scales.layer(0))
+            numbers, transposed, sums = fp8_geglu_backward(
+                gated, dproduct, inverse, amax, needs_inner_bias
+            )
+            grad = Operand(numbers, transposed, inverse)
+            dinner_bias = column_sum(sums, dtype) if needs_inner_bias else None
         if needs_inner_weight:
             dinner_weight = weight_gradient(grad, *normal, dtype)
-        dnormal = input_gradient(grad, *inner_weights, dtype)
-        dx, dnorm = layer_norm_backward(summed, norm_weight, mean, rstd, dnormal, grads[1])
+        if needs_dx:
+            dnormal = input_gradient(grad, *inner_weights, dtype)
+            dx, dnorm = layer_norm_backward(summed, norm_weight, mean, rstd, dnormal, grads[1])
         dresidual = dx if needs_residual else None
-        inner_grads = dinner_weight, dinner_bias
-        return dx, dweight, dbias, dresidual, *dnorm, *inner_grads, None, None
+        return dx, dweight, dbias, dresidual, *dnorm, dinner_weight, dinner_bias, None, None

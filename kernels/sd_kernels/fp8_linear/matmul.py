@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from sd_kernels.column_sum import column_sum
-from sd_kernels.fp8_linear.delayed import fp8_layer_norm
+from sd_kernels.fp8_linear.delayed_kernels import fp8_layer_norm
 from sd_kernels.fp8_linear.quantise import fp8_quantise, fp8_quantise_delayed
 from sd_kernels.fp8_linear.scaling import FORWARD, GRAD, GRADIENT, INPUT, WEIGHT, Scales
 from sd_kernels.launch import is_recording
