@@ -90,12 +90,14 @@ def test_an_op_for_hopper(op: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("triton", VERSIONS)
 def test_all_ops_for_all_targets(triton: str, tmp_path: Path) -> None:
-    result = run(
-        "benchmarks.ahead_of_time", "--markdown", str(tmp_path / "table.md"), triton=triton
-    )
+    # By the oldest Triton for one of the targets: all of them take a quarter of an hour.
+    targets = ["--targets", "90"] if triton == "oldest" else []
+    table = tmp_path / "table.md"
+    result = run("benchmarks.ahead_of_time", *targets, "--markdown", str(table), triton=triton)
     assert result.returncode == 0, result.stdout + result.stderr
     assert ("triton 3.6" in result.stdout) == (triton == "oldest")
-    assert (tmp_path / "table.md").read_text().startswith("| kernel | registers sm_80 |")
+    first = "sm_90" if triton == "oldest" else "sm_80"
+    assert table.read_text().startswith(f"| kernel | registers {first} |")
 
 
 def test_the_interpreter_is_refused() -> None:
