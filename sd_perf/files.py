@@ -347,6 +347,13 @@ def json_lines(objects: Iterable[dict[str, Any]]) -> str:
     return "".join(json.dumps(item) + "\n" for item in objects)
 
 
+def first_error(error: BaseException) -> BaseException:
+    """The first error of a chain: that of the operating system or the library."""
+    while (earlier := error.__cause__ or error.__context__) is not None:
+        error = earlier
+    return error
+
+
 def one_line(error: BaseException) -> str:
     """An exception's text on one line of at most 300 characters, to be quoted in a sentence."""
     return " ".join((str(error) or type(error).__name__).split())[:300]

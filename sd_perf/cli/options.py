@@ -21,7 +21,7 @@ TargetName = Annotated[str, tyro.conf.arg(metavar="{" + ",".join(("here", *names
 """the same, or `here`: this machine's device"""
 
 
-MAX_SAMPLES, MAX_RANKS, MAX_BATCH = 10_000_000, 100_000, 1_000_000
+MAX_SAMPLES, MAX_BATCH = 10_000_000, 1_000_000
 """upper limits of --samples, --ranks and --batch, beyond what anyone computes"""
 
 

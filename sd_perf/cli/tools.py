@@ -11,13 +11,13 @@ import tyro
 from sd_perf.cli.console import print_json, print_plain, table_console
 from sd_perf.cli.options import (
     MAX_BATCH,
-    MAX_RANKS,
     GPUName,
     RunFolder,
     Settings,
     TargetName,
     require_between,
 )
+from sd_perf.distributed.launcher import MAX_RANKS
 from sd_perf.runs.parity_record import DEFAULT_LEVELS, Level
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from sd_perf.cli.console import CONSOLE, print_json, print_plain, table_console
-from sd_perf.cli.options import MAX_RANKS, Settings, TargetName, require_between
+from sd_perf.cli.options import Settings, TargetName, require_between
 from sd_perf.commands import resume_command
 from sd_perf.config import Config
+from sd_perf.distributed.launcher import MAX_RANKS
 from sd_perf.stopping import STOPPED
 
 

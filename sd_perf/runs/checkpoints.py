@@ -21,6 +21,7 @@ import torch
 from sd_perf.drafts import ASIDE, remove_leftovers
 from sd_perf.errors import CheckpointError
 from sd_perf.files import (
+    first_error,
     flush,
     one_line,
     read_json,
@@ -132,8 +133,9 @@ class CheckpointStore:
         """CheckpointError where the last write failed; does not block."""
         failure, self._failure = self._failure, None
         if failure is not None:
+            why = one_line(first_error(failure))
             raise CheckpointError(
-                f"{self.folder}: a checkpoint could not be written ({_root_cause(failure)}); "
+                f"{self.folder}: a checkpoint could not be written ({why}); "
                 f"{self.newest_in_words()}; {MAKE_ROOM}"
             )
 
@@ -253,11 +255,3 @@ def load_component(path: Path, component: str) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{path}: holds no {component}")
     tensors = read_tensors(path, state, names)
     return {name.removeprefix(f"{component}."): tensor for name, tensor in tensors.items()}
-
-
-def _root_cause(error: BaseException) -> str:
-    """The first error of a chain, that of the operating system or the library, on one line."""
-    first, cause = error, error.__cause__ or error.__context__
-    while cause is not None:
-        first, cause = cause, cause.__cause__ or cause.__context__
-    return one_line(first)

@@ -181,12 +181,6 @@ class FlatParameters:
         else:
             torch._foreach_copy_(targets, sources)
 
-    def collect_gradients(self) -> Tensor:
-        """`collect` every bucket; returns the gradients (N,)."""
-        for bucket in self.buckets:
-            self.collect(bucket)
-        return self.grads
-
     def _gradient(self, name: str) -> Tensor:
         parameter = self.parameters[name]
         address = self.weights.data_ptr() + self.offsets[name] * self.weights.element_size()

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sd_perf.errors import UserError
-from sd_perf.files import one_line
+from sd_perf.files import first_error, one_line
 
 WARM_UP_PASSES = 3
 """eager passes before a capture: cuDNN and cuBLAS choose on the first, allocations settle on the
@@ -106,9 +106,7 @@ def naming_the_operator(option: str) -> Iterator[None]:
             yield
         except RuntimeError as error:
             # Ending a capture that has failed fails as well; what failed first is wanted.
-            first: BaseException = error
-            while first.__context__ is not None:
-                first = first.__context__
+            first = first_error(error)
             if isinstance(first, torch.OutOfMemoryError):
                 raise first from None
             raise UserError(

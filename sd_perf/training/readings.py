@@ -38,7 +38,7 @@ def named_range(name: str) -> AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def manual_garbage_collection() -> Iterator[None]:
-    """Python's garbage is collected only by `collect_garbage` within, never amid a step.
+    """Python's garbage is collected only where the block calls gc.collect, never amid a step.
 
     What is alive at the start, networks and all, is never searched for garbage.
     """
@@ -52,8 +52,3 @@ def manual_garbage_collection() -> Iterator[None]:
         gc.unfreeze()
         if was_enabled:
             gc.enable()
-
-
-def collect_garbage() -> None:
-    """Collect what was left behind since the last call."""
-    gc.collect()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +30,6 @@ from sd_perf.runs.folder import config_digest, read_run_id, require_of_run
 from sd_perf.training.callbacks.base import Callback
 from sd_perf.training.readings import (
     LateNumber,
-    collect_garbage,
     manual_garbage_collection,
     named_range,
 )
@@ -269,7 +269,7 @@ class Trainer:
         with named_range("log"):
             metrics = {**log.metrics, "loss": self._checked(log.loss.value())}
             self._each(lambda callback: callback.on_log(self, metrics))
-            collect_garbage()
+            gc.collect()
 
     def _each(self, hook: Callable[[Callback], None]) -> None:
         """Call a hook of every callback, in order; where one fails on one rank, all leave."""

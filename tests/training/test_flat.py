@@ -35,6 +35,11 @@ def backward(module: torch.nn.Module, seed: int) -> None:
     ).square().sum().backward()
 
 
+def collect_all(flat: FlatParameters) -> None:
+    for bucket in flat.buckets:
+        flat.collect(bucket)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_names_shapes_order_and_state_dict_stay(dtype: torch.dtype) -> None:
     module, plain = network(), network()
@@ -81,7 +86,8 @@ def test_gradients_are_collected(dtype: torch.dtype) -> None:
         backward(network_, 1)
         backward(network_, 2)  # a second micro-batch
     expected = {name: parameter.grad for name, parameter in plain.named_parameters()}
-    views = flat.views(flat.collect_gradients())
+    collect_all(flat)
+    views = flat.views(flat.grads)
     for name, gradient in expected.items():
         assert torch.equal(views[name], gradient), name
     assert all(parameter.grad is None for parameter in module.parameters())
@@ -158,7 +164,8 @@ def test_it_is_the_same_optimizer() -> None:
     }
     for step in range(1, 4):
         backward(module, step)
-        halves.grads.copy_(flat.collect_gradients())
+        collect_all(flat)
+        halves.grads.copy_(flat.grads)
         for name, gradient in flat.views(flat.grads).items():
             count, rate = torch.tensor(step), torch.tensor(1e-3, dtype=torch.float64)
             adamw(masters[name], None, gradient.flatten(), *moments[name], count, rate)
@@ -209,16 +216,16 @@ def test_a_parameter_that_left_or_took_no_part_is_an_error() -> None:
     backward(module, 1)
     module[4].weight.grad = None
     with pytest.raises(RuntimeError, match=r"4\.weight has no gradient"):
-        flat.collect_gradients()
+        collect_all(flat)
     backward(module, 1)
     module[0].weight.grad = module[0].weight.grad.contiguous()  # type: ignore[union-attr]
     with pytest.raises(RuntimeError, match=r"0\.weight has a gradient in another memory order"):
-        flat.collect_gradients()
+        collect_all(flat)
     module.zero_grad()
     backward(module, 1)
     module[2].bias.data = module[2].bias.data.clone()
     with pytest.raises(RuntimeError, match=r"2\.bias has left the flat buffer"):
-        flat.collect_gradients()
+        collect_all(flat)
     with pytest.raises(ValueError, match="must be float32"):
         FlatParameters(module, torch.bfloat16)
     strided = torch.nn.Linear(4, 4)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -133,15 +134,7 @@ class _Recorder(TorchDispatchMode):
         Images are in NCHW memory, and the tensor cores read NHWC.
         """
         forward = name == "convolution"
-        x, weight, y = (args[0], args[1], out) if forward else (args[1], args[2], args[0])
-        outputs, channels, height, width = weight.shape
-        sizes = Matmuls(
-            rows=y.numel() // outputs,
-            columns=outputs,
-            channels=channels,
-            taps=height * width,
-            stride=args[3 if forward else 4][0],
-        )
+        x, weight, y, sizes = convolution_of(name, args, out)
         if forward:
             matmuls = [sizes.forward]
         elif out[0] is None:  # the first convolution's input is data, which takes no gradient
@@ -195,3 +188,18 @@ def plain(config: Config, batch: int, autocast: bool = True) -> tuple[list[Kerne
         context = torch.empty(batch, config.data.context_tokens, config.model.context_dim)
         timesteps = torch.zeros(batch, dtype=torch.int64)
     return recorded(lambda: unet(latents, timesteps, context).float().square().mean(), autocast)
+
+
+def convolution_of(name: str, args: Any, out: Any) -> tuple[Tensor, Tensor, Tensor, Matmuls]:
+    """Input, weight, output and matmuls of torch's operator `convolution` or its backward."""
+    is_forward = name == "convolution"
+    x, weight, y = (args[0], args[1], out) if is_forward else (args[1], args[2], args[0])
+    outputs, channels, height, width = weight.shape
+    sizes = Matmuls(
+        rows=y.numel() // outputs,
+        columns=outputs,
+        channels=channels,
+        taps=height * width,
+        stride=args[3 if is_forward else 4][0],
+    )
+    return x, weight, y, sizes

@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from sd_kernels.spec import Matmul, Matmuls
+from sd_kernels.spec import Matmul
+from sd_perf.tools.estimate.eager import convolution_of
 from sd_perf.tools.estimate.roofline import AttentionWork
 
 _NO_KERNEL = re.compile(r"(new_)?empty(_like|_strided)?|detach|alias|_unsafe_view|_reshape_alias")
@@ -111,17 +112,8 @@ def _foreach_launches(sizes: list[int]) -> int:
 
 def _convolution(name: str, args: Any, out: Any) -> list[Moved]:
     """Forward; or gradient of the input, of the weight and of the bias, as far as asked for."""
-    is_forward = name == "convolution"
-    x, weight, y = (args[0], args[1], out) if is_forward else (args[1], args[2], args[0])
-    outputs, channels, height, width = weight.shape
-    sizes = Matmuls(
-        rows=y.numel() // outputs,
-        columns=outputs,
-        channels=channels,
-        taps=height * width,
-        stride=args[3 if is_forward else 4][0],
-    )
-    if is_forward:
+    x, weight, y, sizes = convolution_of(name, args, out)
+    if name == "convolution":
         return [Moved(1, size((x, weight, args[2])), size(y), matmul=sizes.forward)]
     kernels = []
     for result, other, matmul in (
