@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,12 @@ def recipe(folder: Path, target: str) -> list[str]:
     shutil.copy(ROOT / "Makefile", folder)
     shutil.copy(ROOT / "pyproject.toml", folder)
     command = ["make", "-n", target, f"PYTHON={sys.executable}"]
-    text = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+    # Tests run under make themselves: its flags and level would change what this one prints.
+    of_make = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+    env = {name: value for name, value in os.environ.items() if name not in of_make}
+    text = subprocess.run(
+        command, cwd=folder, env=env, capture_output=True, text=True, check=True
+    ).stdout
     return text.replace("\\\n", " ").splitlines()
 
 

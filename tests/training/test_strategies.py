@@ -44,7 +44,8 @@ from tests.small_run import small_config
 world = start_world("cpu")
 for folder, changes in json.loads(sys.argv[1]):
     config = small_config(Path(folder), **changes)
-    resume = Path(folder).is_dir()
+    # Asked by one rank, before it makes the folder: the others may come here later.
+    resume = world.on_main(Path(folder).is_dir)
     settled = world.on_main(lambda: open_run(config, resume=resume))
     choices = choose_kernels(config, Target.here())
     trainer = build_trainer(settled, world, choices, [Checkpointer()])
