@@ -26,10 +26,10 @@ CODE_LINES = {
     "sd_perf/runs": 1100,
     "sd_perf/training": 1500,
     "sd_perf/distributed": 480,
-    "sd_perf/evaluation": 1000,
+    "sd_perf/evaluation": 1300,
     "sd_perf/mlperf": 700,
     "sd_perf/tools": 4050,
-    "sd_perf": 1720,
+    "sd_perf": 1760,
     "kernels": 5750,
     "benchmarks": 4700,
 }
