@@ -5,6 +5,7 @@ Shape letters: H and W rows and columns, pixels.
 
 from __future__ import annotations
 
+import io
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
@@ -25,6 +26,9 @@ MAX_PIXELS = 50_000_000
 """pixels of the largest image that is decoded"""
 MAX_ASPECT = 32
 """longer side over shorter side, at most; the crop would show nearly nothing of a longer image"""
+ImageRange = Literal["benchmark", "correct"]
+"""pixels that the autoencoder's encoder gets: [0, 1], which the benchmark's data were made from by
+mistake and which its targets rest on, or [-1, 1], which autoencoders are trained on"""
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """formats that are decoded; some others of Pillow's start programs"""
 
@@ -52,6 +56,23 @@ def load_image(
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float() / 255
     return pixels if fit == "squash" else resize_and_crop(pixels, size)
+
+
+def load_picture(
+    encoded: bytes, size: int, image_range: ImageRange, *, upright: bool = False
+) -> torch.Tensor:
+    """The pixels (3, size, size) float32 that the encoder gets, from the bytes of an image file.
+
+    This is what every loader of raw shards must give, and what `data prepare` encodes. Images of
+    raw shards are not turned as their EXIF orientation says, since the benchmark's decoder does not
+    turn them. Raises DataError as `load_image` does.
+    """
+    return in_range(load_image(io.BytesIO(encoded), size, upright=upright), image_range)
+
+
+def in_range(pixels: torch.Tensor, image_range: ImageRange) -> torch.Tensor:
+    """Pixels in [0, 1], or a little outside as the bicubic filter leaves them, in this range."""
+    return pixels if image_range == "benchmark" else pixels * 2 - 1
 
 
 def resize_and_crop(pixels: torch.Tensor, size: int) -> torch.Tensor:

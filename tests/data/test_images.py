@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from sd_perf.data.images import load_image
+from sd_perf.data.images import load_image, load_picture
 from sd_perf.errors import DataError
 from sd_perf.models.torchvision_schemas import define_missing_torchvision_ops
 
@@ -70,6 +70,19 @@ def test_the_benchmarks_transform(height, width, tmp_path):
     np.testing.assert_allclose(image.numpy(), expected, atol=1e-5)
     if short < size:
         assert image.min() < 0 and image.max() > 1  # not clipped
+
+
+def test_pictures_of_raw_shards(tmp_path):
+    """Not turned as EXIF says; the range of the benchmark or of the encoder's training."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    path = saved(Image.fromarray(noise(20, 30)), tmp_path / "a.png", exif=exif)
+    benchmarks = load_picture(path.read_bytes(), 16, "benchmark")
+    assert torch.equal(benchmarks, load_image(path, 16, upright=False))
+    assert not torch.equal(benchmarks, load_image(path, 16))
+    assert torch.equal(load_picture(path.read_bytes(), 16, "correct"), benchmarks * 2 - 1)
+    turned = load_picture(path.read_bytes(), 16, "benchmark", upright=True)
+    assert torch.equal(turned, load_image(path, 16))
 
 
 def test_photographs_as_torchvision_transforms_them(real_data):
