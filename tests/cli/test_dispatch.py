@@ -17,6 +17,7 @@ WITH_SETTINGS = [
     ["data", "prepare"],
     ["data", "statistics"],
 ]
+DATA_COMMANDS = "prepare, verify, scenes, statistics, split-coco"
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
@@ -61,9 +62,7 @@ def test_help_lists_every_command(sd_perf):
     assert "sd-perf mlperf check" in output
 
 
-@pytest.mark.parametrize(
-    ("group", "commands"), [("data", "prepare, verify, scenes, statistics"), ("mlperf", "check")]
-)
+@pytest.mark.parametrize(("group", "commands"), [("data", DATA_COMMANDS), ("mlperf", "check")])
 def test_a_group_alone_names_its_commands(group, commands, sd_perf):
     code, _, errors = sd_perf(group)
     assert code == 2 and f"{{{commands}}}" in errors and f"sd-perf {group} --help" in errors

@@ -1,0 +1,61 @@
+"""`sd-perf data` on the benchmark's data sets: what the scripts in scripts/datasets call.
+
+Options are named as in the benchmark's own scripts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from sd_perf.cli.console import print_plain
+from sd_perf.cli.options import MAX_SAMPLES, require_between
+from sd_perf.cli.progress import progress
+
+_MAX_WORKERS = 1024
+
+
+def split_coco(
+    input_images_path: Annotated[Path, tyro.conf.arg(aliases=("-i",))],
+    input_coco_captions: Annotated[Path, tyro.conf.arg(aliases=("-c",))],
+    output_images_path: Annotated[Path, tyro.conf.arg(aliases=("-o",))],
+    output_tsv_file: Annotated[Path, tyro.conf.arg(aliases=("-t",))],
+    num_samples: Annotated[int, tyro.conf.arg(aliases=("-n",))] = 30_000,
+    size: int = 512,
+    workers: Annotated[int, tyro.conf.arg(aliases=("-j",))] = 8,
+) -> int:
+    """Make the benchmark's validation set of COCO 2014: 30,000 pictures, resized, and a caption of
+    each.
+
+    Pictures that are there already are kept, so a run that was stopped goes on.
+
+    Args:
+        input_images_path: folder of COCO's val2014 pictures
+        input_coco_captions: captions_val2014.json of COCO's annotations
+        output_images_path: folder for the resized pictures
+        output_tsv_file: table of the captions: image_id, id, caption
+        num_samples: pictures to take
+        size: rows and columns of the resized pictures, pixels
+        workers: threads that resize
+    """
+    from sd_perf.data.coco import split_and_resize
+
+    require_between("--num-samples", num_samples, 1, MAX_SAMPLES)
+    require_between("--size", size, 1, 8192)
+    require_between("--workers", workers, 1, _MAX_WORKERS)
+    with progress("pictures") as report:
+        split_and_resize(
+            input_images_path,
+            input_coco_captions,
+            output_images_path,
+            output_tsv_file,
+            num_samples=num_samples,
+            size=size,
+            threads=workers,
+            progress=report,
+        )
+    print_plain(f"{num_samples:,} pictures of {size}x{size} pixels -> {output_images_path}")
+    print_plain(f"their captions -> {output_tsv_file}")
+    return 0
