@@ -5,16 +5,21 @@ Options are named as in the benchmark's own scripts.
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
 import tyro
+from rich.table import Table
 
-from sd_perf.cli.console import print_plain
+from sd_perf.cli.console import print_plain, table_console
 from sd_perf.cli.options import MAX_SAMPLES, require_between
 from sd_perf.cli.progress import progress
+from sd_perf.visible import visible
 
 _MAX_WORKERS = 1024
+_LICENCES = 30
+"""licences in a table, at most; LAION-400M has about ten"""
 
 
 def split_coco(
@@ -58,4 +63,32 @@ def split_coco(
         )
     print_plain(f"{num_samples:,} pictures of {size}x{size} pixels -> {output_images_path}")
     print_plain(f"their captions -> {output_tsv_file}")
+    return 0
+
+
+def filter_metadata(
+    input_metadata_dir: Annotated[Path, tyro.conf.arg(aliases=("-i",))],
+    output_metadata_dir: Annotated[Path, tyro.conf.arg(aliases=("-o",))],
+) -> int:
+    """Keep the rows of LAION-400M's metadata whose picture has a known licence, as the benchmark
+    does (LICENSE is not "?").
+
+    Files that are there already are kept, so a run that was stopped goes on.
+
+    Args:
+        input_metadata_dir: folder of LAION-400M's *.parquet files
+        output_metadata_dir: folder for the filtered files, which have the same names
+    """
+    from sd_perf.data.laion import metadata
+
+    with progress("files") as report:
+        counts = metadata.filter_metadata(input_metadata_dir, output_metadata_dir, report)
+    total = sum(counts.values(), Counter())
+    table = Table("licence", "rows", "")
+    for licence, rows in total.most_common(_LICENCES):
+        fate = "dropped" if licence == metadata.UNKNOWN else "kept"
+        table.add_row(visible(licence[:100]), f"{rows:,}", fate)
+    table_console().print(table)
+    kept = total.total() - total[metadata.UNKNOWN]
+    print_plain(f"{kept:,} of {total.total():,} rows -> {output_metadata_dir}")
     return 0
