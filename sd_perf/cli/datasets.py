@@ -13,7 +13,7 @@ import tyro
 from rich.table import Table
 
 from sd_perf.cli.console import print_plain, table_console
-from sd_perf.cli.options import MAX_SAMPLES, require_between
+from sd_perf.cli.options import MAX_BATCH, MAX_SAMPLES, require_between
 from sd_perf.cli.progress import progress
 from sd_perf.visible import visible
 
@@ -91,4 +91,44 @@ def filter_metadata(
     table_console().print(table)
     kept = total.total() - total[metadata.UNKNOWN]
     print_plain(f"{kept:,} of {total.total():,} rows -> {output_metadata_dir}")
+    return 0
+
+
+def fid_statistics(
+    dataset_dir: Annotated[Path, tyro.conf.arg(aliases=("-d",))],
+    output_file: Annotated[Path, tyro.conf.arg(aliases=("-o",))],
+    features: Path,
+    batch_size: int = 50,
+    workers: Annotated[int, tyro.conf.arg(aliases=("-j",))] = 8,
+) -> int:
+    """Write the statistics that FID compares with, of a folder of pictures as they are: those of
+    pytorch-fid.
+
+    A call that was stopped goes on where it is repeated. `data statistics` resizes the pictures of
+    a run first.
+
+    Args:
+        dataset_dir: folder of the pictures
+        output_file: .npz file for their mean and covariance (mu, sigma)
+        features: weights of FID's Inception (pt_inception-2015-12-05-6726825d.pth)
+        batch_size: pictures per call of the network
+        workers: threads that decode
+    """
+    import torch
+
+    from sd_perf.evaluation.folder_statistics import write_folder_statistics
+
+    require_between("--batch-size", batch_size, 1, MAX_BATCH)
+    require_between("--workers", workers, 1, _MAX_WORKERS)
+    with progress("pictures") as report:
+        count = write_folder_statistics(
+            dataset_dir,
+            output_file,
+            features,
+            device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+            batch_size=batch_size,
+            threads=workers,
+            progress=report,
+        )
+    print_plain(f"statistics of {count:,} pictures -> {output_file}")
     return 0

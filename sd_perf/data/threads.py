@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 
 def map_ahead(
     function: Callable[[Item], Result], items: Iterable[Item], threads: int, ahead: int = 0
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """`map` by threads: results in the order of the items, at most `ahead` of them waiting.
 
     `ahead` is twice the threads unless given. For work that leaves Python's lock, such as decoding
