@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from rich.table import Table
 
 from sd_perf.cli.console import print_plain, table_console
-from sd_perf.cli.options import MAX_BATCH, MAX_SAMPLES, require_between
+from sd_perf.cli.options import MAX_BATCH, MAX_SAMPLES, Settings, require_between, require_option
 from sd_perf.cli.progress import progress
 from sd_perf.visible import visible
 
@@ -132,3 +132,68 @@ def fid_statistics(
         )
     print_plain(f"statistics of {count:,} pictures -> {output_file}")
     return 0
+
+
+def convert(
+    config: Path,
+    settings: Settings,
+    input_folder: Annotated[Path, tyro.conf.arg(aliases=("-i",))],
+    output_dir: Annotated[Path, tyro.conf.arg(aliases=("-o", "--output-folder"))],
+    checkpoint: Path,
+    image_range: Literal["benchmark", "correct"] = "benchmark",
+    num_gpus: Annotated[int | None, tyro.conf.arg(aliases=("-g",))] = None,
+    processes: int = 1,
+    batch_size: int = 8,
+    workers: Annotated[int, tyro.conf.arg(aliases=("-j",))] = 4,
+) -> int:
+    """Encode raw shards (*.tar of .jpg, .txt, .json) into shards of moments with the same names and
+    keys.
+
+    Each shard is written whole or not at all, and those that are there already are kept, so a run
+    that was stopped goes on. Pictures that cannot be decoded are left out and listed in
+    left_out.jsonl. Exits 1 where a shard cannot be read, after the others.
+
+    Args:
+        config: YAML preset of the run that will train on the shards; pictures are resized to 8 x
+            data.latent_size pixels
+        settings: fields of the preset
+        input_folder: folder of the raw shards
+        output_dir: folder for the shards of moments
+        checkpoint: file that holds the encoder: 512-base-ema.ckpt, or .onnx, or .safetensors in LDM
+            names
+        image_range: range of the pixels that the encoder gets: [0, 1], as the benchmark's were made
+            (benchmark), or [-1, 1], which autoencoders are trained on (correct)
+        num_gpus: GPUs, with a process each (default: all of this machine); 0 encodes on the CPU
+        processes: processes where there is no GPU
+        batch_size: pictures per call of the encoder
+        workers: threads of a process that decode
+    """
+    import torch
+
+    from sd_perf.data.laion.convert import convert
+    from sd_perf.models.vae import PIXELS_PER_LATENT
+
+    have = torch.cuda.device_count()
+    gpus = have if num_gpus is None else num_gpus
+    require_option("--num-gpus", gpus, 0 <= gpus <= have, f"0 to {have}, the GPUs that are here")
+    require_between("--processes", processes, 1, _MAX_WORKERS)
+    require_between("--batch-size", batch_size, 1, MAX_BATCH)
+    require_between("--workers", workers, 1, _MAX_WORKERS)
+    with progress("shards") as report:
+        result = convert(
+            input_folder,
+            output_dir,
+            checkpoint,
+            pixels=PIXELS_PER_LATENT * settings.data.latent_size,
+            image_range=image_range,
+            devices=[f"cuda:{number}" for number in range(gpus)] or ["cpu"] * processes,
+            batch_size=batch_size,
+            threads=workers,
+            progress=report,
+        )
+    print_plain(
+        *result.faults,
+        f"{result.samples:,} samples in {result.shards:,} shards, {result.left_out:,} pictures "
+        f"left out -> {output_dir}",
+    )
+    return 1 if result.faults else 0

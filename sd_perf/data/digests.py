@@ -21,8 +21,13 @@ _REMEDY = f"restore it from a copy or {_RECORD}"
 
 def record_digests(folder: Path, files: Iterable[Path]) -> None:
     """Write SHA256SUMS for files in or below a folder."""
+    write_digests(folder, {file: digest(file) for file in files})
+
+
+def write_digests(folder: Path, digests: dict[Path, str]) -> None:
+    """Write SHA256SUMS of digests that are known, of files in or below a folder."""
     target = folder / SUMS_NAME
-    lines = [f"{digest(file)}  ".encode() + _name(folder, file) + b"\n" for file in files]
+    lines = [f"{sha}  ".encode() + _name(folder, file) + b"\n" for file, sha in digests.items()]
     for line in lines:
         if not _LINE.fullmatch(line[:-1]):
             raise DataError(f"{target}: cannot hold the name {line[66:-1]!r}; rename the file")

@@ -12,15 +12,20 @@ Result = TypeVar("Result")
 
 
 def map_ahead(
-    function: Callable[[Item], Result], items: Iterable[Item], threads: int, ahead: int = 0
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    threads: int,
+    ahead: int = 0,
+    begin: Callable[[], None] | None = None,
 ) -> Generator[Result, None, None]:
     """`map` by threads: results in the order of the items, at most `ahead` of them waiting.
 
-    `ahead` is twice the threads unless given. For work that leaves Python's lock, such as decoding
-    and resizing images. What has not begun when the caller stops is dropped.
+    `ahead` is twice the threads unless given; each thread calls `begin` first. This is for work
+    that leaves Python's lock, such as decoding and resizing images. What has not begun when the
+    caller stops is dropped.
     """
     waiting: deque[Future[Result]] = deque()
-    pool = ThreadPoolExecutor(threads)
+    pool = ThreadPoolExecutor(threads, initializer=begin)
     try:
         for item in items:
             if len(waiting) == (ahead or 2 * threads):

@@ -17,7 +17,9 @@ WITH_SETTINGS = [
     ["data", "prepare"],
     ["data", "statistics"],
 ]
-DATA_COMMANDS = "prepare, verify, scenes, statistics, filter-metadata, split-coco, fid-statistics"
+DATA_COMMANDS = (
+    "prepare, verify, scenes, statistics, filter-metadata, convert, split-coco, fid-statistics"
+)
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
