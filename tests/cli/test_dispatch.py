@@ -67,7 +67,8 @@ def test_help_lists_every_command(sd_perf):
 @pytest.mark.parametrize(("group", "commands"), [("data", DATA_COMMANDS), ("mlperf", "check")])
 def test_a_group_alone_names_its_commands(group, commands, sd_perf):
     code, _, errors = sd_perf(group)
-    assert code == 2 and f"{{{commands}}}" in errors and f"sd-perf {group} --help" in errors
+    words = " ".join(errors.replace("│", " ").split())
+    assert code == 2 and f"{{{commands}}}" in words and f"sd-perf {group} --help" in words
     code, output, _ = sd_perf(group, "--help")
     assert code == 0 and f"{{{commands.replace(', ', ',')}}}" in output
 
