@@ -20,6 +20,8 @@ from sd_perf.visible import visible
 _MAX_WORKERS = 1024
 _LICENCES = 30
 """licences in a table, at most; LAION-400M has about ten"""
+_ERRORS = 20
+"""kinds of errors in a table, at most"""
 
 
 def split_coco(
@@ -132,6 +134,46 @@ def fid_statistics(
         )
     print_plain(f"statistics of {count:,} pictures -> {output_file}")
     return 0
+
+
+def download_images(
+    metadata_dir: Annotated[Path, tyro.conf.arg(aliases=("-m",))],
+    output_dir: Annotated[Path, tyro.conf.arg(aliases=("-o",))],
+    processes: Annotated[int, tyro.conf.arg(aliases=("-j",))] = 16,
+    threads: Annotated[int, tyro.conf.arg(aliases=("-t",))] = 64,
+    environment: Path | None = None,
+) -> int:
+    """Fetch the pictures of LAION's metadata into raw shards, by img2dataset.
+
+    It is installed into an environment of its own first. Shards that are complete are kept, so a
+    run that was stopped goes on. What became of each picture is in download_status.parquet. Exits 1
+    where img2dataset gave shards up.
+
+    Args:
+        metadata_dir: folder of the filtered *.parquet files
+        output_dir: folder for the raw shards (*.tar of .jpg, .txt, .json)
+        processes: processes of img2dataset
+        threads: threads of each process, which fetch
+        environment: folder of img2dataset's environment (default: in ~/.cache/sd-perf)
+    """
+    from sd_perf.data.laion import download
+
+    require_between("--processes", processes, 1, _MAX_WORKERS)
+    require_between("--threads", threads, 1, _MAX_WORKERS)
+    folder = environment or download.default_environment()
+    program = download.make_environment(folder, print_plain)
+    result = download.download(
+        metadata_dir, output_dir, program, processes=processes, threads=threads
+    )
+    table = Table("status", "error", "pictures")
+    for (status, error), count in result.statuses.most_common(_ERRORS):
+        table.add_row(visible(status), visible(error), f"{count:,}")
+    table_console().print(table)
+    good = sum(count for (status, _), count in result.statuses.items() if status == "success")
+    print_plain(f"{good:,} of {result.rows:,} pictures -> {output_dir}")
+    if result.tried < result.rows:
+        print_plain(f"{result.rows - result.tried:,} were not tried; run the command again")
+    return 1 if result.tried < result.rows else 0
 
 
 def convert(

@@ -16,7 +16,13 @@ import tyro
 from sd_perf.cli.checkpoints import convert_checkpoints, verify
 from sd_perf.cli.console import LOCAL_RANK, PLACE, RANK
 from sd_perf.cli.data import prepare, scenes, statistics, verify_data
-from sd_perf.cli.datasets import convert, fid_statistics, filter_metadata, split_coco
+from sd_perf.cli.datasets import (
+    convert,
+    download_images,
+    fid_statistics,
+    filter_metadata,
+    split_coco,
+)
 from sd_perf.cli.evaluation import evaluate, sample
 from sd_perf.cli.mlperf import check
 from sd_perf.cli.tools import doctor, estimate, parity, report, report_benchmarks
@@ -57,6 +63,7 @@ _DATA: dict[str, Command] = {
     "scenes": scenes,
     "statistics": statistics,
     "filter-metadata": filter_metadata,
+    "download-images": download_images,
     "convert": convert,
     "split-coco": split_coco,
     "fid-statistics": fid_statistics,

@@ -106,8 +106,7 @@ def open_parquet(stream: BinaryIO, path: Path, columns: tuple[str, ...] = _COLUM
         raise DataError(f"{path}: is no parquet file ({one_line(error)}); {_REMEDY}") from error
     if missing:
         raise DataError(
-            f"{path}: has no column {' and no '.join(missing)}, so it is none of LAION's metadata; "
-            "move it away"
+            f"{path}: has no column {' and no '.join(missing)}, which is needed; move it away"
         )
     return file
 
