@@ -17,6 +17,11 @@ from sd_perf.models.readers import read_autoencoder, read_encoder
 from sd_perf.models.vae import PIXELS_PER_LATENT
 from sd_perf.reference.unet import UNet
 
+TextEncoder = Callable[[list[str]], torch.Tensor]
+"""B captions -> text states (B, T, D)"""
+ImageEncoder = Callable[[torch.Tensor], torch.Tensor]
+"""pixels (B, 3, 8S, 8S) float32 on its device -> unscaled moments (B, 2C, S, S)"""
+
 
 def build_unet(config: Config, seed: int, device: torch.device, ops: Ops | None) -> torch.nn.Module:
     """The UNet with its initial weights, float32.
@@ -58,22 +63,14 @@ def build_sampling_unet(config: Config, device: torch.device) -> torch.nn.Module
 
 def build_encoders(
     config: Config, device: torch.device
-) -> tuple[
-    Callable[[list[str]], torch.Tensor] | None, Callable[[torch.Tensor], torch.Tensor] | None
-]:
+) -> tuple[TextEncoder | None, ImageEncoder | None]:
     """The frozen text and image encoders that a training step needs; None for what it does not."""
     text = build_text_encoder(config, device) if config.encodes_text else None
     return text, build_image_encoder(config, device) if config.data.format == "raw" else None
 
 
-def build_image_encoder(
-    config: Config, device: torch.device
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The frozen encoder of data.autoencoder.
-
-    A function from pixels (B, 3, 8S, 8S) on the device to unscaled moments (B, 2C, S, S). Raises
-    ConfigError where these are not what the UNet takes.
-    """
+def build_image_encoder(config: Config, device: torch.device) -> ImageEncoder:
+    """The frozen encoder of data.autoencoder; ConfigError where the UNet takes other latents."""
     path = Path(config.data.autoencoder)
     if path.suffix == ".onnx":
         right = "a .ckpt or .safetensors file: .onnx files are run on the CPU, and this is a GPU"

@@ -8,9 +8,10 @@ from sd_perf.config import Config
 from sd_perf.distributed.world import World
 from sd_perf.fast.ops import Ops
 from sd_perf.fast.unet import FastUNet
+from sd_perf.models.build import ImageEncoder, TextEncoder
 from sd_perf.training.fast_step import FastStep
 from sd_perf.training.plain_step import PlainStep
-from sd_perf.training.step import ImageEncoder, TextEncoder, TrainStep
+from sd_perf.training.step import TrainStep
 
 
 def build_step(

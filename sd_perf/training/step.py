@@ -2,14 +2,14 @@
 
 `plain_step` and `fast_step` have the two kinds; `build_step` chooses.
 
-Shape letters: B samples, C latent channels, S latent rows and columns, P rows and columns of a
-picture, T text tokens, D context channels.
+Shape letters: B samples, C latent channels, S latent rows and columns, T text tokens, D context
+channels.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,13 +17,10 @@ import torch
 from sd_perf.config import Config
 from sd_perf.data.batch import Batch, Replacement
 from sd_perf.distributed.world import World
+from sd_perf.models.build import ImageEncoder, TextEncoder
 from sd_perf.models.vae import PIXELS_PER_LATENT
 from sd_perf.training.learning_rate import learning_rate
 
-TextEncoder = Callable[[list[str]], torch.Tensor]
-"""B captions -> text states (B, T, D)"""
-ImageEncoder = Callable[[torch.Tensor], torch.Tensor]
-"""pixels (B, 3, P, P) float32 on the step's device -> moments (B, 2C, S, S)"""
 State = dict[str, Any]
 """tensors by checkpoint name, or `runs.checkpoint_files.Piece` where a rank has but a part"""
 
