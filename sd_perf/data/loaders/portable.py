@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 import numpy as np
-import torch
 
 from sd_perf.config import DataConfig
 from sd_perf.data.batch import Batch, LoaderOptions, Replacement
@@ -19,10 +18,10 @@ from sd_perf.errors import BadSampleError, DataError
 
 
 class PortableLoader:
-    """Reads micro-batches from moments shards; a `Loader`.
+    """Reads micro-batches from shards of any format; a `Loader`.
 
-    Context is float32, whatever dtype the shards store. Raises DataError for shards that cannot be
-    used.
+    Batches have the dtypes of `Batch.empty`, whatever a moments shard stores its context in. Raises
+    DataError for shards that cannot be used.
 
     A bad sample raises BadSampleError where data.max_bad_samples is 0. Otherwise it is replaced by
     the next good one and listed in `Batch.replacements`. The trainer checks the number of
@@ -33,13 +32,17 @@ class PortableLoader:
         self._config = config
         self._options = options
         self._index = ShardIndex.open(
-            config.path, config.index, need_context=config.context == "precomputed"
+            config.path,
+            config.index,
+            format=config.format,
+            need_context=config.context == "precomputed",
         )
         self._reader = SampleReader(
             self._index, config, in_channels=options.in_channels, context_dim=options.context_dim
         )
         self.num_samples = len(self._index)
         self.fingerprint = self._index.fingerprint
+        self.keys_fingerprint = self._index.keys_fingerprint
         self._order = SampleOrder(options.seed, self.num_samples)
 
     def batches(self, position: int) -> Iterator[Batch]:
@@ -56,21 +59,20 @@ class PortableLoader:
         self._reader.require_unchanged()
 
     def _make(self, positions: np.ndarray) -> Batch:
-        size, side, options = len(positions), self._config.latent_size, self._options
-        moments, context = torch.empty(size, 2 * options.in_channels, side, side), None
-        if self._config.context == "precomputed":
-            context = torch.empty(size, self._config.context_tokens, options.context_dim)
-        batch = Batch(torch.from_numpy(positions), moments, captions=[], context=context)
+        batch = Batch.empty(positions, self._config, self._options)
         # Filled through numpy, row by row, so that each sample is copied (and cast) once.
+        tensors = batch.moments, batch.pixels, batch.context
+        places = [None if tensor is None else tensor.numpy() for tensor in tensors]
         for row, position in enumerate(positions.tolist()):
             sample, replacement = self._good_sample(position)
-            batch.moments.numpy()[row] = sample.moments
+            arrays = sample.moments, sample.pixels, sample.context
+            for place, array in zip(places, arrays, strict=True):
+                if place is not None:
+                    place[row] = array
             batch.captions.append(sample.caption)
-            if context is not None:
-                context.numpy()[row] = sample.context
             if replacement is not None:
                 batch.replacements.append(replacement)
-        return batch.pinned() if options.pin_memory else batch
+        return batch.pinned() if self._options.pin_memory else batch
 
     def _good_sample(self, position: int) -> tuple[Sample, Replacement | None]:
         """The sample at a position, or the next good one of the order, with its `Replacement`."""
