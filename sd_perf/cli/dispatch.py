@@ -15,7 +15,8 @@ import tyro
 
 from sd_perf.cli.checkpoints import convert_checkpoints, verify
 from sd_perf.cli.console import LOCAL_RANK, PLACE, RANK
-from sd_perf.cli.data import prepare, scenes, statistics, verify_data
+from sd_perf.cli.data import prepare, scenes, statistics
+from sd_perf.cli.data_checks import verify_data
 from sd_perf.cli.datasets import (
     convert,
     download_images,

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from sd_kernels.targets import names
+from sd_perf.cli.dispatch import _DATA
 from tests.cli.bad_input import matches
 
 WITH_SETTINGS = [
@@ -17,9 +18,7 @@ WITH_SETTINGS = [
     ["data", "prepare"],
     ["data", "statistics"],
 ]
-DATA_COMMANDS = (
-    "prepare, verify, scenes, statistics, filter-metadata, convert, split-coco, fid-statistics"
-)
+DATA_COMMANDS = ", ".join(_DATA)
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:

@@ -22,8 +22,8 @@ import torch
 
 from sd_perf.children import worker_pool
 from sd_perf.data.digests import digest, write_digests
+from sd_perf.data.formats import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES
 from sd_perf.data.images import ImageRange, load_picture
-from sd_perf.data.prepare.raw_shards import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES
 from sd_perf.data.samples import parse_caption
 from sd_perf.data.shard_writer import add_sample, moments_bytes, start_shard
 from sd_perf.data.shards import find_shards, group_by_key
@@ -112,7 +112,7 @@ def convert(
     Raises DataError where `source` has no shards, `output` has shards that were not made by this
     function with these settings, or the encoder's output cannot be used.
     """
-    sources = find_shards(source)
+    sources = find_shards(source, "raw")
     if output.exists() and output.samefile(source):
         raise DataError(f"{output}: is the folder that is read; write to another one")
     settings = Settings(digest(autoencoder), pixels, image_range)
