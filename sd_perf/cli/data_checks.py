@@ -9,7 +9,7 @@ import tyro
 from rich.table import Table
 
 from sd_perf.cli.console import print_json, print_plain, table_console
-from sd_perf.cli.options import Settings
+from sd_perf.cli.options import Settings, require_between
 from sd_perf.cli.progress import progress
 from sd_perf.errors import ConfigError, DataError
 from sd_perf.visible import visible
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _ROWS = 40
 """shards that a table lists, at most; of more it lists those with faults"""
+_MAX_SHOWN = 1000
 
 
 def verify_data(
@@ -85,8 +86,7 @@ def _verdicts(
 
     if folder == Path():
         raise ConfigError("data verify needs a folder, or a preset (--config) with data.path")
-    if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder; name the folder of shards or pictures")
+    require_folder(folder)
     format = settings.data.format
     if format == "synthetic":
         format = find_format(folder)
@@ -137,3 +137,43 @@ def _as_json(folder: Path, verdicts: list[Verdict], faults: list[str]) -> dict[s
             for verdict in verdicts
         ],
     }
+
+
+def show(
+    settings: Settings,
+    path: tyro.conf.Positional[Path],
+    config: Path | None = None,
+    n: int = 16,
+    autoencoder: Path | None = None,
+    output: Path = Path("contact_sheet.html"),
+) -> int:
+    """Put samples of a folder of shards or pictures on an HTML page, with their captions.
+
+    Moments are decoded where an autoencoder is given, else shown in false colours. Which range of
+    pixels they were made of is taken from the record of `data convert`, or data.image_range.
+
+    Args:
+        path: folder of shards or pictures
+        config: YAML preset of the run that trains on them
+        settings: fields of the preset
+        n: samples to show, evenly spread over the folder
+        autoencoder: file that holds the decoder: .onnx, or .ckpt or .safetensors in LDM names
+        output: the page
+    """
+    from sd_perf.data.show import examples
+    from sd_perf.models.readers import read_decoder
+    from sd_perf.tools.contact_sheet import write_contact_sheet
+
+    require_between("--n", n, 1, _MAX_SHOWN)
+    require_folder(path)
+    decoder = read_decoder(autoencoder) if autoencoder else None
+    found = examples(path, settings, n, decoder, has_preset=config is not None)
+    count = write_contact_sheet(found, path, output)
+    print_plain(f"{count} samples -> {output}")
+    return 0
+
+
+def require_folder(path: Path) -> None:
+    """DataError where the path is no folder."""
+    if not path.is_dir():
+        raise DataError(f"{path} is not a folder; name the folder of shards or pictures")
