@@ -173,7 +173,7 @@ def _convert_part(
         report()
         try:
             samples = read_samples(source, settings, threads, ahead=2 * batch_size)
-            _convert_shard(source, samples, output, encoder, settings, batch_size)
+            convert_shard(source, samples, output, encoder, settings, batch_size)
         except UnreadableShardError as error:
             faults.append(str(error))
     report()
@@ -184,7 +184,7 @@ class UnreadableShardError(DataError):
     """A raw shard that cannot be read, or must not be."""
 
 
-def _convert_shard(
+def convert_shard(
     source: Path,
     samples: Iterator[Sample],
     output: Path,
