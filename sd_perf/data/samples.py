@@ -147,6 +147,11 @@ class SampleReader:
         self._states = self._fstat()
         weakref.finalize(self, _close_all, self._descriptors)
 
+    @property
+    def descriptors(self) -> list[int]:
+        """One of each shard of the index, open as long as this object lives."""
+        return self._descriptors
+
     def _fstat(self) -> list[tuple[int, int]]:
         """Size (bytes) and modification time (ns) of every shard that is open."""
         states = map(os.fstat, self._descriptors)

@@ -12,6 +12,7 @@ import torch
 
 from sd_perf.config import DataConfig
 from sd_perf.data.batch import Batch, LoaderOptions, Replacement
+from sd_perf.data.loaders.quick_rows import QuickRows
 from sd_perf.data.order import SampleOrder
 from sd_perf.data.samples import Sample, SampleReader
 from sd_perf.data.shards import ShardIndex
@@ -38,6 +39,7 @@ class PortableLoader:
         self._reader = SampleReader(
             self._index, config, in_channels=options.in_channels, context_dim=options.context_dim
         )
+        self._quick = QuickRows(self._index, self._reader.descriptors, config)
         self.num_samples = len(self._index)
         self.fingerprint = self._index.fingerprint
         self._order = SampleOrder(options.seed, self.num_samples)
@@ -61,16 +63,24 @@ class PortableLoader:
         if self._config.context == "precomputed":
             context = torch.empty(size, self._config.context_tokens, options.context_dim)
         batch = Batch(torch.from_numpy(positions), moments, captions=[], context=context)
-        # Filled through numpy, row by row, so that each sample is copied (and cast) once.
+        arrays = {"moments": moments.numpy()} | (
+            {} if context is None else {"context": context.numpy()}
+        )
         for row, position in enumerate(positions.tolist()):
+            self._fill(batch, position, {part: array[row] for part, array in arrays.items()})
+        return batch.pinned() if options.pin_memory else batch
+
+    def _fill(self, batch: Batch, position: int, parts: dict[str, np.ndarray]) -> None:
+        """Fill the row of a batch that these arrays are with the sample at a position."""
+        caption = self._quick.read(self._order.sample(position), parts)
+        if caption is None:
             sample, replacement = self._good_sample(position)
-            batch.moments.numpy()[row] = sample.moments
-            batch.captions.append(sample.caption)
-            if context is not None:
-                context.numpy()[row] = sample.context
+            caption = sample.caption
+            for part, array in parts.items():
+                array[:] = getattr(sample, part)
             if replacement is not None:
                 batch.replacements.append(replacement)
-        return batch.pinned() if options.pin_memory else batch
+        batch.captions.append(caption)
 
     def _good_sample(self, position: int) -> tuple[Sample, Replacement | None]:
         """The sample at a position, or the next good one of the order, with its `Replacement`."""
