@@ -36,9 +36,11 @@ def verify_shards(config: Config) -> Iterator[Verdict]:
     DataError where it has no shards.
     """
     config.data.require(bool(config.data.path), "path", "the folder of the shards")
-    for path in find_shards(Path(config.data.path)):
+    format = config.data.format
+    config.data.require(format != "synthetic", "format", "the format of the shards")
+    for path in find_shards(Path(config.data.path), format):
         try:
-            index = ShardIndex(path.parent, [path.name], scan_shard(path, 0))
+            index = ShardIndex(path.parent, [path.name], scan_shard(path, 0, format), format)
             reader = SampleReader(
                 index, config.data, config.model.in_channels, config.model.context_dim
             )

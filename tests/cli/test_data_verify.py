@@ -100,7 +100,22 @@ def test_hostile_sums(content, preset, shards, refused):
 def test_no_shards(preset, refused, tmp_path):
     command = ("data", "verify", "--config", preset)
     matches(refused(*command), "data.path: '' cannot be used")
-    matches(refused(*command, "--data.path", tmp_path / "no"), "is not a folder")
+    folder = ("--data.path", tmp_path / "no")
+    matches(refused(*command, *folder), "data.format: 'synthetic' cannot be used")
+    matches(
+        refused(
+            *command,
+            *folder,
+            "--data.format",
+            "raw",
+            "--data.autoencoder",
+            "a",
+            "--text-encoder.weights",
+            "a",
+        ),
+        "is not a folder",
+        "*.tar raw shards",
+    )
 
 
 def test_pictures(verify, tmp_path):

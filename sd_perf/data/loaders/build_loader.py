@@ -29,5 +29,5 @@ def build_loader(config: Config, seed: int, world: World) -> Loader:
     if data.format == "synthetic":
         return SyntheticLoader(data, options, config.diffusion.latent_scale)
     # The main rank builds the index file first; then every rank, the main one too, reads it.
-    world.on_main(lambda: len(ShardIndex.open(data.path, data.index)))
+    world.on_main(lambda: len(ShardIndex.open(data.path, data.index, format=data.format)))
     return world.together(lambda: PortableLoader(data, options))
