@@ -186,6 +186,11 @@ class SampleReader:
         for name in self._index.shards if self._index.format == "encoded" else ():
             require_fits(self._index.folder / name, (channels, side, side), context)
 
+    @property
+    def descriptors(self) -> list[int]:
+        """One of each shard of the index, open as long as this object lives."""
+        return self._descriptors
+
     def _fstat(self) -> list[tuple[int, int]]:
         """Size (bytes) and modification time (ns) of every shard that is open."""
         states = map(os.fstat, self._descriptors)
