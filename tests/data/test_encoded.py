@@ -20,11 +20,11 @@ SHAPE, TEXT = (8, 2, 2), (3, 5)
 KEYS, CAPTIONS = [b"000", b"001", b"0010"], [b"a cat", b"", b"caf\xc3\xa9"]
 
 
-def write(path: Path, layout: Layout | None = None, moments: float = 1.0, **changes) -> Path:
-    """A shard of three samples: row i has moments of i + `moments` and text states of i."""
+def write(path: Path, layout: Layout | None = None, value: float = 1.0, **changes) -> Path:
+    """A shard of three samples: row i has moments of i + `value` and text states of i."""
     layout = layout or new_layout(KEYS, CAPTIONS, SHAPE, (3, *TEXT))
     values = {
-        "moments": np.arange(3, dtype="<f2")[:, None, None, None] + np.full(SHAPE, moments, "<f2"),
+        "moments": np.arange(3, dtype="<f2")[:, None, None, None] + np.full(SHAPE, value, "<f2"),
         "context": np.arange(3, dtype="<f2")[:, None, None] + np.zeros(TEXT, "<f2"),
         "states": np.array([2, 1, 0], "<i8"),
         "caption_ends": np.cumsum([len(caption) for caption in CAPTIONS], dtype="<i8"),
@@ -141,7 +141,7 @@ def test_rows_that_lead_outside(tmp_path, changes):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_values_that_are_not_finite(tmp_path, value):
-    write(tmp_path / "shards" / "0.safetensors", moments=value)
+    write(tmp_path / "shards" / "0.safetensors", value=value)
     with pytest.raises(BadSampleError, match="moments has values that are NaN or infinite"):
         reader(tmp_path / "shards").read(1)
 
