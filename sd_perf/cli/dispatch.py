@@ -15,7 +15,7 @@ import tyro
 
 from sd_perf.cli.checkpoints import convert_checkpoints, verify
 from sd_perf.cli.console import LOCAL_RANK, PLACE, RANK
-from sd_perf.cli.data import prepare, scenes, statistics, verify_data
+from sd_perf.cli.data import encode, prepare, scenes, statistics, verify_data
 from sd_perf.cli.evaluation import evaluate, sample
 from sd_perf.cli.mlperf import check
 from sd_perf.cli.tools import doctor, estimate, parity, report, report_benchmarks
@@ -52,6 +52,7 @@ def _group(name: str, about: str, commands: dict[str, Command]) -> Command:
 
 _DATA: dict[str, Command] = {
     "prepare": prepare,
+    "encode": encode,
     "verify": verify_data,
     "scenes": scenes,
     "statistics": statistics,

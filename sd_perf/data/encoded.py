@@ -68,12 +68,6 @@ class Array:
         file.seek(self.offset)
         return np.frombuffer(file.read(self.size), _DTYPES[self.dtype]).reshape(self.shape)
 
-    def view(self, path: Path) -> np.ndarray:
-        """The array in the file itself, to be written to."""
-        if not self.size:  # nothing can be mapped
-            return np.empty(self.shape, _DTYPES[self.dtype])
-        return np.memmap(path, _DTYPES[self.dtype], "r+", self.offset, self.shape)
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -131,7 +125,7 @@ def new_layout(
     shapes: dict[str, tuple[int, ...]] = {"moments": (num, *moments)}
     if context is not None:
         shapes |= {"context": context, "states": (num,)}
-    longest = max(map(len, keys), default=1)
+    longest = max(1, *map(len, keys))
     total = sum(map(len, captions))
     shapes |= {"caption_ends": (num,), "keys": (num, longest), "captions": (total,)}
     arrays, offset = {}, HEADER_BYTES
