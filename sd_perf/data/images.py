@@ -132,8 +132,25 @@ def decode_image(file: BinaryIO) -> PIL.Image.Image:
         _require_size(*image.size)
         image.load()
     except Exception as error:  # damage shows as nearly any error
-        raise ValueError(one_line(error)) from error
+        # Pillow names an object in memory after "cannot identify image file".
+        raise ValueError(one_line(error).partition(" <_io")[0]) from error
     return image
+
+
+def has_plain_pixels(file: BinaryIO) -> bool:
+    """Whether an image's header promises what every decoder makes the same RGB pixels of.
+
+    Those have 8 bits per colour, no palette and no transparency. Also False for a header that
+    `decode_image` refuses.
+    """
+    Image = optional("PIL.Image", "images need Pillow", "images")
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            image = Image.open(file, formats=("BMP", "JPEG", "PNG", "PPM", "WEBP"))
+        _require_size(*image.size)
+    except Exception:  # damage shows as nearly any error; who decodes the image says which
+        return False
+    return image.mode in ("RGB", "L", "CMYK") and "transparency" not in image.info
 
 
 def _require_size(width: int, height: int) -> None:
