@@ -12,6 +12,7 @@ from sd_perf.config import Config
 from sd_perf.data.prepare.encode import ShardEncoder
 from sd_perf.data.prepare.prepare_shards import prepare_shards
 from sd_perf.data.prepare.scenes import write_scene_shards
+from sd_perf.errors import CheckpointError, ConfigError
 from tests.small_run import small_config, small_trainer
 
 ROOT = Path(__file__).parents[2]
@@ -76,3 +77,32 @@ def test_the_range_of_pixels_matters(shards, tmp_path):
         for image_range in ("benchmark", "correct")
     )
     assert abs(benchmark - correct) > 1e-3
+
+
+def test_a_run_goes_on_in_another_format(shards, tmp_path):
+    """Where the user says so: same keys, same order, so the same samples follow."""
+    run = tmp_path / "run"
+    trainer = small_trainer(config_of(shards, run, "raw"))
+    batches = trainer.loader.batches(0)
+    for step in range(2):
+        trainer.loss, _ = trainer.step(batches, step)
+    trainer.samples = 4
+    trainer.save()
+    trainer.store.wait()
+    with pytest.raises(ConfigError, match=r"data\.format: .* set data\.resume_in_another_format"):
+        small_trainer(config_of(shards, run, "encoded"), resume=True)
+    options = {"context": "precomputed", "resume_in_another_format": True}
+    went_on = small_trainer(config_of(shards, run, "encoded", **options), resume=True)
+    assert went_on.samples == 4
+    captions = [next(went_on.loader.batches(4)).captions, next(batches).captions]
+    assert captions[0] == captions[1]
+
+
+def test_other_samples_are_no_other_format(shards, tmp_path):
+    write_scene_shards(tmp_path / "other" / "raw", PICTURES + 1, seed=0)
+    trainer = small_trainer(config_of(shards, tmp_path / "run", "moments"))
+    trainer.save()
+    trainer.store.wait()
+    config = config_of(tmp_path / "other", tmp_path / "run", "raw", resume_in_another_format=True)
+    with pytest.raises(CheckpointError, match=r"on other data \({'samples': 12, 'keys'"):
+        small_trainer(config, resume=True)
