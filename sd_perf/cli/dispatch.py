@@ -15,7 +15,7 @@ import tyro
 
 from sd_perf.cli.checkpoints import convert_checkpoints, verify
 from sd_perf.cli.console import LOCAL_RANK, PLACE, RANK
-from sd_perf.cli.data import prepare, scenes, statistics
+from sd_perf.cli.data import encode, prepare, scenes, statistics
 from sd_perf.cli.data_checks import show, verify_data
 from sd_perf.cli.datasets import (
     convert,
@@ -60,6 +60,7 @@ def _group(name: str, about: str, commands: dict[str, Command]) -> Command:
 
 _DATA: dict[str, Command] = {
     "prepare": prepare,
+    "encode": encode,
     "verify": verify_data,
     "show": show,
     "scenes": scenes,

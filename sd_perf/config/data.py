@@ -32,6 +32,8 @@ class DataConfig(Section):
     """portable: threads, any machine; dali: NVIDIA DALI decodes and resizes (raw only)"""
     image_range: Literal["benchmark", "correct"] = "correct"
     """pixels given to the encoder; benchmark: [0, 1], as its moments were made; correct: [-1, 1]"""
+    resume_in_another_format: bool = False
+    """let a resumed run read another format of its data set: the same keys in the same order"""
     autoencoder: PathText = ""
     """file of the encoder, for raw: .ckpt or .safetensors, or .onnx"""
     index: PathText = ""

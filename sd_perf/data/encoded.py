@@ -27,6 +27,8 @@ HEADER_BYTES = 4096
 """before the first array: a page, so that the moments of the benchmark's size begin on pages"""
 VERSION = "1"
 _MAX_HEADER = 2**20
+_MAX_SAMPLES, _MAX_KEY = 10**7, 2**12
+"""of one shard, and bytes of a key: what the index takes memory for"""
 _REMEDY = "make it again with `sd-perf data encode`"
 _DTYPES = {"F16": "<f2", "I64": "<i8", "U8": "|u1"}
 _RANKS = {
@@ -39,6 +41,8 @@ _RANKS = {
 }
 """array: (dtype as safetensors names it, number of axes), in the order of the file"""
 _OPTIONAL = ("context", "states")
+_PER_SAMPLE = ("moments", "caption_ends", "keys", "states")
+"""arrays of one row per sample"""
 _HEADER_SHAPE = {
     "__metadata__": {"sd_perf": str, "shard": str, "shards": str, "recipe": str, "facts": str}
 }
@@ -67,12 +71,6 @@ class Array:
         """The whole array; ValueError where the file has become shorter."""
         file.seek(self.offset)
         return np.frombuffer(file.read(self.size), _DTYPES[self.dtype]).reshape(self.shape)
-
-    def view(self, path: Path) -> np.ndarray:
-        """The array in the file itself, to be written to."""
-        if not self.size:  # nothing can be mapped
-            return np.empty(self.shape, _DTYPES[self.dtype])
-        return np.memmap(path, _DTYPES[self.dtype], "r+", self.offset, self.shape)
 
 
 @dataclass(frozen=True)
@@ -131,7 +129,7 @@ def new_layout(
     shapes: dict[str, tuple[int, ...]] = {"moments": (num, *moments)}
     if context is not None:
         shapes |= {"context": context, "states": (num,)}
-    longest = max(map(len, keys), default=1)
+    longest = max([1, *map(len, keys)])
     total = sum(map(len, captions))
     shapes |= {"caption_ends": (num,), "keys": (num, longest), "captions": (total,)}
     arrays, offset = {}, HEADER_BYTES
@@ -180,15 +178,15 @@ def _parsed(header: Any, begin: int) -> Layout:
         if not right or entry["data_offsets"] != [end, end + array.size]:
             raise ValueError(f"its array {name} is not {dtype} of {axes} axes in its place")
         arrays[name], end = array, end + array.size
-    num = arrays["moments"].shape[0]
-    if ("context" in arrays) != ("states" in arrays) or any(
-        arrays[name].shape[0] != num
-        for name in ("caption_ends", "keys", "states")
-        if name in arrays
-    ):
+    per_sample = [arrays[name] for name in _PER_SAMPLE if name in arrays]
+    num = per_sample[0].shape[0]
+    if num > _MAX_SAMPLES or arrays["keys"].shape[1] > _MAX_KEY:
+        raise ValueError("it has more samples, or longer keys, than a shard may have")
+    same = all(array.shape[0] == num for array in per_sample)
+    if not same or ("context" in arrays) != ("states" in arrays):
         raise ValueError("its arrays are not of one number of samples")
-    numbers = [int(about[name]) for name in ("shard", "shards")]
-    return Layout(arrays, *numbers, parse_json(about["recipe"]), parse_json(about["facts"]))
+    recipe, facts = parse_json(about["recipe"]), parse_json(about["facts"])
+    return Layout(arrays, int(about["shard"]), int(about["shards"]), recipe, facts)
 
 
 def scan_encoded(path: Path, number: int) -> np.ndarray:

@@ -186,6 +186,11 @@ class SampleReader:
         for name in self._index.shards if self._index.format == "encoded" else ():
             require_fits(self._index.folder / name, (channels, side, side), context)
 
+    @property
+    def descriptors(self) -> list[int]:
+        """One of each shard of the index, open as long as this object lives."""
+        return self._descriptors
+
     def _fstat(self) -> list[tuple[int, int]]:
         """Size (bytes) and modification time (ns) of every shard that is open."""
         states = map(os.fstat, self._descriptors)
@@ -238,13 +243,19 @@ class SampleReader:
         """The caption alone, as `read` has it."""
         return self._caption(self._index.samples[sample])
 
-    def _pixels(self, row: np.void) -> np.ndarray:
+    def picture(self, sample: int) -> bytes:
+        """The image file of a sample of a raw shard."""
+        return self._picture(self._index.samples[sample])
+
+    def _picture(self, row: np.void) -> bytes:
         size = int(row["picture_size"])
         if size > MAX_IMAGE_BYTES:
             raise BadSampleError(f"picture has {size:,} bytes, more than {MAX_IMAGE_BYTES:,}")
-        data, _ = self._part(row, "picture", MAX_IMAGE_BYTES)
+        return self._part(row, "picture", MAX_IMAGE_BYTES)[0]
+
+    def _pixels(self, row: np.void) -> np.ndarray:
         side = PIXELS_PER_LATENT * self._config.latent_size
-        return parse_picture(data, side, self._config.image_range)
+        return parse_picture(self._picture(row), side, self._config.image_range)
 
     def _moments(self, row: np.void) -> np.ndarray:
         channels, side = self._in_channels, self._config.latent_size

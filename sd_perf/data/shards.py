@@ -30,11 +30,12 @@ from sd_perf.children import worker_pool
 from sd_perf.data.encoded import require_whole, scan_encoded
 from sd_perf.data.formats import FORMATS, IMAGE_EXTENSIONS, ShardFormat
 from sd_perf.data.npz import read_npz
+from sd_perf.data.tar_headers import File, read_plain_headers
 from sd_perf.errors import DataError
 from sd_perf.files import disk_errors, is_absent, one_line, opened_untrusted, written_aside
 
 INDEX_NAME = "sd_perf_index.npz"
-_MEMBER = re.compile(r"((?:.*/|)[^./]+)\.([^/]+)")
+_MEMBER = re.compile(rb"((?:.*/|)[^./]+)\.([^/]+)", re.DOTALL)
 """key and extension: as in webdataset, the key ends at the first dot of the base name. Hidden
 files, such as the ._x that a Mac adds beside x, are no members of samples."""
 _END_OF_ARCHIVE = bytes(1024)
@@ -49,6 +50,8 @@ _LONG_HEADERS = (
 """headers that are followed by a name or by attributes, which tarfile reads into memory"""
 _MAX_LONG_HEADER = 2**16
 _BLOCK = 2**20
+_ROWS = 1 << 14
+"""rows that are checked at a time: they stay in the cache"""
 _SHARDS_PER_PROCESS = 8
 """shards to scan per process: fewer are not worth the start of another process"""
 
@@ -66,7 +69,7 @@ class _BoundedTarInfo(tarfile.TarInfo):
         return info
 
 
-def _list_files(path: Path) -> list[tarfile.TarInfo]:
+def _list_files(path: Path) -> list[File]:
     """Regular files of a tar file.
 
     DataError where it is no tar file, not a whole one, or holds what would be left out: links,
@@ -74,6 +77,9 @@ def _list_files(path: Path) -> list[tarfile.TarInfo]:
     """
     remedy = "fetch or make this shard again"
     with opened_untrusted(path, remedy, DataError) as stream:
+        files = read_plain_headers(stream.fileno())
+        if files is not None:
+            return files
         try:
             members, end = _read_headers(stream)
         except Exception as error:  # tarfile meets damage with nearly any error
@@ -98,7 +104,8 @@ def _list_files(path: Path) -> list[tarfile.TarInfo]:
                 f"{path}: {member.name[:200]} is a link, a device or a sparse file, which is not "
                 "read; make the shard again of plain files (tar --dereference --hard-dereference)"
             )
-    return [member for member in members if member.isreg()]
+    regular = (member for member in members if member.isreg())
+    return [(os.fsencode(each.name), each.offset_data, each.size) for each in regular]
 
 
 def _read_headers(stream: BinaryIO) -> tuple[list[tarfile.TarInfo], int]:
@@ -116,17 +123,21 @@ def _read_headers(stream: BinaryIO) -> tuple[list[tarfile.TarInfo], int]:
 
 def group_by_key(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
     """The files of a shard as {key: {extension: (byte offset, size)}}, in the order of the tar."""
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
-    for member in _list_files(path):
-        if match := _MEMBER.fullmatch(member.name):
-            key, extension = match[1], match[2].lower()
+    samples: dict[bytes, dict[str, tuple[int, int]]] = {}
+    extensions: dict[bytes, str] = {}
+    for name, offset, size in _list_files(path):
+        if match := _MEMBER.fullmatch(name):
+            key, end = match.groups()
+            if end not in extensions:
+                extensions[end] = os.fsdecode(end).lower()
             files = samples.setdefault(key, {})
-            if extension in files:
+            if extensions[end] in files:
                 raise DataError(
-                    f"{path}: {key}.{extension} occurs twice; make the shard again with unique keys"
+                    f"{path}: {os.fsdecode(key)}.{extensions[end]} occurs twice; make the shard "
+                    "again with unique keys"
                 )
-            files[extension] = (member.offset_data, member.size)
-    return samples
+            files[extensions[end]] = (offset, size)
+    return {os.fsdecode(key): files for key, files in samples.items()}
 
 
 def scan_shard(path: Path, number: int, format: str = "moments") -> np.ndarray:
@@ -189,6 +200,8 @@ class ShardIndex:
     size 0 where a sample has no context); key (file-system bytes)"""
     format: str = "moments"
     """as `data.format` names it"""
+    saved_fingerprint: str = ""
+    """`fingerprint`, where the index was read from a file"""
 
     @classmethod
     def open(
@@ -220,16 +233,19 @@ class ShardIndex:
             "sizes": np.array([stat.st_size for stat in stats], dtype=np.int64),
             "mtimes": np.array([stat.st_mtime_ns for stat in stats], dtype=np.int64),
         }
-        samples = _load_saved(file, state, FORMATS[format])
-        if samples is None:
+        if saved := _load_saved(file, state, FORMATS[format]):
+            samples, fingerprint = saved
+            index = cls(folder, [path.name for path in paths], samples, format, fingerprint)
+        else:
             remedy = "set data.index to a file in a folder you can write to"
             with disk_errors(file, remedy, DataError), written_aside(file) as draft:
                 # The scan is within written_aside, so that an unwritable place is told before it.
                 samples = _scan_all(paths, format, processes)
+                index = cls(folder, [path.name for path in paths], samples, format)
+                state |= {"samples": samples, "fingerprint": np.array(index.fingerprint)}
                 with draft.open("wb") as stream:  # numpy would append .npz to another name
-                    np.savez(stream, samples=samples, **state)
+                    np.savez(stream, **state)
             _log.info("indexed %d samples in %d shards: %s", len(samples), len(paths), file)
-        index = cls(folder, [path.name for path in paths], samples, format)
         index._check(need_context)
         return index
 
@@ -263,6 +279,8 @@ class ShardIndex:
 
         Contents are not read: the benchmark has hundreds of gigabytes.
         """
+        if self.saved_fingerprint:
+            return self.saved_fingerprint
         digest = hashlib.sha256("\0".join(self.shards).encode())
         for column in ("shard", "key", *(f"{part}_size" for part in self._parts)):
             digest.update(f"\0{self.samples.dtype[column].str}\0".encode())
@@ -312,8 +330,10 @@ def _stat(shard: Path) -> os.stat_result:
         ) from error
 
 
-def _load_saved(file: Path, state: dict[str, Any], kind: ShardFormat) -> np.ndarray | None:
-    """Rows of a saved index; None where there is none, or the shards have changed since.
+def _load_saved(
+    file: Path, state: dict[str, Any], kind: ShardFormat
+) -> tuple[np.ndarray, str] | None:
+    """Rows and fingerprint of a saved index; None where there is none, or the shards changed since.
 
     DataError where the file is no index: it may be another file of the user's, so it is not
     overwritten.
@@ -326,10 +346,13 @@ def _load_saved(file: Path, state: dict[str, Any], kind: ShardFormat) -> np.ndar
             saved = read_npz(stream)
             if not all(np.array_equal(saved[name], value) for name, value in state.items()):
                 return None
-            _check_rows(saved["samples"], state["sizes"], kind)
+            samples, fingerprint = saved["samples"], str(saved["fingerprint"])
+            _check_rows(samples, state["sizes"], kind)
+            if not re.fullmatch("[0-9a-f]{64}", fingerprint):
+                raise ValueError("its fingerprint is none")
         except (KeyError, ValueError, TypeError) as error:
             raise DataError(f"{file} is not a shard index; {remedy}") from error
-    return saved["samples"]
+    return samples, fingerprint
 
 
 def _check_rows(rows: np.ndarray, sizes: np.ndarray, kind: ShardFormat) -> None:
@@ -337,10 +360,14 @@ def _check_rows(rows: np.ndarray, sizes: np.ndarray, kind: ShardFormat) -> None:
     key_bytes = rows.dtype["key"].itemsize if rows.dtype.names else 1
     if rows.ndim != 1 or rows.dtype != kind.row_type(key_bytes):
         raise ValueError(f"its rows have dtype {rows.dtype}")
-    shard = rows["shard"]
-    if ((shard < 0) | (shard >= len(sizes))).any():
-        raise ValueError("a row names a shard that is not there")
-    for part in kind.parts:
-        offset, size, room = rows[f"{part}_offset"], rows[f"{part}_size"], sizes[shard]
-        if ((offset < 0) | (size < 0) | (offset > room) | (size > room - offset)).any():
-            raise ValueError(f"a row places its {part} outside of the shard")
+    for start in range(0, len(rows), _ROWS):
+        some = rows[start : start + _ROWS]
+        # As unsigned numbers, those below zero are larger than any shard.
+        shard = some["shard"].view(np.uint32)
+        if (shard >= len(sizes)).any():
+            raise ValueError("a row names a shard that is not there")
+        room = sizes[shard].view(np.uint64)
+        for part in kind.parts:
+            offset, size = (some[f"{part}_{what}"].view(np.uint64) for what in ("offset", "size"))
+            if (offset > room).any() or (size > room - offset).any():
+                raise ValueError(f"a row places its {part} outside of the shard")

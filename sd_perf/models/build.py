@@ -75,6 +75,7 @@ def build_image_encoder(config: Config, device: torch.device) -> ImageEncoder:
     if path.suffix == ".onnx":
         right = "a .ckpt or .safetensors file: .onnx files are run on the CPU, and this is a GPU"
         config.data.require(device.type == "cpu", "autoencoder", right)
+        config.model.require(config.model.in_channels == 4, "in_channels", "4 for an .onnx encoder")
         return read_encoder(path)
     autoencoder = read_autoencoder(path)
     latent_channels, factor = autoencoder.config.latent_channels, autoencoder.config.downsampling

@@ -99,7 +99,8 @@ def test_photographs_as_torchvision_transforms_them(real_data):
     photographs = sorted((real_data / "coco_ccby" / "images").glob("*.jpg"))[:12]
     for path in photographs:
         expected = theirs(Image.open(path).convert("RGB"))
-        assert torch.equal(load_image(path, 512, upright=False), expected), path.name
+        ours = load_image(path, 512, upright=False)  # sums of another order
+        assert float((ours - expected).abs().max()) < 2e-6, path.name
 
 
 def test_squash_keeps_the_whole_picture(tmp_path):

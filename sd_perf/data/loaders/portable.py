@@ -11,6 +11,7 @@ import numpy as np
 
 from sd_perf.config import DataConfig
 from sd_perf.data.batch import Batch, LoaderOptions, Replacement
+from sd_perf.data.loaders.quick_rows import QuickRows
 from sd_perf.data.order import SampleOrder
 from sd_perf.data.samples import Sample, SampleReader
 from sd_perf.data.shards import ShardIndex
@@ -40,6 +41,9 @@ class PortableLoader:
         self._reader = SampleReader(
             self._index, config, in_channels=options.in_channels, context_dim=options.context_dim
         )
+        self._quick: QuickRows | None = None
+        if config.format != "raw":
+            self._quick = QuickRows(self._index, self._reader.descriptors, config)
         self.num_samples = len(self._index)
         self.fingerprint = self._index.fingerprint
         self.keys_fingerprint = self._index.keys_fingerprint
@@ -60,19 +64,24 @@ class PortableLoader:
 
     def _make(self, positions: np.ndarray) -> Batch:
         batch = Batch.empty(positions, self._config, self._options)
-        # Filled through numpy, row by row, so that each sample is copied (and cast) once.
-        tensors = batch.moments, batch.pixels, batch.context
-        places = [None if tensor is None else tensor.numpy() for tensor in tensors]
+        parts = {"moments": batch.moments, "picture": batch.pixels, "context": batch.context}
+        arrays = {part: tensor.numpy() for part, tensor in parts.items() if tensor is not None}
         for row, position in enumerate(positions.tolist()):
+            self._fill(batch, position, {part: array[row] for part, array in arrays.items()})
+        return batch.pinned() if self._options.pin_memory else batch
+
+    def _fill(self, batch: Batch, position: int, parts: dict[str, np.ndarray]) -> None:
+        """Fill the row of a batch that these arrays are with the sample at a position."""
+        number = self._order.sample(position)
+        caption = self._quick.read(number, parts) if self._quick else None
+        if caption is None:
             sample, replacement = self._good_sample(position)
-            arrays = sample.moments, sample.pixels, sample.context
-            for place, array in zip(places, arrays, strict=True):
-                if place is not None:
-                    place[row] = array
-            batch.captions.append(sample.caption)
+            caption = sample.caption
+            for part, array in parts.items():
+                array[:] = sample.pixels if part == "picture" else getattr(sample, part)
             if replacement is not None:
                 batch.replacements.append(replacement)
-        return batch.pinned() if self._options.pin_memory else batch
+        batch.captions.append(caption)
 
     def _good_sample(self, position: int) -> tuple[Sample, Replacement | None]:
         """The sample at a position, or the next good one of the order, with its `Replacement`."""
