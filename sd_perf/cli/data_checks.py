@@ -53,7 +53,7 @@ def verify_data(
     from sd_perf.data.digests import SUMS_NAME, compare_digests, record_digests
 
     folder = images or path or Path(settings.data.path)
-    verdicts = _verdicts(settings, folder, config, images, captions, record)
+    verdicts = _verdicts(settings, path, config, images, captions, record)
     files = [file for verdict in verdicts for file in verdict.files]
     digests = {file: sha for verdict in verdicts for file, sha in verdict.digests.items()}
     other = [] if record else list(compare_digests(folder, files, digests))
@@ -73,7 +73,7 @@ def verify_data(
 
 def _verdicts(
     settings: Settings,
-    folder: Path,
+    path: Path | None,
     config: Path | None,
     images: Path | None,
     captions: Path | None,
@@ -84,11 +84,12 @@ def _verdicts(
     from sd_perf.data.shards import find_shards
     from sd_perf.data.verify import find_format, fitted, verify_pictures, verify_shards
 
+    folder = images or path or Path(settings.data.path)
     if folder == Path():
         raise ConfigError("data verify needs a folder, or a preset (--config) with data.path")
     require_folder(folder)
     format = settings.data.format
-    if format == "synthetic":
+    if path or format == "synthetic":
         format = find_format(folder)
     if images or not format:
         with progress("pictures") as report:

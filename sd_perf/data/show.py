@@ -58,9 +58,7 @@ def examples(
     three channels are shown as red, green and blue. A sample that cannot be used is told in its
     remark. Raises DataError where there is nothing to show.
     """
-    format = config.data.format
-    if format == "synthetic":
-        format = find_format(folder)
+    format = find_format(folder)
     if not format:
         yield from _pictures(folder, config, num)
         return

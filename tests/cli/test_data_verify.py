@@ -106,7 +106,7 @@ def test_no_shards(preset, refused, tmp_path):
     (tmp_path / "empty").mkdir()
     matches(refused("data", "verify", tmp_path / "empty"), "has no captions.jsonl in it")
     raw = ("--data.format", "raw", "--data.autoencoder", "a", "--text-encoder.weights", "a")
-    sentence = refused(*command, tmp_path / "empty", "--data.path", tmp_path / "no", *raw)
+    sentence = refused(*command, "--data.path", tmp_path / "empty", *raw)
     matches(sentence, "is empty", "*.tar raw shards")
 
 
