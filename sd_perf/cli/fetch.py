@@ -1,0 +1,131 @@
+"""`sd-perf fetch`: data sets and networks that the benchmark needs, from the internet or a copy."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from sd_perf.cli.console import CONSOLE, print_plain, table_console
+from sd_perf.cli.options import require_between
+from sd_perf.errors import UserError
+
+if TYPE_CHECKING:
+    from sd_perf.fetch.manifest import Artefact
+
+_MAX_JOBS = 64
+
+
+def fetch(
+    name: tyro.conf.Positional[str | None] = None,
+    output_dir: Path | None = None,
+    from_: Annotated[str | None, tyro.conf.arg(name="from", metavar="PATH|URL")] = None,
+    check: bool = False,
+    dry_run: bool = False,
+    jobs: int = 4,
+) -> int:
+    """Fetch a data set or a network, verified and resumed; without a name, list what there is.
+
+    A fetch that was stopped goes on where it was; files that are there and whole are not fetched
+    again. By fetching you accept the terms that are printed.
+
+    Args:
+        name: what to fetch, such as stable-diffusion
+        output_dir: folder to fetch into
+        from_: a copy or mirror in place of the known sources: a file, a folder, or a URL (ending in
+            .uri: MLCommons' format; in a slash: a folder)
+        check: fetch nothing, and compare what is there with its digests; exits 1 where a file is
+            missing or damaged
+        dry_run: fetch nothing, and print files, size, terms and sources
+        jobs: files fetched at once
+    """
+    from sd_perf.fetch.manifest import artefact_named
+
+    require_between("--jobs", jobs, 1, _MAX_JOBS)
+    if name is None:
+        return _list()
+    artefact = artefact_named(name)
+    if dry_run:
+        return _describe(artefact, output_dir)
+    if output_dir is None:
+        raise UserError(f"{name}: --output-dir is missing; name the folder to fetch into")
+    if check:
+        return _check(artefact, output_dir, jobs)
+    return _fetch(artefact, output_dir, from_, jobs)
+
+
+def _fetch(artefact: Artefact, folder: Path, origin_text: str | None, jobs: int) -> int:
+    from sd_perf.fetch.fetch import Fetch, locked
+    from sd_perf.fetch.places import origin
+    from sd_perf.fetch.progress import Watch
+
+    named = None if origin_text is None else origin(origin_text)
+    print_plain(f"{artefact.name}: {artefact.holds}", f"terms: {artefact.terms}")
+    watch = Watch(CONSOLE)
+    with locked(folder):
+        try:
+            outcome = Fetch(artefact, folder, watch, origin=named).run(jobs)
+        finally:
+            watch.close()
+    if outcome.failed:
+        kept = len(outcome.fetched) + len(outcome.present)
+        raise UserError(
+            f"{artefact.name}: {len(outcome.failed)} of {kept + len(outcome.failed)} files could "
+            f"not be fetched ({outcome.failed[0]}). {artefact.advice(named is not None)}"
+        )
+    there = f", {len(outcome.present)} of which were there" if outcome.present else ""
+    count = len(outcome.fetched) + len(outcome.present)
+    print_plain(f"{count} file{'s' * (count != 1)}{there} -> {folder}")
+    return 0
+
+
+def _check(artefact: Artefact, folder: Path, jobs: int) -> int:
+    from sd_perf.fetch.check import check
+    from sd_perf.fetch.fetch import locked
+
+    faults = 0
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; name the one that was fetched into")
+    with locked(folder):
+        for name, fault in check(artefact, folder, jobs):
+            faults += bool(fault)
+            print_plain(f"{name}: {fault or 'good'}")
+    return 1 if faults else 0
+
+
+def _list() -> int:
+    from rich.filesize import decimal
+    from rich.table import Table
+
+    from sd_perf.fetch.manifest import artefacts
+
+    table = Table("name", "what it holds", "size", title="sd-perf fetch NAME --output-dir DIR")
+    for artefact in artefacts().values():
+        size = decimal(artefact.size) if artefact.size else ""
+        table.add_row(artefact.name, artefact.holds, size)
+    table_console().print(table)
+    return 0
+
+
+def _describe(artefact: Artefact, folder: Path | None) -> int:
+    from rich.filesize import decimal
+
+    count = len(artefact.files)
+    some = artefact.files[0].name + (f" ... {artefact.files[-1].name}" if count > 1 else "")
+    about = "" if artefact.size is None else f", {decimal(artefact.size)}"
+    print_plain(
+        f"{artefact.name}: {artefact.holds}",
+        f"terms: {artefact.terms}",
+        f"files: {count} ({some}){about}",
+    )
+    for source in artefact.sources:
+        seen = f"last known to live on {source.seen}" if source.seen else "never seen"
+        told = f"gone since {source.gone}" if source.gone else seen
+        print_plain(f"source: {source.url} ({told})")
+    print_plain(f"where none answers: {artefact.otherwise}")
+    if folder is not None:
+        parent = next((f for f in (folder, *folder.absolute().parents) if f.is_dir()), folder)
+        print_plain(f"folder: {folder}, {decimal(shutil.disk_usage(parent).free)} free")
+    return 0
