@@ -48,10 +48,14 @@ def locate(artefact: Artefact, source: str | Path, web: Web, *, named: bool) -> 
 
 def origin(text: str) -> str | Path:
     """What --from names: a URL of http or https, or a path on this machine; else UserError."""
-    scheme = urlsplit(text).scheme if "://" in text else ""
-    if not scheme:
+    if "://" not in text:
         return Path(text)
-    if scheme not in ("http", "https") or not urlsplit(text).hostname:
+    try:
+        parts = urlsplit(text)
+        fits = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        fits = False
+    if not fits:
         raise UserError(f"--from {text}: is neither a path nor a URL of https:// or http://")
     return text
 

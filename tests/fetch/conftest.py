@@ -11,7 +11,7 @@ import pytest
 
 from sd_perf.console import TextConsole
 from sd_perf.fetch import web
-from sd_perf.fetch.fetch import Fetch, Outcome
+from sd_perf.fetch.fetch import Fetch, Outcome, locked
 from sd_perf.fetch.manifest import Artefact, File, Source
 from sd_perf.fetch.progress import Watch
 from tests.fetch.hostile_server import HostileServer, hostile_server
@@ -65,6 +65,7 @@ def an_artefact(*files: File, sources: tuple[str, ...] = (), **options: object) 
 def fetch(
     artefact: Artefact, folder: Path, origin: str | Path | None = None, jobs: int = 2
 ) -> Outcome:
-    """What `sd-perf fetch` does, without its lock; lines go to stdout."""
+    """What `sd-perf fetch` does; lines go to stdout."""
     watch = Watch(TextConsole(width=200))
-    return Fetch(artefact, folder, watch, origin=origin).run(jobs)
+    with locked(folder):
+        return Fetch(artefact, folder, watch, origin=origin).run(jobs)
