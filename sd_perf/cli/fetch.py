@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,14 +40,17 @@ def fetch(
         dry_run: fetch nothing, and print files, size, terms and sources
         jobs: files fetched at once
     """
+    from sd_perf.fetch.describe import description, list_of_all
     from sd_perf.fetch.manifest import artefact_named
 
     require_between("--jobs", jobs, 1, _MAX_JOBS)
     if name is None:
-        return _list()
+        table_console().print(list_of_all())
+        return 0
     artefact = artefact_named(name)
     if dry_run:
-        return _describe(artefact, output_dir)
+        print_plain(*description(artefact, output_dir))
+        return 0
     if output_dir is None:
         raise UserError(f"{name}: --output-dir is missing; name the folder to fetch into")
     if check:
@@ -93,39 +95,3 @@ def _check(artefact: Artefact, folder: Path, jobs: int) -> int:
             faults += bool(fault)
             print_plain(f"{name}: {fault or 'good'}")
     return 1 if faults else 0
-
-
-def _list() -> int:
-    from rich.filesize import decimal
-    from rich.table import Table
-
-    from sd_perf.fetch.manifest import artefacts
-
-    table = Table("name", "what it holds", "size", title="sd-perf fetch NAME --output-dir DIR")
-    for artefact in artefacts().values():
-        size = decimal(artefact.size) if artefact.size else ""
-        table.add_row(artefact.name, artefact.holds, size)
-    table_console().print(table)
-    return 0
-
-
-def _describe(artefact: Artefact, folder: Path | None) -> int:
-    from rich.filesize import decimal
-
-    count = len(artefact.files)
-    some = artefact.files[0].name + (f" ... {artefact.files[-1].name}" if count > 1 else "")
-    about = "" if artefact.size is None else f", {decimal(artefact.size)}"
-    print_plain(
-        f"{artefact.name}: {artefact.holds}",
-        f"terms: {artefact.terms}",
-        f"files: {count} ({some}){about}",
-    )
-    for source in artefact.sources:
-        seen = f"last known to live on {source.seen}" if source.seen else "never seen"
-        told = f"gone since {source.gone}" if source.gone else seen
-        print_plain(f"source: {source.url} ({told})")
-    print_plain(f"where none answers: {artefact.otherwise}")
-    if folder is not None:
-        parent = next((f for f in (folder, *folder.absolute().parents) if f.is_dir()), folder)
-        print_plain(f"folder: {folder}, {decimal(shutil.disk_usage(parent).free)} free")
-    return 0

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sd_perf.fetch.manifest import Artefact, File
 from sd_perf.fetch.receipt import Receipt, fault_of
+from sd_perf.fetch.web import Web
 
 
 def check(artefact: Artefact, folder: Path, jobs: int) -> Iterator[tuple[str, str]]:
@@ -21,20 +22,22 @@ def check(artefact: Artefact, folder: Path, jobs: int) -> Iterator[tuple[str, st
     files = [recorded.get(file.name, file) for file in artefact.files]
     known = {file.name for file in files}
     files += [file for name, file in recorded.items() if name not in known]
-    with ThreadPoolExecutor(jobs) as pool:
-        try:
-            faults = pool.map(lambda file: _fault(folder, file), files)
-            for file, fault in zip(files, faults, strict=True):
-                if fault:
-                    receipt.forget(file.name)
-                yield file.name, fault
-        finally:
-            pool.shutdown(cancel_futures=True)
+    web = Web()
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        faults = pool.map(lambda file: _fault(folder, file, web), files)
+        for file, fault in zip(files, faults, strict=True):
+            if fault:
+                receipt.forget(file.name)
+            yield file.name, fault
+    finally:
+        web.ended.set()
+        pool.shutdown(cancel_futures=True)
 
 
-def _fault(folder: Path, file: File) -> str:
+def _fault(folder: Path, file: File, web: Web) -> str:
     path = folder / file.name
     if not path.is_file():
         return "is not there"
-    fault, _ = fault_of(path, file)
+    fault, _ = fault_of(path, file, lambda: web.rest(0))
     return fault or ("" if file.digests else "cannot be checked: no digest is known of it")

@@ -24,21 +24,27 @@ def unpack(archive: Path, folder: Path, drafts: Path, watch: Watch) -> None:
     folder, or a name twice: then nothing of it is unpacked.
     """
     try:
-        with zipfile.ZipFile(archive) as file:
-            members = _members(archive, file.infolist())
-            missing = [info for info in members if not _is_there(folder / info.filename, info)]
-            require_room(folder, sum(info.file_size for info in missing))
-            if missing:
-                watch.say(f"{archive.name}: unpacking {len(missing):,} of {len(members):,} files")
-            with disk_errors(folder, "make room there and run the same command again"):
-                for info in missing:
-                    _extract(file, info, folder / info.filename, drafts / "unpacking")
-                if missing:
-                    os.sync()
+        with (
+            zipfile.ZipFile(archive) as file,
+            disk_errors(folder, "make room there and run the same command again"),
+        ):
+            _unpack(file, archive, folder, drafts / "unpacking", watch)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise UserError(
             f"{archive}: cannot be unpacked ({one_line(error)}); remove it and fetch it again"
         ) from error
+
+
+def _unpack(file: zipfile.ZipFile, archive: Path, folder: Path, draft: Path, watch: Watch) -> None:
+    members = _members(archive, file.infolist())
+    missing = [info for info in members if not _is_there(folder / info.filename, info)]
+    require_room(folder, sum(info.file_size for info in missing))
+    if not missing:
+        return
+    watch.say(f"{archive.name}: unpacking {len(missing):,} of {len(members):,} files")
+    for info in missing:
+        _extract(file, info, folder / info.filename, draft)
+    os.sync()
 
 
 def _members(archive: Path, infos: list[zipfile.ZipInfo]) -> list[zipfile.ZipInfo]:
