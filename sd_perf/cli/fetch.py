@@ -18,8 +18,10 @@ _MAX_JOBS = 64
 
 
 def fetch(
-    name: tyro.conf.Positional[str | None] = None,
-    output_dir: Path | None = None,
+    name: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="NAME")] = None,
+    output_dir: Annotated[
+        Path | None, tyro.conf.arg(aliases=["-o", "-d", "--download-path"], metavar="DIR")
+    ] = None,
     from_: Annotated[str | None, tyro.conf.arg(name="from", metavar="PATH|URL")] = None,
     check: bool = False,
     dry_run: bool = False,
