@@ -74,10 +74,11 @@ def _fetch(artefact: Artefact, folder: Path, origin_text: str | None, jobs: int)
         finally:
             watch.close()
     if outcome.failed:
-        kept = len(outcome.fetched) + len(outcome.present)
+        count = len(outcome.failed)
+        some = "" if count == 1 else f" and {count - 1} more"
         raise UserError(
-            f"{artefact.name}: {len(outcome.failed)} of {kept + len(outcome.failed)} files could "
-            f"not be fetched ({outcome.failed[0]}). {artefact.advice(named is not None)}"
+            f"{artefact.name}: could not be fetched: {outcome.failed[0]}{some}. "
+            f"{artefact.advice(named is not None)}"
         )
     there = f", {len(outcome.present)} of which were there" if outcome.present else ""
     count = len(outcome.fetched) + len(outcome.present)

@@ -175,7 +175,7 @@ def _begin(
 ) -> int:
     """Make a draft ready for the bytes of an answer; returns the size of the whole file."""
     if response.status == 200:
-        total = _content_length(response)
+        total = _content_length(response, file)
         _require_size(file, total)
         draft.begin(url, response, total)
         return total
@@ -199,11 +199,14 @@ def _begin(
     return total
 
 
-def _content_length(response: BaseHTTPResponse) -> int:
+def _content_length(response: BaseHTTPResponse, file: File) -> int:
+    """The size of the file that an answer has, or else the published one."""
     value = response.headers.get("Content-Length", "")
-    if not re.fullmatch(r"\d{1,18}", value):
+    if re.fullmatch(r"\d{1,18}", value):
+        return int(value)
+    if file.size is None:
         raise Refused("it does not say how long the file is")
-    return int(value)
+    return file.size
 
 
 def _require_size(file: File, size: int) -> None:

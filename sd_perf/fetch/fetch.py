@@ -18,9 +18,8 @@ from sd_perf.fetch.places import Place, locate
 from sd_perf.fetch.progress import Watch
 from sd_perf.fetch.receipt import Receipt, fault_of
 from sd_perf.fetch.unpack import unpack
-from sd_perf.fetch.web import Ended, Refused, Web
+from sd_perf.fetch.web import Ended, Refused, Web, short
 from sd_perf.files import disk_errors, flush
-from sd_perf.visible import visible
 
 IN_A_ROW = 3
 """files that fail, or arrive damaged, one after the other before a fetch ends"""
@@ -171,13 +170,13 @@ class Fetch:
     def _fetch_file(self, file: File) -> None:
         """Fetch one file from the first source that gives it whole."""
         reasons: list[str] = []
-        while (offered := self._offers.next(file.name, reasons)) is not None:
+        while (offered := self._offers.next(file.name)) is not None:
             number, place = offered
             try:
                 arrived = self._from(place)
             except Refused as refusal:
-                reasons.append(f"{place.where}: {refusal}")
-                self.watch.say(f"{file.name}: {place.where}: {refusal}")
+                reasons.append(f"{_named(place)}: {refusal}")
+                self.watch.say(f"{file.name}: {reasons[-1]}")
                 self._offers.refuse(number, file.name)
                 continue
             if arrived:
@@ -185,6 +184,7 @@ class Fetch:
                 return
             self._count(damaged=True, file=file.name, where=place.where)
             self._offers.pass_over(number)
+        reasons = reasons or self._offers.reasons
         sentence = f"{file.name}: {'; '.join(reasons)}"
         with self._lock:
             self.outcome.failed.append(sentence)
@@ -204,7 +204,7 @@ class Fetch:
             fault, sha256 = fault_of(draft.path, file, lambda: self.web.rest(0))
             if fault:
                 draft.discard()
-                self.watch.say(f"{file.name}: arrived damaged from {place.where}: {fault}")
+                self.watch.say(f"{file.name}: arrived damaged from {_named(place)}: {fault}")
                 return False
             flush(draft.path)
             draft.take(self.folder / file.name)
@@ -221,10 +221,14 @@ class Fetch:
         with self._lock:
             self._in_a_row = self._in_a_row + 1 if damaged else 0
             if self._in_a_row >= IN_A_ROW:
-                what = f"files arrived damaged from {where}" if where else "files failed"
+                what = (
+                    f"damaged files came in a row from {where}"
+                    if where
+                    else "files failed in a row"
+                )
                 raise UserError(
-                    f"{self.folder}: {IN_A_ROW} {what} in a row, the last being {file}; what is "
-                    f"whole is kept. {self._offers.advice()}"
+                    f"{self.folder}: {IN_A_ROW} {what}, the last being {file}; what is whole is "
+                    f"kept. {self._offers.advice()}"
                 )
 
 
@@ -241,7 +245,8 @@ class _Offers:
         )
         self._places: dict[int, dict[str, Place]] = {}
         self._refused: set[tuple[int, str]] = set()
-        self._reasons: list[str] = []
+        self.reasons: list[str] = []
+        """why sources have it not"""
         self._first = 0
         self._lock = threading.RLock()
 
@@ -253,10 +258,10 @@ class _Offers:
                 self._watch.say(f"from {origin}")
                 return [place.file for place in places.values()]
         raise UserError(
-            f"{self._artefact.name}: no source has it ({'; '.join(self._reasons)}). {self.advice()}"
+            f"{self._artefact.name}: no source has it ({'; '.join(self.reasons)}). {self.advice()}"
         )
 
-    def next(self, name: str, reasons: list[str]) -> tuple[int, Place] | None:
+    def next(self, name: str) -> tuple[int, Place] | None:
         """The source to take a file from now, and where; None where none is left."""
         with self._lock:
             count = len(self._origins)
@@ -264,8 +269,6 @@ class _Offers:
                 place = self._look(number).get(name)
                 if place is not None and (number, name) not in self._refused:
                     return number, place
-        if not reasons:
-            reasons.append("no source has it")
         return None
 
     def refuse(self, number: int, name: str) -> None:
@@ -292,10 +295,15 @@ class _Offers:
                     found = locate(self._artefact, origin, self._web, named=self._named)
                 except Refused as refusal:
                     found = []
-                    self._reasons.append(str(refusal))
-                    self._watch.say(visible(refusal))
+                    self.reasons.append(str(refusal))
+                    self._watch.say(refusal)
                 self._places[number] = {place.file.name: place for place in found}
             return self._places[number]
+
+
+def _named(place: Place) -> str:
+    """A place as it is named in a sentence."""
+    return str(place.where) if isinstance(place.where, Path) else short(place.where)
 
 
 def _names(file: File) -> str:

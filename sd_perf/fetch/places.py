@@ -10,7 +10,7 @@ from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from sd_perf.errors import UserError
 from sd_perf.fetch.manifest import Artefact, File, digests_listed
-from sd_perf.fetch.web import Refused, Transient, Web
+from sd_perf.fetch.web import Refused, Transient, Web, short
 from sd_perf.files import read_untrusted
 
 _MAX_SUMS = 2**22
@@ -120,7 +120,7 @@ def _text(web: Web, url: str, limit: int) -> str:
             except Transient as fault:
                 web.wait_after(fault, url, failures)
         except Refused as refusal:
-            raise Refused(f"{url}: {refusal}") from refusal
+            raise Refused(f"{short(url)}: {refusal}") from refusal
     raise AssertionError("wait_after ends this")
 
 

@@ -59,8 +59,10 @@ class Patience:
     """seconds over which the rate is looked at"""
     least_rate: float = 1024
     """bytes per second below which a connection is given up"""
-    attempts: int = 5
+    attempts: int = 6
     """that bring nothing new, in a row, before a source is given up"""
+    first_attempts: int = 3
+    """the same for a host that has not answered yet"""
     progress: int = 2**17
     """bytes that make an attempt one that has brought something"""
     pause: float = 1
@@ -87,6 +89,8 @@ class Web:
         self.ended = threading.Event()
         """set when the fetch stops: what waits or reads then raises Ended"""
         self._tell = tell
+        self._answered: set[str] = set()
+        """hosts that have"""
 
     @contextmanager
     def get(
@@ -144,14 +148,15 @@ class Web:
 
         Refused after as many as patience has, and where the server asks for too long a wait.
         """
-        if failures >= self.patience.attempts:
+        has_answered = urlsplit(url).netloc in self._answered
+        if failures >= (self.patience.attempts if has_answered else self.patience.first_attempts):
             raise Refused(f"{fault}, {failures} times in a row") from fault
         asked = fault.wait or 0
         if asked > self.patience.longest:
             raise Refused(f"{fault}, and it asks for a wait of {asked:,.0f} s or more") from fault
         pause = self.patience.pause * 2 ** max(0, failures - 1) * random.uniform(1, 1.25)
         seconds = max(asked, pause)
-        self._tell(f"{url}: {fault}; asking again in {seconds:.0f} s")
+        self._tell(f"{short(url)}: {fault}; asking again in {seconds:.0f} s")
         self.rest(seconds)
 
     def rest(self, seconds: float) -> None:
@@ -169,7 +174,7 @@ class Web:
             return _acceptable(response)
         if redirects:
             raise Refused(f"it redirects more than {redirects} times")
-        raise Refused(f"it redirects to {_short(place)}, and that is not followed for this file")
+        raise Refused(f"it redirects to {short(place)}, and that is not followed for this file")
 
     def _ask(self, url: str, headers: dict[str, str]) -> BaseHTTPResponse:
         parts = urlsplit(url)
@@ -181,7 +186,7 @@ class Web:
             "User-Agent": f"sd-perf/{sd_perf.__version__}",
             "Accept-Encoding": "identity",
         }
-        return _pool(proxy).request(
+        response = _pool(proxy).request(
             "GET",
             url,
             headers=identity | headers,
@@ -191,6 +196,8 @@ class Web:
             preload_content=False,
             decode_content=False,
         )
+        self._answered.add(parts.netloc)
+        return response
 
 
 @functools.cache
@@ -232,7 +239,7 @@ def _redirected(url: str, response: BaseHTTPResponse) -> str:
     if target == url:
         raise Refused(f"it redirects to itself ({response.status})")
     if before != after:
-        raise Refused(f"it redirects from {before} to {_short(target)}, another scheme")
+        raise Refused(f"it redirects from {before} to {short(target)}, another scheme")
     return target
 
 
@@ -252,5 +259,8 @@ def _fault(error: Exception) -> Transient | Refused:
     return Transient(f"the connection failed ({one_line(cause)})")
 
 
-def _short(url: str) -> str:
-    return url if len(url) <= 120 else f"{url[:117]}..."
+def short(url: str) -> str:
+    """A URL as it is named in a sentence: host and last part of the path."""
+    parts = urlsplit(url)
+    name = parts.path.rstrip("/").rpartition("/")[2]
+    return f"{parts.netloc}/.../{name}" if len(url) > 70 else url

@@ -24,6 +24,7 @@ IMPATIENT = web.Patience(
     window=0.3,
     least_rate=1000,
     attempts=3,
+    first_attempts=3,
     progress=1000,
     pause=0.01,
     longest=5,

@@ -88,8 +88,7 @@ def test_with_a_weak_validator_only_a_digest_allows_to_go_on(server, draft):
         ("shorter", "its file has 100,000 bytes, and not 200,000"),
         ("longer", "its file has 200,100 bytes, and not 200,000"),
         ("captive", "its file has 26 bytes"),
-        ("no_length", "does not say how long"),
-        ("too_much", "does not say how long"),
+        ("too_much", "sends more than the 200,000 bytes that it promised, 3 times in a row"),
         ("gzip", r"compressed \(gzip\)"),
         ("come_tomorrow", "asks for a wait of 21,600 s or more"),
         ("to_itself", "redirects to itself"),
@@ -103,6 +102,15 @@ def test_with_a_weak_validator_only_a_digest_allows_to_go_on(server, draft):
 def test_refused_in_words(fault, reason, server, draft):
     with pytest.raises(Refused, match=reason):
         get(server.serve("/file", DATA, always=fault), draft)
+
+
+@pytest.mark.parametrize("fault", ["no_length", "too_much"])
+def test_what_does_not_say_its_length(fault, server, draft):
+    """It is taken where the size is published, and only there."""
+    url = server.serve("/file", DATA, fault)
+    with pytest.raises(Refused, match="does not say how long"):
+        get(url, draft, UNKNOWN)
+    assert get(server.serve("/file", DATA, "no_length"), draft) == DATA
 
 
 def test_what_promises_more_than_it_sends(server, draft):
