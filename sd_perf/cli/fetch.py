@@ -14,8 +14,6 @@ from sd_perf.errors import UserError
 if TYPE_CHECKING:
     from sd_perf.fetch.manifest import Artefact
 
-_MAX_JOBS = 64
-
 
 def fetch(
     name: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="NAME")] = None,
@@ -44,8 +42,9 @@ def fetch(
     """
     from sd_perf.fetch.describe import description, list_of_all
     from sd_perf.fetch.manifest import artefact_named
+    from sd_perf.fetch.web import MAX_JOBS
 
-    require_between("--jobs", jobs, 1, _MAX_JOBS)
+    require_between("--jobs", jobs, 1, MAX_JOBS)
     if name is None:
         table_console().print(list_of_all())
         return 0
@@ -80,8 +79,9 @@ def _fetch(artefact: Artefact, folder: Path, origin_text: str | None, jobs: int)
             f"{artefact.name}: could not be fetched: {outcome.failed[0]}{some}. "
             f"{artefact.advice(named is not None)}"
         )
-    there = f", {len(outcome.present)} of which were there" if outcome.present else ""
     count = len(outcome.fetched) + len(outcome.present)
+    were = len(outcome.present) if outcome.fetched else "all"
+    there = f", {were} of which were there" if outcome.present else ""
     print_plain(f"{count} file{'s' * (count != 1)}{there} -> {folder}")
     return 0
 

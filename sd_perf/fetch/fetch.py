@@ -143,12 +143,13 @@ class Fetch:
         try:
             for thread in threads:
                 thread.start()
-            while not self._idle.wait(0.2):
+            while not self._idle.wait(0.1):
                 self.watch.tick()
         finally:
             self.web.ended.set()
             for thread in threads:
                 thread.join(1)
+            self.watch.tick()
         if self._error is not None:
             raise self._error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import datetime
 import threading
 import time
@@ -25,14 +26,21 @@ EVERY = 30
 
 
 class Watch:
-    """Tells of the files of a fetch; its methods may be called from any thread."""
+    """Tells of the files of a fetch.
+
+    `say`, `update`, `verifying` and `done` may be called from any thread. What they say is printed
+    by the main thread, in `tick`: bars and lines of several threads would spoil each other.
+    """
 
     def __init__(self, console: TextConsole) -> None:
         self._console = console
         self._lock = threading.Lock()
+        self._lines: collections.deque[str] = collections.deque()
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         self._all: TaskID | None = None
+        self._under_way: dict[str, tuple[str, int, int | None]] = {}
+        """title, bytes that are there and bytes in all of every file that is being fetched"""
         self._have: dict[str, int] = {}
         self._first: dict[str, int] = {}
         self._total, self._files, self._done = 0, 0, 0
@@ -40,7 +48,9 @@ class Watch:
 
     def say(self, text: object) -> None:
         """Print a line."""
-        self._console.print(visible(text), soft_wrap=True)
+        self._lines.append(visible(text))
+        if threading.current_thread() is threading.main_thread():
+            self._print()
 
     def begin(self, total: int, files: int) -> None:
         """Show that so many bytes (0: not known) in so many files are to come."""
@@ -54,7 +64,8 @@ class Watch:
                 TransferSpeedColumn(),
                 TimeRemainingColumn(),
             )
-            self._bars = Progress(*columns, console=self._console, transient=True)
+            options = {"transient": True, "auto_refresh": False}
+            self._bars = Progress(*columns, console=self._console, **options)
             if files > 1:
                 self._all = self._bars.add_task(self._title(), total=total or None)
             self._bars.start()
@@ -64,39 +75,63 @@ class Watch:
         with self._lock:
             self._first.setdefault(name, have)
             self._have[name] = have
-            if self._bars is None:
-                return
-            if name not in self._tasks:
-                self._tasks[name] = self._bars.add_task(visible(name), total=total, completed=have)
-            self._bars.update(self._tasks[name], completed=have, total=total)
-            self._update_all()
+            self._under_way[name] = visible(name), have, total
 
     def verifying(self, name: str) -> None:
         """Show that the bytes of a file are being compared with its digests."""
         with self._lock:
-            if self._bars is not None and name in self._tasks:
-                self._bars.update(self._tasks[name], description=f"{visible(name)}: comparing")
+            _, have, total = self._under_way[name]
+            self._under_way[name] = f"{visible(name)}: comparing", have, total
 
     def done(self, name: str, how: str) -> None:
-        """Print that a file is there, and show it no longer."""
+        """Tell that a file is there: by a line, or by a bar that goes and a count that grows."""
         with self._lock:
             self._done += 1
-            size = decimal(self._have.get(name, 0))
-            if self._bars is not None and name in self._tasks:
-                self._bars.remove_task(self._tasks.pop(name))
-                self._update_all()
+            self._under_way.pop(name, None)
+        if self._bars is None or self._files == 1:
             count = f"{self._done:,}/{self._files:,} " if self._files > 1 else ""
-        self.say(f"{count}{name}: {size}, {how}")
+            self.say(f"{count}{name}: {decimal(self._have.get(name, 0))}, {how}")
 
     def tick(self) -> None:
-        """Print a line about the progress, now and then, where there is no terminal."""
-        now = time.monotonic()
-        if self._bars is not None or now - self._told < EVERY:
-            return
-        self._told = now
+        """Show what is new; to be called by the main thread, a few times a second."""
+        self._print()
+        if self._bars is not None:
+            self._draw(self._bars)
+        elif time.monotonic() - self._told >= EVERY:
+            self._tell_progress()
+
+    def close(self) -> None:
+        """Print what is left, and take the bars off the screen."""
+        self._print()
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+
+    def _draw(self, bars: Progress) -> None:
+        """A bar for every file that is under way, and one for all."""
         with self._lock:
-            have, came = sum(self._have.values()), self._came()
-        rate = came / (now - self._start)
+            under_way, have = dict(self._under_way), sum(self._have.values())
+        for name in self._tasks.keys() - under_way.keys():
+            bars.remove_task(self._tasks.pop(name))
+        for name, (title, came, total) in under_way.items():
+            if name not in self._tasks:
+                self._tasks[name] = bars.add_task(title, total=total, completed=came)
+            bars.update(self._tasks[name], completed=came, total=total, description=title)
+        if self._all is not None:
+            bars.update(self._all, completed=have, description=self._title())
+        bars.refresh()
+
+    def _print(self) -> None:
+        while self._lines:
+            self._console.print(self._lines.popleft(), soft_wrap=True)
+
+    def _tell_progress(self) -> None:
+        """Print a line about bytes, rate and time left."""
+        self._told = time.monotonic()
+        with self._lock:
+            have = sum(self._have.values())
+            came = sum(max(0, have - self._first[name]) for name, have in self._have.items())
+        rate = came / (self._told - self._start)
         of, left = "", ""
         if self._total:
             of = f" of {decimal(self._total)}"
@@ -104,21 +139,6 @@ class Watch:
                 seconds = round(max(0, self._total - have) / rate)
                 left = f", {datetime.timedelta(seconds=seconds)} left"
         self.say(f"{decimal(have)}{of}, {decimal(round(rate))}/s{left}")
-
-    def close(self) -> None:
-        """Take the bars off the screen."""
-        if self._bars is not None:
-            self._bars.stop()
-            self._bars = None
-
-    def _came(self) -> int:
-        """Bytes that came since `begin`."""
-        return sum(max(0, have - self._first[name]) for name, have in self._have.items())
-
-    def _update_all(self) -> None:
-        if self._bars is not None and self._all is not None:
-            have = sum(self._have.values())
-            self._bars.update(self._all, completed=have, description=self._title())
 
     def _title(self) -> str:
         return f"{self._done:,} of {self._files:,} files"

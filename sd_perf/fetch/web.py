@@ -22,6 +22,8 @@ from sd_perf.optional import optional
 if TYPE_CHECKING:
     from urllib3 import BaseHTTPResponse
 
+MAX_JOBS = 64
+"""files that are fetched at once, at most: as many connections are kept open to a host"""
 REDIRECTS = 5
 """that are followed from one URL"""
 CHUNK = 2**18
@@ -202,7 +204,8 @@ class Web:
 
 @functools.cache
 def _pool(proxy: str | None) -> Any:
-    return urllib3().ProxyManager(proxy) if proxy else urllib3().PoolManager()
+    options = {"maxsize": MAX_JOBS}
+    return urllib3().ProxyManager(proxy, **options) if proxy else urllib3().PoolManager(**options)
 
 
 def _acceptable(response: BaseHTTPResponse) -> BaseHTTPResponse:

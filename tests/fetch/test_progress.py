@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 
 from sd_perf.console import TextConsole
 from sd_perf.fetch import progress
@@ -36,19 +37,25 @@ def test_plain_lines(monkeypatch):
     ]
 
 
-def test_bars(monkeypatch):
+def test_bars():
+    """What other threads say is printed by the main thread alone."""
     out = console(True)
     watch = Watch(out)
     watch.begin(0, 2)
     watch.update("a\x1b[31m", 1, None)
     watch.update("a\x1b[31m", 50_000, 100_000)
-    watch.say("a line")
+    thread = threading.Thread(target=watch.say, args=("a line",))
+    thread.start()
+    thread.join()
+    assert "a line" not in out.file.getvalue()
     watch.tick()
-    assert watch._bars is not None
-    watch._bars.refresh()
     shown = out.file.getvalue()
     assert "0 of 2 files" in shown and "50.0/100.0 kB" in shown and "a line" in shown
     assert "a\\x1b[31m" in shown
+    watch.verifying("a\x1b[31m")
+    watch.tick()
+    assert "a\\x1b[31m: comparing" in out.file.getvalue()
     watch.done("a\x1b[31m", "MD5 as published")
+    watch.tick()
     watch.close()
-    assert "1/2 a\\x1b[31m: 50.0 kB, MD5 as published" in out.file.getvalue()
+    assert "1 of 2 files" in out.file.getvalue()
