@@ -7,6 +7,7 @@ import fcntl
 import os
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,8 @@ from pathlib import Path
 from sd_perf.errors import UserError
 from sd_perf.fetch.download import DRAFTS, Draft, copy, download, require_room
 from sd_perf.fetch.manifest import Artefact, File
-from sd_perf.fetch.places import Place, locate
+from sd_perf.fetch.offers import Offers
+from sd_perf.fetch.places import Place
 from sd_perf.fetch.progress import Watch
 from sd_perf.fetch.receipt import Receipt, fault_of
 from sd_perf.fetch.unpack import unpack
@@ -24,6 +26,8 @@ from sd_perf.files import disk_errors, flush
 IN_A_ROW = 3
 """files that fail, or arrive damaged, one after the other before a fetch ends"""
 
+_SECONDS_TO_END = 0.5
+"""that a stop leaves to threads that read, all in all; a server may be silent for longer"""
 GO_ON = "make room there and run the same command again, which goes on from what is kept"
 
 
@@ -71,7 +75,7 @@ class Fetch:
         self.artefact, self.folder, self.watch = artefact, folder, watch
         self.web = web or Web(watch.say)
         self.outcome = Outcome()
-        self._offers = _Offers(artefact, origin, self.web, watch)
+        self._offers = Offers(artefact, origin, self.web, watch)
         self._receipt = Receipt(folder)
         self._lock = threading.Lock()
         self._in_a_row = self._at_work = 0
@@ -84,11 +88,8 @@ class Fetch:
         Raises UserError where no source has the files, where three files in a row fail or arrive
         damaged, and where the disk takes no more. Drafts stay, for the next fetch to go on from.
         """
-        missing = [file for file in self._offers.files() if not self._is_there(file)]
-        need = self._require_room(missing)
-        if missing:
-            self.watch.begin(need, len(missing))
-            self._work_through(missing, jobs)
+        if not self._is_vouched_for():
+            self._fetch_missing(jobs)
         if self.artefact.unpack and not self.outcome.failed:
             for file in self.artefact.files:
                 unpack(self.folder / file.name, self.folder, self.folder / DRAFTS, self.watch)
@@ -96,24 +97,25 @@ class Fetch:
             (self.folder / DRAFTS).rmdir()
         return self.outcome
 
-    def _is_there(self, file: File) -> bool:
-        """Whether a file is in the folder, whole; one that is not is named, and fetched again."""
-        path = self.folder / file.name
-        if not path.is_file():
+    def _is_vouched_for(self) -> bool:
+        """Whether all files are there by the receipt, so that no source need be asked."""
+        files = {file.name: file for file in self.artefact.files}
+        files |= {file.name: file for file in self._receipt.recorded(self.artefact.name)}
+        if not all(map(self._receipt.vouches_for, files.values())):
             return False
-        if not self._receipt.vouches_for(file):
-            self.watch.say(f"{file.name}: is there; comparing its bytes")
-            fault, sha256 = fault_of(path, file)
-            if fault:
-                self.watch.say(f"{file.name}: {fault}; it is fetched again")
-                self._receipt.forget(file.name)
-                return False
-            if file.digests:
-                self._receipt.add(self.artefact.name, file, None, sha256)
-            else:
-                self.watch.say(f"{file.name}: is taken as it is, since no digest is known")
-        self.outcome.present.append(file.name)
+        self.outcome.present = list(files)
         return True
+
+    def _fetch_missing(self, jobs: int) -> None:
+        missing = []
+        for file in self._offers.files():
+            if self._receipt.vouches_for(file):
+                self.outcome.present.append(file.name)
+            else:
+                missing.append(file)
+        need = self._require_room(missing)
+        self.watch.begin(need, len(missing))
+        self._work_through(missing, jobs)
 
     def _require_room(self, missing: list[File]) -> int:
         """UserError where the disk has less room than is known to be needed.
@@ -123,8 +125,10 @@ class Fetch:
         sizes = [file.size for file in missing]
         need = sum(size or 0 for size in sizes)
         if None in sizes and self.artefact.about:
-            need = self.artefact.about * len(missing) // max(1, len(self.artefact.files))
-        kept = sum(Draft(self.folder, file.name).size for file in missing)
+            need = self.artefact.about * len(missing) // len(self.artefact.files)
+        there = (self.folder / file.name for file in missing)
+        kept = sum(path.stat().st_size for path in there if path.is_file())
+        kept += sum(Draft(self.folder, file.name).size for file in missing)
         unpacked = need if self.artefact.unpack else 0
         require_room(self.folder, max(0, need - kept) + unpacked)
         return need
@@ -147,8 +151,9 @@ class Fetch:
                 self.watch.tick()
         finally:
             self.web.ended.set()
+            end = time.monotonic() + _SECONDS_TO_END
             for thread in threads:
-                thread.join(1)
+                thread.join(max(0, end - time.monotonic()))
             self.watch.tick()
         if self._error is not None:
             raise self._error
@@ -169,7 +174,9 @@ class Fetch:
                     self._idle.set()
 
     def _fetch_file(self, file: File) -> None:
-        """Fetch one file from the first source that gives it whole."""
+        """Fetch one file, if it is not there whole, from the first source that gives it whole."""
+        if self._is_whole(file):
+            return
         reasons: list[str] = []
         while (offered := self._offers.next(file.name)) is not None:
             number, place = offered
@@ -190,6 +197,25 @@ class Fetch:
         with self._lock:
             self.outcome.failed.append(sentence)
         self._count(damaged=True, file=file.name)
+
+    def _is_whole(self, file: File) -> bool:
+        """Whether a file that was there is whole; one that is not is named."""
+        path = self.folder / file.name
+        if not path.is_file():
+            return False
+        self.watch.verifying(file.name)
+        fault, sha256 = fault_of(path, file, lambda: self.web.rest(0))
+        if fault:
+            self.watch.say(f"{file.name}: is there, but {fault}; it is fetched again")
+            self._receipt.forget(file.name)
+            return False
+        if file.digests:
+            self._receipt.add(self.artefact.name, file, None, sha256)
+        how = _verified(file) if file.digests else "taken as it is, since no digest is known"
+        self.watch.done(file.name, path.stat().st_size, f"was there, {how}")
+        with self._lock:
+            self.outcome.present.append(file.name)
+        return True
 
     def _from(self, place: Place) -> bool:
         """Fetch a file from a place and give it its name; False where it arrived damaged."""
@@ -213,8 +239,7 @@ class Fetch:
             self._receipt.add(self.artefact.name, file, str(place.where), sha256)
         with self._lock:
             self.outcome.fetched.append(file.name)
-        how = f"{_names(file)} as published" if file.digests else "not verified: no digest is known"
-        self.watch.done(file.name, how)
+        self.watch.done(file.name, (self.folder / file.name).stat().st_size, _verified(file))
         return True
 
     def _count(self, damaged: bool, file: str = "", where: str | Path = "") -> None:
@@ -233,79 +258,13 @@ class Fetch:
                 )
 
 
-class _Offers:
-    """The sources of one fetch, in order; each is looked at when it is first needed."""
-
-    def __init__(
-        self, artefact: Artefact, origin: str | Path | None, web: Web, watch: Watch
-    ) -> None:
-        self._artefact, self._web, self._watch = artefact, web, watch
-        self._named = origin is not None
-        self._origins: list[str | Path] = (
-            [origin] if origin is not None else [source.url for source in artefact.sources]
-        )
-        self._places: dict[int, dict[str, Place]] = {}
-        self._refused: set[tuple[int, str]] = set()
-        self.reasons: list[str] = []
-        """why sources have it not"""
-        self._first = 0
-        self._lock = threading.RLock()
-
-    def files(self) -> list[File]:
-        """The files that the first source with all of them has; UserError where none has."""
-        for number, origin in enumerate(self._origins):
-            if places := self._look(number):
-                self._first = number
-                self._watch.say(f"from {origin}")
-                return [place.file for place in places.values()]
-        raise UserError(
-            f"{self._artefact.name}: no source has it ({'; '.join(self.reasons)}). {self.advice()}"
-        )
-
-    def next(self, name: str) -> tuple[int, Place] | None:
-        """The source to take a file from now, and where; None where none is left."""
-        with self._lock:
-            count = len(self._origins)
-            for number in ((self._first + step) % count for step in range(count)):
-                place = self._look(number).get(name)
-                if place is not None and (number, name) not in self._refused:
-                    return number, place
-        return None
-
-    def refuse(self, number: int, name: str) -> None:
-        """Remember that a source does not give a file."""
-        with self._lock:
-            self._refused.add((number, name))
-
-    def pass_over(self, number: int) -> None:
-        """Prefer the source after this one, from which a file came damaged."""
-        with self._lock:
-            if self._first == number:
-                self._first = (number + 1) % len(self._origins)
-
-    def advice(self) -> str:
-        """What to do when no source gives what is wanted."""
-        return self._artefact.advice(self._named)
-
-    def _look(self, number: int) -> dict[str, Place]:
-        """The places of the files at a source; none where it refuses."""
-        with self._lock:
-            if number not in self._places:
-                try:
-                    origin = self._origins[number]
-                    found = locate(self._artefact, origin, self._web, named=self._named)
-                except Refused as refusal:
-                    found = []
-                    self.reasons.append(str(refusal))
-                    self._watch.say(refusal)
-                self._places[number] = {place.file.name: place for place in found}
-            return self._places[number]
-
-
 def _named(place: Place) -> str:
     """A place as it is named in a sentence."""
     return str(place.where) if isinstance(place.where, Path) else short(place.where)
 
 
-def _names(file: File) -> str:
-    return " and ".join(algorithm.upper() for algorithm in file.digests)
+def _verified(file: File) -> str:
+    """What a whole file was compared with, in words."""
+    if not file.digests:
+        return "not verified: no digest is known"
+    return f"{' and '.join(algorithm.upper() for algorithm in file.digests)} as published"

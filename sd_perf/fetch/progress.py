@@ -80,17 +80,19 @@ class Watch:
     def verifying(self, name: str) -> None:
         """Show that the bytes of a file are being compared with its digests."""
         with self._lock:
-            _, have, total = self._under_way[name]
+            _, have, total = self._under_way.get(name, ("", 0, None))
             self._under_way[name] = f"{visible(name)}: comparing", have, total
 
-    def done(self, name: str, how: str) -> None:
+    def done(self, name: str, size: int, how: str) -> None:
         """Tell that a file is there: by a line, or by a bar that goes and a count that grows."""
         with self._lock:
             self._done += 1
+            self._have[name] = size
+            self._first.setdefault(name, size)
             self._under_way.pop(name, None)
-        if self._bars is None or self._files == 1:
             count = f"{self._done:,}/{self._files:,} " if self._files > 1 else ""
-            self.say(f"{count}{name}: {decimal(self._have.get(name, 0))}, {how}")
+        if self._bars is None or self._files == 1:
+            self.say(f"{count}{name}: {decimal(size)}, {how}")
 
     def tick(self) -> None:
         """Show what is new; to be called by the main thread, a few times a second."""

@@ -70,12 +70,19 @@ def test_what_is_whole_is_skipped_and_what_is_not_is_fetched_again(server, tmp_p
     (tmp_path / "aside").unlink()
     assert files_of(tmp_path) == SHARDS
     told = capsys.readouterr().out
-    assert "00001.tar: it has 1,999 bytes, and not 2,000; it is fetched again" in told
-    assert "00004.tar: its SHA256 is not the published one; it is fetched again" in told
-    server.log.clear()
+    assert "00001.tar: is there, but it has 1,999 bytes, and not 2,000; it is fetched" in told
+    assert "00004.tar: is there, but its SHA256 is not the published one; it is" in told
+    assert "00000.tar: 1.0 kB, was there, SHA256 as published" in told
+
+
+def test_no_source_is_asked_where_the_receipt_vouches_for_all(server, tmp_path, capsys):
+    artefact = a_set(sources=(serve_set(server),))
     fetch(artefact, tmp_path)
-    assert "comparing" not in capsys.readouterr().out  # the receipt vouches for all
-    assert not server.log
+    server.log.clear()
+    capsys.readouterr()
+    assert sorted(fetch(artefact, tmp_path).present) == NAMES
+    assert not server.log and not capsys.readouterr().out
+    assert fetch(a_set(), tmp_path, tmp_path / "absent").fetched == []
 
 
 def test_three_damaged_in_a_row_end_it(server, tmp_path):
@@ -184,6 +191,16 @@ def test_a_disk_that_is_too_small(server, mount_tmpfs):
     with pytest.raises(UserError, match=r"200,000 bytes are needed and \d+,\d+ are free"):
         fetch(an_artefact(sources=(url,)), folder)
     assert not server.log
+
+
+def test_a_draft_that_was_not_looked_at(server, tmp_path):
+    """Killed between the last byte and the comparison."""
+    artefact = an_artefact(sources=(server.serve("/file", DATA, "cut", always="404"),))
+    assert fetch(artefact, tmp_path).failed
+    with (tmp_path / DRAFTS / "file.part").open("ab") as file:
+        file.write(DATA[len(DATA) // 2 :])
+    assert fetch(artefact, tmp_path).fetched == ["file"]
+    assert files_of(tmp_path) == {"file": DATA}
 
 
 def test_check(server, tmp_path):

@@ -29,7 +29,7 @@ def test_plain_lines(monkeypatch):
     watch.tick()
     watch.tick()
     watch.verifying("a")
-    watch.done("a", "SHA256 as published")
+    watch.done("a", 2_000_000, "SHA256 as published")
     watch.close()
     assert out.file.getvalue().splitlines() == [
         "2.5 MB of 4.0 MB, 37.5 kB/s, 0:00:40 left",
@@ -55,7 +55,7 @@ def test_bars():
     watch.verifying("a\x1b[31m")
     watch.tick()
     assert "a\\x1b[31m: comparing" in out.file.getvalue()
-    watch.done("a\x1b[31m", "MD5 as published")
+    watch.done("a\x1b[31m", 50_000, "MD5 as published")
     watch.tick()
     watch.close()
     assert "1 of 2 files" in out.file.getvalue()
