@@ -225,8 +225,10 @@ class Fetch:
             self.watch.update(file.name, have, total)
 
         with disk_errors(self.folder, GO_ON):
-            receive = copy if isinstance(place.where, Path) else download
-            receive(self.web, place.where, file, draft, progress)  # type: ignore[operator]
+            if isinstance(place.where, Path):
+                copy(self.web, place.where, file, draft, progress)
+            else:
+                download(self.web, place.where, file, draft, progress)
             self.watch.verifying(file.name)
             fault, sha256 = fault_of(draft.path, file, lambda: self.web.rest(0))
             if fault:

@@ -64,8 +64,9 @@ class Watch:
                 TransferSpeedColumn(),
                 TimeRemainingColumn(),
             )
-            options = {"transient": True, "auto_refresh": False}
-            self._bars = Progress(*columns, console=self._console, **options)
+            self._bars = Progress(
+                *columns, console=self._console, transient=True, auto_refresh=False
+            )
             if files > 1:
                 self._all = self._bars.add_task(self._title(), total=total or None)
             self._bars.start()
