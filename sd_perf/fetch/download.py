@@ -89,6 +89,8 @@ def download(web: Web, url: str, file: File, draft: Draft, progress: Progress) -
 
 def copy(web: Web, path: Path, file: File, draft: Draft, progress: Progress) -> None:
     """Fill a draft with the bytes of a file on this machine; errors as `download`."""
+    if path.exists() and not path.is_file():
+        raise Refused("it is no regular file")
     try:
         source = path.open("rb")
         size = os.fstat(source.fileno()).st_size

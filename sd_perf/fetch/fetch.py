@@ -190,7 +190,7 @@ class Fetch:
             if arrived:
                 self._count(damaged=False)
                 return
-            self._count(damaged=True, file=file.name, where=place.where)
+            self._count(damaged=True, file=file.name, where=_named(place))
             self._offers.pass_over(number)
         reasons = reasons or self._offers.reasons
         sentence = f"{file.name}: {'; '.join(reasons)}"
@@ -244,7 +244,7 @@ class Fetch:
         self.watch.done(file.name, (self.folder / file.name).stat().st_size, _verified(file))
         return True
 
-    def _count(self, damaged: bool, file: str = "", where: str | Path = "") -> None:
+    def _count(self, damaged: bool, file: str = "", where: str = "") -> None:
         """Count files that failed or arrived damaged in a row; UserError for the third."""
         with self._lock:
             self._in_a_row = self._in_a_row + 1 if damaged else 0

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 MAX_REQUESTS = 2000
@@ -250,8 +252,9 @@ FAULTS: dict[str, Callable[[Handler, Served], None]] = {
 class HostileServer:
     """The running server; `files` may be changed at any time."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    def __init__(self, http: ThreadingHTTPServer) -> None:
+        self._http = http
+        self.url = f"http://127.0.0.1:{http.server_address[1]}"
         self.files: dict[str, Served] = {}
         self.log: list[tuple[str, str | None, str | None]] = []
         """path, Range and If-Range of every request"""
@@ -261,6 +264,12 @@ class HostileServer:
         """Put a file under a path; returns its URL."""
         self.files[path] = Served(data, list(faults), **options)
         return self.url + path
+
+    def encrypt(self, key: Path, certificate: Path) -> None:
+        """Speak TLS from here on."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate, key)
+        self._http.socket = context.wrap_socket(self._http.socket, server_side=True)
 
     def ranges(self, path: str) -> list[str | None]:
         """The Range header of every request for a path."""
@@ -278,7 +287,7 @@ class _Threads(ThreadingHTTPServer):
 def hostile_server() -> Iterator[HostileServer]:
     """A server of one block, on a free port of 127.0.0.1."""
     with _Threads(("127.0.0.1", 0), Handler) as http:
-        hostile = HostileServer(f"http://127.0.0.1:{http.server_address[1]}")
+        hostile = HostileServer(http)
         http.hostile = hostile  # type: ignore[attr-defined]
         thread = threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True)
         thread.start()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+
 import pytest
 
 from sd_perf.errors import UserError
@@ -10,6 +13,7 @@ from sd_perf.fetch.download import Draft, copy, download
 from sd_perf.fetch.manifest import File
 from sd_perf.fetch.web import Ended, Refused, Web
 from tests.fetch.conftest import DATA, OTHER, a_file
+from tests.fetch.hostile_server import Served
 
 HALF, QUARTER = len(DATA) // 2, len(DATA) // 4
 REST = f"bytes={HALF}-"
@@ -126,6 +130,30 @@ def test_more_than_is_left(server, draft):
     assert server.ranges("/file") == [None, REST, None]
 
 
+def test_through_a_proxy(server, draft, monkeypatch):
+    server.serve("/", b"")
+    server.files["http://elsewhere.invalid/file"] = Served(DATA, ["cut"])
+    monkeypatch.setenv("http_proxy", server.url)
+    monkeypatch.setenv("no_proxy", "near.invalid")
+    assert get("http://elsewhere.invalid/file", draft) == DATA
+    with pytest.raises(Refused, match="its name is not found"):
+        get("http://near.invalid/file", draft, File("other"))
+
+
+def test_a_certificate_that_nobody_vouches_for(server, draft, tmp_path):
+    """It is not asked again, and nothing is taken from it."""
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = f"openssl req -x509 -nodes -newkey rsa:2048 -subj /CN=x -keyout {key}"
+    made = subprocess.run([*command.split(), "-out", certificate], capture_output=True)
+    if made.returncode:
+        pytest.skip(f"openssl cannot make a certificate: {made.stderr!r}")
+    server.encrypt(key, certificate)
+    server.serve("/file", DATA)
+    with pytest.raises(Refused, match="its certificate is not valid"):
+        get(server.url.replace("http:", "https:") + "/file", draft)
+    assert not server.log and draft.size == 0
+
+
 def test_nobody_there(draft):
     with pytest.raises(Refused, match=r"connection failed .*refused.*3 times in a row"):
         get("http://127.0.0.1:9/file", draft)
@@ -190,7 +218,8 @@ def test_a_copy_on_this_machine(draft, tmp_path):
     assert draft.path.read_bytes() == DATA
     with pytest.raises(Refused, match="No such file"):
         copy(Web(), tmp_path / "absent", a_file(), draft, lambda *_: None)
-    with pytest.raises(Refused, match="Is a directory"):
-        copy(Web(), tmp_path, UNKNOWN, draft, lambda *_: None)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(Refused, match="is no regular file"):
+        copy(Web(), tmp_path / "pipe", UNKNOWN, draft, lambda *_: None)
     with pytest.raises(Refused, match="has 200,000 bytes, and not 3"):
         copy(Web(), tmp_path / "there", a_file(data=b"abc"), draft, lambda *_: None)
