@@ -28,7 +28,7 @@ IN_A_ROW = 3
 
 _SECONDS_TO_END = 0.5
 """that a stop leaves to threads that read, all in all; a server may be silent for longer"""
-GO_ON = "make room there and run the same command again, which goes on from what is kept"
+_GO_ON = "make room there and run the same command again, which goes on from what is kept"
 
 
 @dataclass
@@ -224,7 +224,7 @@ class Fetch:
         def progress(have: int, total: int | None) -> None:
             self.watch.update(file.name, have, total)
 
-        with disk_errors(self.folder, GO_ON):
+        with disk_errors(self.folder, _GO_ON):
             if isinstance(place.where, Path):
                 copy(self.web, place.where, file, draft, progress)
             else:

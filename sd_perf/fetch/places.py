@@ -53,6 +53,8 @@ def origin(text: str) -> str | Path:
     try:
         parts = urlsplit(text)
         fits = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        if fits and parts.username is not None:
+            raise UserError("--from: names and passwords in a URL are not sent; use one without")
     except ValueError:
         fits = False
     if not fits:

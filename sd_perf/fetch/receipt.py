@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from sd_perf.errors import UserError
 from sd_perf.fetch.manifest import File
@@ -58,7 +59,7 @@ class Receipt:
         found = (self.folder / file.name).stat()
         entry = {
             "artefact": artefact,
-            "url": url,
+            "url": url and urlsplit(url)._replace(query="").geturl(),  # without a signature
             "size": found.st_size,
             "modified_ns": found.st_mtime_ns,
             "sha256": sha256,

@@ -112,9 +112,11 @@ class Web:
         except urllib3().exceptions.HTTPError as error:
             raise _fault(error) from error
 
-    def text(self, url: str, limit: int = 2**22) -> str:
+    def text(self, url: str, limit: int) -> str:
         """The text at a URL, of at most `limit` bytes, without a redirect; Refused or Transient."""
         with self.get(url, redirects=0) as response:
+            if response.status != 200:
+                raise Refused(f"it answers {response.status} to a request for all of it")
             content = b"".join(self.chunks(response, limit + 1))
         if len(content) > limit:
             raise Refused(f"it has more than {limit:,} bytes")
@@ -176,7 +178,7 @@ class Web:
             return _acceptable(response)
         if redirects:
             raise Refused(f"it redirects more than {redirects} times")
-        raise Refused(f"it redirects to {short(place)}, and that is not followed for this file")
+        raise Refused(f"it redirects to {short(place)}, and a list is not looked for elsewhere")
 
     def _ask(self, url: str, headers: dict[str, str]) -> BaseHTTPResponse:
         parts = urlsplit(url)

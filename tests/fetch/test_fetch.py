@@ -57,6 +57,11 @@ def test_a_set_of_files(server, tmp_path):
     assert not (tmp_path / DRAFTS).exists()
 
 
+def test_the_receipt_keeps_no_signature(server, tmp_path):
+    fetch(an_artefact(), tmp_path, server.serve("/file", DATA) + "?signature=secret")
+    assert "secret" not in (tmp_path / RECEIPT).read_text()
+
+
 def test_what_is_whole_is_skipped_and_what_is_not_is_fetched_again(server, tmp_path, capsys):
     artefact = a_set(sources=(serve_set(server),))
     fetch(artefact, tmp_path)

@@ -67,7 +67,9 @@ def test_a_folder_behind_a_login(server):
     """Nothing is followed away from a list of digests."""
     url = listed(server, f"{MD5}  a.tar", f"{MD5}  b.tar")
     server.files["/metadata/set.uri"].always = "to_file"
-    with pytest.raises(Refused, match=r"redirects to .*/file, and that is not followed"):
+    with pytest.raises(
+        Refused, match=r"redirects to .*/file, and a list is not looked for elsewhere"
+    ):
         places(TWO, url)
 
 
@@ -117,6 +119,8 @@ def test_a_folder_on_this_machine(tmp_path):
 
 
 def test_what_from_names():
+    with pytest.raises(UserError, match="names and passwords in a URL are not sent"):
+        origin("https://me:secret@host/a")
     assert origin("https://host/a") == "https://host/a"
     assert origin("some/folder") == Path("some/folder")
     for text in ("ftp://host/a", "file:///etc", "s3://bucket/a", "http://", "http://[/"):
