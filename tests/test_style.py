@@ -22,16 +22,17 @@ CODE_LINES = {
     "sd_perf/fast": 750,
     "sd_perf/diffusion": 150,
     "sd_perf/models": 1080,
-    "sd_perf/data": 2500,
+    "sd_perf/fetch": 1200,
+    "sd_perf/data": 3150,
     "sd_perf/runs": 1100,
     "sd_perf/training": 1500,
     "sd_perf/distributed": 480,
     "sd_perf/evaluation": 1000,
     "sd_perf/mlperf": 700,
-    "sd_perf/tools": 3870,
-    "sd_perf": 1760,
+    "sd_perf/tools": 3910,
+    "sd_perf": 2150,
     "kernels": 5750,
-    "benchmarks": 4700,
+    "benchmarks": 4740,
 }
 """of each room; `sd_perf` is the command line, the config and the files beside the rooms"""
 COMMENTED = ("sd_perf/fast", "sd_perf/tools/estimate")

@@ -3,7 +3,7 @@
 here=$(dirname "$0")
 exec "$here/../sd-perf" data convert \
     --config "$here/../../configs/train_512_moments.yaml" \
-    --input-folder /datasets/laion-400m/webdataset-filtered \
-    --output-dir /datasets/laion-400m/webdataset-moments-filtered \
-    --checkpoint /checkpoints/sd/512-base-ema.ckpt \
+    --input-folder "${INPUT_FOLDER:-/datasets/laion-400m/webdataset-filtered}" \
+    --output-dir "${OUTPUT_FOLDER:-/datasets/laion-400m/webdataset-moments-filtered}" \
+    --checkpoint "${CHECKPOINT:-/checkpoints/sd/512-base-ema.ckpt}" \
     "$@"

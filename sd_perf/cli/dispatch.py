@@ -25,6 +25,7 @@ from sd_perf.cli.datasets import (
     split_coco,
 )
 from sd_perf.cli.evaluation import evaluate, sample
+from sd_perf.cli.fetch import fetch
 from sd_perf.cli.mlperf import check
 from sd_perf.cli.tools import doctor, estimate, parity, report, report_benchmarks
 from sd_perf.cli.train import train
@@ -81,6 +82,7 @@ _COMMANDS: dict[str, Command] = {
     "sample": sample,
     "export": export,
     "data": _group("data", "Make and check shards, the tiny world, FID's statistics", _DATA),
+    "fetch": fetch,
     "mlperf": _group("mlperf", "MLPerf logs", _MLPERF),
     "verify": verify,
     "convert-checkpoints": convert_checkpoints,

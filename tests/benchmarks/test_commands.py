@@ -28,7 +28,12 @@ COMMANDS = {
     "scaling": ["--minutes", "0.001", *QUICK],
 }
 PRECOMPUTED = ["--set", "data.context=precomputed"]
-PACKAGES = {"data": "webdataset", "conversion": "PIL", "evaluation": "open_clip", "cpu_comparisons": "diffusers"}
+PACKAGES = {
+    "data": "webdataset",
+    "conversion": "PIL",
+    "evaluation": "open_clip",
+    "cpu_comparisons": "diffusers",
+}
 
 
 @pytest.fixture(scope="module")

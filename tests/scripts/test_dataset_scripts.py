@@ -82,6 +82,13 @@ def test_the_last_of_two_values_is_taken(arguments, refused, tmp_path):
     assert f"{tmp_path}: holds no *.parquet files" in refused(*words)
 
 
+def test_the_environment_gives_defaults(arguments, monkeypatch):
+    """Under the names of the reference's scripts."""
+    monkeypatch.setenv("DATASET_DIR", "some where")
+    words = arguments("generate-fid-statistics.sh", "-o", "x")
+    assert words[2:4] == ["--dataset-dir", "some where"]
+
+
 def test_without_an_installation(tmp_path):
     shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
     script = tmp_path / "scripts" / "datasets" / "generate-fid-statistics.sh"
