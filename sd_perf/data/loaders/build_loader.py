@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sd_perf.config import Config
 from sd_perf.data.batch import Loader, LoaderOptions
+from sd_perf.data.loaders.dali import DaliLoader
 from sd_perf.data.loaders.portable import PortableLoader
 from sd_perf.data.loaders.synthetic import SyntheticLoader
 from sd_perf.data.shards import ShardIndex
@@ -29,5 +30,6 @@ def build_loader(config: Config, seed: int, world: World) -> Loader:
     if data.format == "synthetic":
         return SyntheticLoader(data, options, config.diffusion.latent_scale)
     # The main rank builds the index file first; then every rank, the main one too, reads it.
-    world.on_main(lambda: len(ShardIndex.open(data.path, data.index)))
-    return world.together(lambda: PortableLoader(data, options))
+    world.on_main(lambda: len(ShardIndex.open(data.path, data.index, format=data.format)))
+    kind = DaliLoader if data.loader == "dali" else PortableLoader
+    return world.together(lambda: kind(data, options))

@@ -63,7 +63,7 @@ class SyntheticLoader:
         self._context = torch.empty(num_samples, config.context_tokens, options.context_dim)
         self._drawn = torch.zeros(num_samples, dtype=torch.bool)
         shapes = f"{tuple(self._moments.shape)} {tuple(self._context.shape)}".replace(" ", "")
-        self.fingerprint = f"synthetic:seed={options.seed}:{shapes}"
+        self.fingerprint = self.keys_fingerprint = f"synthetic:seed={options.seed}:{shapes}"
 
     def batches(self, position: int) -> Iterator[Batch]:
         """Micro-batches of this rank from a position on, without end; see `Loader`."""

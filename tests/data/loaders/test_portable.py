@@ -100,13 +100,13 @@ def test_resume_is_the_tail(make_shards, world):
 def test_order_does_not_depend_on_the_threads(make_shards, monkeypatch, workers, ahead):
     config = make_shards(NUM, workers=workers, prefetch_batches=ahead)
     source = loader(config, accumulate=6)
-    read = source._reader.read
+    read = source._quick.read
 
-    def slow_for_even(sample):
+    def slow_for_even(sample, parts):
         time.sleep(0.005 * (sample % 2 == 0))
-        return read(sample)
+        return read(sample, parts)
 
-    monkeypatch.setattr(source._reader, "read", slow_for_even)
+    monkeypatch.setattr(source._quick, "read", slow_for_even)
     stream = source.batches(0)
     assert [int(batch.sample_indices) for batch in islice(stream, 30)] == list(range(30))
     stream.close()
@@ -115,8 +115,8 @@ def test_order_does_not_depend_on_the_threads(make_shards, monkeypatch, workers,
 def test_made_ahead_but_not_further(make_shards, monkeypatch):
     source = loader(make_shards(NUM, prefetch_batches=3), accumulate=6)
     reads = []
-    read = source._reader.read
-    monkeypatch.setattr(source._reader, "read", lambda sample: reads.append(sample) or read(sample))
+    read = source._quick.read
+    monkeypatch.setattr(source._quick, "read", lambda *which: reads.append(which) or read(*which))
     stream = source.batches(0)
     next(stream)
     time.sleep(0.2)
@@ -158,14 +158,14 @@ def test_threads_end_with_the_iterator(make_shards, end):
 def test_closing_does_not_finish_what_was_planned(make_shards, monkeypatch):
     source = loader(make_shards(NUM, workers=1, prefetch_batches=20), accumulate=6)
     reads = []
-    read = source._reader.read
+    read = source._quick.read
 
-    def slow(sample):
+    def slow(sample, parts):
         reads.append(sample)
         time.sleep(0.02)
-        return read(sample)
+        return read(sample, parts)
 
-    monkeypatch.setattr(source._reader, "read", slow)
+    monkeypatch.setattr(source._quick, "read", slow)
     stream = source.batches(0)
     next(stream)
     stream.close()
