@@ -6,6 +6,7 @@ and columns of a picture, T text tokens, D context channels.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -55,19 +56,23 @@ class Batch:
     def empty(cls, positions: np.ndarray, config: DataConfig, options: LoaderOptions) -> Batch:
         """A batch for the samples at these positions (B,) int64, to be filled.
 
-        It has the tensors that the config's format gives, of the dtypes that it gives them in.
+        It has the tensors that the config's format gives, of the dtypes that it gives them in,
+        in page-locked memory where the options say so.
         """
+        # torch keeps page-locked memory once it is freed, so that no batch waits for an allocation.
+        empty = functools.partial(torch.empty, pin_memory=options.pin_memory)
+        indices = torch.from_numpy(positions)
         size, side, is_raw = len(positions), config.latent_size, config.format == "raw"
         dtype = torch.float16 if config.format == "encoded" else torch.float32
         pixels = PIXELS_PER_LATENT * side
         text = config.context_tokens, options.context_dim
         has_context = config.context == "precomputed"
         return cls(
-            torch.from_numpy(positions),
-            None if is_raw else torch.empty(size, 2 * options.in_channels, side, side, dtype=dtype),
+            indices.pin_memory() if options.pin_memory else indices,
+            None if is_raw else empty(size, 2 * options.in_channels, side, side, dtype=dtype),
             captions=[],
-            context=torch.empty(size, *text, dtype=dtype) if has_context else None,
-            pixels=torch.empty(size, 3, pixels, pixels) if is_raw else None,
+            context=empty(size, *text, dtype=dtype) if has_context else None,
+            pixels=empty(size, 3, pixels, pixels) if is_raw else None,
         )
 
     def pinned(self) -> Batch:

@@ -65,7 +65,7 @@ class DaliLoader(PortableLoader):
             return self._make_refused(positions, error)
         for row, pixels in zip(np.flatnonzero(plain), decoded, strict=True):
             batch.pixels.numpy()[row] = pixels.numpy()
-        return batch.pinned() if self._options.pin_memory else batch
+        return batch
 
     def _decode(self, pictures: list[bytes]) -> torch.Tensor:
         """Pixels (B, 3, P, P) float32 of encoded pictures, valid until this thread's next call.

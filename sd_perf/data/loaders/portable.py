@@ -68,7 +68,7 @@ class PortableLoader:
         arrays = {part: tensor.numpy() for part, tensor in parts.items() if tensor is not None}
         for row, position in enumerate(positions.tolist()):
             self._fill(batch, position, {part: array[row] for part, array in arrays.items()})
-        return batch.pinned() if self._options.pin_memory else batch
+        return batch
 
     def _fill(self, batch: Batch, position: int, parts: dict[str, np.ndarray]) -> None:
         """Fill the row of a batch that these arrays are with the sample at a position."""
