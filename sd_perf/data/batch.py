@@ -16,6 +16,7 @@ import torch
 
 from sd_perf.config import DataConfig
 from sd_perf.data.order import micro_batches
+from sd_perf.data.usage import Usage
 from sd_perf.models.vae import PIXELS_PER_LATENT
 
 
@@ -137,6 +138,11 @@ class Loader(Protocol):
     """identifies the data set: equal for equal shards, whatever folder they lie in"""
     keys_fingerprint: str
     """identifies its samples and their order: equal for the same ones in another format"""
+
+    @property
+    def usage(self) -> Usage:
+        """What its threads have spent so far; nothing where it has none."""
+        ...
 
     def batches(self, position: int) -> Iterator[Batch]:
         """Micro-batches of this rank from a position on, without end.

@@ -79,7 +79,8 @@ class DaliLoader(PortableLoader):
         # A pipeline that has failed once fails for good.
         pipeline = own.pop("pipeline")
         pipeline.feed_input("encoded", [np.frombuffer(each, np.uint8) for each in pictures])
-        (outputs,) = pipeline.run()
+        with self._stopwatch.elsewhere():
+            (outputs,) = pipeline.run()
         own["pipeline"] = pipeline
         self._has_decoded = True
         return torch.from_dlpack(outputs.as_tensor())

@@ -15,6 +15,7 @@ from sd_perf.data.loaders.quick_rows import QuickRows
 from sd_perf.data.order import SampleOrder
 from sd_perf.data.samples import Sample, SampleReader
 from sd_perf.data.shards import ShardIndex
+from sd_perf.data.usage import Stopwatch, Usage
 from sd_perf.errors import BadSampleError, DataError
 
 
@@ -44,6 +45,7 @@ class PortableLoader:
         self._quick: QuickRows | None = None
         if config.format != "raw":
             self._quick = QuickRows(self._index, self._reader.descriptors, config)
+        self._stopwatch = Stopwatch()
         self.num_samples = len(self._index)
         self.fingerprint = self._index.fingerprint
         self.keys_fingerprint = self._index.keys_fingerprint
@@ -52,7 +54,7 @@ class PortableLoader:
     def batches(self, position: int) -> Iterator[Batch]:
         """Micro-batches of this rank from a position on, without end; see `Loader`."""
         return _prefetched(
-            self._make,
+            self._timed_make,
             self._options.positions(position),
             workers=self._config.workers,
             depth=self._config.prefetch_batches,
@@ -61,6 +63,15 @@ class PortableLoader:
     def require_unchanged(self) -> None:
         """DataError where a shard was written to since it was opened; see `Loader`."""
         self._reader.require_unchanged()
+
+    @property
+    def usage(self) -> Usage:
+        """What the threads have spent so far; see `Loader`."""
+        return self._stopwatch.usage
+
+    def _timed_make(self, positions: np.ndarray) -> Batch:
+        with self._stopwatch.batch():
+            return self._make(positions)
 
     def _make(self, positions: np.ndarray) -> Batch:
         batch = Batch.empty(positions, self._config, self._options)
