@@ -46,7 +46,7 @@ class DaliLoader(PortableLoader):
         self._building = threading.Lock()
         self._has_decoded = False
 
-    def _make(self, positions: np.ndarray) -> Batch:
+    def make(self, positions: np.ndarray) -> Batch:
         numbers = [self._order.sample(position) for position in positions.tolist()]
         batch = Batch.empty(positions, self._config, self._options)
         assert batch.pixels is not None
@@ -57,7 +57,7 @@ class DaliLoader(PortableLoader):
             for row in np.flatnonzero(~np.array(plain)):
                 batch.pixels[row] = torch.from_numpy(self._reader.read(numbers[row]).pixels)
         except BadSampleError:
-            return super()._make(positions)
+            return super().make(positions)
         encoded = [picture for picture, is_plain in zip(pictures, plain, strict=True) if is_plain]
         try:
             decoded = self._decode(encoded) if encoded else ()
@@ -90,7 +90,7 @@ class DaliLoader(PortableLoader):
 
         DataError where that reads it all and DALI has never decoded one: then DALI fails.
         """
-        batch = super()._make(positions)
+        batch = super().make(positions)
         if not batch.replacements:
             reason = one_line(error)
             if not self._has_decoded:

@@ -60,6 +60,16 @@ class PortableLoader:
             depth=self._config.prefetch_batches,
         )
 
+    @property
+    def index(self) -> ShardIndex:
+        """Where the samples lie."""
+        return self._index
+
+    @property
+    def descriptors(self) -> list[int]:
+        """One of each shard of the index, open as long as this object lives."""
+        return self._reader.descriptors
+
     def require_unchanged(self) -> None:
         """DataError where a shard was written to since it was opened; see `Loader`."""
         self._reader.require_unchanged()
@@ -71,9 +81,10 @@ class PortableLoader:
 
     def _timed_make(self, positions: np.ndarray) -> Batch:
         with self._stopwatch.batch():
-            return self._make(positions)
+            return self.make(positions)
 
-    def _make(self, positions: np.ndarray) -> Batch:
+    def make(self, positions: np.ndarray) -> Batch:
+        """The micro-batch of the samples at these positions, made in the thread that asks."""
         batch = Batch.empty(positions, self._config, self._options)
         parts = {"moments": batch.moments, "picture": batch.pixels, "context": batch.context}
         arrays = {part: tensor.numpy() for part, tensor in parts.items() if tensor is not None}
