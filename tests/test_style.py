@@ -28,7 +28,7 @@ CODE_LINES = {
     "sd_perf/distributed": 480,
     "sd_perf/evaluation": 1000,
     "sd_perf/mlperf": 700,
-    "sd_perf/tools": 3850,
+    "sd_perf/tools": 3870,
     "sd_perf": 1760,
     "kernels": 5750,
     "benchmarks": 4700,

@@ -100,7 +100,7 @@ def encode(
     part = f"process {PLACE.rank + 1} of {PLACE.size}: " if PLACE.size > 1 else ""
     print_plain(
         f"{part}{total.samples} samples, {total.bad} of them bad -> {settings.data.path}",
-        f"float16 against float32: moments {total.moments}; text states {total.context}",
+        f"rounding to float16: moments {total.moments}; text states {total.context}",
     )
     if missing:
         print_plain(f"{missing} of {len(encoder.paths)} shards are still to be encoded")

@@ -185,8 +185,8 @@ def _parsed(header: Any, begin: int) -> Layout:
     same = all(array.shape[0] == num for array in per_sample)
     if not same or ("context" in arrays) != ("states" in arrays):
         raise ValueError("its arrays are not of one number of samples")
-    numbers = [int(about[name]) for name in ("shard", "shards")]
-    return Layout(arrays, *numbers, parse_json(about["recipe"]), parse_json(about["facts"]))
+    recipe, facts = parse_json(about["recipe"]), parse_json(about["facts"])
+    return Layout(arrays, int(about["shard"]), int(about["shards"]), recipe, facts)
 
 
 def scan_encoded(path: Path, number: int) -> np.ndarray:

@@ -94,7 +94,8 @@ class PortableLoader:
 
     def _fill(self, batch: Batch, position: int, parts: dict[str, np.ndarray]) -> None:
         """Fill the row of a batch that these arrays are with the sample at a position."""
-        caption = self._quick and self._quick.read(self._order.sample(position), parts)
+        number = self._order.sample(position)
+        caption = self._quick.read(number, parts) if self._quick else None
         if caption is None:
             sample, replacement = self._good_sample(position)
             caption = sample.caption

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from sd_perf.config import Config
-from sd_perf.data.encoded import Array, new_layout, read_layout
+from sd_perf.data.encoded import Array, Layout, new_layout, read_layout
 from sd_perf.data.formats import FORMATS
 from sd_perf.data.prepare.rounding import Encoded, RoundingError
 from sd_perf.data.samples import Sample, SampleReader
@@ -122,7 +122,10 @@ class ShardEncoder:
                 f"{target}: was encoded otherwise ({quoted(place, 300)}, here "
                 f"{quoted(here, 300)}); encode into another folder, or move these shards away"
             )
-        return Encoded.of(layout.facts)
+        try:
+            return Encoded.of(layout.facts)
+        except ValueError as error:
+            raise DataError(f"{target} is damaged ({error}); remove it and encode again") from error
 
     def _encode(self, number: int) -> Encoded:
         """Encode one shard: its file is whole or absent."""
@@ -156,15 +159,17 @@ class ShardEncoder:
         for start, samples in _read_ahead(reader, index, self.batch_size, self.source.workers):
             self._write_moments(file, arrays["moments"], start, samples, index, found)
             for sample in samples if self.copies_text else ():
-                if isinstance(sample, Sample) and texts[sample.caption] not in copied:
-                    copied.add(row := texts[sample.caption])
+                if isinstance(sample, BadSampleError) or sample.context is None:
+                    continue
+                if (row := texts[sample.caption]) not in copied:
+                    copied.add(row)
                     halves = _rounded(sample.context, found.context)
                     _put(file, arrays["context"], row, halves)
         if self._text is not None:
             self._encode_texts(file, arrays["context"], list(texts), found)
-        facts = {"shard": number, "shards": len(self.paths), "facts": asdict(found)}
+        layout = Layout(arrays, number, len(self.paths), self.recipe, asdict(found))
         file.seek(0)
-        file.write(replace(layout, recipe=self.recipe, **facts).header())
+        file.write(layout.header())
         return found
 
     def _write_moments(
