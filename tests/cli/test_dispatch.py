@@ -63,7 +63,7 @@ def test_help_lists_every_command(sd_perf):
 
 @pytest.mark.parametrize(
     ("group", "commands"),
-    [("data", "prepare, encode, verify, scenes, statistics"), ("mlperf", "check")],
+    [("data", "prepare, encode, verify, bench, scenes, statistics"), ("mlperf", "check")],
 )
 def test_a_group_alone_names_its_commands(group, commands, sd_perf):
     code, _, errors = sd_perf(group)
