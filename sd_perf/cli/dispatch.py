@@ -15,7 +15,7 @@ import tyro
 
 from sd_perf.cli.checkpoints import convert_checkpoints, verify
 from sd_perf.cli.console import LOCAL_RANK, PLACE, RANK
-from sd_perf.cli.data import encode, prepare, scenes, statistics
+from sd_perf.cli.data import bench, encode, prepare, scenes, statistics
 from sd_perf.cli.data_checks import show, verify_data
 from sd_perf.cli.datasets import (
     convert,
@@ -64,6 +64,7 @@ _DATA: dict[str, Command] = {
     "encode": encode,
     "verify": verify_data,
     "show": show,
+    "bench": bench,
     "scenes": scenes,
     "statistics": statistics,
     "filter-metadata": filter_metadata,

@@ -122,7 +122,10 @@ class ShardEncoder:
                 f"{target}: was encoded otherwise ({quoted(place, 300)}, here "
                 f"{quoted(here, 300)}); encode into another folder, or move these shards away"
             )
-        return Encoded.of(layout.facts)
+        try:
+            return Encoded.of(layout.facts)
+        except ValueError as error:
+            raise DataError(f"{target} is damaged ({error}); remove it and encode again") from error
 
     def _encode(self, number: int) -> Encoded:
         """Encode one shard: its file is whole or absent."""

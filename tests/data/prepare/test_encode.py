@@ -153,7 +153,13 @@ def test_a_shard_of_other_options_is_not_taken_for_done(source, tmp_path):
     other = config_of(tmp_path / "encoded", context_tokens=4)
     with pytest.raises(DataError, match=r"00000\.safetensors: was encoded otherwise .*encode into"):
         encoder(other, source).run()
-    (tmp_path / "encoded" / "00000.safetensors").write_bytes(b"cut")
+    path = tmp_path / "encoded" / "00000.safetensors"
+    path.write_bytes(path.read_bytes().replace(b"bad", b"mad"))
+    with pytest.raises(
+        DataError, match=r"00000\.safetensors is damaged \(it lacks 'bad'\); remove"
+    ):
+        encoder(config_of(tmp_path / "encoded"), source).run()
+    path.write_bytes(b"cut")
     with pytest.raises(DataError, match="no encoded shard"):
         encoder(config_of(tmp_path / "encoded"), source).run()
 
