@@ -15,7 +15,7 @@ import tyro
 
 from sd_perf.cli.checkpoints import convert_checkpoints, verify
 from sd_perf.cli.console import LOCAL_RANK, PLACE, RANK
-from sd_perf.cli.data import encode, prepare, scenes, statistics, verify_data
+from sd_perf.cli.data import bench, encode, prepare, scenes, statistics, verify_data
 from sd_perf.cli.evaluation import evaluate, sample
 from sd_perf.cli.mlperf import check
 from sd_perf.cli.tools import doctor, estimate, parity, report, report_benchmarks
@@ -54,6 +54,7 @@ _DATA: dict[str, Command] = {
     "prepare": prepare,
     "encode": encode,
     "verify": verify_data,
+    "bench": bench,
     "scenes": scenes,
     "statistics": statistics,
 }
