@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -162,6 +163,17 @@ def test_a_shard_of_other_options_is_not_taken_for_done(source, tmp_path):
     path.write_bytes(b"cut")
     with pytest.raises(DataError, match="no encoded shard"):
         encoder(config_of(tmp_path / "encoded"), source).run()
+
+
+def test_a_shard_of_another_source_is_not_taken_for_done(source, tmp_path):
+    config = config_of(tmp_path / "encoded")
+    encoder(config, source).run()
+    other = tmp_path / "other"
+    other.mkdir()
+    for name, taken in (("00000", "00001"), ("00001", "00000")):
+        shutil.copy(source / f"{taken}.tar", other / f"{name}.tar")
+    with pytest.raises(DataError, match=r"00000\.safetensors: holds other samples than"):
+        encoder(config, other).run()
 
 
 def test_nothing_is_left_of_a_shard_that_fails(source, tmp_path):
