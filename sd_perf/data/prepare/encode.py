@@ -118,9 +118,11 @@ class ShardEncoder:
         place = {"shard": layout.shard, "shards": layout.shards, **layout.recipe}
         here = {"shard": number, "shards": len(self.paths), **self.recipe}
         if place != here:
+            name = next(name for name in {**here, **place} if place.get(name) != here.get(name))
+            was, now = quoted(place.get(name)), quoted(here.get(name))
             raise DataError(
-                f"{target}: was encoded otherwise ({quoted(place, 300)}, here "
-                f"{quoted(here, 300)}); encode into another folder, or move these shards away"
+                f"{target}: was encoded otherwise ({name} {was}, here {now}); encode into another "
+                "folder, or move these shards away"
             )
         keys = scan_encoded(target, number)["key"], scan_shard(path, 0, self.source.format)["key"]
         if not np.array_equal(*keys):

@@ -152,7 +152,7 @@ def test_it_goes_on_where_it_stopped(source, tmp_path, monkeypatch):
 def test_a_shard_of_other_options_is_not_taken_for_done(source, tmp_path):
     encoder(config_of(tmp_path / "encoded"), source).run()
     other = config_of(tmp_path / "encoded", context_tokens=4)
-    with pytest.raises(DataError, match=r"00000\.safetensors: was encoded otherwise .*encode into"):
+    with pytest.raises(DataError, match=r"encoded otherwise \(context \[3, 16\], here \[4, "):
         encoder(other, source).run()
     path = tmp_path / "encoded" / "00000.safetensors"
     path.write_bytes(path.read_bytes().replace(b"bad", b"mad"))
