@@ -72,6 +72,18 @@ def test_raw_shards_need_an_encoder_and_captions(preset, raw, refused, run):
     assert not run.exists()
 
 
+def test_verify_decodes_every_picture(preset, raw, sd_perf):
+    command = ["data", "verify", "--config", preset, "--data.format", "raw", "--data.path", raw]
+    command += ["--data.autoencoder", AUTOENCODER, "--text-encoder.weights", "random"]
+    assert f"{raw / '00000.tar'}: 8 samples, all good" in sd_perf(*command)[1]
+    shard = (raw / "00000.tar").read_bytes()
+    first = shard.index(b"IDAT") + 20
+    (raw / "00000.tar").write_bytes(shard[:first] + bytes(40) + shard[first + 40 :])
+    code, output, _ = sd_perf(*command)
+    assert code == 1
+    matches(output, "sample 000000000 in 00000.tar: the image cannot be decoded", "bytes are not")
+
+
 def test_dali_is_for_pictures(preset, shards, refused):
     write_shards(shards)
     sentence = refused("train", "--config", preset, *data_options(shards), "--data.loader", "dali")
