@@ -35,6 +35,7 @@ ORDER = (
     "mlperf",
     "evaluation",
     "training",
+    "cluster",
     "tools",
     "cli",
     "__main__",

@@ -1,0 +1,61 @@
+"""`python -m sd_perf.cluster.torchrun`: torchrun, with the exit code of the run.
+
+torchrun itself ends with 1 whatever its processes ended with, answers no SIGUSR1, and kills them
+30 seconds after a signal. Here a signal is handed to the processes, which save and leave, and the
+exit code is theirs: 75 stays 75. Options are torchrun's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from sd_perf.stopping import STOP_SIGNALS
+
+_SAVING = 3600
+"""seconds that processes have to save and leave after one of them has left"""
+_LOST = 76
+"""exit code where a process was killed: see sd_perf.errors.RankLostError"""
+
+
+def main(arguments: list[str]) -> int:
+    """Start the processes and wait for them; returns the exit code of the run."""
+    options = torchrun.parse_args(arguments)
+    options.signals_to_handle = "SIGUSR2"  # not those that are handed on
+    options.shutdown_timeout = _SAVING
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = options.signals_to_handle
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _hand_on)
+    try:
+        torchrun.run(options)
+    except ChildFailedError as error:
+        return exit_code([failure.exitcode for failure in error.failures.values()])
+    return 0
+
+
+def exit_code(codes: list[int]) -> int:
+    """One exit code for the run: that of who ended it, not of those that noticed.
+
+    A negative code is the signal that killed a process.
+    """
+    told = [code for code in codes if 0 < code != _LOST]
+    return min(told) if told else _LOST
+
+
+def _hand_on(number: int, frame: FrameType | None) -> None:
+    for thread in Path("/proc/self/task").iterdir():
+        for child in (thread / "children").read_text().split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(child), number)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
