@@ -23,8 +23,8 @@ from sd_perf.errors import UserError
 from sd_perf.files import read_json
 from sd_perf.stopping import STOP
 
-STOPPED, LOST = 75, 76
-"""exit codes of a run that has saved and of one that lost a process: sd_perf.stopping, errors"""
+BAD_INPUT, STOPPED, LOST = 2, 75, 76
+"""exit codes of a run that cannot be, that has saved, and that lost a process"""
 _SIGNALLED = 128
 _LAST_TASK_WAIT = 600
 """seconds that srun waits for its other tasks after the first has left; a node that is down is
@@ -50,36 +50,39 @@ def run_job(job: JobRun) -> int:
     job = _of_trial(job)
     restarts, number = int(os.environ.get("SLURM_RESTART_COUNT") or 0), _job_id()
     folder = job.training.folder
-    before = position(folder)
-    where = os.environ.get("SLURM_JOB_NODELIST", "?")
+    before, where = position(folder), os.environ.get("SLURM_JOB_NODELIST", "?")
     say(f"job {number}, start {restarts + 1}, on {where}: {folder} at {before:,} samples")
     with _report(folder, number) as report:
         code = _step(job, *_preflight(job, report))
         found = read_json(report) or {}
     unfit = ",".join(found.get("unfit", []))
-    if code and not (code == 2 and unfit and restarts and may_requeue(job, restarts)):
-        return code
-    if code:
-        say(f"requeued without {unfit}, which earlier starts did without or found fit")
-        return requeue(number, exclude=unfit)
-    if proof := job.training.proof():
+    if code == BAD_INPUT and unfit and 0 < restarts < job.requeue_limit:
+        say(f"{folder}: requeued to go on without {unfit}")
+        return _requeue(number, exclude=unfit)
+    if not code and (proof := job.training.proof()):
         code = _step(job, "sd_perf", *proof, alone=True)
-        if code:
-            return code
-    start = time.time()
+    if not code:
+        code = _train(job, bool(found.get("caches_cleared")))
+    if not code:
+        return 0
+    again, words = decide(code, restarts, job.requeue_limit, before, position(folder))
+    say(f"{folder}: {words}")
+    return _requeue(number) if again else code
+
+
+def _train(job: JobRun, caches_cleared: bool) -> int:
+    """Train in all tasks, between the benchmark's lines; returns the exit code."""
+    folder, start = job.training.folder, time.time()
     say(f"STARTING TIMING RUN AT {in_words(start)}")
     recorded = recorded_clearing(folder)
-    cleared = bool(found.get("caches_cleared")) if recorded is None else recorded
+    cleared = caches_cleared if recorded is None else recorded
     code = _step(job, "sd_perf.cluster.bound", *job.training.command(caches_cleared=cleared))
     end = time.time()
     say(f"ENDING TIMING RUN AT {in_words(end)}")
     if code == 0:
         start = first_start(folder, start)
         say(f"RESULT,stable_diffusion,{end - start:.0f},{user_name()},{in_words(start)}")
-        return 0
-    again, words = decide(code, restarts, job.requeue_limit, before, position(folder))
-    say(f"{folder}: {words}")
-    return requeue(number) if again else code
+    return code
 
 
 def conclude_job(job: JobRun, submission: Path | None) -> int:
@@ -182,10 +185,6 @@ def exit_code(code: int, codes: list[int]) -> int:
     return min(ended) if code and ended else code
 
 
-def may_requeue(job: JobRun, restarts: int) -> bool:
-    return restarts < job.requeue_limit
-
-
 def decide(code: int, restarts: int, limit: int, before: int, after: int) -> tuple[bool, str]:
     """Whether to requeue a job that ended with this code, and why, in words.
 
@@ -205,7 +204,7 @@ def decide(code: int, restarts: int, limit: int, before: int, after: int) -> tup
     return True, f"{ended}; requeued"
 
 
-def requeue(number: str, exclude: str = "") -> int:
+def _requeue(number: str, exclude: str = "") -> int:
     """Have Slurm start this job again, with the same id and script; returns where it does not.
 
     A job that is being cancelled is not revived. `exclude` are nodes that it then does without.

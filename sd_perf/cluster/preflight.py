@@ -205,10 +205,9 @@ def require_alike(told: list[Facts], gpus_per_node: int, results: Path) -> None:
         faults[late.node].append(ahead)
     if faults:
         nodes = sorted(faults)
-        each = ". ".join(f"{node}: {'; '.join(dict.fromkeys(faults[node]))}" for node in nodes)
+        each = [f"{node} is unfit ({'; '.join(dict.fromkeys(faults[node]))})" for node in nodes]
         raise UnfitNodesError(
-            f"pre-flight: unfit node{'s' if len(nodes) > 1 else ''} {','.join(nodes)}: {each}; "
-            f"mend that, or submit with --exclude {','.join(nodes)}",
+            f"pre-flight: {', '.join(each)}; mend that, or submit with --exclude {','.join(nodes)}",
             nodes,
         )
 
