@@ -3,119 +3,43 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from sd_perf.cli.console import print_plain
-from sd_perf.cli.options import RunFolder, Settings, require_between
+from sd_perf.cli.options import RunFolder, Settings
+from sd_perf.cluster.commands import Training, needs_proof
+from sd_perf.cluster.job import JobRun, run_job
+from sd_perf.cluster.job import conclude_job as conclude_job_of
+from sd_perf.cluster.submit import Job
+from sd_perf.cluster.submit import submit as submit_job
+from sd_perf.cluster.timed_run import TimedRun, make_plan, print_plan, run_and_time
+from sd_perf.presets import load_preset
 
-_ROOT = Path(__file__).parents[2]
 
-
-def run(
-    num_nodes: int = 1,
-    gpus_per_node: int | None = None,
-    checkpoint: str = "",
-    results_dir: Path = Path("results"),
-    config: Path | None = None,
-    run_dir: Path | None = None,
-    clear_caches: bool = True,
-    dry_run: bool = False,
-) -> int:
+def run(options: Annotated[TimedRun, tyro.conf.arg(name="")], dry_run: bool = False) -> int:
     """Train and score one run, timed: run_and_time.sh. Ends with the run's exit code.
 
     Args:
-        num_nodes: machines; under srun each task is a process of the run
-        gpus_per_node: processes on each machine (default: its GPUs, or 2 on the CPU)
-        checkpoint: 512-base-ema.ckpt: text encoder and autoencoder (default: those of the config)
-        results_dir: folder below which the run gets a folder with the time and the config's name
-        config: YAML preset (default: configs/train_512_moments.yaml, or configs/smoke.yaml where
-            there is no GPU)
-        run_dir: run folder, in place of one below results-dir; a run in it is continued
-        clear_caches: drop the system's file caches first, where this user may
+        options: of the script
         dry_run: print the exact commands, and exit
     """
-    from sd_perf.cluster.commands import in_shell, say
-    from sd_perf.cluster.timed_run import TimedRun, make_plan, run_and_time
-
-    require_between("--num-nodes", num_nodes, 1, 100_000)
-    if gpus_per_node is not None:
-        require_between("--gpus-per-node", gpus_per_node, 1, 1000)
-    options = TimedRun(
-        num_nodes, gpus_per_node, checkpoint, results_dir, config, run_dir, clear_caches
-    )
     plan = make_plan(options)
     if not dry_run:
         return run_and_time(plan)
-    say(f"{plan.training.folder}: {plan.where}")
-    if proof := plan.prove():
-        say(in_shell(proof))
-    say(in_shell(plan.train(caches_cleared=clear_caches)))
-    say(in_shell(plan.conclude) if plan.conclude else "not evaluated: no evaluation.prompts")
+    print_plan(plan)
     return 0
 
 
-def submit(
-    account: str = "",
-    partition: str = "",
-    num_nodes: int = 8,
-    gpus_per_node: int = 8,
-    walltime: str = "04:00:00",
-    config: Path = Path("configs/train_512_moments.yaml"),
-    checkpoint: str = "",
-    log_dir: Path = Path("nogit/logs"),
-    results_dir: Path = Path("/results"),
-    container: str = "",
-    mounts: str = "",
-    trials: int = 1,
-    requeue_limit: int = 10,
-    signal_lead: int = 300,
-    exclude: str = "",
-    dry_run: bool = False,
-    batch_script: Path = _ROOT / "slurm/srun.sh",
-) -> int:
+def submit(options: Annotated[Job, tyro.conf.arg(name="")], dry_run: bool = False) -> int:
     """Submit a run to Slurm, and its evaluation after it: slurm/sbatch.sh.
 
     Args:
-        account: account to charge
-        partition: partition (default: the cluster's)
-        num_nodes: machines
-        gpus_per_node: GPUs, and processes, on each
-        walltime: time limit of each start of the job, hours:minutes:seconds
-        config: YAML preset
-        checkpoint: 512-base-ema.ckpt: text encoder and autoencoder (default: those of the config)
-        log_dir: folder of the jobs' output
-        results_dir: folder, shared by all nodes, below which each run gets its own
-        container: image to run in, by pyxis or apptainer
-        mounts: further mounts of the container, FROM:TO,FROM:TO
-        trials: runs of the same config with seeds that follow each other; from 2 on their logs
-            become results/SYSTEM/stable_diffusion/result_*.txt below results-dir
-        requeue_limit: times that Slurm is asked to start the job again after it has saved
-        signal_lead: seconds before the time limit at which the run is told to save
-        exclude: nodes to do without
+        options: of the script
         dry_run: print the exact commands, and submit nothing
-        batch_script: the script to submit
     """
-    from sd_perf.cluster.submit import Job
-    from sd_perf.cluster.submit import submit as submit_job
-
-    job = Job(
-        account,
-        partition,
-        num_nodes,
-        gpus_per_node,
-        walltime,
-        config,
-        checkpoint,
-        log_dir,
-        results_dir,
-        container,
-        mounts,
-        trials,
-        requeue_limit,
-        signal_lead,
-        exclude,
-        batch_script,
-    )
-    submit_job(job, dry_run=dry_run)
+    submit_job(options, dry_run=dry_run)
     return 0
 
 
@@ -141,10 +65,6 @@ def job(
         container: image to run in
         mounts: further mounts of the container
     """
-    from sd_perf.cluster.commands import Training, needs_proof
-    from sd_perf.cluster.job import JobRun, run_job
-    from sd_perf.presets import load_preset
-
     training = Training(config, run_dir, checkpoint, seed, needs_proof(load_preset(config)))
     return run_job(JobRun(training, gpus_per_node, requeue_limit, container, mounts))
 
@@ -160,11 +80,7 @@ def conclude_job(
         container: image to run in
         mounts: further mounts of the container
     """
-    from sd_perf.cluster.commands import Training
-    from sd_perf.cluster.job import JobRun
-    from sd_perf.cluster.job import conclude_job as conclude
-
-    return conclude(JobRun(Training(Path(), run), 0, 0, container, mounts), submission)
+    return conclude_job_of(JobRun(Training(Path(), run), 0, 0, container, mounts), submission)
 
 
 def preflight(

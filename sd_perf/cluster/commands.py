@@ -76,6 +76,21 @@ def run_name(config: Path, now: datetime) -> str:
     return f"{now:%Y-%m-%dT%H-%M-%S}_{config.stem}"
 
 
+def require_counts(num_nodes: int, gpus_per_node: int) -> None:
+    """UserError for numbers of machines and processes that nobody has."""
+    for option, value, most in (
+        ("--num-nodes", num_nodes, 100_000),
+        ("--gpus-per-node", gpus_per_node, 1000),
+    ):
+        require_between(option, value, 1, most)
+
+
+def require_between(option: str, value: int, least: int, most: int) -> None:
+    """UserError for a number outside of two limits, both included."""
+    if not least <= value <= most:
+        raise UserError(f"{option}: {value} cannot be used; it must be from {least:,} to {most:,}")
+
+
 def require_results_dir(folder: Path, *, shown: Path | None = None) -> None:
     """UserError where no run folder can be made below this folder of results."""
     shown = shown or folder

@@ -19,12 +19,11 @@ from pathlib import Path
 from sd_perf.cluster.commands import Training, run, say, user_name
 from sd_perf.cluster.slurm import address, call, hosts, in_container, job_field
 from sd_perf.cluster.timed_run import first_start, in_words, recorded_clearing
-from sd_perf.errors import UserError
+from sd_perf.errors import RankLostError, UserError
 from sd_perf.files import read_json
-from sd_perf.stopping import STOP
+from sd_perf.stopping import CTRL_C, STOP, STOPPED
 
-BAD_INPUT, STOPPED, LOST = 2, 75, 76
-"""exit codes of a run that cannot be, that has saved, and that lost a process"""
+BAD_INPUT, LOST = UserError.exit_code, RankLostError.exit_code
 _SIGNALLED = 128
 _LAST_TASK_WAIT = 600
 """seconds that srun waits for its other tasks after the first has left; a node that is down is
@@ -190,7 +189,7 @@ def decide(code: int, restarts: int, limit: int, before: int, after: int) -> tup
 
     `before` and `after` are the positions of the newest checkpoint at this start and at its end.
     """
-    if code not in (STOPPED, LOST) and code <= _SIGNALLED:
+    if code == CTRL_C or (code not in (STOPPED, LOST) and code <= _SIGNALLED):
         return False, f"failed with exit code {code}; not requeued"
     stopped = {STOPPED: "stopped and saved", LOST: "lost a process"}
     ended = f"{stopped.get(code, f'killed (exit code {code})')} at {after:,} samples"

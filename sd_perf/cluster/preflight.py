@@ -74,7 +74,13 @@ def look(config: Config, report: Path, gpus_per_node: int, clear_caches: bool) -
     whether all did (`caches_cleared`), and the names of `unfit` nodes. UnfitNodesError on rank 0
     where there are any; the other ranks exit with status 2. `gpus_per_node` is 0 on CPUs.
     """
-    world = start_world(config.training.device, config.run.join_seconds, config.run.silence_seconds)
+    patience = config.run
+    world = start_world(
+        config.training.device,
+        patience.join_seconds,
+        patience.silence_seconds,
+        patience.collective_seconds,
+    )
     dropped = clear_caches and (drop_caches()[0] if read_place().local_rank == 0 else can_drop())
     cleared = all(world.gather(dropped))
 

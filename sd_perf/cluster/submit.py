@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from sd_perf.cluster.commands import in_shell, is_evaluated, require_results_dir, run_name, say
+from sd_perf.cluster.commands import (
+    in_shell,
+    is_evaluated,
+    require_between,
+    require_counts,
+    require_results_dir,
+    run_name,
+    say,
+)
 from sd_perf.cluster.slurm import (
     Node,
     call,
@@ -29,29 +37,45 @@ from sd_perf.presets import load_preset
 MAX_TRIALS = 1000
 LOCAL_DISKS = ("tmpfs", "ramfs", "overlay", "squashfs")
 """file systems that no other machine can see"""
-_LEAD = range(10, 24 * 3600)
 
 
 @dataclass(frozen=True)
 class Job:
     """Options of slurm/sbatch.sh."""
 
-    account: str
-    partition: str
-    num_nodes: int
-    gpus_per_node: int
-    walltime: str
-    config: Path
-    checkpoint: str
-    log_dir: Path
-    results_dir: Path
-    container: str
-    mounts: str
-    trials: int
-    requeue_limit: int
-    signal_lead: int
-    exclude: str
-    batch_script: Path
+    account: str = ""
+    """account to charge"""
+    partition: str = ""
+    """partition (default: the cluster's)"""
+    num_nodes: int = 8
+    """machines"""
+    gpus_per_node: int = 8
+    """GPUs, and processes, on each"""
+    walltime: str = "04:00:00"
+    """time limit of each start of the job, hours:minutes:seconds"""
+    config: Path = Path("configs/train_512_moments.yaml")
+    """YAML preset"""
+    checkpoint: str = ""
+    """512-base-ema.ckpt: text encoder and autoencoder (default: those of the config)"""
+    log_dir: Path = Path("nogit/logs")
+    """folder of the jobs' output"""
+    results_dir: Path = Path("/results")
+    """folder, shared by all nodes, below which each run gets its own"""
+    container: str = ""
+    """image to run in, by pyxis or apptainer"""
+    mounts: str = ""
+    """further mounts of the container, FROM:TO,FROM:TO"""
+    trials: int = 1
+    """runs of the config with seeds that follow each other; from 2 on their logs become
+    results/SYSTEM/stable_diffusion/result_*.txt below results-dir"""
+    requeue_limit: int = 10
+    """times that Slurm is asked to start the job again after it has saved"""
+    signal_lead: int = 300
+    """seconds before the time limit at which the run is told to save"""
+    exclude: str = ""
+    """nodes to do without"""
+    batch_script: Path = Path(__file__).parents[2] / "slurm/srun.sh"
+    """the script to submit"""
 
 
 def submit(job: Job, *, dry_run: bool) -> None:
@@ -90,18 +114,10 @@ _NOT_EVALUATED = "not evaluated: evaluation.prompts of the config names no file"
 
 def check(job: Job) -> bool:
     """UserError for options that cannot be; returns whether Slurm counts the cluster's GPUs."""
-    for option, value, allowed in (
-        ("--num-nodes", job.num_nodes, range(1, 100_000)),
-        ("--gpus-per-node", job.gpus_per_node, range(1, 1000)),
-        ("--trials", job.trials, range(1, MAX_TRIALS + 1)),
-        ("--requeue-limit", job.requeue_limit, range(10_000)),
-        ("--signal-lead", job.signal_lead, _LEAD),
-    ):
-        if value not in allowed:
-            raise UserError(
-                f"{option}: {value} cannot be used; it must be from {allowed[0]:,} to "
-                f"{allowed[-1]:,}"
-            )
+    require_counts(job.num_nodes, job.gpus_per_node)
+    require_between("--trials", job.trials, 1, MAX_TRIALS)
+    require_between("--requeue-limit", job.requeue_limit, 0, 10_000)
+    require_between("--signal-lead", job.signal_lead, 10, 24 * 3600)
     seconds = seconds_of(job.walltime)
     if seconds <= job.signal_lead:
         raise UserError(

@@ -12,9 +12,11 @@ from pathlib import Path
 from sd_perf.cluster.bound import gpu_addresses
 from sd_perf.cluster.commands import (
     Training,
+    in_shell,
     is_evaluated,
     needs_proof,
     python_module,
+    require_counts,
     require_results_dir,
     run,
     run_name,
@@ -23,9 +25,10 @@ from sd_perf.cluster.commands import (
 )
 from sd_perf.cluster.slurm import job_start
 from sd_perf.distributed.launcher import Place, read_place
-from sd_perf.errors import ConfigError, UserError
+from sd_perf.errors import ConfigError, RankLostError, UserError
 from sd_perf.files import read_json
 from sd_perf.presets import load_preset
+from sd_perf.stopping import STOPPED
 
 BENCHMARK_CONFIG = Path("configs/train_512_moments.yaml")
 SMALL_CONFIG = Path("configs/smoke.yaml")
@@ -36,15 +39,22 @@ DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 
 @dataclass(frozen=True)
 class TimedRun:
-    """Options of run_and_time.sh; None and empty ones are settled by `settled`."""
+    """Options of run_and_time.sh."""
 
     num_nodes: int = 1
+    """machines; under srun each task is a process of the run"""
     gpus_per_node: int | None = None
+    """processes on each machine (default: its GPUs, or 2 on the CPU)"""
     checkpoint: str = ""
+    """512-base-ema.ckpt: text encoder and autoencoder (default: those of the config)"""
     results_dir: Path = Path("results")
+    """folder below which the run gets a folder with the time and the config's name"""
     config: Path | None = None
+    """YAML preset (default: configs/train_512_moments.yaml, or configs/smoke.yaml without a GPU)"""
     run_dir: Path | None = None
+    """run folder, in place of one below results-dir; a run in it is continued"""
     clear_caches: bool = True
+    """drop the system's file caches first, where this user may"""
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,7 @@ class Plan:
 
 def make_plan(options: TimedRun) -> Plan:
     """Settle the options for this machine, and check them; UserError where they cannot be."""
+    require_counts(options.num_nodes, 1 if options.gpus_per_node is None else options.gpus_per_node)
     gpus, place = len(gpu_addresses()), read_place()
     config = options.config or (BENCHMARK_CONFIG if gpus else SMALL_CONFIG)
     preset = load_preset(config)
@@ -149,6 +160,8 @@ def run_and_time(plan: Plan) -> int:
     end = time.time()
     say(f"ENDING TIMING RUN AT {in_words(end)}")
     if code:
+        again = f"; run_and_time.sh --run-dir {plan.training.folder} continues it"
+        say(f"exit code {code}{again if code in (STOPPED, RankLostError.exit_code) else ''}")
         return code
     start = first_start(plan.training.folder, start)
     say(f"RESULT,stable_diffusion,{end - start:.0f},{user_name()},{in_words(start)}")
@@ -157,6 +170,14 @@ def run_and_time(plan: Plan) -> int:
         return 0
     alone = {key: value for key, value in _environment().items() if not _is_of_launcher(key)}
     return run(plan.conclude, alone)
+
+
+def print_plan(plan: Plan) -> None:
+    """The dry run: the exact commands, for a shell."""
+    say(f"{plan.training.folder}: {plan.where}")
+    for command in (plan.prove(), plan.train(plan.clear_caches), plan.conclude):
+        if command:
+            say(in_shell(command))
 
 
 def _environment() -> dict[str, str]:

@@ -8,7 +8,9 @@ exit code is theirs: 75 stays 75. Options are torchrun's.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import platform
 import signal
 import sys
 from pathlib import Path
@@ -17,12 +19,12 @@ from types import FrameType
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from sd_perf.errors import RankLostError
 from sd_perf.stopping import STOP_SIGNALS
 
 _SAVING = 3600
 """seconds that processes have to save and leave after one of them has left"""
-_LOST = 76
-"""exit code where a process was killed: see sd_perf.errors.RankLostError"""
+_LOST = RankLostError.exit_code
 
 
 def main(arguments: list[str]) -> int:
@@ -34,11 +36,23 @@ def main(arguments: list[str]) -> int:
     for number in STOP_SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _hand_on)
+    # Its own words on a process that ended with 75 are those of a failure.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         torchrun.run(options)
     except ChildFailedError as error:
-        return exit_code([failure.exitcode for failure in error.failures.values()])
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        for rank, code in codes.items():
+            if code < 0:
+                _tell_killed(rank, signal.Signals(-code))
+        return exit_code(list(codes.values()))
     return 0
+
+
+def _tell_killed(rank: int, number: signal.Signals) -> None:
+    why = " (so the system ends a process for memory)" if number == signal.SIGKILL else ""
+    words = f"sd-perf: rank {rank} on {platform.node()} was ended by {number.name}{why}"
+    print(words, file=sys.stderr, flush=True)
 
 
 def exit_code(codes: list[int]) -> int:
