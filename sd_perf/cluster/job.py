@@ -28,8 +28,6 @@ _SIGNALLED = 128
 _LAST_TASK_WAIT = 600
 """seconds that srun waits for its other tasks after the first has left; a node that is down is
 noticed in less"""
-_REQUEUED_WITHIN = 120
-"""seconds in which Slurm ends this script after it was asked to requeue the job"""
 
 
 @dataclass(frozen=True)
@@ -200,7 +198,7 @@ def decide(code: int, restarts: int, limit: int, before: int, after: int) -> tup
             f"{ended}; not requeued, it made no checkpoint since it was last requeued; give it "
             "more --walltime or a smaller checkpoint.every_samples"
         )
-    return True, f"{ended}; requeued"
+    return True, f"{ended}; to be requeued"
 
 
 def _requeue(number: str, exclude: str = "") -> int:
@@ -212,8 +210,8 @@ def _requeue(number: str, exclude: str = "") -> int:
     if state != "RUNNING":
         say(f"job {number} is {state}; not requeued")
         return STOPPED
+    STOP.ignore()  # Slurm ends this script and what it runs by SIGTERM
     call("scontrol", "requeue", number)
     if exclude:
         call("scontrol", "update", f"JobId={number}", f"ExcNodeList={exclude}")
-    STOP.wait(_REQUEUED_WITHIN)  # for the SIGTERM with which Slurm ends this script
     return STOPPED

@@ -115,7 +115,7 @@ def require_fit_nodes(config: Config, world: World, results: Path, gpus_per_node
     count = len({facts.node for facts in told})
     rate = REDUCED_BYTES / max(seconds, 1e-9) / 1e9
     timed = f"; all_reduce of {REDUCED_BYTES // 2**20} MB in {seconds:.2f} s ({rate:.1f} GB/s)"
-    fit = f"{count} node{'s' if count > 1 else ''} fit, {len(told)} processes"
+    fit = f"nodes fit: {count}, processes: {len(told)}"
     return fit + (timed if world.size > 1 else "")
 
 

@@ -22,7 +22,7 @@ def test_a_failure_is_not_requeued(code):
 @pytest.mark.parametrize("code", [75, 76, 137])
 def test_what_was_interrupted_is_requeued(code):
     again, words = decide(code, 0, 10, 0, 500)
-    assert again and words.endswith("at 500 samples; requeued")
+    assert again and words.endswith("at 500 samples; to be requeued")
 
 
 def test_the_limit():

@@ -69,7 +69,7 @@ def test_sizes_of_files(tmp_path):
 
 def test_a_world_of_one(make_config, tmp_path):
     config, world = make_config(), start_world("cpu")
-    assert require_fit_nodes(config, world, tmp_path / "results", 0) == "1 node fit, 1 processes"
+    assert require_fit_nodes(config, world, tmp_path / "results", 0) == "nodes fit: 1, processes: 1"
     assert not list((tmp_path / "results").iterdir())
     mine = gather_facts(config, world, tmp_path)
     assert mine.sees_results and mine.files == {} and "torch" in mine.versions

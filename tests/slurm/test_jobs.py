@@ -42,7 +42,7 @@ def never_stopped(preset: Path, world: Path) -> dict[str, torch.Tensor]:
 def test_two_nodes_end_equal_to_one_process(sbatch, preset, never_stopped):
     job = sbatch(preset, "--num-nodes", NODES)
     job.wait()
-    assert "pre-flight: 2 nodes fit, 2 processes" in job.log
+    assert "pre-flight: nodes fit: 2, processes: 2" in job.log
     assert "RESULT,stable_diffusion," in job.log
     require_equal(weights(job.run, 640), never_stopped, 1e-5)
 
@@ -92,6 +92,22 @@ def test_pre_flight_names_the_node_without_data(sbatch, world):
     excluded = sbatch(preset, "--num-nodes", 1, "--exclude", "n1")
     excluded.cluster.call("scancel", excluded.number)
     assert excluded.cluster.field(excluded.number, "ExcNodeList") == "n1"
+
+
+def test_an_unfit_node_is_left_out_when_requeued(sbatch, world):
+    """n1 has the data and is drained when the job has begun there; n2 has not."""
+    unscored = {"data": {"path": f"{world}/only_n1"}, "evaluation": {"prompts": ""}}
+    job = sbatch(write_preset(world, "moved", **unscored), "--num-nodes", 1)
+    job.wait_for_step(32)
+    assert job.cluster.field(job.number, "NodeList") == "n1"
+    job.cluster.call("scontrol", "update", "nodename=n1", "state=drain", "reason=test")
+    job.cluster.call("scancel", "--signal=USR1", job.number)
+    left_out = lambda: job.cluster.field(job.number, "ExcNodeList") == "n2"  # noqa: E731
+    job.cluster.wait(left_out, f"n2 is left out\n{job.log}", 60)
+    job.cluster.call("scontrol", "update", "nodename=n1", "state=resume")
+    job.wait()
+    assert "requeued to go on without n2" in job.log
+    assert job.cluster.field(job.number, "NodeList") == "n1"
 
 
 def test_the_limit_of_requeues(sbatch, preset):
