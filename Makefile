@@ -1,4 +1,4 @@
-# make install | train | parity | resume | scores | test | test-all | test-slurm | check        (TORCH=... and REAL_DATA=... below)
+# make install | train | parity | resume | scores | test | test-all | test-slurm | test-image | check  (TORCH=... and REAL_DATA=... below)
 
 PYTHON    ?= python3
 # The torch that everything is tested with; another build: make install TORCH="torch==2.12.0 --index-url ..."
@@ -17,7 +17,7 @@ train resume scores: export MALLOC_MMAP_THRESHOLD_ := 33554432
 train resume scores: export MALLOC_TRIM_THRESHOLD_ := 1073741824
 PYTEST    := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist worksteal $(if $(REAL_DATA),--real-data $(REAL_DATA))
 
-.PHONY: install train parity resume scores test test-all test-slurm check
+.PHONY: install train parity resume scores test test-all test-slurm test-image check
 
 install: $(STAMP)
 
@@ -75,3 +75,9 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck run_and_time.sh slurm/*.sh scripts/docker/*.sh .ci/run
+	$(BIN)/hadolint Dockerfile
+
+# The Dockerfile, executed on a Debian root file system: root, and apt-get install buildah mmdebstrap crun fuse-overlayfs.
+test-image:
+	scripts/docker/test_image.sh build/image

@@ -23,7 +23,7 @@ from sd_perf.cluster.commands import (
     say,
     user_name,
 )
-from sd_perf.cluster.slurm import job_start
+from sd_perf.cluster.slurm import address, hosts, job_start
 from sd_perf.distributed.launcher import Place, read_place
 from sd_perf.errors import ConfigError, RankLostError, UserError
 from sd_perf.files import read_json
@@ -69,6 +69,8 @@ class Plan:
     """scores the run off the clock; empty where the config does not say with what"""
     where: str
     """in words"""
+    waits: bool = False
+    """whether other tasks of a step of Slurm come here, too"""
 
     def prove(self) -> list[str]:
         """What comes before the clock, alone; empty where the run needs no parity record."""
@@ -76,7 +78,9 @@ class Plan:
         return python_module("sd_perf", *words) if words else []
 
     def train(self, caches_cleared: bool) -> list[str]:
-        return [*self.launcher, *self.training.command(caches_cleared=caches_cleared)]
+        words = [*self.launcher, *self.training.command(caches_cleared=caches_cleared)]
+        # Under srun the first task makes the record while the others wait for it.
+        return [*words, "--run.join-seconds", "7200"] if self.waits and self.prove() else words
 
 
 def make_plan(options: TimedRun) -> Plan:
@@ -91,7 +95,7 @@ def make_plan(options: TimedRun) -> Plan:
     if options.checkpoint and not Path(options.checkpoint).is_file():
         raise UserError(f"--checkpoint: {options.checkpoint}: no such file on this machine")
     require_results_dir(options.results_dir)
-    inside = place.size > 1 or "SLURM_STEP_ID" in os.environ
+    inside = place.size > 1  # the shell of an allocation is none of its tasks
     if inside:
         launcher = _inside_slurm(options.num_nodes, processes, place)
     else:
@@ -107,6 +111,7 @@ def make_plan(options: TimedRun) -> Plan:
         options.clear_caches,
         conclude if is_evaluated(preset) else [],
         f"{config}, {total} process{'es' if total > 1 else ''}, {device}",
+        waits=inside,
     )
 
 
@@ -115,7 +120,8 @@ def _torchrun(nodes: int, processes: int) -> list[str]:
     bound = ["-m", "sd_perf.cluster.bound"]
     words = ["--nnodes", str(nodes), "--nproc-per-node", str(processes), "--max-restarts", "0"]
     if nodes == 1:
-        return [*python_module("sd_perf.cluster.torchrun", "--standalone", *words), *bound]
+        words = ["--standalone", "--local-addr", "127.0.0.1", *words]  # its name need not resolve
+        return [*python_module("sd_perf.cluster.torchrun", *words), *bound]
     missing = [key for key in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT") if key not in os.environ]
     if missing:
         raise UserError(
@@ -154,7 +160,7 @@ def run_and_time(plan: Plan) -> int:
         say(f"STARTING TIMING RUN AT {in_words(start)}")
         say(f"{plan.training.folder}: {plan.where}")
     cleared = caches_cleared(plan, place)
-    code = run(plan.train(cleared), _environment())
+    code = run(plan.train(cleared), {**_environment(), **meeting_point()})
     if not speaks:
         return code
     end = time.time()
@@ -184,6 +190,14 @@ def _environment() -> dict[str, str]:
     """Threads that wait for each other on shared cores are slow; nothing is downloaded in a run."""
     offline = {f"{name}_OFFLINE": "1" for name in ("HF_HUB", "HF_DATASETS", "TRANSFORMERS")}
     return {"OMP_NUM_THREADS": "1", **offline, **os.environ}
+
+
+def meeting_point() -> dict[str, str]:
+    """MASTER_ADDR for a task of a step of Slurm: names of nodes need not resolve."""
+    nodes = os.environ.get("SLURM_STEP_NODELIST", "")
+    if "RANK" in os.environ or "MASTER_ADDR" in os.environ or not nodes:
+        return {}
+    return {"MASTER_ADDR": address(hosts(nodes)[0])}
 
 
 def _is_of_launcher(name: str) -> bool:

@@ -20,7 +20,7 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from sd_perf.errors import RankLostError
-from sd_perf.stopping import STOP_SIGNALS
+from sd_perf.stopping import STOP_SIGNALS, Stopped
 
 _SAVING = 3600
 """seconds that processes have to save and leave after one of them has left"""
@@ -40,6 +40,8 @@ def main(arguments: list[str]) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         torchrun.run(options)
+    except Stopped as stop:
+        return stop.exit_code
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         for rank, code in codes.items():
@@ -65,10 +67,17 @@ def exit_code(codes: list[int]) -> int:
 
 
 def _hand_on(number: int, frame: FrameType | None) -> None:
-    for thread in Path("/proc/self/task").iterdir():
-        for child in (thread / "children").read_text().split():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(child), number)
+    """Send a signal to the processes; before there are any, stop."""
+    children = [
+        int(child)
+        for thread in Path("/proc/self/task").iterdir()
+        for child in (thread / "children").read_text().split()
+    ]
+    if not children:
+        raise Stopped(signal.Signals(number))
+    for child in children:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, number)
 
 
 if __name__ == "__main__":
