@@ -32,7 +32,7 @@ FILE
 # What docker run would: the entry point, the user, the folder. In it the image is tried by a run.
 container=$("${own[@]}" from localhost/sd-perf)
 trap '"${own[@]}" rm "$container" > /dev/null' EXIT
-inside=("${own[@]}" run --isolation chroot --env HOME=/home/trainer "$container" -- tini -- enter)
+inside=("${own[@]}" run --isolation chroot --env HOME=/tmp "$container" -- tini -- enter)
 "${inside[@]}" sd-perf doctor
 # shellcheck disable=SC2016  # that is for the shell inside
 "${inside[@]}" sh -ec 'test "$(id -u)" = 10001; cd /tmp; cat > tiny.yaml

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 import sd_perf
-from sd_perf.cluster.timed_run import can_drop, drop_caches
+from sd_perf.cluster.timed_run import drop_caches
 from sd_perf.config import Config
 from sd_perf.distributed.launcher import read_place
 from sd_perf.distributed.world import World, start_world, stop_world
@@ -81,7 +81,8 @@ def look(config: Config, report: Path, gpus_per_node: int, clear_caches: bool) -
         patience.silence_seconds,
         patience.collective_seconds,
     )
-    dropped = clear_caches and (drop_caches()[0] if read_place().local_rank == 0 else can_drop())
+    # The first process of each node does it for the others.
+    dropped = clear_caches and (read_place().local_rank > 0 or drop_caches()[0])
     cleared = all(world.gather(dropped))
 
     def tell(unfit: list[str]) -> None:

@@ -69,6 +69,7 @@ class Plan:
     """scores the run off the clock; empty where the config does not say with what"""
     where: str
     """in words"""
+    nodes: int = 1
     waits: bool = False
     """whether other tasks of a step of Slurm come here, too"""
 
@@ -111,6 +112,7 @@ def make_plan(options: TimedRun) -> Plan:
         options.clear_caches,
         conclude if is_evaluated(preset) else [],
         f"{config}, {total} process{'es' if total > 1 else ''}, {device}",
+        options.num_nodes,
         waits=inside,
     )
 
@@ -207,18 +209,15 @@ def _is_of_launcher(name: str) -> bool:
 def caches_cleared(plan: Plan, place: Place) -> bool:
     """Drop this machine's file caches where that is asked and allowed; whether the log may say so.
 
-    What a run said at its start stands in its manifest, and is said again when it is resumed.
+    It may not for several machines, since nobody here knows of the others: pre-flight of a job
+    does. What a run said at its start stands in its manifest, and is said again on a resume.
     """
     recorded = recorded_clearing(plan.training.folder)
-    if recorded is not None:
-        return recorded
-    if not plan.clear_caches:
-        dropped, how = False, "not asked"
-    else:
-        dropped, how = drop_caches() if place.local_rank == 0 else (can_drop(), "")
-    if place.local_rank == 0:
-        say(f"file caches {'dropped' if dropped else 'kept'} ({how})")
-    return dropped
+    if recorded is not None or place.local_rank:
+        return bool(recorded)
+    dropped, how = drop_caches() if plan.clear_caches else (False, "not asked")
+    say(f"file caches {'dropped' if dropped else 'kept'} ({how})")
+    return dropped and plan.nodes == 1
 
 
 def recorded_clearing(folder: Path) -> bool | None:
@@ -228,13 +227,6 @@ def recorded_clearing(folder: Path) -> bool | None:
         return bool(manifest["config"]["mlperf"]["caches_cleared"])
     except (TypeError, KeyError):  # no run, or one that `train` will refuse with a sentence
         return None
-
-
-def can_drop() -> bool:
-    """Whether this user may drop caches, as root or by sudo without a password."""
-    if os.geteuid() == 0:
-        return os.access(DROP_CACHES, os.W_OK)
-    return _call(["sudo", "-n", "true"]) == ""
 
 
 def drop_caches() -> tuple[bool, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import pytest
 from sd_perf.cluster import timed_run
 from sd_perf.cluster.commands import Training, run
 from sd_perf.cluster.timed_run import Plan, TimedRun, make_plan, run_and_time
+from sd_perf.distributed.launcher import Place
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "run_and_time.sh"
@@ -112,7 +114,7 @@ def test_caches(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setenv("PATH", "/nowhere")
     dropped, why = timed_run.drop_caches()
-    assert not dropped and why.startswith("not root, and sudo") and not timed_run.can_drop()
+    assert not dropped and why.startswith("not root, and sudo")
 
 
 def test_signals_are_handed_on():
@@ -182,3 +184,10 @@ def ranks_of(folder: Path) -> list[int]:
         if b"train" in words and str(folder).encode() in words and b"sd_perf" in words:
             found.append(int(process.name))
     return found
+
+
+def test_nobody_vouches_for_the_caches_of_other_machines(tmp_path, monkeypatch):
+    monkeypatch.setattr(timed_run, "drop_caches", lambda: (True, "as root"))
+    alone = dataclasses.replace(plan(tmp_path, ""), clear_caches=True)
+    assert timed_run.caches_cleared(alone, Place())
+    assert not timed_run.caches_cleared(dataclasses.replace(alone, nodes=2), Place())
