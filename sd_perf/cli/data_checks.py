@@ -88,7 +88,7 @@ def _verdicts(
     if folder == Path():
         raise ConfigError("data verify needs a folder, or a preset (--config) with data.path")
     require_folder(folder)
-    format = settings.data.format
+    format: str = settings.data.format
     if path or format == "synthetic":
         format = find_format(folder)
     if images or not format:

@@ -26,7 +26,7 @@ from sd_perf.data.formats import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES
 from sd_perf.data.images import ImageRange, load_picture
 from sd_perf.data.samples import parse_caption
 from sd_perf.data.shard_writer import add_sample, moments_bytes, start_shard
-from sd_perf.data.shards import find_shards, group_by_key
+from sd_perf.data.shards import find_files, group_by_key
 from sd_perf.data.threads import map_ahead
 from sd_perf.errors import DataError
 from sd_perf.files import (
@@ -112,7 +112,11 @@ def convert(
     Raises DataError where `source` has no shards, `output` has shards that were not made by this
     function with these settings, or the encoder's output cannot be used.
     """
-    sources = find_shards(source, "raw")
+    sources = find_files(source)
+    if not sources:
+        raise DataError(f"{source}: holds no *.tar files; name the folder of the raw shards")
+    if not autoencoder.is_file():
+        raise DataError(f"{autoencoder}: no such file; name the file of the autoencoder")
     if output.exists() and output.samefile(source):
         raise DataError(f"{output}: is the folder that is read; write to another one")
     settings = Settings(digest(autoencoder), pixels, image_range)

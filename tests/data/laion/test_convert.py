@@ -173,6 +173,8 @@ def test_shards_of_others_are_not_overwritten(raw, tmp_path):
     assert (tmp_path / "out" / "00000.tar").read_bytes() == before
     with pytest.raises(DataError, match="is the folder that is read"):
         run(raw, raw)
+    with pytest.raises(DataError, match=r"holds no \*\.tar files"):
+        run(tmp_path / "absent", tmp_path / "out")
 
 
 @pytest.mark.parametrize("output", ["shape", "nan"])
@@ -184,6 +186,13 @@ def test_an_encoder_that_cannot_be_used(raw, tmp_path, monkeypatch, output):
     with pytest.raises(DataError, match=r"samples 000000000 to 000000002: the encoder gives"):
         run(raw, tmp_path / "out")
     assert list((tmp_path / "out").glob("*.tar")) == []
+
+
+def test_a_full_disk(raw, mount_tmpfs):
+    out = mount_tmpfs("size=24k") / "out"
+    with pytest.raises(DataError, match=r"00000\.tar cannot be written \(No space left"):
+        run(raw, out)
+    assert not [path for path in out.iterdir() if path.name != "conversion"]
 
 
 @pytest.mark.slow
