@@ -1,4 +1,4 @@
-"""`sd-perf data prepare`, `encode`, `verify`, `scenes` and `statistics`: what training and scores
+"""`sd-perf data prepare`, `encode`, `bench`, `scenes` and `statistics`: what training and scores
 read."""
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from sd_perf.cli.console import LOCAL_RANK, PLACE, print_plain
 from sd_perf.cli.options import (
     MAX_BATCH,
     MAX_SAMPLES,
+    GPUName,
     Settings,
     require_between,
     require_option,
     require_seed,
 )
+from sd_perf.distributed.launcher import MAX_RANKS
 
 
 def prepare(
@@ -102,6 +104,40 @@ def encode(
     )
     if missing:
         print_plain(f"{missing} of {len(encoder.paths)} shards are still to be encoded")
+    return 0
+
+
+def bench(
+    config: Path,
+    settings: Settings,
+    seconds: float = 10.0,
+    ranks: int = 1,
+    gpu: GPUName | None = None,
+    step_rate: float | None = None,
+) -> int:
+    """Measure the loader of a config alone: samples per second, what a sample costs and where, and
+    whether the step of a GPU would wait for it.
+
+    Args:
+        config: YAML preset of the run
+        settings: fields of the preset
+        seconds: to read for
+        ranks: processes that share the batch; one of them is measured, alone on this machine
+        gpu: a GPU whose least time of the config's step is taken for the step's
+        step_rate: samples per second that a step takes of each process, in its place
+    """
+    from sd_perf.tools.estimate.predict import predict
+    from sd_perf.tools.loader_rate import measure
+
+    require_between("--ranks", ranks, 1, MAX_RANKS)
+    require_option("--seconds", seconds, 0 < seconds <= 3600, "above 0, at most 3600")
+    ok = step_rate is None or (gpu is None and 0 < step_rate < 1e9)
+    require_option("--step-rate", step_rate, ok, "above 0, and not beside --gpu")
+    needed, who = step_rate, "it"
+    if gpu is not None:
+        facts = predict(settings, gpu, batch=settings.micro_batch_size(ranks), ranks=ranks)
+        needed, who = facts["installed"]["samples_per_second"], f"{gpu} at its least time"
+    print_plain(*measure(settings, ranks, seconds).lines(needed, who))
     return 0
 
 

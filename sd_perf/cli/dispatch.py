@@ -13,9 +13,10 @@ from collections.abc import Callable
 
 import tyro
 
+from sd_perf.cli import cluster
 from sd_perf.cli.checkpoints import convert_checkpoints, verify
 from sd_perf.cli.console import LOCAL_RANK, PLACE, RANK
-from sd_perf.cli.data import encode, prepare, scenes, statistics
+from sd_perf.cli.data import bench, encode, prepare, scenes, statistics
 from sd_perf.cli.data_checks import show, verify_data
 from sd_perf.cli.datasets import (
     convert,
@@ -64,6 +65,7 @@ _DATA: dict[str, Command] = {
     "encode": encode,
     "verify": verify_data,
     "show": show,
+    "bench": bench,
     "scenes": scenes,
     "statistics": statistics,
     "filter-metadata": filter_metadata,
@@ -75,7 +77,16 @@ _DATA: dict[str, Command] = {
 _MLPERF: dict[str, Command] = {"check": check}
 _REPORT: dict[str, Command] = {"benchmarks": report_benchmarks}
 """kinds of reports that are asked for by name; any other word after `report` is a run folder"""
-_GROUPS = {"data": _DATA, "mlperf": _MLPERF}
+_CLUSTER: dict[str, Command] = {
+    "run": cluster.run,
+    "submit": cluster.submit,
+    "job": cluster.job,
+    "preflight": cluster.preflight,
+    "prove": cluster.prove,
+    "conclude": cluster.conclude,
+    "conclude-job": cluster.conclude_job,
+}
+_GROUPS = {"data": _DATA, "mlperf": _MLPERF, "cluster": _CLUSTER}
 _COMMANDS: dict[str, Command] = {
     "train": train,
     "evaluate": evaluate,
@@ -84,6 +95,7 @@ _COMMANDS: dict[str, Command] = {
     "data": _group("data", "Make and check shards, the tiny world, FID's statistics", _DATA),
     "fetch": fetch,
     "mlperf": _group("mlperf", "MLPerf logs", _MLPERF),
+    "cluster": _group("cluster", "What run_and_time.sh and slurm/*.sh call", _CLUSTER),
     "verify": verify,
     "convert-checkpoints": convert_checkpoints,
     "report": report,

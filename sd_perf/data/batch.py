@@ -6,6 +6,7 @@ and columns of a picture, T text tokens, D context channels.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -15,6 +16,7 @@ import torch
 
 from sd_perf.config import DataConfig
 from sd_perf.data.order import micro_batches
+from sd_perf.data.usage import Usage
 from sd_perf.models.vae import PIXELS_PER_LATENT
 
 
@@ -55,19 +57,23 @@ class Batch:
     def empty(cls, positions: np.ndarray, config: DataConfig, options: LoaderOptions) -> Batch:
         """A batch for the samples at these positions (B,) int64, to be filled.
 
-        It has the tensors that the config's format gives, of the dtypes that it gives them in.
+        It has the tensors that the config's format gives, of the dtypes that it gives them in,
+        in page-locked memory where the options say so.
         """
+        # torch keeps page-locked memory once it is freed, so that no batch waits for an allocation.
+        empty = functools.partial(torch.empty, pin_memory=options.pin_memory)
+        indices = torch.from_numpy(positions)
         size, side, is_raw = len(positions), config.latent_size, config.format == "raw"
         dtype = torch.float16 if config.format == "encoded" else torch.float32
         pixels = PIXELS_PER_LATENT * side
         text = config.context_tokens, options.context_dim
         has_context = config.context == "precomputed"
         return cls(
-            torch.from_numpy(positions),
-            None if is_raw else torch.empty(size, 2 * options.in_channels, side, side, dtype=dtype),
+            indices.pin_memory() if options.pin_memory else indices,
+            None if is_raw else empty(size, 2 * options.in_channels, side, side, dtype=dtype),
             captions=[],
-            context=torch.empty(size, *text, dtype=dtype) if has_context else None,
-            pixels=torch.empty(size, 3, pixels, pixels) if is_raw else None,
+            context=empty(size, *text, dtype=dtype) if has_context else None,
+            pixels=empty(size, 3, pixels, pixels) if is_raw else None,
         )
 
     def pinned(self) -> Batch:
@@ -132,6 +138,11 @@ class Loader(Protocol):
     """identifies the data set: equal for equal shards, whatever folder they lie in"""
     keys_fingerprint: str
     """identifies its samples and their order: equal for the same ones in another format"""
+
+    @property
+    def usage(self) -> Usage:
+        """What its threads have spent so far; nothing where it has none."""
+        ...
 
     def batches(self, position: int) -> Iterator[Batch]:
         """Micro-batches of this rank from a position on, without end.

@@ -20,7 +20,7 @@ from sd_perf.data.images import decode_image
 from sd_perf.data.npz import read_npz
 from sd_perf.data.threads import map_ahead
 from sd_perf.errors import DataError
-from sd_perf.evaluation.evaluate import read_features
+from sd_perf.evaluation.evaluator import read_features
 from sd_perf.evaluation.feature_net import FeatureNet
 from sd_perf.evaluation.fid import FeatureStatistics
 from sd_perf.files import disk_errors, is_absent, one_line, opened_untrusted, written_aside

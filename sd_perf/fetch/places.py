@@ -48,7 +48,7 @@ def locate(artefact: Artefact, source: str | Path, web: Web, *, named: bool) -> 
 
 def origin(text: str) -> str | Path:
     """What --from names: a URL of http or https, or a path on this machine; else UserError."""
-    if "://" not in text:
+    if text and "://" not in text:
         return Path(text)
     try:
         parts = urlsplit(text)
@@ -58,7 +58,7 @@ def origin(text: str) -> str | Path:
     except ValueError:
         fits = False
     if not fits:
-        raise UserError(f"--from {text}: is neither a path nor a URL of https:// or http://")
+        raise UserError(f"--from {text!r} is neither a path nor a URL of https:// or http://")
     return text
 
 
@@ -136,9 +136,8 @@ def _listed(text: str, where: str) -> dict[str, dict[str, str]]:
 def _require_all(artefact: Artefact, where: str, names: object) -> None:
     lacking = [file.name for file in artefact.files if file.name not in names]  # type: ignore[operator]
     if lacking:
-        count = f"{len(lacking)} of the {len(artefact.files)} files"
-        what = "the file" if len(artefact.files) == 1 else count
-        raise Refused(f"{where} lacks {what} of {artefact.name}, such as {lacking[0]}")
+        count = f"{len(lacking)} of the {len(artefact.files)} files of {artefact.name}"
+        raise Refused(f"{where} lacks {count}, such as {lacking[0]}")
 
 
 def _with(file: File, sums: dict[str, dict[str, str]]) -> File:

@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from sd_perf.errors import UserError
-from sd_perf.fetch.manifest import File
+from sd_perf.fetch.manifest import ALGORITHMS, File
 from sd_perf.files import disk_errors, opened_untrusted, read_json, require_shape, write_json
 
 RECEIPT = ".sd_perf_fetch.json"
@@ -79,7 +79,7 @@ class Receipt:
     def recorded(self, artefact: str) -> list[File]:
         """The files of an artefact that were fetched, each with the digests that it had."""
         return [
-            File(name, entry["size"], {**entry["published"], "sha256": entry["sha256"]})
+            File(name, entry["size"], _known(entry))
             for name, entry in self._files.items()
             if entry["artefact"] == artefact
         ]
@@ -88,6 +88,14 @@ class Receipt:
         path = self.folder / RECEIPT
         with disk_errors(path, "make room there"):
             write_json(path, {"files": dict(sorted(self._files.items()))})
+
+
+def _known(entry: dict[str, Any]) -> dict[str, str]:
+    """The digests of a file that was fetched, by algorithms that can be computed."""
+    published = {name: entry["published"].get(name) for name in ALGORITHMS}
+    return {name: digest for name, digest in published.items() if digest} | {
+        "sha256": entry["sha256"]
+    }
 
 
 def fault_of(path: Path, file: File, halt: Callable[[], object] = lambda: None) -> tuple[str, str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import lzma
 import os
 import stat
+import struct
 import zipfile
 import zlib
 from pathlib import Path
@@ -15,6 +17,18 @@ from sd_perf.fetch.progress import Watch
 from sd_perf.files import disk_errors, one_line
 
 _BLOCK = 2**20
+_DAMAGED = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    EOFError,
+    LookupError,
+    ValueError,
+    ArithmeticError,
+    RuntimeError,
+)
+"""what zipfile raises for archives that are damaged, encrypted or of an unknown kind"""
 
 
 def unpack(archive: Path, folder: Path, drafts: Path, watch: Watch) -> None:
@@ -29,7 +43,7 @@ def unpack(archive: Path, folder: Path, drafts: Path, watch: Watch) -> None:
             disk_errors(folder, "make room there and run the same command again"),
         ):
             _unpack(file, archive, folder, drafts / "unpacking", watch)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except _DAMAGED as error:
         raise UserError(
             f"{archive}: cannot be unpacked ({one_line(error)}); remove it and fetch it again"
         ) from error

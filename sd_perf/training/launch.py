@@ -26,6 +26,7 @@ from sd_perf.runs.parity_record import require_green
 from sd_perf.training.build_step import build_step
 from sd_perf.training.callbacks.base import Callback
 from sd_perf.training.callbacks.checkpointer import Checkpointer
+from sd_perf.training.callbacks.data_wait import DataWaitWarning
 from sd_perf.training.callbacks.metrics import MetricsFile
 from sd_perf.training.callbacks.mlperf import MLPerfLogger
 from sd_perf.training.callbacks.progress import ProgressDisplay
@@ -150,7 +151,8 @@ def default_callbacks(config: Config, console: TextConsole) -> list[Callback]:
     Checkpoints come before the progress display, whose last table names the newest one.
     """
     log: list[Callback] = [] if config.mlperf.division == "none" else [MLPerfLogger(config)]
-    return [StopOnSignal(), MetricsFile(), *log, Checkpointer(), ProgressDisplay(console)]
+    shown = [ProgressDisplay(console), DataWaitWarning(console)]
+    return [StopOnSignal(), MetricsFile(), *log, Checkpointer(), *shown]
 
 
 def _parity_record(config: Config, console: TextConsole) -> dict[str, Any] | None:

@@ -280,7 +280,10 @@ class Trainer:
         if log is None:
             return
         with named_range("log"):
-            metrics = {**log.metrics, "loss": self._checked(log.loss.value())}
+            # A step begins when the last rank has its data.
+            wait = max(self.world.gather(log.metrics["data_wait"]))
+            loss = self._checked(log.loss.value())
+            metrics = {**log.metrics, "data_wait": wait, "loss": loss}
             self._each(lambda callback: callback.on_log(self, metrics))
             gc.collect()
 

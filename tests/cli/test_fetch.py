@@ -61,7 +61,7 @@ def test_a_dry_run_tells_terms_and_sources(name, sd_perf, tmp_path):
         (["stable-difusion", "-o", "x"], ["did you mean stable-diffusion"]),
         (["inception"], ["inception: --output-dir is missing"]),
         (["inception", "-o", "x", "--jobs", "0"], ["--jobs: 0 cannot be used"]),
-        (["inception", "-o", "x", "--from", "ftp://h/a"], ["--from ftp://h/a: is neither"]),
+        (["inception", "-o", "x", "--from", "ftp://h/a"], ["--from 'ftp://h/a' is neither"]),
         (
             ["inception", "-o", "x", "--from", "absent.pth"],
             ["absent.pth: it cannot be read"],

@@ -226,6 +226,14 @@ def test_check(server, tmp_path):
     assert sorted(fetch(artefact, tmp_path).fetched) == ["00002.tar", "00005.tar"]
 
 
+def test_check_with_an_algorithm_that_nobody_knows(tmp_path):
+    (tmp_path / "file").write_bytes(DATA)
+    entry = {"artefact": "things", "url": None, "size": len(DATA), "modified_ns": 0, "time": ""}
+    entry |= {"sha256": sha256(DATA), "published": {"sha3000": "00"}}
+    (tmp_path / RECEIPT).write_text(json.dumps({"files": {"file": entry}}))
+    assert list(check(an_artefact(), tmp_path, 1)) == [("file", "")]
+
+
 def test_check_of_what_nothing_is_known_of(tmp_path):
     (tmp_path / "a").touch()
     artefact = an_artefact(File("a"))

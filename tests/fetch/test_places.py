@@ -123,6 +123,6 @@ def test_what_from_names():
         origin("https://me:secret@host/a")
     assert origin("https://host/a") == "https://host/a"
     assert origin("some/folder") == Path("some/folder")
-    for text in ("ftp://host/a", "file:///etc", "s3://bucket/a", "http://", "http://[/"):
+    for text in ("", "ftp://host/a", "file:///etc", "s3://bucket/a", "http://", "http://[/"):
         with pytest.raises(UserError, match="neither a path nor a URL"):
             origin(text)

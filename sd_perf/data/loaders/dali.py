@@ -46,7 +46,7 @@ class DaliLoader(PortableLoader):
         self._building = threading.Lock()
         self._has_decoded = False
 
-    def _make(self, positions: np.ndarray) -> Batch:
+    def make(self, positions: np.ndarray) -> Batch:
         numbers = [self._order.sample(position) for position in positions.tolist()]
         batch = Batch.empty(positions, self._config, self._options)
         assert batch.pixels is not None
@@ -57,7 +57,7 @@ class DaliLoader(PortableLoader):
             for row in np.flatnonzero(~np.array(plain)):
                 batch.pixels[row] = torch.from_numpy(self._reader.read(numbers[row]).pixels)
         except BadSampleError:
-            return super()._make(positions)
+            return super().make(positions)
         encoded = [picture for picture, is_plain in zip(pictures, plain, strict=True) if is_plain]
         try:
             decoded = self._decode(encoded) if encoded else ()
@@ -65,7 +65,7 @@ class DaliLoader(PortableLoader):
             return self._make_refused(positions, error)
         for row, pixels in zip(np.flatnonzero(plain), decoded, strict=True):
             batch.pixels.numpy()[row] = pixels.numpy()
-        return batch.pinned() if self._options.pin_memory else batch
+        return batch
 
     def _decode(self, pictures: list[bytes]) -> torch.Tensor:
         """Pixels (B, 3, P, P) float32 of encoded pictures, valid until this thread's next call.
@@ -79,7 +79,8 @@ class DaliLoader(PortableLoader):
         # A pipeline that has failed once fails for good.
         pipeline = own.pop("pipeline")
         pipeline.feed_input("encoded", [np.frombuffer(each, np.uint8) for each in pictures])
-        (outputs,) = pipeline.run()
+        with self._stopwatch.elsewhere():
+            (outputs,) = pipeline.run()
         own["pipeline"] = pipeline
         self._has_decoded = True
         return torch.from_dlpack(outputs.as_tensor())
@@ -89,7 +90,7 @@ class DaliLoader(PortableLoader):
 
         DataError where that reads it all and DALI has never decoded one: then DALI fails.
         """
-        batch = super()._make(positions)
+        batch = super().make(positions)
         if not batch.replacements:
             reason = one_line(error)
             if not self._has_decoded:

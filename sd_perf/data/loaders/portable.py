@@ -15,6 +15,7 @@ from sd_perf.data.loaders.quick_rows import QuickRows
 from sd_perf.data.order import SampleOrder
 from sd_perf.data.samples import Sample, SampleReader
 from sd_perf.data.shards import ShardIndex
+from sd_perf.data.usage import Stopwatch, Usage
 from sd_perf.errors import BadSampleError, DataError
 
 
@@ -44,6 +45,7 @@ class PortableLoader:
         self._quick: QuickRows | None = None
         if config.format != "raw":
             self._quick = QuickRows(self._index, self._reader.descriptors, config)
+        self._stopwatch = Stopwatch()
         self.num_samples = len(self._index)
         self.fingerprint = self._index.fingerprint
         self.keys_fingerprint = self._index.keys_fingerprint
@@ -52,23 +54,43 @@ class PortableLoader:
     def batches(self, position: int) -> Iterator[Batch]:
         """Micro-batches of this rank from a position on, without end; see `Loader`."""
         return _prefetched(
-            self._make,
+            self._timed_make,
             self._options.positions(position),
             workers=self._config.workers,
             depth=self._config.prefetch_batches,
         )
 
+    @property
+    def index(self) -> ShardIndex:
+        """Where the samples lie."""
+        return self._index
+
+    @property
+    def descriptors(self) -> list[int]:
+        """One of each shard of the index, open as long as this object lives."""
+        return self._reader.descriptors
+
     def require_unchanged(self) -> None:
         """DataError where a shard was written to since it was opened; see `Loader`."""
         self._reader.require_unchanged()
 
-    def _make(self, positions: np.ndarray) -> Batch:
+    @property
+    def usage(self) -> Usage:
+        """What the threads have spent so far; see `Loader`."""
+        return self._stopwatch.usage
+
+    def _timed_make(self, positions: np.ndarray) -> Batch:
+        with self._stopwatch.batch():
+            return self.make(positions)
+
+    def make(self, positions: np.ndarray) -> Batch:
+        """The micro-batch of the samples at these positions, made in the thread that asks."""
         batch = Batch.empty(positions, self._config, self._options)
         parts = {"moments": batch.moments, "picture": batch.pixels, "context": batch.context}
         arrays = {part: tensor.numpy() for part, tensor in parts.items() if tensor is not None}
         for row, position in enumerate(positions.tolist()):
             self._fill(batch, position, {part: array[row] for part, array in arrays.items()})
-        return batch.pinned() if self._options.pin_memory else batch
+        return batch
 
     def _fill(self, batch: Batch, position: int, parts: dict[str, np.ndarray]) -> None:
         """Fill the row of a batch that these arrays are with the sample at a position."""

@@ -34,6 +34,8 @@ def prepare_shards(
     already.
     """
     config.data.require(bool(config.data.path), "path", "the folder to write the shards to")
+    right = "moments, the format that is written (`data encode` makes encoded shards of such)"
+    config.data.require(config.data.format in ("moments", "synthetic"), "format", right)
     samples = read_images(images, captions, config.data.allow_empty_captions)
     text_encoder = None
     if config.data.context == "precomputed":

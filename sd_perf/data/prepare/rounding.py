@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from sd_perf.files import misfit
+
 
 @dataclass
 class RoundingError:
@@ -43,6 +45,10 @@ class RoundingError:
         return f"{self.relative:.1e} of their root mean square, at worst {self.worst:.1e}"
 
 
+_ERROR = {"numbers": float, "errors": float, "worst": float}
+_FACTS = {"samples": int, "bad": int, "moments": _ERROR, "context": _ERROR}
+
+
 @dataclass
 class Encoded:
     """What was measured while shards were encoded."""
@@ -56,9 +62,13 @@ class Encoded:
 
     @classmethod
     def of(cls, facts: dict[str, Any]) -> Encoded:
-        """From `Layout.facts`, which are `dataclasses.asdict` of it."""
-        errors = {name: RoundingError(**facts[name]) for name in ("moments", "context")}
-        return cls(facts["samples"], facts["bad"], **errors)
+        """From `Layout.facts`, which are `dataclasses.asdict` of it; else ValueError."""
+        if fault := misfit(facts, _FACTS):
+            raise ValueError(fault)
+        errors = [
+            RoundingError(*(facts[name][key] for key in _ERROR)) for name in ("moments", "context")
+        ]
+        return cls(facts["samples"], facts["bad"], *errors)
 
     def merge(self, other: Encoded) -> None:
         self.samples += other.samples

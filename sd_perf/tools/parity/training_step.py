@@ -172,7 +172,7 @@ def _train_one_step(
 
 
 def _of_size(config: Config, inputs: Inputs) -> Config:
-    """The config with the sizes of the inputs, and its own full learning rate from the first step."""
+    """The config with the sizes of the inputs, and its own full learning rate from step 0."""
     samples, side = len(inputs.sample_indices), inputs.moments.shape[-1]
     return dataclasses.replace(
         config,

@@ -124,18 +124,23 @@ def test_made_ahead_but_not_further(make_shards, monkeypatch):
     stream.close()
 
 
-def test_pinning_covers_every_tensor(make_shards, monkeypatch):
-    """Pinning needs a GPU, so only the calls that ask for it are checked."""
-    asked = []
-    monkeypatch.setattr(
-        torch.Tensor, "pin_memory", lambda tensor: asked.append(tensor.shape[1:]) or tensor
-    )
+def test_batches_are_made_in_page_locked_memory(make_shards, monkeypatch):
+    """That needs a GPU, so only the calls that ask for it are checked."""
+    asked, empty = [], torch.empty
+
+    def spy(*shape, pin_memory, **options):
+        asked.append((shape, pin_memory))
+        return empty(*shape, **options)
+
     config = make_shards(NUM, bad=range(5), max_bad_samples=9)
     plain = take(config, steps=1)
-    stream = loader(config, pin_memory=True).batches(0)
-    batch = next(stream)
-    stream.close()
-    assert {tuple(shape) for shape in asked} == {(), (8, 2, 2), (3, 5)}
+    monkeypatch.setattr(torch, "empty", spy)
+    monkeypatch.setattr(
+        torch.Tensor, "pin_memory", lambda tensor: asked.append((tensor.shape, True)) or tensor
+    )
+    source = loader(config, pin_memory=True)
+    batch = source.make(next(source._options.positions(0)))
+    assert asked == [((6,), True), ((6, 8, 2, 2), True), ((6, 3, 5), True)]
     assert delivered([batch]) == delivered(plain) and replaced([batch]) == replaced(plain) != []
     assert torch.equal(batch.context, plain[0].context)
 
