@@ -18,9 +18,9 @@ import torch
 def resize_and_crop(pixels: np.ndarray, size: int) -> torch.Tensor:
     """Resize the shorter side of an image (H, W, 3) uint8 to `size` and crop its centre.
 
-    Returns (3, size, size) float32: bytes divided by 255, nothing rounded or clipped. The longer
-    side is rounded down, and the crop's offset is half the surplus, rounded to the nearest even
-    number.
+    Returns (3, size, size) float32, perhaps not contiguous: bytes divided by 255, nothing rounded
+    or clipped. The longer side is rounded down, and the crop's offset is half the surplus, rounded
+    to the nearest even number.
     """
     image, short = torch.from_numpy(pixels), min(pixels.shape[:2])
     height, width = (side * size // short for side in pixels.shape[:2])
@@ -33,7 +33,7 @@ def resize_and_crop(pixels: np.ndarray, size: int) -> torch.Tensor:
     kept = image[top : top + rows.shape[1], left : left + columns.shape[1]]
     across = torch.sparse.mm(columns, kept.permute(1, 2, 0).contiguous().float().flatten(1))
     down = across.view(size, 3, -1).permute(2, 1, 0).contiguous()
-    return torch.sparse.mm(rows, down.flatten(1)).view(size, 3, size).permute(1, 0, 2).contiguous()
+    return torch.sparse.mm(rows, down.flatten(1)).view(size, 3, size).permute(1, 0, 2)
 
 
 def _offset(side: int, size: int) -> int:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from sd_perf.data import images
 from sd_perf.data.images import load_image, load_picture
 from sd_perf.errors import DataError
 from sd_perf.models.torchvision_schemas import define_missing_torchvision_ops
@@ -101,6 +102,40 @@ def test_photographs_as_torchvision_transforms_them(real_data):
         expected = theirs(Image.open(path).convert("RGB"))
         ours = load_image(path, 512, upright=False)  # sums of another order
         assert float((ours - expected).abs().max()) < 2e-6, path.name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"subsampling": 0}, {"subsampling": "4:1:1"}, {"progressive": True}, {"quality": 20}],
+)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_jpegs_decoded_by_simplejpeg(tmp_path, monkeypatch, mode, options):
+    """They are Pillow's, bit by bit; what it does not take goes to Pillow."""
+    pytest.importorskip("simplejpeg", reason="needs simplejpeg: pip install 'sd-perf[jpeg]'")
+    smooth = Image.fromarray(noise(9, 12)).resize((71, 50), Image.Resampling.BICUBIC)
+    path = saved(smooth.convert(mode), tmp_path / "a.jpg", **options)
+    quick = load_picture(path.read_bytes(), 16, "correct")
+    assert (images._quick_jpeg(path.read_bytes()) is None) == (mode == "CMYK")
+    monkeypatch.setattr(images, "simplejpeg", None)
+    assert torch.equal(quick, load_picture(path.read_bytes(), 16, "correct"))
+
+
+@pytest.mark.parametrize("cut", [2, 3, 20, 300, -300, -2])
+def test_damaged_jpegs_are_pillows_to_judge(tmp_path, monkeypatch, cut):
+    pytest.importorskip("simplejpeg", reason="needs simplejpeg: pip install 'sd-perf[jpeg]'")
+    data = saved(Image.fromarray(noise(50, 71)), tmp_path / "a.jpg").read_bytes()[:cut]
+
+    def outcome():
+        try:
+            return load_picture(data, 16, "correct")
+        except DataError as error:
+            return str(error)
+
+    with_it = outcome()
+    monkeypatch.setattr(images, "simplejpeg", None)
+    without = outcome()
+    same = torch.equal if isinstance(without, torch.Tensor) else str.__eq__
+    assert same(with_it, without)
 
 
 def test_squash_keeps_the_whole_picture(tmp_path):
