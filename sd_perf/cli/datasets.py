@@ -18,6 +18,8 @@ from sd_perf.cli.progress import progress
 from sd_perf.visible import visible
 
 _MAX_WORKERS = 1024
+_MOST_PIXELS = 300_000_000
+"""of --max-pixels; Pillow itself refuses images of 357 million"""
 _LICENCES = 30
 """licences in a table, at most; LAION-400M has about ten"""
 _ERRORS = 20
@@ -187,6 +189,7 @@ def convert(
     processes: int = 1,
     batch_size: int = 8,
     workers: Annotated[int, tyro.conf.arg(aliases=("-j",))] = 4,
+    max_pixels: int = 50_000_000,
 ) -> int:
     """Encode raw shards (*.tar of .jpg, .txt, .json) into shards of moments with the same names and
     keys.
@@ -209,6 +212,7 @@ def convert(
         processes: processes where there is no GPU
         batch_size: pictures per call of the encoder
         workers: threads of a process that decode
+        max_pixels: of the largest picture that is decoded; larger ones are left out
     """
     import torch
 
@@ -221,6 +225,7 @@ def convert(
     require_between("--processes", processes, 1, _MAX_WORKERS)
     require_between("--batch-size", batch_size, 1, MAX_BATCH)
     require_between("--workers", workers, 1, _MAX_WORKERS)
+    require_between("--max-pixels", max_pixels, 1, _MOST_PIXELS)
     with progress("shards") as report:
         result = convert(
             input_folder,
@@ -231,6 +236,7 @@ def convert(
             devices=[f"cuda:{number}" for number in range(gpus)] or ["cpu"] * processes,
             batch_size=batch_size,
             threads=workers,
+            max_pixels=max_pixels,
             progress=report,
         )
     print_plain(
