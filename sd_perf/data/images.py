@@ -54,8 +54,8 @@ def load_image(
 
     `upright` turns the image as its EXIF orientation says; the benchmark's decoder does not.
     Images of more than `max_pixels` (None: MAX_PIXELS) are refused. Transparent ones are laid on
-    white. Raises DataError for an image that cannot be decoded or
-    has no defined range, and ConfigError without Pillow.
+    white. Raises DataError for an image that cannot be decoded or has no defined range, and
+    ConfigError without Pillow.
     """
     Image = optional("PIL.Image", "images need Pillow", "images")
     image = _decode(path, upright, max_pixels)
@@ -164,7 +164,7 @@ def decode_image(file: BinaryIO, max_pixels: int | None = None) -> PIL.Image.Ima
         # Pillow warns of images beyond its own limit, which is above ours
         with warnings.catch_warnings(action="ignore"):
             image = Image.open(file, formats=_FORMATS)
-        _require_size(*image.size, max_pixels)
+        _require_size(*image.size, max_pixels=max_pixels)
         image.load()
     except Exception as error:  # damage shows as nearly any error
         # Pillow names an object in memory after "cannot identify image file".
