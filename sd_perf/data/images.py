@@ -164,7 +164,8 @@ def decode_image(file: BinaryIO, max_pixels: int | None = None) -> PIL.Image.Ima
         # Pillow warns of images beyond its own limit, which is above ours
         with warnings.catch_warnings(action="ignore"):
             image = Image.open(file, formats=_FORMATS)
-        _require_size(*image.size, max_pixels=max_pixels)
+        width, height = image.size
+        _require_size(width, height, max_pixels)
         image.load()
     except Exception as error:  # damage shows as nearly any error
         # Pillow names an object in memory after "cannot identify image file".

@@ -206,20 +206,33 @@ def convert_shard(
     batch_size: int,
 ) -> None:
     """Write the shard of moments, and then its record."""
-    state, target, left_out, count = _state(source), output / source.name, [], 0
+    state, target = _state(source), output / source.name
     with disk_errors(target, _MAKE_ROOM, DataError):
         with written_aside(target) as draft:
-            with start_shard(draft) as tar:
-                while batch := list(islice(samples, batch_size)):
-                    left_out += [(s.key, s.fault) for s in batch if s.fault]
-                    good = [sample for sample in batch if not sample.fault]
-                    for sample, moments in encode(source, good, encoder, settings):
-                        add_sample(tar, sample.key, {"npy": moments, **sample.texts})
-                    count += len(good)
+            count, left_out = _write_tar(draft, source, samples, encoder, settings, batch_size)
             size, sha256 = draft.stat().st_size, digest(draft)
-        faults = [{"key": key, "error": fault} for key, fault in left_out]
         record = {"source": state, "bytes": size, "samples": count, "sha256": sha256}
-        write_json(_record_path(output, source), {**record, "left_out": faults})
+        write_json(_record_path(output, source), {**record, "left_out": left_out})
+
+
+def _write_tar(
+    draft: Path,
+    source: Path,
+    samples: Iterator[Sample],
+    encoder: Encoder,
+    settings: Settings,
+    batch_size: int,
+) -> tuple[int, list[dict[str, str]]]:
+    """Write the samples with their moments; returns how many, and those that are left out."""
+    count, left_out = 0, []
+    with start_shard(draft) as tar:
+        while batch := list(islice(samples, batch_size)):
+            left_out += [{"key": s.key, "error": s.fault} for s in batch if s.fault]
+            good = [sample for sample in batch if not sample.fault]
+            for sample, moments in encode(source, good, encoder, settings):
+                add_sample(tar, sample.key, {"npy": moments, **sample.texts})
+            count += len(good)
+    return count, left_out
 
 
 def encode(
