@@ -23,7 +23,7 @@ CODE_LINES = {
     "sd_perf/diffusion": 150,
     "sd_perf/models": 1080,
     "sd_perf/fetch": 1200,
-    "sd_perf/data": 3280,
+    "sd_perf/data": 3290,
     "sd_perf/runs": 1100,
     "sd_perf/training": 1550,
     "sd_perf/cluster": 1080,
