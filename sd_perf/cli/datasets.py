@@ -18,6 +18,8 @@ from sd_perf.cli.progress import progress
 from sd_perf.visible import visible
 
 _MAX_WORKERS = 1024
+_MOST_PIXELS = 300_000_000
+"""of --max-pixels; Pillow itself refuses images of 357 million"""
 _LICENCES = 30
 """licences in a table, at most; LAION-400M has about ten"""
 _ERRORS = 20
@@ -187,13 +189,12 @@ def convert(
     processes: int = 1,
     batch_size: int = 8,
     workers: Annotated[int, tyro.conf.arg(aliases=("-j",))] = 4,
+    max_pixels: int = 50_000_000,
 ) -> int:
-    """Encode raw shards (*.tar of .jpg, .txt, .json) into shards of moments with the same names and
-    keys.
+    """Encode raw shards (*.tar of .jpg, .txt, .json) into shards of moments of the same names.
 
-    Each shard is written whole or not at all, and those that are there already are kept, so a run
-    that was stopped goes on. Pictures that cannot be decoded are left out and listed in
-    left_out.jsonl. Exits 1 where a shard cannot be read, after the others.
+    Shards that are there already are kept, so a run that was stopped goes on. Pictures that cannot
+    be decoded are left out and listed in left_out.jsonl. Exits 1 where a shard cannot be read.
 
     Args:
         config: YAML preset of the run that will train on the shards; pictures are resized to 8 x
@@ -209,18 +210,14 @@ def convert(
         processes: processes where there is no GPU
         batch_size: pictures per call of the encoder
         workers: threads of a process that decode
+        max_pixels: of the largest picture that is decoded; larger ones are left out
     """
-    import torch
-
     from sd_perf.data.laion.convert import convert
     from sd_perf.models.vae import PIXELS_PER_LATENT
 
-    have = torch.cuda.device_count()
-    gpus = have if num_gpus is None else num_gpus
-    require_option("--num-gpus", gpus, 0 <= gpus <= have, f"0 to {have}, the GPUs that are here")
-    require_between("--processes", processes, 1, _MAX_WORKERS)
     require_between("--batch-size", batch_size, 1, MAX_BATCH)
     require_between("--workers", workers, 1, _MAX_WORKERS)
+    require_between("--max-pixels", max_pixels, 1, _MOST_PIXELS)
     with progress("shards") as report:
         result = convert(
             input_folder,
@@ -228,9 +225,10 @@ def convert(
             checkpoint,
             pixels=PIXELS_PER_LATENT * settings.data.latent_size,
             image_range=image_range,
-            devices=[f"cuda:{number}" for number in range(gpus)] or ["cpu"] * processes,
+            devices=_devices(num_gpus, processes),
             batch_size=batch_size,
             threads=workers,
+            max_pixels=max_pixels,
             progress=report,
         )
     print_plain(
@@ -239,3 +237,14 @@ def convert(
         f"left out -> {output_dir}",
     )
     return 1 if result.faults else 0
+
+
+def _devices(num_gpus: int | None, processes: int) -> list[str]:
+    """A device for each process of a conversion: so many GPUs (None: all), or the CPU."""
+    import torch
+
+    have = torch.cuda.device_count()
+    gpus = have if num_gpus is None else num_gpus
+    require_option("--num-gpus", gpus, 0 <= gpus <= have, f"0 to {have}, the GPUs that are here")
+    require_between("--processes", processes, 1, _MAX_WORKERS)
+    return [f"cuda:{number}" for number in range(gpus)] or ["cpu"] * processes

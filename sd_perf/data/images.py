@@ -44,6 +44,7 @@ def load_image(
     *,
     fit: Literal["crop", "squash"] = "crop",
     upright: bool = True,
+    max_pixels: int | None = None,
 ) -> torch.Tensor:
     """Load an image, by path or from a stream of its bytes, as (3, size, size) float32.
 
@@ -52,18 +53,24 @@ def load_image(
     behind the benchmark's FID statistics: Pillow's bicubic resize to the square, in 8 bits.
 
     `upright` turns the image as its EXIF orientation says; the benchmark's decoder does not.
-    Transparent images are laid on white. Raises DataError for an image that cannot be decoded or
-    has no defined range, and ConfigError without Pillow.
+    Images of more than `max_pixels` (None: MAX_PIXELS) are refused. Transparent ones are laid on
+    white. Raises DataError for an image that cannot be decoded or has no defined range, and
+    ConfigError without Pillow.
     """
     Image = optional("PIL.Image", "images need Pillow", "images")
-    image = _decode(path, upright)
+    image = _decode(path, upright, max_pixels)
     if fit == "squash":
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     return resize_and_crop(np.array(image), size)
 
 
 def load_picture(
-    encoded: bytes, size: int, image_range: ImageRange, *, upright: bool = False
+    encoded: bytes,
+    size: int,
+    image_range: ImageRange,
+    *,
+    upright: bool = False,
+    max_pixels: int | None = None,
 ) -> torch.Tensor:
     """The pixels (3, size, size) float32 that the encoder gets, from the bytes of an image file.
 
@@ -71,15 +78,15 @@ def load_picture(
     raw shards are not turned as their EXIF orientation says, since the benchmark's decoder does not
     turn them. Raises DataError as `load_image` does.
     """
-    pixels = None if upright else _quick_jpeg(encoded)
+    pixels = None if upright else _quick_jpeg(encoded, max_pixels)
     if pixels is None:
-        image = load_image(io.BytesIO(encoded), size, upright=upright)
+        image = load_image(io.BytesIO(encoded), size, upright=upright, max_pixels=max_pixels)
     else:
         image = resize_and_crop(pixels, size)
     return in_range(image, image_range)
 
 
-def _quick_jpeg(encoded: bytes) -> np.ndarray | None:
+def _quick_jpeg(encoded: bytes, max_pixels: int | None = None) -> np.ndarray | None:
     """A JPEG's pixels (H, W, 3) uint8 by simplejpeg: Pillow's, in two thirds of the time.
 
     None where it is not installed, and for all else than a sound picture of usual colours: Pillow
@@ -89,7 +96,7 @@ def _quick_jpeg(encoded: bytes) -> np.ndarray | None:
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(encoded)
-        _require_size(width, height)
+        _require_size(width, height, max_pixels)
         if colours not in ("YCbCr", "Gray"):
             return None
         return simplejpeg.decode_jpeg(encoded, "RGB", fastdct=False, fastupsample=False)
@@ -102,18 +109,18 @@ def in_range(pixels: torch.Tensor, image_range: ImageRange) -> torch.Tensor:
     return pixels if image_range == "benchmark" else pixels * 2 - 1
 
 
-def _decode(path: str | Path | BinaryIO, upright: bool) -> Any:
+def _decode(path: str | Path | BinaryIO, upright: bool, max_pixels: int | None) -> Any:
     """An image file as a Pillow image of mode RGB; DataError where it cannot be one."""
     if isinstance(path, str | Path):
         with opened_untrusted(Path(path), "mend or remove it", DataError) as file:
-            return _decode_stream(file, str(path), upright)
-    return _decode_stream(path, "the image", upright)
+            return _decode_stream(file, str(path), upright, max_pixels)
+    return _decode_stream(path, "the image", upright, max_pixels)
 
 
-def _decode_stream(file: BinaryIO, name: str, upright: bool) -> Any:
+def _decode_stream(file: BinaryIO, name: str, upright: bool, max_pixels: int | None) -> Any:
     ImageOps = optional("PIL.ImageOps", "images need Pillow", "images")
     try:
-        image = decode_image(file)
+        image = decode_image(file, max_pixels)
         format = image.format  # turning makes a copy without it
         return _to_rgb(ImageOps.exif_transpose(image) if upright else image, format or "", name)
     except ValueError as error:
@@ -146,18 +153,19 @@ def _to_rgb(image: Any, format: str, name: str) -> Any:
     return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
-def decode_image(file: BinaryIO) -> PIL.Image.Image:
+def decode_image(file: BinaryIO, max_pixels: int | None = None) -> PIL.Image.Image:
     """The image in a file, in its own mode; its size is looked at before it is decoded.
 
     Raises ValueError, with the bare reason, for an image that cannot be decoded, or is larger than
-    MAX_PIXELS or longer than MAX_ASPECT; and ConfigError without Pillow.
+    `max_pixels` (None: MAX_PIXELS) or longer than MAX_ASPECT; and ConfigError without Pillow.
     """
     Image = optional("PIL.Image", "images need Pillow", "images")
     try:
         # Pillow warns of images beyond its own limit, which is above ours
         with warnings.catch_warnings(action="ignore"):
             image = Image.open(file, formats=_FORMATS)
-        _require_size(*image.size)
+        width, height = image.size
+        _require_size(width, height, max_pixels)
         image.load()
     except Exception as error:  # damage shows as nearly any error
         # Pillow names an object in memory after "cannot identify image file".
@@ -181,10 +189,11 @@ def has_plain_pixels(file: BinaryIO) -> bool:
     return image.mode in ("RGB", "L", "CMYK") and "transparency" not in image.info
 
 
-def _require_size(width: int, height: int) -> None:
+def _require_size(width: int, height: int, max_pixels: int | None = None) -> None:
     """ValueError for a size in pixels that is not decoded."""
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"it has {width} x {height} pixels, more than {MAX_PIXELS:,}")
+    most = MAX_PIXELS if max_pixels is None else max_pixels
+    if width * height > most:
+        raise ValueError(f"it has {width} x {height} pixels, more than {most:,}")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ValueError(
             f"{width} x {height} pixels: one side is over {MAX_ASPECT} times the other"

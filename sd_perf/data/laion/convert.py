@@ -26,7 +26,7 @@ from sd_perf.data.formats import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES
 from sd_perf.data.images import ImageRange, load_picture
 from sd_perf.data.samples import parse_caption
 from sd_perf.data.shard_writer import add_sample, moments_bytes, start_shard
-from sd_perf.data.shards import find_shards, group_by_key
+from sd_perf.data.shards import find_files, group_by_key
 from sd_perf.data.threads import map_ahead
 from sd_perf.errors import DataError
 from sd_perf.files import (
@@ -99,20 +99,26 @@ def convert(
     devices: list[str],
     batch_size: int = 8,
     threads: int = 4,
+    max_pixels: int | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Result:
     """Encode every raw shard of the folder `source` into a shard of the same name in `output`.
 
     Each of `devices`, such as "cuda:0", gets a process where there are several, and `threads` that
-    decode. A shard is written whole or not at all, and one that is there already is kept, unless
-    its source has changed. Pictures that cannot be decoded are left out and listed. Shards that
-    cannot be read are told in the result, and the others converted. `progress` is called with the
-    shards that are done, and of how many.
+    decode pictures of at most `max_pixels` (None: the limit of `load_picture`). A shard is written
+    whole or not at all, and one that is there already is kept, unless its source has changed.
+    Pictures that cannot be decoded are left out and listed. Shards that cannot be read are told in
+    the result, and the others converted. `progress` is called with the shards that are done, and of
+    how many.
 
     Raises DataError where `source` has no shards, `output` has shards that were not made by this
     function with these settings, or the encoder's output cannot be used.
     """
-    sources = find_shards(source, "raw")
+    sources = find_files(source)
+    if not sources:
+        raise DataError(f"{source}: holds no *.tar files; name the folder of the raw shards")
+    if not autoencoder.is_file():
+        raise DataError(f"{autoencoder}: no such file; name the file of the autoencoder")
     if output.exists() and output.samefile(source):
         raise DataError(f"{output}: is the folder that is read; write to another one")
     settings = Settings(digest(autoencoder), pixels, image_range)
@@ -121,7 +127,13 @@ def convert(
         _begin(output, settings)
     left = [path for path in sources if read_record(output, path) is None]
     work = partial(
-        _convert_part, output, autoencoder, settings, batch_size=batch_size, threads=threads
+        _convert_part,
+        output,
+        autoencoder,
+        settings,
+        batch_size=batch_size,
+        threads=threads,
+        max_pixels=max_pixels,
     )
 
     def report() -> None:
@@ -166,13 +178,14 @@ def _convert_part(
     *,
     batch_size: int,
     threads: int,
+    max_pixels: int | None,
 ) -> list[str]:
     """Convert some shards on one device; returns a sentence for each that cannot be read."""
     encoder, faults = _read_encoder(autoencoder, torch.device(device)), []
     for source in sources:
         report()
         try:
-            samples = read_samples(source, settings, threads, ahead=2 * batch_size)
+            samples = read_samples(source, settings, threads, 2 * batch_size, max_pixels)
             convert_shard(source, samples, output, encoder, settings, batch_size)
         except UnreadableShardError as error:
             faults.append(str(error))
@@ -193,20 +206,33 @@ def convert_shard(
     batch_size: int,
 ) -> None:
     """Write the shard of moments, and then its record."""
-    state, target, left_out, count = _state(source), output / source.name, [], 0
+    state, target = _state(source), output / source.name
     with disk_errors(target, _MAKE_ROOM, DataError):
         with written_aside(target) as draft:
-            with start_shard(draft) as tar:
-                while batch := list(islice(samples, batch_size)):
-                    left_out += [(s.key, s.fault) for s in batch if s.fault]
-                    good = [sample for sample in batch if not sample.fault]
-                    for sample, moments in encode(source, good, encoder, settings):
-                        add_sample(tar, sample.key, {"npy": moments, **sample.texts})
-                    count += len(good)
+            count, left_out = _write_tar(draft, source, samples, encoder, settings, batch_size)
             size, sha256 = draft.stat().st_size, digest(draft)
-        faults = [{"key": key, "error": fault} for key, fault in left_out]
         record = {"source": state, "bytes": size, "samples": count, "sha256": sha256}
-        write_json(_record_path(output, source), {**record, "left_out": faults})
+        write_json(_record_path(output, source), {**record, "left_out": left_out})
+
+
+def _write_tar(
+    draft: Path,
+    source: Path,
+    samples: Iterator[Sample],
+    encoder: Encoder,
+    settings: Settings,
+    batch_size: int,
+) -> tuple[int, list[dict[str, str]]]:
+    """Write the samples with their moments; returns how many, and those that are left out."""
+    count, left_out = 0, []
+    with start_shard(draft) as tar:
+        while batch := list(islice(samples, batch_size)):
+            left_out += [{"key": s.key, "error": s.fault} for s in batch if s.fault]
+            good = [sample for sample in batch if not sample.fault]
+            for sample, moments in encode(source, good, encoder, settings):
+                add_sample(tar, sample.key, {"npy": moments, **sample.texts})
+            count += len(good)
+    return count, left_out
 
 
 def encode(
@@ -226,7 +252,9 @@ def encode(
     return zip(samples, map(moments_bytes, moments.numpy()), strict=True)
 
 
-def read_samples(source: Path, settings: Settings, threads: int, ahead: int) -> Iterator[Sample]:
+def read_samples(
+    source: Path, settings: Settings, threads: int, ahead: int, max_pixels: int | None = None
+) -> Iterator[Sample]:
     """The samples of a raw shard in the order of their keys, decoded by threads.
 
     Nothing is unpacked to the disk. UnreadableShardError for a shard that is no whole tar file, or
@@ -235,7 +263,7 @@ def read_samples(source: Path, settings: Settings, threads: int, ahead: int) -> 
     try:
         groups = group_by_key(source)
         with opened_untrusted(source, "fetch it again", DataError) as file:
-            read = partial(_read_sample, file.fileno(), settings)
+            read = partial(_read_sample, file.fileno(), settings, max_pixels)
             _require_inside(source, groups)
             yield from map_ahead(
                 read, sorted(groups.items()), threads, ahead, lambda: torch.set_num_threads(1)
@@ -254,7 +282,9 @@ def _require_inside(source: Path, keys: Iterable[str]) -> None:
             )
 
 
-def _read_sample(shard: int, settings: Settings, item: tuple[str, dict[str, Place]]) -> Sample:
+def _read_sample(
+    shard: int, settings: Settings, max_pixels: int | None, item: tuple[str, dict[str, Place]]
+) -> Sample:
     """Read and decode one sample; `shard` is the file descriptor of its shard."""
     key, files = item
     texts: dict[str, bytes] = {}
@@ -267,7 +297,8 @@ def _read_sample(shard: int, settings: Settings, item: tuple[str, dict[str, Plac
         }
         parse_caption(texts["txt"], max_bytes=_MAX_TEXT, allow_empty=True)
         encoded = _pread(shard, picture, MAX_IMAGE_BYTES)
-        return Sample(key, load_picture(encoded, settings.pixels, settings.image_range), texts, "")
+        pixels = load_picture(encoded, settings.pixels, settings.image_range, max_pixels=max_pixels)
+        return Sample(key, pixels, texts, "")
     except DataError as error:
         return Sample(key, None, texts, str(error))
 

@@ -63,29 +63,42 @@ def find_metadata(folder: Path) -> list[Path]:
 
 def _filter_file(source: Path, target: Path) -> Counter[str]:
     """Filter one file; returns the rows of each licence."""
-    pa, parquet, compute = pyarrow_modules()
+    _, parquet, _ = pyarrow_modules()
     counts: Counter[str] = Counter()
     with opened_untrusted(source, _REMEDY, DataError) as stream:
-        file, waiting, rows = open_parquet(stream, source), [], 0
+        file = open_parquet(stream, source)
         with (
             disk_errors(target, "make room there", DataError),
             written_aside(target) as draft,
             parquet.ParquetWriter(draft, file.schema_arrow.remove_metadata()) as writer,
         ):
-            for batch in _batches(file, source):
-                licences = batch.column("LICENSE")
-                counts.update(_count(compute, licences))
-                known = compute.fill_null(compute.not_equal(licences, UNKNOWN), True)
-                waiting.append(batch.filter(known))
-                rows += len(waiting[-1])
-                if rows >= _ROWS:
-                    writer.write_table(pa.Table.from_batches(waiting))
-                    waiting, rows = [], 0
-            if waiting:
-                writer.write_table(pa.Table.from_batches(waiting))
+            for table in _row_groups(_known(file, source, counts)):
+                writer.write_table(table)
             record = {"source_bytes": source.stat().st_size, "rows": counts}
             writer.add_key_value_metadata({_RECORD: json.dumps(record).encode()})
     return counts
+
+
+def _known(file: Any, source: Path, counts: Counter[str]) -> Iterator[Any]:
+    """Batches of the rows that name a licence; `counts` gets the rows of each licence."""
+    _, _, compute = pyarrow_modules()
+    for batch in _batches(file, source):
+        licences = batch.column("LICENSE")
+        counts.update(_count(compute, licences))
+        yield batch.filter(compute.fill_null(compute.not_equal(licences, UNKNOWN), True))
+
+
+def _row_groups(batches: Iterator[Any]) -> Iterator[Any]:
+    """Tables of _ROWS rows or a little more, but for the last: few are left of each batch."""
+    pa, _, _ = pyarrow_modules()
+    waiting: list[Any] = []
+    for batch in batches:
+        waiting.append(batch)
+        if sum(map(len, waiting)) >= _ROWS:
+            yield pa.Table.from_batches(waiting)
+            waiting = []
+    if waiting:
+        yield pa.Table.from_batches(waiting)
 
 
 def pyarrow_modules() -> tuple[Any, Any, Any]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +140,7 @@ def test_huge_pictures_are_not_decoded(raw, tmp_path):
     write_shard(raw / "00007.tar", {0: {"jpg": None, "png": stream.getvalue()}})
     assert run(raw, tmp_path / "out").left_out == 1
     assert "10000 x 9000 pixels, more than" in (tmp_path / "out" / "left_out.jsonl").read_text()
+    assert run(raw, tmp_path / "small", max_pixels=7000).left_out == 5
 
 
 @pytest.mark.parametrize("what", ["cut", "link", "climbs"])
@@ -173,6 +177,8 @@ def test_shards_of_others_are_not_overwritten(raw, tmp_path):
     assert (tmp_path / "out" / "00000.tar").read_bytes() == before
     with pytest.raises(DataError, match="is the folder that is read"):
         run(raw, raw)
+    with pytest.raises(DataError, match=r"holds no \*\.tar files"):
+        run(tmp_path / "absent", tmp_path / "out")
 
 
 @pytest.mark.parametrize("output", ["shape", "nan"])
@@ -184,6 +190,38 @@ def test_an_encoder_that_cannot_be_used(raw, tmp_path, monkeypatch, output):
     with pytest.raises(DataError, match=r"samples 000000000 to 000000002: the encoder gives"):
         run(raw, tmp_path / "out")
     assert list((tmp_path / "out").glob("*.tar")) == []
+
+
+def test_a_full_disk(raw, mount_tmpfs):
+    out = mount_tmpfs("size=24k") / "out"
+    with pytest.raises(DataError, match=r"00000\.tar cannot be written \(No space left"):
+        run(raw, out)
+    assert not [path for path in out.iterdir() if path.name != "conversion"]
+
+
+@pytest.mark.slow
+def test_kill_and_go_on(raw, tmp_path):
+    """kill -9 while shards are written: those that are there are whole, and the rest follows."""
+    for number in range(10, 40):
+        write_shard(raw / f"{number:05}.tar")
+    run(raw, tmp_path / "whole")
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").glob("*.tar")}
+    out = tmp_path / "out"
+    call = f"""
+from pathlib import Path
+from sd_perf.data.laion.convert import convert
+options = dict(pixels=64, image_range="benchmark", devices=["cpu"], batch_size=3)
+convert(Path({str(raw)!r}), Path({str(out)!r}), Path({str(AUTOENCODER)!r}), **options)
+"""
+    process = subprocess.Popen([sys.executable, "-c", call])
+    while len(list(out.glob("*.tar"))) < 5 and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    written = {path.name: path.read_bytes() for path in out.glob("*.tar")}
+    assert 5 <= len(written) < 32 and written.items() <= whole.items()
+    assert run(raw, out).shards == 32
+    assert {path.name: path.read_bytes() for path in out.glob("*.tar")} == whole
 
 
 @pytest.mark.slow
