@@ -1,4 +1,4 @@
-# make install | train | parity | resume | scores | test | test-all | check        (TORCH=... and REAL_DATA=... below)
+# make install | train | parity | resume | scores | test | test-slow | test-all | check        (TORCH=... and REAL_DATA=... below)
 
 PYTHON    ?= python3
 # The torch that everything is tested with; another build: make install TORCH="torch==2.12.0 --index-url ..."
@@ -17,7 +17,7 @@ train resume scores: export MALLOC_MMAP_THRESHOLD_ := 33554432
 train resume scores: export MALLOC_TRIM_THRESHOLD_ := 1073741824
 PYTEST    := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist worksteal $(if $(REAL_DATA),--real-data $(REAL_DATA))
 
-.PHONY: install train parity resume scores test test-all check
+.PHONY: install train parity resume scores test test-slow test-all check
 
 install: $(STAMP)
 
@@ -60,8 +60,10 @@ data/smoke/moments/00000.tar: | install
 test: install
 	$(PYTEST) -m "not slow"
 
-test-all: install .venv/triton-3.6/triton
-	$(PYTEST)
+test-slow: install .venv/triton-3.6/triton
+	$(PYTEST) -m slow
+
+test-all: test test-slow
 
 # The oldest Triton that is supported, aside: kernels are compiled by it, too.
 .venv/triton-3.6/triton: | install

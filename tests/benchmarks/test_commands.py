@@ -168,6 +168,7 @@ def test_a_rung_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     ]
 
 
+@pytest.mark.slow
 def test_scaling_runs_two_ranks(folder: Path) -> None:
     result = written("scaling", folder)
     check(result, "scaling")
