@@ -36,6 +36,7 @@ ORDER = (
     "mlperf",
     "evaluation",
     "training",
+    "cluster",
     "tools",
     "cli",
     "__main__",

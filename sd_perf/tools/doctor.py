@@ -38,6 +38,8 @@ _PACKAGES = (
     ("safetensors", "checkpoints, export and import of weights", "pip install safetensors"),
     ("open-clip-torch", "text encoder in the step, sampling", "pip install 'sd-perf[text]'"),
     ("pillow", "data prepare, sampling", "pip install 'sd-perf[images]'"),
+    ("simplejpeg", "decoding of JPEG in less time", "pip install 'sd-perf[jpeg]'"),
+    ("nvidia-dali-cuda130", "data.loader dali", "pip install 'sd-perf[dali]'"),
     ("onnxruntime", "autoencoders in .onnx files", "pip install 'sd-perf[onnx]'"),
     ("matplotlib", "report", "pip install 'sd-perf[report]'"),
     ("mlperf-logging", "MLPerf logs, mlperf check", "pip install 'sd-perf[mlperf]'"),

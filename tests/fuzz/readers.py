@@ -19,6 +19,7 @@ import numpy as np
 
 from sd_perf.config import DataConfig
 from sd_perf.console import TextConsole
+from sd_perf.data.encoded import new_layout
 from sd_perf.data.images import load_image
 from sd_perf.data.npz import read_npz
 from sd_perf.data.prepare.captioned_images import load_captioned_image, read_captioned_images
@@ -96,7 +97,23 @@ def _image(folder: Path, content: bytes) -> None:
 def _shard(folder: Path, content: bytes) -> None:
     (folder / "0.tar").write_bytes(content)
     config = DataConfig(path=str(folder), latent_size=2, context="precomputed", context_tokens=3)
-    index = ShardIndex.open(folder)
+    _read_samples(config)
+
+
+def _raw_samples(folder: Path, content: bytes) -> None:
+    (folder / "0.tar").write_bytes(content)
+    config = DataConfig(format="raw", path=str(folder), latent_size=1, autoencoder="a.ckpt")
+    _read_samples(config)
+
+
+def _encoded_shard(folder: Path, content: bytes) -> None:
+    (folder / "0.safetensors").write_bytes(content)
+    options = {"latent_size": 2, "context": "precomputed", "context_tokens": 3}
+    _read_samples(DataConfig(format="encoded", path=str(folder), **options))
+
+
+def _read_samples(config: DataConfig) -> None:
+    index = ShardIndex.open(config.path, format=config.format)
     reader = SampleReader(index, config, in_channels=4, context_dim=5)
     for sample in range(min(len(index), 4)):
         index.name(sample)
@@ -163,6 +180,8 @@ READERS: dict[str, Reader] = {
     "image": _image,
     "shard": _shard,
     "raw shard": _raw_shard,
+    "raw samples": _raw_samples,
+    "encoded shard": _encoded_shard,
     "index": _index,
     "npz": _bare(lambda content: read_npz(io.BytesIO(content))),
     "json text": _bare(parse_json),
@@ -219,6 +238,19 @@ def _png() -> bytes:
     return stream.getvalue()
 
 
+def _encoded() -> bytes:
+    layout = new_layout([b"a", b"b"], [b"a cat", b"a dog"], (8, 2, 2), (2, 3, 5))
+    values = {
+        "moments": np.ones((2, 8, 2, 2), "<f2"),
+        "context": np.ones((2, 3, 5), "<f2"),
+        "states": np.array([1, 0], "<i8"),
+        "caption_ends": np.array([5, 10], "<i8"),
+        "keys": np.array([b"a", b"b"]),
+        "captions": np.frombuffer(b"a cata dog", "|u1"),
+    }
+    return layout.header() + b"".join(values[name].tobytes() for name in layout.arrays)
+
+
 def _saved_index() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         _write_indexed_shard(Path(folder))
@@ -253,6 +285,8 @@ SEEDS |= {
     "image": _png(),
     "shard": _tar(npy=_npy(_MOMENTS), txt=b"a cat", context_npy=_npy(_CONTEXT)),
     "raw shard": _tar(png=_png(), txt=b"a cat"),
+    "raw samples": _tar(png=_png(), txt=b"a cat", json=b"{}"),
+    "encoded shard": _encoded(),
     "moments": _npy(_MOMENTS),
     "context": _npy(_CONTEXT),
     "caption": b"a cat",
