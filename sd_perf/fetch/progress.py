@@ -23,6 +23,8 @@ from sd_perf.visible import visible
 
 EVERY = 30
 """seconds between lines about the progress where there is no terminal"""
+_REDRAW = 0.08
+"""seconds between two drawings of the bars"""
 
 
 class Watch:
@@ -37,14 +39,7 @@ class Watch:
         self._lock = threading.Lock()
         self._lines: collections.deque[str] = collections.deque()
         self._bars: Progress | None = None
-        self._tasks: dict[str, TaskID] = {}
-        self._all: TaskID | None = None
-        self._under_way: dict[str, tuple[str, int, int | None]] = {}
-        """title, bytes that are there and bytes in all of every file that is being fetched"""
-        self._have: dict[str, int] = {}
-        self._first: dict[str, int] = {}
-        self._total, self._files, self._done = 0, 0, 0
-        self._start = self._told = time.monotonic()
+        self.begin(0, 0)
 
     def say(self, text: object) -> None:
         """Print a line."""
@@ -53,10 +48,17 @@ class Watch:
             self._print()
 
     def begin(self, total: int, files: int) -> None:
-        """Show that so many bytes (0: not known) in so many files are to come."""
-        self._total, self._files = total, files
-        self._start = self._told = time.monotonic()
-        if self._console.is_terminal:
+        """Show that so many bytes (0: not known) in so many files are to come; forget others."""
+        self.close()
+        self._tasks: dict[str, TaskID] = {}
+        self._all: TaskID | None = None
+        self._under_way: dict[str, tuple[str, int, int | None]] = {}
+        """title, bytes that are there and bytes in all of every file that is being fetched"""
+        self._have: dict[str, int] = {}
+        self._first: dict[str, int] = {}
+        self._total, self._files, self._done = total, files, 0
+        self._start = self._told = self._drawn = time.monotonic()
+        if files and self._console.is_terminal:
             columns = (
                 TextColumn("{task.description}", markup=False),
                 BarColumn(),
@@ -96,11 +98,13 @@ class Watch:
             self.say(f"{count}{name}: {decimal(size)}, {how}")
 
     def tick(self) -> None:
-        """Show what is new; to be called by the main thread, a few times a second."""
+        """Show what is new; to be called by the main thread, as often as it likes."""
         self._print()
-        if self._bars is not None:
+        now = time.monotonic()
+        if self._bars is not None and now - self._drawn >= _REDRAW:
+            self._drawn = now
             self._draw(self._bars)
-        elif time.monotonic() - self._told >= EVERY:
+        elif self._bars is None and now - self._told >= EVERY:
             self._tell_progress()
 
     def close(self) -> None:

@@ -51,14 +51,19 @@ def unpack(archive: Path, folder: Path, drafts: Path, watch: Watch) -> None:
 
 def _unpack(file: zipfile.ZipFile, archive: Path, folder: Path, draft: Path, watch: Watch) -> None:
     members = _members(archive, file.infolist())
-    missing = [info for info in members if not _is_there(folder / info.filename, info)]
-    require_room(folder, sum(info.file_size for info in missing))
-    if not missing:
-        return
-    watch.say(f"{archive.name}: unpacking {len(missing):,} of {len(members):,} files")
-    for info in missing:
-        _extract(file, info, folder / info.filename, draft)
-    os.sync()
+    total, have, unpacked = sum(info.file_size for info in members), 0, 0
+    require_room(folder, sum(i.file_size for i in members if not _has_size(folder / i.filename, i)))
+    watch.begin(total, 1)
+    for info in members:
+        if not _is_there(folder / info.filename, info):
+            _extract(file, info, folder / info.filename, draft)
+            unpacked += 1
+        have += info.file_size
+        watch.update(archive.name, have, total)
+        watch.tick()
+    if unpacked:
+        os.sync()
+    watch.done(archive.name, total, f"{unpacked:,} of {len(members):,} files unpacked")
 
 
 def _members(archive: Path, infos: list[zipfile.ZipInfo]) -> list[zipfile.ZipInfo]:
@@ -75,9 +80,13 @@ def _members(archive: Path, infos: list[zipfile.ZipInfo]) -> list[zipfile.ZipInf
     return members
 
 
+def _has_size(path: Path, info: zipfile.ZipInfo) -> bool:
+    return path.is_file() and path.stat().st_size == info.file_size
+
+
 def _is_there(path: Path, info: zipfile.ZipInfo) -> bool:
     """Whether a file has the size and the checksum of a member."""
-    if not path.is_file() or path.stat().st_size != info.file_size:
+    if not _has_size(path, info):
         return False
     checksum = 0
     with path.open("rb") as file:

@@ -56,6 +56,16 @@ def test_a_dry_run_tells_terms_and_sources(name, sd_perf, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "options",
+    [["-o", "a b"], ["--output-dir=a b"], ["-d", "a b"], ["--download-path", "a b"]],
+)
+def test_every_style_of_the_folder(options, sd_perf):
+    """Behind another, as the scripts pass on what they are given."""
+    code, output, _ = sd_perf("fetch", "clip", "--output-dir", "x", "--dry-run", *options)
+    assert code == 0 and output.splitlines()[-1].startswith("folder: a b, ")
+
+
+@pytest.mark.parametrize(
     ("arguments", "parts"),
     [
         (["stable-difusion", "-o", "x"], ["did you mean stable-diffusion"]),

@@ -37,8 +37,9 @@ def test_plain_lines(monkeypatch):
     ]
 
 
-def test_bars():
+def test_bars(monkeypatch):
     """What other threads say is printed by the main thread alone."""
+    monkeypatch.setattr(progress, "_REDRAW", 0)
     out = console(True)
     watch = Watch(out)
     watch.begin(0, 2)
