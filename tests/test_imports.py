@@ -25,6 +25,7 @@ ORDER = (
     "optional",
     "config",
     "presets",
+    "fetch",
     "diffusion",
     "reference",
     "fast",

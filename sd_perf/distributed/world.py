@@ -134,7 +134,7 @@ def start_world(
     in time.
     """
     place = read_place()
-    device = _device(device_choice, place.local_rank)
+    device = choose_device(device_choice, place.local_rank)
     if place.size == 1:
         return World(rank=0, size=1, device=device)
     store = meet(place, join_seconds)
@@ -172,7 +172,7 @@ def stop_world(world: World | None = None) -> None:
         dist.destroy_process_group()
 
 
-def _device(choice: str, local_rank: int) -> torch.device:
+def choose_device(choice: str, local_rank: int) -> torch.device:
     """The device of this rank; makes a GPU the current one."""
     has_cuda = torch.cuda.is_available()
     if choice == "cuda" and not has_cuda:
