@@ -133,7 +133,11 @@ def test_hosts_need_no_torch(preset, fake_slurm, tmp_path):
     words += ["--results-dir", str(tmp_path / "results")]
     code = f"""
 import sys
-sys.modules["torch"] = None
+class NoTorch:
+    def find_spec(name, path=None, target=None):
+        if name == "torch":
+            raise ModuleNotFoundError("no torch here")
+sys.meta_path.insert(0, NoTorch)
 import sd_perf.cluster.job
 from sd_perf.cli import main
 main({words})
