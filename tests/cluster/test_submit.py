@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -122,3 +124,23 @@ def test_the_file_system_of_a_folder(tmp_path):
     assert file_system(Path("/data/my disk/results"), mounts) == "tmpfs"
     assert file_system(Path("/data/my"), mounts) == "nfs4"
     assert file_system(Path("/home"), mounts) == "ext4"
+
+
+def test_hosts_need_no_torch(preset, fake_slurm, tmp_path):
+    """Where jobs run in containers, sbatch.sh and srun.sh run beside the scheduler without it."""
+    fake_slurm()
+    words = ["cluster", "submit", "--dry-run", "--config", str(preset), "--num-nodes", "2"]
+    words += ["--results-dir", str(tmp_path / "results")]
+    code = f"""
+import sys
+class NoTorch:
+    def find_spec(name, path=None, target=None):
+        if name == "torch":
+            raise ModuleNotFoundError("no torch here")
+sys.meta_path.insert(0, NoTorch)
+import sd_perf.cluster.job
+from sd_perf.cli import main
+main({words})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "sbatch --parsable" in done.stdout, done.stderr
