@@ -14,13 +14,22 @@ import os
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 from sd_perf.config import Config
 from sd_perf.errors import DataError, UserError
-from sd_perf.files import RESTORE, disk_errors, misfit, one_line, parse_json, untrusted_text, written_aside
+from sd_perf.files import (
+    RESTORE,
+    disk_errors,
+    misfit,
+    one_line,
+    parse_json,
+    untrusted_text,
+    written_aside,
+)
 from sd_perf.mlperf.rules import CLIP_TARGET, FID_TARGET
 from sd_perf.optional import optional
 from sd_perf.runs.checkpoints import MAKE_ROOM
@@ -277,9 +286,7 @@ class MLPerfLog:
         passing = [
             samples
             for samples, scores in logged_scores(events).items()
-            if samples in ends
-            and scores.get("FID", math.inf) <= fid_target
-            and scores.get("CLIP", -math.inf) >= clip_target
+            if samples in ends and passes(scores, fid_target, clip_target)
         ]
         if not ends:
             raise UserError(
@@ -314,16 +321,25 @@ class MLPerfLog:
         self._keys.add(key)
 
 
-def logged_scores(events: list[Event]) -> dict[int, dict[str, float]]:
+def logged_scores(events: list[Event], place: str = "samples_count") -> dict[int, dict[str, float]]:
     """The evaluations in a log: {samples: {"FID": ..., "CLIP": ...}}, by ascending samples.
 
-    Where a score was logged more than once, the last line counts.
+    Where a score was logged more than once, the last line counts. `place` is where the position
+    stands: `step_num`, steps, in logs of ruleset 3.1.0.
     """
     scores: dict[int, dict[str, float]] = defaultdict(dict)
     for event in events:
-        if event.key == "eval_accuracy" and {"metric", "samples_count"} <= set(event.metadata):
-            scores[event.metadata["samples_count"]][event.metadata["metric"]] = event.value
+        if event.key == "eval_accuracy" and {"metric", place} <= set(event.metadata):
+            scores[event.metadata[place]][event.metadata["metric"]] = event.value
     return dict(sorted(scores.items()))
+
+
+def passes(
+    scores: Mapping[str, float], fid_target: float = FID_TARGET, clip_target: float = CLIP_TARGET
+) -> bool:
+    """Whether both scores of a checkpoint, {"FID": ..., "CLIP": ...}, are there and good enough."""
+    fid, clip = scores.get("FID", math.inf), scores.get("CLIP", -math.inf)
+    return fid <= fid_target and clip >= clip_target
 
 
 def _drop_cut_line(path: Path) -> None:
