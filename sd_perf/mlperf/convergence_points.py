@@ -14,7 +14,7 @@ from typing import Any
 from sd_perf.errors import DataError
 from sd_perf.mlperf.log import BENCHMARK, import_mlperf
 from sd_perf.mlperf.official import OfficialToolError, call
-from sd_perf.mlperf.results import RUNS, Result, as_submitted
+from sd_perf.mlperf.results import RUNS, Result, as_submitted, counted
 
 _PASS = "pruned_rcps"
 """the package checker's choice: points that are slower than their neighbours allow are left out"""
@@ -58,8 +58,8 @@ def check_rcp(results: Sequence[Result], ruleset: str) -> RCPVerdict:
     """
     if len(results) < 3:
         raise DataError(
-            f"{len(results)} run{'s' * (len(results) != 1)}: the best and the worst are dropped, so "
-            f"the RCP test needs three runs at least, and a submission {RUNS}"
+            f"{counted(results)}: the best and the worst are dropped, so the RCP test needs three "
+            f"runs at least, and a submission {RUNS}"
         )
     module = import_mlperf("rcp_checker.rcp_checker")
     batch = results[0].batch
@@ -82,8 +82,8 @@ def check_rcp(results: Sequence[Result], ruleset: str) -> RCPVerdict:
             )
     except OfficialToolError as error:
         raise DataError(
-            f"{results[0].path.parent}: the RCP checker broke off with {error}; sd-perf mlperf check "
-            "says what is wrong with a log"
+            f"{results[0].path.parent}: the RCP checker broke off with {error}; sd-perf mlperf "
+            "check says what is wrong with a log"
         ) from error
     mean = _olympic_mean(results) if lost <= 1 else None
     return RCPVerdict(
@@ -132,8 +132,8 @@ def _words(
     lost = [result for result in results if result.samples is None]
     if mean is None:
         return (
-            f"fails: {len(lost)} runs did not converge, and one may be dropped as the slowest; train "
-            "further ones"
+            f"fails: {len(lost)} runs did not converge, and one may be dropped as the slowest; "
+            "train further ones"
         )
     if reference is None:
         return (

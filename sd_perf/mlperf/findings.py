@@ -10,6 +10,7 @@ from sd_perf.mlperf.log import Event
 from sd_perf.mlperf.rules import CLIP_TARGET, FID_TARGET
 from sd_perf.visible import visible
 
+_CHECK = re.compile(r"CHECK for '(\S+)' failed in line (-?\d+):\n.*\nfailed test: (.*)")
 _COUNTS = {
     "EXACTLY_ONE": "exactly once",
     "AT_LEAST_ONE": "at least once",
@@ -18,8 +19,8 @@ _COUNTS = {
 _EVALUATIONS = "evaluations with both FID and CLIP"
 _ORDER = "put the lines in the order init_start, init_stop, run_start, blocks, run_stop"
 _LIMIT = (
-    "initialisation must take less than 30 minutes in the closed division, 240 in the open one, and "
-    "submission_division must come before init_stop"
+    "initialisation must take less than 30 minutes in the closed division, 240 in the open one, "
+    "and submission_division must come before init_stop"
 )
 _PLACE = "its metadata must hold samples_count (step_num in 3.1.0)"
 _TESTS = (
@@ -66,15 +67,12 @@ def in_words(message: str, events: list[Event], lines: dict[int, int]) -> str:
         return _count(*count.groups(), events)
     if message.startswith("Failed checks for aggregated_eval_accuracy"):
         return _no_pass(events)
-    failed = re.match(
-        r"CHECK for '(\S+)' failed in line (-?\d+):\n(.*)\nfailed test: (.*)", message
-    )
-    if failed:
+    if failed := _CHECK.match(message):
         number = lines.get(int(failed[2]))
         event = next((event for event in events if event.line == number), None)
         value = quoted(event.value) if event and event.value is not None else "null"
         where = f"line {number}: " if number else ""
-        return f"{where}{visible(failed[1])} is {value}: {_meaning(failed[4].strip())}"
+        return f"{where}{visible(failed[1])} is {value}: {_meaning(failed[3].strip())}"
     if message.startswith("Failed executing"):
         return _broken_rule(message, events)
     return visible(message.splitlines()[0])
@@ -132,7 +130,6 @@ def _broken_rule(message: str, events: list[Event]) -> str:
     name = visible(key[1]) if key else "a line"
     numbers = [event.line for event in events if key and event.key == key[1]]
     where = f"{in_lines(numbers)}: " if numbers else ""
-    rule = (
-        _meaning(rows[1]) if len(rows) > 1 and not rows[1].startswith(":::") else "it is no value"
-    )
+    test = rows[1] if len(rows) > 1 else ":::"
+    rule = "this value cannot stand there" if test.startswith(":::") else _meaning(test)
     return f"{where}{name} is {visible(value[1][:100]) if value else '?'}: {rule}"

@@ -1,4 +1,4 @@
-"""MLCommons' own tools, called in this process: what they log is caught, what they raise is told."""
+"""MLCommons' own tools, called in this process: silent, and what they raise is told."""
 
 from __future__ import annotations
 

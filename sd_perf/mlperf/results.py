@@ -174,6 +174,11 @@ def _result(log: Path, events: list[Event], ruleset: str, finished: bool) -> Res
     )
 
 
+def counted(results: Sequence[Result]) -> str:
+    """`1 run`, `2 runs`."""
+    return f"{len(results)} run{'s' * (len(results) != 1)}"
+
+
 @contextmanager
 def as_submitted(logs: Sequence[Path]) -> Iterator[Path]:
     """A temporary folder with the logs as result_0.txt, result_1.txt, ..., as the tools want them.

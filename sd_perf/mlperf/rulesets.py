@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 
 from sd_perf.mlperf.log import Event
 from sd_perf.mlperf.rules import RULESET
@@ -33,7 +34,7 @@ def ruleset_of(events: list[Event]) -> tuple[str, str]:
     except (ValueError, OverflowError, OSError):
         return RULESET, "the time of its run_start is none of a calendar"
     rounds = list(_PUBLISHED.items())
-    for (_, before), (ruleset, published) in zip(rounds, rounds[1:], strict=False):
+    for (_, before), (ruleset, published) in itertools.pairwise(rounds):
         if before < day <= published:
             return ruleset, (
                 f"the run began on {day}, before the round's results were published ({published})"

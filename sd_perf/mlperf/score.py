@@ -10,7 +10,7 @@ from sd_perf.errors import DataError
 from sd_perf.mlperf.convergence_points import RCPVerdict, check_rcp
 from sd_perf.mlperf.log import BENCHMARK, import_mlperf
 from sd_perf.mlperf.official import OfficialToolError, call
-from sd_perf.mlperf.results import RUNS, Result, as_submitted
+from sd_perf.mlperf.results import RUNS, Result, as_submitted, counted
 
 FLOPS_PER_SAMPLE = 2.4087e12
 """forward and backward of the benchmark's UNet, by its text alone: no optimization changes it"""
@@ -70,8 +70,8 @@ def score_runs(results: Sequence[Result], ruleset: str) -> Score:
     """The score of runs of one submission, at least three. DataError for fewer."""
     if len(results) < 3:
         raise DataError(
-            f"{len(results)} run{'s' * (len(results) != 1)}: the fastest and the slowest are dropped, "
-            f"so a score needs three at least, and a submission {RUNS}"
+            f"{counted(results)}: the fastest and the slowest are dropped, so a score needs three "
+            f"at least, and a submission {RUNS}"
         )
     module = import_mlperf("result_summarizer.result_summarizer")
     try:
@@ -90,8 +90,8 @@ def score_runs(results: Sequence[Result], ruleset: str) -> Score:
             names = [str(folder / f"result_{number}.txt") for number in range(len(results))]
     except OfficialToolError as error:
         raise DataError(
-            f"{results[0].path.parent}: the result summarizer broke off with {error}; sd-perf mlperf "
-            "check says what is wrong with a log"
+            f"{results[0].path.parent}: the result summarizer broke off with {error}; sd-perf "
+            "mlperf check says what is wrong with a log"
         ) from error
     minutes = [track.get(name) for name in names]
     closed = results[0].division == "closed"

@@ -62,7 +62,8 @@ def test_help_lists_every_command(sd_perf):
 
 
 @pytest.mark.parametrize(
-    ("group", "commands"), [("data", "prepare, verify, scenes, statistics"), ("mlperf", "check, rcp, score")]
+    ("group", "commands"),
+    [("data", "prepare, verify, scenes, statistics"), ("mlperf", "check, rcp, score")],
 )
 def test_a_group_alone_names_its_commands(group, commands, sd_perf):
     code, _, errors = sd_perf(group)

@@ -134,9 +134,9 @@ def test_logs_that_no_tool_can_take(ten_logs, was, now, words):
 def test_too_few_and_the_wrong_ones(ten_logs, tmp_path):
     folder = ten_logs()
     two, ruleset = read_results([folder / "result_0.txt", folder / "result_1.txt"])
-    with pytest.raises(DataError, match="2 runs: .* needs three runs at least"):
+    with pytest.raises(DataError, match=r"2 runs: .* needs three runs at least"):
         check_rcp(two, ruleset)
-    with pytest.raises(DataError, match="2 runs: .* so a score needs three at least"):
+    with pytest.raises(DataError, match=r"2 runs: .* so a score needs three at least"):
         score_runs(two, ruleset)
     with pytest.raises(DataError, match="is given twice"):
         logs_of([folder, folder / "result_3.txt"])
@@ -145,9 +145,10 @@ def test_too_few_and_the_wrong_ones(ten_logs, tmp_path):
         logs_of([tmp_path / "empty"])
     with pytest.raises(DataError, match=r"ruleset 6\.1\.0: the installed mlperf-logging has no"):
         results_in(folder, "6.1.0")
-    shutil.copytree(folder, tmp_path / "other")
+    for name in ("one", "other"):
+        shutil.copytree(folder, tmp_path / "both" / name)
     with pytest.raises(DataError, match="these are logs of 2 folders"):
-        one_set([tmp_path])
+        one_set([tmp_path / "both"])
 
 
 def test_run_folders_are_a_set(ten_logs, tmp_path):
