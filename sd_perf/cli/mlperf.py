@@ -1,4 +1,4 @@
-"""`sd-perf mlperf check | rcp | score`: MLPerf logs and what a submission is made of."""
+"""`sd-perf mlperf ...`: MLPerf logs, and what a submission is made of."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from sd_perf.cli.console import print_plain, table_console
 from sd_perf.cli.options import GPUName, require_between
 from sd_perf.distributed.launcher import MAX_RANKS
 from sd_perf.errors import UserError
+from sd_perf.mlperf.rules import RULESET
 
 Runs = tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="RUN...")]]
 """run folders, folders of logs or logs, at least one, given without an option's name"""
@@ -86,6 +87,101 @@ def score(
     scored = score_runs(results, taken)
     table_console().print(*score_page(scored, taken, gpus, peak), sep="\n")
     return 1 if scored.faults() else 0
+
+
+def system(
+    org: str,
+    system: str,
+    output: Path,
+    division: Literal["closed", "open"] = "closed",
+    status: Literal["onprem", "cloud", "research", "preview"] = "research",
+    nodes: int = 1,
+    fields: tuple[str, ...] = (),
+    ruleset: str = RULESET,
+) -> int:
+    """Write the system description of a submission from what this machine says of itself, and name
+    the fields that are left to fill in.
+
+    Args:
+        org: who submits
+        system: name of the system
+        output: JSON file to write
+        division: of the submission
+        status: how the system can be had
+        nodes: machines like this one
+        fields: further fields, as name=value
+        ruleset: of the official checker
+    """
+    from sd_perf.mlperf.official import require_ruleset
+    from sd_perf.mlperf.package import unfinished
+    from sd_perf.mlperf.system import STATUS, describe_system, official_faults, write_system
+
+    require_between("--nodes", nodes, 1, MAX_RANKS)
+    require_ruleset(ruleset)
+    named = {
+        "submitter": org,
+        "division": division,
+        "status": STATUS[status],
+        "system_name": system,
+        "number_of_nodes": str(nodes),
+        **_named_fields(fields),
+    }
+    description = describe_system(named)
+    write_system(output, description)
+    print_plain(output)
+    faults = official_faults(output, ruleset)
+    print_plain(*faults, *filter(None, [unfinished(description)]))
+    return 1 if faults else 0
+
+
+def package(
+    runs: Runs,
+    org: str,
+    system: str,
+    output: Path,
+    description: Path | None = None,
+    ruleset: str | None = None,
+) -> int:
+    """Put ten runs into the tree of a submission, with the code that made them, and run all
+    official checkers over it; exits 1 with the reasons where one is not green.
+
+    Args:
+        runs: ten run folders or logs, or a folder of logs (result_*.txt)
+        org: who submits
+        system: name of the system, of letters, digits, - and _
+        output: folder to write, which must not be there or be empty
+        description: system description (default: of this machine, with blanks)
+        ruleset: of the official tools (default: that of the round that the logs were made in)
+    """
+    from sd_perf.mlperf.package import check_package, unfinished, write_package
+    from sd_perf.mlperf.results import one_set, read_results
+    from sd_perf.mlperf.system import STATUS, describe_system, read_system
+
+    results, taken = read_results(one_set(_given(runs)), ruleset)
+    if description is not None:
+        described = read_system(description)
+    else:
+        named = {"submitter": org, "division": results[0].division, "system_name": system}
+        described = describe_system({**named, "status": STATUS["research"]})
+    folder = write_package(results, described, org, system, output)
+    print_plain(folder)
+    red = 0
+    for check in check_package(folder, results, taken):
+        print_plain(f"{'red  ' if check.faults else 'green'}  {check.name}")
+        print_plain(*(f"  - {fault}" for fault in check.faults))
+        red += bool(check.faults)
+    print_plain(*filter(None, [unfinished(described)]))
+    print_plain("a check is red: mend it before you submit" if red else "all checks are green")
+    return 1 if red else 0
+
+
+def _named_fields(fields: tuple[str, ...]) -> dict[str, str]:
+    """{name: value} of name=value; UserError for what is not that."""
+    parts = [field.partition("=") for field in fields]
+    for field, (name, equals, _) in zip(fields, parts, strict=True):
+        if not (name and equals):
+            raise UserError(f"--fields: {field!r} cannot be used; write name=value, as cooling=air")
+    return {name: value for name, _, value in parts}
 
 
 def _given(runs: tuple[Path, ...]) -> tuple[Path, ...]:

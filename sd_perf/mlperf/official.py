@@ -37,19 +37,37 @@ def require_ruleset(ruleset: str) -> str:
 
 def call(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """Call a function of mlperf-logging in silence; OfficialToolError for whatever it raises."""
+    return listen(function, *arguments, **options)[0]
+
+
+def listen(function: Callable[..., Any], *arguments: Any, **options: Any) -> tuple[Any, list[str]]:
+    """`call` a function: what it returns, and its warnings and errors, in their order."""
+    said = _Messages()
     try:
-        with _silence():
-            return function(*arguments, **options)
+        with _heard_by(said):
+            return function(*arguments, **options), said.lines
     except Exception as error:
         raise OfficialToolError(f"{type(error).__name__}: {one_line(error)}") from error
 
 
+class _Messages(logging.Handler):
+    """Keeps the lines of warnings and errors."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines += record.getMessage().splitlines()
+
+
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Keep what the tools print and give to the root logger off the screen."""
+def _heard_by(handler: logging.Handler) -> Iterator[None]:
+    """Give what the tools log to a handler alone, and nothing of what they print to the screen."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
-    root.handlers[:] = [logging.NullHandler()]
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             yield

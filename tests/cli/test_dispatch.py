@@ -63,7 +63,10 @@ def test_help_lists_every_command(sd_perf):
 
 @pytest.mark.parametrize(
     ("group", "commands"),
-    [("data", "prepare, verify, scenes, statistics"), ("mlperf", "check, rcp, score")],
+    [
+        ("data", "prepare, verify, scenes, statistics"),
+        ("mlperf", "check, rcp, score, system, package"),
+    ],
 )
 def test_a_group_alone_names_its_commands(group, commands, sd_perf):
     code, _, errors = sd_perf(group)

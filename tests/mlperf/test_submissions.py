@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -12,56 +11,15 @@ from sd_perf.errors import DataError
 from sd_perf.mlperf.convergence_points import check_rcp
 from sd_perf.mlperf.results import logs_of, one_set, read_results
 from sd_perf.mlperf.score import score_runs, seed_faults
+from tests.mlperf.conftest import change
 
 pytest.importorskip("mlperf_logging")
 
 PUBLISHED = "mlperf_logs/v5.0/NVIDIA/results/nyx_n1_ngc25.04_nemo/stable_diffusion"
-CONVERGED = [1_536_000] * 2 + [2_048_000] * 7 + [2_560_000]
-
-
-@pytest.fixture
-def ten_logs(write_log, tmp_path):
-    """ten_logs(samples to converge of each) -> their folder; minutes are samples over 51,200."""
-
-    def write(converged: list[int] = CONVERGED, **changes) -> Path:
-        template = write_log(**changes).read_text()
-        folder = tmp_path / "stable_diffusion"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        for number, samples in enumerate(converged):
-            lines = template.replace('"value": 12345', f'"value": {number + 1}').splitlines()
-            kept = [line for line in lines if not any(k in line for k in ('"eval_', '"run_stop"'))]
-            kept += [line for line in lines if '"eval_samples"' in line]
-            for at in (512_000, 1_024_000, samples):
-                good = at == samples
-                place = {"samples_count": at}
-                kept += [
-                    entry("eval_accuracy", 80.0 if good else 100.0, **place, metric="FID"),
-                    entry("eval_accuracy", 0.16 if good else 0.1, **place, metric="CLIP"),
-                ]
-            start = next(line for line in lines if '"run_start"' in line)
-            time = json.loads(start.partition(" ")[2])["time_ms"] + samples * 60_000 // 51_200
-            kept.append(entry("run_stop", None, time, status="success"))
-            (folder / f"result_{number}.txt").write_text("\n".join(kept) + "\n")
-        return folder
-
-    return write
-
-
-def entry(key: str, value, time_ms: int = 5, **metadata) -> str:
-    event = {"namespace": "", "time_ms": time_ms, "event_type": "POINT_IN_TIME", "key": key}
-    metadata = {"file": "a.py", "lineno": 1, **metadata}
-    return ":::MLLOG " + json.dumps({**event, "value": value, "metadata": metadata})
 
 
 def results_in(folder: Path, ruleset: str | None = None):
     return read_results(one_set([folder]), ruleset)
-
-
-def change(path: Path, was: str, now: str) -> None:
-    text = path.read_text()
-    assert was in text
-    path.write_text(text.replace(was, now))
 
 
 def test_faster_than_the_reference_is_scaled(ten_logs):
