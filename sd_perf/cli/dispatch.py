@@ -17,7 +17,7 @@ from sd_perf.cli.checkpoints import convert_checkpoints, verify
 from sd_perf.cli.console import LOCAL_RANK, PLACE, RANK
 from sd_perf.cli.data import prepare, scenes, statistics, verify_data
 from sd_perf.cli.evaluation import evaluate, sample
-from sd_perf.cli.mlperf import check, package, rcp, score, system
+from sd_perf.cli.mlperf import check, convergence, package, rcp, score, system
 from sd_perf.cli.tools import doctor, estimate, parity, report, report_benchmarks
 from sd_perf.cli.train import train
 from sd_perf.cli.weights import export
@@ -62,6 +62,7 @@ _MLPERF: dict[str, Command] = {
     "score": score,
     "system": system,
     "package": package,
+    "convergence": convergence,
 }
 _REPORT: dict[str, Command] = {"benchmarks": report_benchmarks}
 """kinds of reports that are asked for by name; any other word after `report` is a run folder"""

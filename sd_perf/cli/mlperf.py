@@ -175,6 +175,30 @@ def package(
     return 1 if red else 0
 
 
+def convergence(runs: Runs, output: Path | None = None) -> int:
+    """Say whether runs are on the way of published runs of their batch size, and draw FID, CLIP
+    score and loss beside theirs. Works while a run is under way.
+
+    Args:
+        runs: run folders, folders of logs (result_*.txt), or MLPerf logs
+        output: HTML page to write (default: convergence.html in the run folder, where one is given)
+    """
+    from sd_perf.mlperf.reference_curves import verdict
+    from sd_perf.tools.report.convergence import PAGE, read_progress, write_convergence
+
+    progresses = read_progress(_given(runs))
+    for progress in progresses:
+        print_plain(f"{progress.name}: {verdict(progress)}")
+    if output is None and len(runs) == 1 and (runs[0] / "run_manifest.json").is_file():
+        output = runs[0] / PAGE
+    if output is None:
+        print_plain("--output F.html draws the curves")
+        return 0
+    write_convergence(progresses, output)
+    print_plain(output)
+    return 0
+
+
 def _named_fields(fields: tuple[str, ...]) -> dict[str, str]:
     """{name: value} of name=value; UserError for what is not that."""
     parts = [field.partition("=") for field in fields]

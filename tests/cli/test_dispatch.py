@@ -65,7 +65,7 @@ def test_help_lists_every_command(sd_perf):
     ("group", "commands"),
     [
         ("data", "prepare, verify, scenes, statistics"),
-        ("mlperf", "check, rcp, score, system, package"),
+        ("mlperf", "check, rcp, score, system, package, convergence"),
     ],
 )
 def test_a_group_alone_names_its_commands(group, commands, sd_perf):
