@@ -27,9 +27,9 @@ CODE_LINES = {
     "sd_perf/training": 1500,
     "sd_perf/distributed": 480,
     "sd_perf/evaluation": 1000,
-    "sd_perf/mlperf": 700,
-    "sd_perf/tools": 4050,
-    "sd_perf": 1720,
+    "sd_perf/mlperf": 1750,
+    "sd_perf/tools": 4180,
+    "sd_perf": 1850,
     "kernels": 5750,
     "benchmarks": 4700,
 }

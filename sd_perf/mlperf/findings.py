@@ -64,7 +64,8 @@ def in_words(message: str, events: list[Event], lines: dict[int, int]) -> str:
     """
     count = re.match(r"Required (\S+) occurrence of (.+?)(?: but found (\d+)(.*))?$", message)
     if count:
-        return _count(*count.groups(), events)
+        wanted, key, found, more = count.groups()
+        return _count(wanted, key, found, more, events)
     if message.startswith("Failed checks for aggregated_eval_accuracy"):
         return _no_pass(events)
     if failed := _CHECK.match(message):

@@ -192,7 +192,8 @@ def as_submitted(logs: Sequence[Path]) -> Iterator[Path]:
         for number, log in enumerate(logs):
             lines = log.read_bytes().splitlines(keepends=True)
             lines = [line if line.endswith((b"\n", b"\r")) else line + b"\n" for line in lines]
-            (folder / f"result_{number}.txt").write_bytes(b"".join(sorted(lines, key=_rcp_order)))
+            lines.sort(key=_rcp_order)
+            (folder / f"result_{number}.txt").write_bytes(b"".join(lines))
         yield folder
 
 

@@ -79,7 +79,7 @@ def _progress_of_log(log: Path) -> Progress:
     """The progress that an MLPerf log tells, which has no loss."""
     events, _ = scan_log(log)
     values = {event.key: event.value for event in events}
-    batch = values.get("global_batch_size")
+    batch: Any = values.get("global_batch_size")
     rate, n = values.get("opt_base_learning_rate", 0.0), values.get("eval_samples", 0)
     if misfit(batch, int) or batch <= 0 or misfit(rate, float) or misfit(n, int):
         raise DataError(
