@@ -77,7 +77,8 @@ def check_log(
     if ruleset is None:
         ruleset, why = ruleset_of(events)
         require_ruleset(ruleset)
-    causes = [*damaged, *faults(events, ruleset)]
+    mend = (f"{damage}; mend the line or remove it" for damage in damaged)
+    causes = [*mend, *faults(events, ruleset)]
     passed, findings = _official(path, ruleset, werror, events, causes)
     if not events:
         findings = []  # each key that is missing, one by one
@@ -138,7 +139,10 @@ def _is_told_better(message: str) -> bool:
     """Whether `scan_log` and `faults` say the same with line and remedy."""
     keys = ("aggregated_eval_accuracy", "eval_accuracy", "submission_division", "submission_bench")
     starts = ("Log lines had parsing errors", "Could not find config file")
-    return message.startswith((*starts, *(f"CHECK for '{key}" for key in keys)))
+    about_both = "'FID' in v['value']", "'CLIP' in v['value']"  # of an evaluation without one
+    return message.startswith((*starts, *(f"CHECK for '{key}" for key in keys))) or (
+        message.startswith("Failed executing") and any(rule in message for rule in about_both)
+    )
 
 
 def _checkers_numbers(path: Path) -> dict[int, int]:

@@ -27,6 +27,7 @@ from sd_perf.files import (
     misfit,
     one_line,
     parse_json,
+    quoted,
     untrusted_text,
     written_aside,
 )
@@ -109,20 +110,26 @@ def scan_log(path: Path) -> tuple[list[Event], list[str]]:
             continue
         try:
             events.append(_event(parse_json(line.rpartition(_TOKEN)[2]), number))
-        except (ValueError, TypeError, OverflowError) as error:
+        except ValueError as error:
             damaged.append(f"line {number} is damaged ({one_line(error)})")
     return events, damaged
 
 
 def _event(entry: Any, line: int) -> Event:
-    """The event of a line's JSON; ValueError or TypeError where it is none."""
+    """The event of a line's JSON; ValueError where it is none."""
+    if not isinstance(entry, dict):
+        raise ValueError("it is no JSON object")
     missing = [key for key in ("key", "value", "metadata", "time_ms") if key not in entry]
     if missing:
         raise ValueError(f"it has no {missing[0]!r}")
     metadata = entry["metadata"] or {}
-    if not (isinstance(entry["key"], str) and isinstance(metadata, dict)):
-        raise ValueError("its key is no text, or its metadata no object")
-    return Event(entry["key"], entry["value"], metadata, int(entry["time_ms"]), line)
+    if fault := misfit({**entry, "metadata": metadata}, {"key": str, "metadata": {}}):
+        raise ValueError(fault)
+    try:
+        time_ms = int(float(entry["time_ms"]))
+    except (ValueError, TypeError, OverflowError):
+        raise ValueError(f"time_ms is {quoted(entry['time_ms'])}, not a number") from None
+    return Event(entry["key"], entry["value"], metadata, time_ms, line)
 
 
 class MLPerfLog:
@@ -328,8 +335,9 @@ def logged_scores(events: list[Event], place: str = "samples_count") -> dict[int
     stands: `step_num`, steps, in logs of ruleset 3.1.0.
     """
     scores: dict[int, dict[str, float]] = defaultdict(dict)
+    shape = {place: float, "metric": str}
     for event in events:
-        if event.key == "eval_accuracy" and {"metric", place} <= set(event.metadata):
+        if event.key == "eval_accuracy" and not misfit(event.metadata, shape):
             scores[event.metadata[place]][event.metadata["metric"]] = event.value
     return dict(sorted(scores.items()))
 

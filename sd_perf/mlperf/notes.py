@@ -131,6 +131,8 @@ def _block_ends(events: list[Event]) -> dict[object, int]:
     waiting: int | None = None
     for event in (event for event in events if event.key in ("block_start", "block_stop")):
         position = event.metadata.get("samples_count")
+        if misfit(position, float):
+            continue
         if event.key == "block_start":
             if waiting is not None:
                 ends[position] = waiting

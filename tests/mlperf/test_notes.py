@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -126,3 +127,49 @@ def test_a_folder_of_logs_and_the_options(write_log, tmp_path, sd_perf):
     code, out, _ = sd_perf("mlperf", "check", log, "--ruleset", "4.1.0", "--division", "open")
     assert code == 1 and "ruleset 4.1.0" in out
     assert "declares closed division, not open" in " ".join(out.split())
+
+
+BROKEN = {
+    "no init_start": ('"init_start"', '"other"', "init_stop is null: init_start must come before"),
+    "a negative batch": ('batch_size", "value": 512', 'batch_size", "value": -1', "0 or more"),
+    "a batch in words": ('batch_size", "value": 512', 'batch_size", "value": "x"', "0 or more"),
+    "no accumulation": ('_steps", "value": 1,', '_steps", "value": 0,', "it must be more than 0"),
+    "a list as position": (
+        '"samples_count": 512000',
+        '"samples_count": [1]',
+        "is [1], not a number",
+    ),
+    "a block nowhere": ('"samples_count": 0', '"x": 0', "its metadata must hold samples_count"),
+    "a block before 0": ('"samples_count": 0', '"samples_count": -1', "must not be negative"),
+    "a score in words": ('"value": 140.0', '"value": "good"', "FID is 'good', not a number"),
+    "a time in words": (
+        '"time_ms": 3600000',
+        '"time_ms": "noon"',
+        "time_ms is 'noon', not a number",
+    ),
+    "no object": (
+        ':::MLLOG {"namespace',
+        ':::MLLOG [1]\n:::MLLOG {"namespace',
+        "is no JSON object",
+    ),
+    "metadata in words": (
+        '"metadata": {',
+        '"metadata": "a", "b": {',
+        "metadata is 'a', not an obj",
+    ),
+}
+
+
+@pytest.mark.parametrize(("old", "new", "words"), BROKEN.values(), ids=BROKEN)
+def test_findings_name_line_and_remedy(old, new, words, write_log):
+    """Every finding has a line, or says how often a key must stand; none quotes Python."""
+    path = write_log()
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    verdict = check_log(path)
+    told = str(verdict)
+    assert not verdict.passed and words in told
+    for finding in verdict.findings:
+        assert re.search(r"lines? \d+|must stand|no evaluation passes", finding), finding
+        assert not re.search(r"Error|\.yaml|[sv]\[|Failed|breaks the rule|broke off", finding)
