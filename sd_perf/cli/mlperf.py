@@ -128,9 +128,8 @@ def system(
     }
     description = describe_system(named)
     write_system(output, description)
-    print_plain(output)
     faults = official_faults(output, ruleset)
-    print_plain(*faults, *filter(None, [unfinished(description)]))
+    print_plain(output, *faults, *filter(None, [unfinished(description)]))
     return 1 if faults else 0
 
 
@@ -167,11 +166,11 @@ def package(
     print_plain(folder)
     red = 0
     for check in check_package(folder, results, taken):
-        print_plain(f"{'red  ' if check.faults else 'green'}  {check.name}")
-        print_plain(*(f"  - {fault}" for fault in check.faults))
+        state = "red  " if check.faults else "green"
+        print_plain(f"{state}  {check.name}", *(f"  - {fault}" for fault in check.faults))
         red += bool(check.faults)
-    print_plain(*filter(None, [unfinished(described)]))
-    print_plain("a check is red: mend it before you submit" if red else "all checks are green")
+    end = "a check is red: mend it before you submit" if red else "all checks are green"
+    print_plain(*filter(None, [unfinished(described), end]))
     return 1 if red else 0
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from sd_perf.errors import DataError
+from sd_perf.mlperf.compliance import check_log
 from sd_perf.mlperf.convergence_points import check_rcp
 from sd_perf.mlperf.results import logs_of, one_set, read_results
 from sd_perf.mlperf.score import score_runs, seed_faults
@@ -155,6 +156,11 @@ def test_published_runs_of_nvidia(real_data):
     expected = "11.635 11.6525 11.6585 11.6641 15.4701 15.4798 15.5197 15.5439 15.6229 15.7056"
     assert " ".join(f"{m:.4f}".rstrip("0") for m in sorted(score.minutes)) == expected
     assert score.faults() == []
+
+
+def test_published_logs_deserve_no_note(real_data):
+    for log in logs_of([real_data / PUBLISHED]):
+        assert check_log(log).notes == ()
 
 
 def test_published_runs_of_other_rounds(real_data):
