@@ -15,7 +15,7 @@ TRAIN_SAMPLES = 6_513_144
 """samples of the benchmark's training set"""
 _METRICS = ("FID", "CLIP")
 _SLACK_MS = 1000
-"""that run_stop may be before its block_stop: the last update is done a little before it is logged"""
+"""that run_stop may be before its block_stop, which is logged a little after the last update"""
 
 
 def faults(events: list[Event], ruleset: str = RULESET) -> Iterator[str]:
