@@ -29,9 +29,9 @@ CODE_LINES = {
     "sd_perf/cluster": 1080,
     "sd_perf/distributed": 500,
     "sd_perf/evaluation": 1300,
-    "sd_perf/mlperf": 700,
-    "sd_perf/tools": 4160,
-    "sd_perf": 2300,
+    "sd_perf/mlperf": 1750,
+    "sd_perf/tools": 4400,
+    "sd_perf": 2500,
     "kernels": 5750,
     "benchmarks": 4900,
 }

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import tyro
 
-from sd_perf.cli import cluster
+from sd_perf.cli import cluster, mlperf
 from sd_perf.cli.checkpoints import convert_checkpoints, verify
 from sd_perf.cli.console import LOCAL_RANK, PLACE, RANK
 from sd_perf.cli.data import bench, encode, prepare, scenes, statistics
@@ -27,7 +27,6 @@ from sd_perf.cli.datasets import (
 )
 from sd_perf.cli.evaluation import evaluate, sample, score
 from sd_perf.cli.fetch import fetch
-from sd_perf.cli.mlperf import check
 from sd_perf.cli.tools import doctor, estimate, parity, report, report_benchmarks
 from sd_perf.cli.train import train
 from sd_perf.cli.weights import export
@@ -74,7 +73,14 @@ _DATA: dict[str, Command] = {
     "split-coco": split_coco,
     "fid-statistics": fid_statistics,
 }
-_MLPERF: dict[str, Command] = {"check": check}
+_MLPERF: dict[str, Command] = {
+    "check": mlperf.check,
+    "rcp": mlperf.rcp,
+    "score": mlperf.score,
+    "system": mlperf.system,
+    "package": mlperf.package,
+    "convergence": mlperf.convergence,
+}
 _REPORT: dict[str, Command] = {"benchmarks": report_benchmarks}
 """kinds of reports that are asked for by name; any other word after `report` is a run folder"""
 _CLUSTER: dict[str, Command] = {
@@ -95,7 +101,7 @@ _COMMANDS: dict[str, Command] = {
     "export": export,
     "data": _group("data", "Make and check shards, the tiny world, FID's statistics", _DATA),
     "fetch": fetch,
-    "mlperf": _group("mlperf", "MLPerf logs", _MLPERF),
+    "mlperf": _group("mlperf", "MLPerf logs and submissions", _MLPERF),
     "cluster": _group("cluster", "What run_and_time.sh and slurm/*.sh call", _CLUSTER),
     "verify": verify,
     "convert-checkpoints": convert_checkpoints,
