@@ -67,7 +67,7 @@ def _write_encoded(folder: Path, options: argparse.Namespace, samples: int) -> N
     for shard in range(_SHARDS):
         plain = new_layout(keys, captions, (8, side, side), context)
         layout = dataclasses.replace(plain, shard=shard, shards=_SHARDS)
-        known = {
+        known: dict[str, np.ndarray] = {
             "keys": np.array([list(key) for key in keys], np.uint8),
             "captions": np.frombuffer(b"".join(captions), np.uint8),
             "caption_ends": np.cumsum([len(caption) for caption in captions], dtype=np.int64),

@@ -1,5 +1,5 @@
-"""`sd-perf data prepare`, `encode`, `verify`, `bench`, `scenes` and `statistics`: what training and
-scores read."""
+"""`sd-perf data prepare`, `encode`, `bench`, `scenes` and `statistics`: what training and scores
+read."""
 
 from __future__ import annotations
 
@@ -105,47 +105,6 @@ def encode(
     if missing:
         print_plain(f"{missing} of {len(encoder.paths)} shards are still to be encoded")
     return 0
-
-
-def verify_data(
-    config: Path,
-    settings: Settings,
-    images: Path | None = None,
-    captions: Path | None = None,
-    record: bool = False,
-) -> int:
-    """Read every sample of the shards in data.path, or every picture of a folder; exits 1 where one
-    cannot be used.
-
-    Where a SHA256SUMS lies beside them, as `data prepare` writes it, bytes are compared with it.
-
-    Args:
-        config: YAML preset of the run that trains on the shards
-        settings: fields of the preset
-        images: folder of images with a captions.jsonl, or of raw shards, in place of data.path
-        captions: captions.jsonl with `file` and `captions` (default: in the images' folder or its
-            parent)
-        record: write SHA256SUMS, where all can be used, in place of comparing with it
-    """
-    from sd_perf.data.digests import SUMS_NAME, compare_digests, record_digests
-    from sd_perf.data.verify import verify_pictures, verify_shards
-
-    folder = images or Path(settings.data.path)
-    pictures = images and verify_pictures(images, settings, captions)
-    faults, files = [], []
-    for verdict in pictures or verify_shards(settings):
-        good = f"{verdict.path}: {verdict.samples} samples, all good"
-        print_plain(*(verdict.faults or [good]))
-        faults += verdict.faults
-        files += verdict.files
-    if not record:
-        for fault in compare_digests(folder, files):
-            print_plain(fault)
-            faults.append(fault)
-    elif not faults:
-        record_digests(folder, files)
-        print_plain(f"digests of {len(files)} files -> {folder / SUMS_NAME}")
-    return 1 if faults else 0
 
 
 def bench(

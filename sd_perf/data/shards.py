@@ -149,6 +149,10 @@ def scan_shard(path: Path, number: int, format: str = "moments") -> np.ndarray:
         return scan_encoded(path, number)
     kind, rows = FORMATS[format], []
     samples = group_by_key(path)
+    if format == "raw":
+        # img2dataset writes samples as their downloads end. The benchmark's moments shards, made of
+        # the same samples, have them in the order of keys.
+        samples = dict(sorted(samples.items()))
     for key, files in samples.items():
         row: list[object] = [number]
         for part, extensions in kind.parts.items():

@@ -34,6 +34,7 @@ _PACKAGES = (
     ("tyro", "command line", "pip install 'sd-perf[cli]'"),
     ("rich", "command line", "pip install 'sd-perf[cli]'"),
     ("PyYAML", "presets", "pip install 'sd-perf[cli]'"),
+    ("urllib3", "fetch", "pip install 'sd-perf[fetch]'"),
     ("safetensors", "checkpoints, export and import of weights", "pip install safetensors"),
     ("open-clip-torch", "text encoder in the step, sampling", "pip install 'sd-perf[text]'"),
     ("pillow", "data prepare, sampling", "pip install 'sd-perf[images]'"),

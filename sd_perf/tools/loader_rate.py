@@ -76,7 +76,7 @@ def measure(config: Config, ranks: int, seconds: float) -> LoaderRate:
     batches.close()  # type: ignore[attr-defined]
     probed = np.arange(min(_PROBED, loader.num_samples))
     order = SampleOrder(_SEED, loader.num_samples)
-    places = [_places(loader, config, order.sample(position)) for position in probed]
+    places = [_places(loader, config, order.sample(int(position))) for position in probed]
     return LoaderRate(
         count / passed,
         sum(size for parts in places for _, size, _ in parts) / len(places),

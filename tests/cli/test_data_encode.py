@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -35,9 +36,9 @@ def test_from_pictures_to_training(raw, options, run, shards, sd_perf):
     code, output, _ = sd_perf(*encode)
     assert code == 0
     matches(output, f"8 samples, 0 of them bad -> {shards}", "moments 2.", "of their root mean")
-    written = (shards / "00000.safetensors").stat()
+    written = (shards / "00000.safetensors").stat().st_mtime_ns
     assert sd_perf(*encode)[0] == 0  # nothing to do
-    assert (shards / "00000.safetensors").stat() == written
+    assert (shards / "00000.safetensors").stat().st_mtime_ns == written
     code, output, _ = sd_perf("data", "verify", *options)
     assert code == 0 and f"{shards / '00000.safetensors'}: 8 samples, all good" in output
     assert sd_perf("train", *options, "--run.dir", run)[0] == 0
@@ -71,6 +72,18 @@ def test_raw_shards_need_an_encoder_and_captions(preset, raw, refused, run):
     assert not run.exists()
 
 
+def test_verify_decodes_every_picture(preset, raw, sd_perf):
+    command = ["data", "verify", "--config", preset, "--data.format", "raw", "--data.path", raw]
+    command += ["--data.autoencoder", AUTOENCODER, "--text-encoder.weights", "random"]
+    assert f"{raw / '00000.tar'}: 8 samples, all good" in sd_perf(*command)[1]
+    shard = (raw / "00000.tar").read_bytes()
+    first = shard.index(b"IDAT") + 20
+    (raw / "00000.tar").write_bytes(shard[:first] + bytes(40) + shard[first + 40 :])
+    code, output, _ = sd_perf(*command)
+    assert code == 1
+    matches(output, "sample 000000000 in 00000.tar: the image cannot be decoded", "bytes are not")
+
+
 def test_dali_is_for_pictures(preset, shards, refused):
     write_shards(shards)
     sentence = refused("train", "--config", preset, *data_options(shards), "--data.loader", "dali")
@@ -91,3 +104,22 @@ def test_processes_share_the_shards(raw, options, shards, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "process 1 of 2: 16 samples, 0 of them bad" in done.stdout
     assert len(ShardIndex.open(shards, format="encoded")) == 32
+
+
+@pytest.mark.slow
+def test_it_goes_on_after_kill_9(raw, options, shards, tmp_path, sd_perf):
+    for number in range(1, 6):
+        shutil.copy(raw / "00000.tar", raw / f"{number:05d}.tar")
+    arguments = ["data", "encode", *options, "--source", raw, "--source-format", "raw"]
+    command = [sys.executable, "-m", "sd_perf", *map(str, arguments)]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not list(shards.glob("*.safetensors")) and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    before = {path.name: path.read_bytes() for path in shards.glob("*.safetensors")}
+    assert before
+    assert sd_perf(*arguments)[0] == 0
+    assert len(ShardIndex.open(shards, format="encoded")) == 48
+    for name, content in before.items():
+        assert (shards / name).read_bytes() == content

@@ -115,6 +115,19 @@ def test_a_bad_picture_is_replaced_by_its_successor(tmp_path):
         assert batch.captions[place] == good.captions[place + 1]
 
 
+def test_samples_are_in_the_order_of_keys(tmp_path):
+    """As in the moments shards that the benchmark made of img2dataset's."""
+    files = [(f"{key}.{kind}", b"x") for key in ("002", "000", "001") for kind in ("jpg", "txt")]
+    write_tar(tmp_path / "0.tar", files)
+    index = ShardIndex.open(tmp_path, format="raw")
+    assert index.samples["key"].tolist() == [b"000", b"001", b"002"]
+    npy = [(name.replace("jpg", "npy"), content) for name, content in sorted(files)]
+    write_tar(tmp_path / "m" / "0.tar", npy)
+    moments = ShardIndex.open(tmp_path / "m")
+    assert moments.keys_fingerprint == index.keys_fingerprint
+    assert moments.fingerprint != index.fingerprint
+
+
 def test_shards_of_the_other_format_are_named(tmp_path):
     folder = write(tmp_path, picture())
     with pytest.raises(DataError, match=r"000 has no \.npy; .*are read with data\.format raw"):

@@ -11,12 +11,14 @@ import json
 import os
 import tarfile
 import tempfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from sd_perf.config import DataConfig
+from sd_perf.console import TextConsole
 from sd_perf.data.encoded import new_layout
 from sd_perf.data.images import load_image
 from sd_perf.data.npz import read_npz
@@ -25,6 +27,10 @@ from sd_perf.data.prepare.raw_shards import read_raw_shards
 from sd_perf.data.samples import SampleReader, parse_caption, parse_context, parse_moments
 from sd_perf.data.shards import INDEX_NAME, ShardIndex
 from sd_perf.errors import UserError
+from sd_perf.fetch.manifest import File, digests_listed
+from sd_perf.fetch.progress import Watch
+from sd_perf.fetch.receipt import RECEIPT, Receipt
+from sd_perf.fetch.unpack import unpack
 from sd_perf.files import parse_json, read_json
 from sd_perf.presets import load_preset
 from sd_perf.runs.folder import read_manifest, read_run_config
@@ -134,6 +140,20 @@ def _write_indexed_shard(folder: Path) -> None:
     os.utime(path, ns=(1, 1))
 
 
+def _receipt(folder: Path, content: bytes) -> None:
+    (folder / RECEIPT).write_bytes(content)
+    (folder / "a.tar").touch()
+    receipt = Receipt(folder)
+    receipt.vouches_for(File("a.tar"))
+    receipt.recorded("things")
+
+
+def _archive(folder: Path, content: bytes) -> None:
+    (folder / "a.zip").write_bytes(content)
+    (folder / "out").mkdir(exist_ok=True)
+    unpack(folder / "a.zip", folder / "out", folder / "drafts", Watch(TextConsole(quiet=True)))
+
+
 def _bare(parse: Callable[[bytes], object]) -> Reader:
     """A function that raises ValueError with the bare reason, which its callers put in words."""
 
@@ -167,6 +187,9 @@ READERS: dict[str, Reader] = {
     "json text": _bare(parse_json),
     "moments": lambda folder, content: parse_moments(content, 4, 2),
     "context": lambda folder, content: parse_context(content, 3, 5),
+    "receipt": _receipt,
+    "archive": _archive,
+    "list of digests": lambda folder, content: digests_listed(content.decode(errors="replace"), ""),
     "caption": lambda folder, content: parse_caption(content, 20, allow_empty=False),
 }
 
@@ -196,6 +219,14 @@ def _tar(**files: bytes) -> bytes:
             info = tarfile.TarInfo(f"a.{extension.replace('_', '.')}")
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
+    return stream.getvalue()
+
+
+def _zip() -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("val/a.jpg", b"some bytes")
+        archive.writestr("val/b.jpg", b"b" * 100, zipfile.ZIP_DEFLATED)
     return stream.getvalue()
 
 
@@ -230,6 +261,8 @@ def _saved_index() -> bytes:
 _ROW = {"level": "op", "name": "a", "ok": True, "max_error": 0.5, "max_budget": "inf"}
 _ROW |= {"rms_error": 0, "rms_budget": 1}
 _LINE = {"samples": 8, "n": 2, "loss": 0.5, "lr": 1e-4, "samples_per_second": 9, "data_wait": 0.1}
+_RECEIVED = {"artefact": "things", "url": None, "size": 0, "modified_ns": 1, "sha256": "0" * 64}
+_RECEIVED |= {"published": {"md5": "0" * 32}, "time": "now"}
 _TEXTS: dict[str, object] = {
     "json": {"a": [1, 2.5, None, True, "x"], "b": {"c": {}}},
     "manifest": {"config": {"training": {"seed": 3}}, "starts": [{"time": "now"}]},
@@ -240,6 +273,7 @@ _TEXTS: dict[str, object] = {
     "report verdict": {"passed": True, "words": "passes"},
     "report grid": {"prompts": ["a", "b"], "columns": 2},
     "captions": {"file": "a.png", "captions": ["a cat", "a dog"], "width": 9},
+    "receipt": {"files": {"a.tar": _RECEIVED}},
     "json text": [[1], {"a": 1e300}],
 }
 SEEDS: dict[str, bytes] = {name: json.dumps(value).encode() for name, value in _TEXTS.items()}
@@ -256,5 +290,7 @@ SEEDS |= {
     "moments": _npy(_MOMENTS),
     "context": _npy(_CONTEXT),
     "caption": b"a cat",
+    "archive": _zip(),
+    "list of digests": f"{'0' * 32}  ./a.tar\n{'1' * 128} *b/c.tar\n".encode(),
 }
 SEEDS |= dict.fromkeys(("index", "npz"), _saved_index())

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from sd_perf.config import Config
-from sd_perf.data.encoded import Array, Layout, new_layout, read_layout
+from sd_perf.data.encoded import Array, Layout, new_layout, read_layout, scan_encoded
 from sd_perf.data.formats import FORMATS
 from sd_perf.data.prepare.rounding import Encoded, RoundingError
 from sd_perf.data.samples import Sample, SampleReader
@@ -111,16 +111,24 @@ class ShardEncoder:
 
         DataError for a file of its name that is none, or one that was encoded otherwise.
         """
-        target = self.target(number)
+        path, target = self.paths[number], self.target(number)
         if is_absent(target):
             return None
         layout = read_layout(target)
         place = {"shard": layout.shard, "shards": layout.shards, **layout.recipe}
         here = {"shard": number, "shards": len(self.paths), **self.recipe}
         if place != here:
+            name = next(name for name in {**here, **place} if place.get(name) != here.get(name))
+            was, now = quoted(place.get(name)), quoted(here.get(name))
             raise DataError(
-                f"{target}: was encoded otherwise ({quoted(place, 300)}, here "
-                f"{quoted(here, 300)}); encode into another folder, or move these shards away"
+                f"{target}: was encoded otherwise ({name} {was}, here {now}); encode into another "
+                "folder, or move these shards away"
+            )
+        keys = scan_encoded(target, number)["key"], scan_shard(path, 0, self.source.format)["key"]
+        if not np.array_equal(*keys):
+            raise DataError(
+                f"{target}: holds other samples than {path}; encode into another folder, or move "
+                "the shard away"
             )
         try:
             return Encoded.of(layout.facts)

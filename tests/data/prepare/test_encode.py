@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -151,7 +152,7 @@ def test_it_goes_on_where_it_stopped(source, tmp_path, monkeypatch):
 def test_a_shard_of_other_options_is_not_taken_for_done(source, tmp_path):
     encoder(config_of(tmp_path / "encoded"), source).run()
     other = config_of(tmp_path / "encoded", context_tokens=4)
-    with pytest.raises(DataError, match=r"00000\.safetensors: was encoded otherwise .*encode into"):
+    with pytest.raises(DataError, match=r"encoded otherwise \(context \[3, 16\], here \[4, "):
         encoder(other, source).run()
     path = tmp_path / "encoded" / "00000.safetensors"
     path.write_bytes(path.read_bytes().replace(b"bad", b"mad"))
@@ -162,6 +163,17 @@ def test_a_shard_of_other_options_is_not_taken_for_done(source, tmp_path):
     path.write_bytes(b"cut")
     with pytest.raises(DataError, match="no encoded shard"):
         encoder(config_of(tmp_path / "encoded"), source).run()
+
+
+def test_a_shard_of_another_source_is_not_taken_for_done(source, tmp_path):
+    config = config_of(tmp_path / "encoded")
+    encoder(config, source).run()
+    other = tmp_path / "other"
+    other.mkdir()
+    for name, taken in (("00000", "00001"), ("00001", "00000")):
+        shutil.copy(source / f"{taken}.tar", other / f"{name}.tar")
+    with pytest.raises(DataError, match=r"00000\.safetensors: holds other samples than"):
+        encoder(config, other).run()
 
 
 def test_nothing_is_left_of_a_shard_that_fails(source, tmp_path):
