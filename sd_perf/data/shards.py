@@ -147,22 +147,27 @@ def scan_shard(path: Path, number: int, format: str = "moments") -> np.ndarray:
     """
     if format == "encoded":
         return scan_encoded(path, number)
-    kind, rows = FORMATS[format], []
-    samples = group_by_key(path)
+    kind, samples = FORMATS[format], group_by_key(path)
     if format == "raw":
         # img2dataset writes samples as their downloads end. The benchmark's moments shards, made of
         # the same samples, have them in the order of keys.
         samples = dict(sorted(samples.items()))
-    for key, files in samples.items():
-        row: list[object] = [number]
-        for part, extensions in kind.parts.items():
-            extension = next((name for name in extensions if name in files), None)
-            if extension is None and part not in kind.optional:
-                raise DataError(f"{path}: sample {key} has no {_lacking(part, files, kind)}")
-            row += files[extension] if extension else (0, 0)
-        rows.append((*row, os.fsencode(key)))
-    longest = max((len(os.fsencode(key)) for key in samples), default=0)
-    return np.array(rows, dtype=kind.row_type(longest))
+    keys = [os.fsencode(key) for key in samples]
+    rows = np.zeros(len(samples), dtype=kind.row_type(max(map(len, keys), default=0)))
+    rows["shard"], rows["key"], lacking = number, keys, []
+    for part, extensions in kind.parts.items():
+        places = [files.get(extensions[0]) for files in samples.values()]
+        for other in extensions[1:]:
+            pairs = zip(places, samples.values(), strict=True)
+            places = [place or files.get(other) for place, files in pairs]
+        if None in places and part not in kind.optional:
+            lacking.append((places.index(None), part))
+        found = np.array([place or (0, 0) for place in places], np.int64).reshape(-1, 2)
+        rows[f"{part}_offset"], rows[f"{part}_size"] = found[:, 0], found[:, 1]
+    for place, part in sorted(lacking)[:1]:
+        key = list(samples)[place]
+        raise DataError(f"{path}: sample {key} has no {_lacking(part, samples[key], kind)}")
+    return rows
 
 
 def _lacking(part: str, files: Collection[str], kind: ShardFormat) -> str:
