@@ -23,17 +23,17 @@ CODE_LINES = {
     "sd_perf/diffusion": 150,
     "sd_perf/models": 1080,
     "sd_perf/fetch": 1200,
-    "sd_perf/data": 3150,
+    "sd_perf/data": 3400,
     "sd_perf/runs": 1100,
-    "sd_perf/training": 1500,
+    "sd_perf/training": 1540,
     "sd_perf/cluster": 1080,
     "sd_perf/distributed": 500,
     "sd_perf/evaluation": 1300,
     "sd_perf/mlperf": 700,
-    "sd_perf/tools": 4110,
+    "sd_perf/tools": 4200,
     "sd_perf": 2280,
     "kernels": 5750,
-    "benchmarks": 4740,
+    "benchmarks": 5060,
 }
 """of each room; `sd_perf` is the command line, the config and the files beside the rooms"""
 COMMENTED = ("sd_perf/fast", "sd_perf/tools/estimate")
