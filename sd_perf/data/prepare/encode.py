@@ -7,10 +7,11 @@ channels.
 from __future__ import annotations
 
 import logging
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -23,6 +24,7 @@ from sd_perf.data.formats import FORMATS
 from sd_perf.data.prepare.rounding import Encoded, RoundingError
 from sd_perf.data.samples import Sample, SampleReader
 from sd_perf.data.shards import ShardIndex, find_shards, scan_shard
+from sd_perf.data.threads import map_ahead
 from sd_perf.errors import BadSampleError, DataError
 from sd_perf.files import disk_errors, is_absent, quoted, written_aside
 from sd_perf.models.build import build_image_encoder, build_text_encoder
@@ -163,16 +165,13 @@ class ShardEncoder:
         _put(file, arrays["captions"], 0, np.frombuffer(b"".join(bytes_of), "|u1"))
         if context is not None:
             _put(file, arrays["states"], 0, np.array([texts[c] for c in captions], "<i8"))
-        copied: set[int] = set()
-        for start, samples in _read_ahead(reader, index, self.batch_size, self.source.workers):
-            self._write_moments(file, arrays["moments"], start, samples, index, found)
-            for sample in samples if self.copies_text else ():
-                if isinstance(sample, BadSampleError) or sample.context is None:
-                    continue
-                if (row := texts[sample.caption]) not in copied:
-                    copied.add(row)
-                    halves = _rounded(sample.context, found.context)
-                    _put(file, arrays["context"], row, halves)
+        ahead = _BATCHES_AHEAD * self.batch_size
+        read = map_ahead(partial(_read, reader), range(len(index)), self.source.workers, ahead)
+        with closing(read) as results:
+            for start in range(0, len(index), self.batch_size):
+                samples = list(islice(results, self.batch_size))
+                self._write_moments(file, arrays["moments"], start, samples, index, found)
+                self._copy_texts(file, arrays.get("context"), samples, texts, found)
         if self._text is not None:
             self._encode_texts(file, arrays["context"], list(texts), found)
         layout = Layout(arrays, number, len(self.paths), self.recipe, asdict(found))
@@ -215,6 +214,21 @@ class ShardEncoder:
         pixels = torch.from_numpy(np.stack([sample.pixels for sample in samples]))
         return self._images(pixels.to(self.device)).cpu().numpy()
 
+    def _copy_texts(
+        self,
+        file: BinaryIO,
+        place: Array | None,
+        samples: Sequence[Sample | BadSampleError],
+        rows: dict[str, int],
+        found: Encoded,
+    ) -> None:
+        """The samples' own text states, in the rows of their captions, which are taken out."""
+        for sample in samples:
+            if isinstance(sample, BadSampleError) or sample.context is None or place is None:
+                continue
+            if (row := rows.pop(sample.caption, None)) is not None:
+                _put(file, place, row, _rounded(sample.context, found.context))
+
     def _encode_texts(self, file: BinaryIO, place: Array, texts: list[str], found: Encoded) -> None:
         """The text states of captions, each once."""
         assert self._text is not None
@@ -232,22 +246,6 @@ class ShardEncoder:
                 f"{bad} samples cannot be encoded, more than data.max_bad_samples ({limit}), the "
                 f"last: {last}; mend them, or allow as many"
             )
-
-
-def _read_ahead(
-    reader: SampleReader, index: ShardIndex, batch: int, workers: int
-) -> Iterator[tuple[int, list[Sample | BadSampleError]]]:
-    """The samples of a shard in batches, with the number of the first, read by threads ahead."""
-    under_way: deque[tuple[int, list[Future[Sample | BadSampleError]]]] = deque()
-    with ThreadPoolExecutor(workers, thread_name_prefix="sd_perf_encode") as pool:
-        for start in range(0, len(index), batch):
-            numbers = range(start, min(start + batch, len(index)))
-            under_way.append((start, [pool.submit(_read, reader, number) for number in numbers]))
-            if len(under_way) > _BATCHES_AHEAD:
-                first, results = under_way.popleft()
-                yield first, [result.result() for result in results]
-        for first, results in under_way:
-            yield first, [result.result() for result in results]
 
 
 def _read(reader: SampleReader, number: int) -> Sample | BadSampleError:

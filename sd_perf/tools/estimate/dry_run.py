@@ -112,7 +112,7 @@ def _sample_bytes(config: Config) -> int:
     options = LoaderOptions(
         0, 1, 1, in_channels=config.model.in_channels, context_dim=config.model.context_dim
     )
-    with torch.device("meta"):
+    with torch.device("meta"):  # shapes and dtypes as the loader makes them, and no memory
         batch = Batch.empty(np.zeros(1, np.int64), config.data, options)
     tensors = batch.moments, batch.pixels, batch.context
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
