@@ -16,7 +16,7 @@ import numpy as np
 _BLOCK = 512
 _WINDOW = 6 * _BLOCK
 """bytes read at a time: the headers of small files that follow each other come together"""
-_CHUNK = 8192
+_CHUNK = 1024
 """headers that are checked at a time; bounds the memory"""
 _SIZE, _SUM, _TYPE, _MAGIC, _PREFIX = 124, 148, 156, 257, 345
 """bytes of a header at which its fields begin"""
@@ -37,35 +37,32 @@ def read_plain_headers(descriptor: int) -> list[File] | None:
     header that holds times; zeros behind the end.
     """
     files: list[File] = []
-    headers: list[bytes] = []
-    places: list[int] = []
-    for header, place in _walk(descriptor):
-        if len(headers) == _CHUNK or not header:
-            chunk = _plain_files(headers, places)
-            if chunk is None:
-                return None
-            files += chunk
-            headers, places = [], []
-        if not header:
-            return files if _is_zero_from(descriptor, place) else None
-        headers.append(header)
-        places.append(place)
+    for headers, places, end in _walk(descriptor):
+        chunk = _plain_files(headers, places)
+        if chunk is None:
+            return None
+        files += chunk
+        if end is not None:
+            return files if _is_zero_from(descriptor, end) else None
     return None
 
 
-def _walk(descriptor: int) -> Iterator[tuple[bytes, int]]:
-    """Each header and the offset behind it; at the end of the archive b"" and the offset of that.
+def _walk(descriptor: int) -> Iterator[tuple[list[bytes], list[int], int | None]]:
+    """Headers and the offsets behind them, by chunks; with the last one the end of the archive.
 
     Ends early at what cannot be followed. Offsets only grow.
     """
     window, start, offset, extended = b"", 0, 0, False
+    headers: list[bytes] = []
+    places: list[int] = []
     while True:
         header = window[offset - start : offset - start + _BLOCK]
         if len(header) < _BLOCK:
             window, start = os.pread(descriptor, _WINDOW, offset), offset
             header = window[:_BLOCK]
         if header == _EMPTY and not extended:
-            yield b"", offset
+            yield headers, places, offset
+            return
         try:
             size = int(header[_SIZE : _SIZE + 11], 8)
         except ValueError:  # also where the file has ended
@@ -73,17 +70,19 @@ def _walk(descriptor: int) -> Iterator[tuple[bytes, int]]:
         if size < 0 or len(header) < _BLOCK:
             return
         offset += _BLOCK
-        if header[_TYPE] == _EXTENDED:
+        headers.append(header)
+        places.append(offset)
+        was_extended, extended = extended, header[_TYPE] == _EXTENDED
+        if extended:
             content = window[offset - start : offset - start + size]
             if len(content) < size:
                 content = os.pread(descriptor, min(size, _WINDOW), offset)
-            if extended or not _holds_times(content):
+            if was_extended or not _holds_times(content):
                 return
-            extended = True
-        else:
-            extended = False
-        yield header, offset
-        offset += -(-size // _BLOCK) * _BLOCK
+        offset += (size + _BLOCK - 1) // _BLOCK * _BLOCK
+        if len(headers) == _CHUNK:
+            yield headers, places, None
+            headers, places = [], []
 
 
 def _holds_times(content: bytes) -> bool:

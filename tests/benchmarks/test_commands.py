@@ -21,6 +21,7 @@ COMMANDS = {
     "throughput": ["--minutes", "0.001", *QUICK],
     "ladder": ["--seconds", "0.05", *QUICK],
     "data": [],
+    "data_index": [],
     "conversion": [],
     "evaluation": [],
     "kernels": ["--ops", "geglu", "residual_add"],

@@ -50,6 +50,7 @@ class DaliLoader(PortableLoader):
         numbers = [self._order.sample(position) for position in positions.tolist()]
         batch = Batch.empty(positions, self._config, self._options)
         assert batch.pixels is not None
+        self._announce(positions, ["picture"])
         try:
             batch.captions += map(self._reader.caption, numbers)
             pictures = [self._reader.picture(number) for number in numbers]

@@ -59,7 +59,7 @@ class QuickRows:
     ) -> bool:
         """Fill `out`; False where that is not what is stored, or not finite."""
         values = out
-        if out.dtype == np.float32 and size < out.nbytes:  # stored as float16
+        if out.dtype == np.float32 and size < out.nbytes:  # then it is stored as float16
             values = self._halves(out.shape)
         header = bytearray(size - values.nbytes) if size >= values.nbytes else None
         if header is None or len(header) > MAX_HEADER_BYTES:

@@ -26,6 +26,7 @@ SHAPES = [(64, 64), (64, 67), (80, 101), (97, 80), (48, 75), (130, 90), (200, 33
 
 @pytest.fixture
 def dali() -> None:
+    """Skips without DALI, which is installed for slow tests alone: mark what asks for it so."""
     pytest.importorskip("nvidia.dali", reason="needs NVIDIA DALI: pip install 'sd-perf[dali]'")
 
 
@@ -72,6 +73,7 @@ def pictures() -> list[bytes]:
     return [encoded(photograph(*shape), quality=95) for shape in SHAPES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image_range", ["benchmark", "correct"])
 def test_pixels_of_the_portable_loader(dali, tmp_path, image_range):
     """DALI decodes the same bytes. Its resize differs at edges, where torch's drops what is outside
@@ -86,6 +88,7 @@ def test_pixels_of_the_portable_loader(dali, tmp_path, image_range):
         assert float(apart[..., 3:-3, 3:-3].max()) < 0.05 and float(apart.max()) < 8
 
 
+@pytest.mark.slow
 def test_order_and_resume(dali, tmp_path):
     config = config_of(tmp_path, pictures())
     whole = take(DaliLoader, config, count=5)
@@ -108,6 +111,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BROKEN)
 def test_a_bad_picture_costs_its_batch_alone(dali, tmp_path, kind):
     some = pictures()
@@ -124,6 +128,7 @@ def test_a_bad_picture_costs_its_batch_alone(dali, tmp_path, kind):
         assert same == (index in bad)  # the pipeline lives on: other batches are DALI's
 
 
+@pytest.mark.slow
 def test_pictures_that_need_our_rules(dali, tmp_path):
     """Transparent, with a palette, of 16 bits: as the portable loader decodes them, bit by bit."""
     rgb = photograph(80, 90)
