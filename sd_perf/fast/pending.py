@@ -37,6 +37,15 @@ class Pending:
         return ops.residual_add(self.x, self.residual, self.bias)
 
 
+def added(first: list[Tensor], second: list[Tensor]) -> Tensor:
+    """The sums of two vectors each, one behind the other: one launch for all of them.
+
+    They are packed before they are added, and so every vector has a gradient of its own. For
+    vectors that are added first, autograd has one tensor for both, which is copied for the second.
+    """
+    return torch.cat([*first, *second]).view(2, -1).sum(0)
+
+
 def as_tokens(x: Tensor) -> Tensor:
     """(B, C, H, W) in channels-last memory as (B, H*W, C), without a copy."""
     return x.permute(0, 2, 3, 1).flatten(1, 2)

@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 from sd_perf.config import PrecisionConfig, UNetConfig
 from sd_perf.fast.linear import LinearPrecision
 from sd_perf.fast.ops import Ops, with_weights_cast
-from sd_perf.fast.pending import Norm, Pending, as_image, as_tokens
+from sd_perf.fast.pending import Norm, Pending, added, as_image, as_tokens
 from sd_perf.reference.unet import MAX_PERIOD, zeroed
 
 
@@ -58,9 +58,12 @@ class ResBlock(nn.Module):
         self.skip_connection: Any = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
 
     def forward(
-        self, pending: Pending, skip: Tensor | None, time: Tensor, ops: Ops
+        self, pending: Pending, skip: Tensor | None, time: Tensor, bias: Tensor, ops: Ops
     ) -> tuple[Pending, Tensor]:
-        """time (B, C') is the projected time embedding plus the first convolution's bias."""
+        """time (B, C') is the projected time embedding plus the first convolution's bias.
+
+        bias (C',) is that of the second convolution and, where there is one, of the 1x1.
+        """
         # The sum is read twice more on the way down: here and, as a skip, on the way up. There the
         # skip is read once more itself.
         return_sum = 2 if skip is None else 1
@@ -69,10 +72,9 @@ class ResBlock(nn.Module):
         # The first convolution has no bias of its own here: `time` brings it.
         h = self.out_layers[0](Pending(h, time), ops)
         h = ops.conv(h, self.out_layers[3].weight)
-        # The second convolution's bias waits with the residual for the next norm.
-        bias, residual = self.out_layers[3].bias, summed
+        # The bias waits with the residual for the next norm.
+        residual = summed
         if isinstance(self.skip_connection, nn.Conv2d):
-            bias = bias + self.skip_connection.bias
             second = None if skip is None else other
             residual = ops.skip_conv(summed, self.skip_connection.weight, second)
         elif skip is not None:
@@ -267,6 +269,8 @@ class FastUNet(nn.Module):
             if isinstance(module, ResBlock):
                 packed |= {id(parameter) for parameter in module.emb_layers.parameters()}
                 packed.add(id(module.in_layers[2].bias))
+                if isinstance(module.skip_connection, nn.Conv2d):
+                    packed |= {id(module.out_layers[3].bias), id(module.skip_connection.bias)}
             if isinstance(module, ResBlock | SpatialTransformer):
                 blocks[prefix] = module
         groups: list[tuple[nn.Module, list[str]]] = [(self, [])]
@@ -298,9 +302,9 @@ class FastUNet(nn.Module):
         blocks = self._res_blocks
         layers = [block.emb_layers[1] for block in blocks]
         weight = torch.cat([layer.weight for layer in layers])
-        # Biases are added before they are packed. If two packed biases were added, autograd would
-        # hand both the same slice as gradient, and accumulating into one would change the other.
-        bias = torch.cat([block.emb_layers[1].bias + block.in_layers[2].bias for block in blocks])
+        bias = added(
+            [layer.bias for layer in layers], [block.in_layers[2].bias for block in blocks]
+        )
         # Angles stay float32: they reach 999 radians, of which bfloat16 keeps three digits.
         half = self.config.model_channels // 2
         steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
@@ -311,6 +315,14 @@ class FastUNet(nn.Module):
         embedding = F.silu(self.ops.linear(hidden, out.weight, out.bias))
         shifts = self.ops.linear(embedding, weight, bias)
         return list(shifts.split([layer.out_features for layer in layers], dim=-1))
+
+    def pending_biases(self) -> list[Tensor]:
+        """What each ResBlock leaves to the next norm: its last bias, and that of its 1x1 if any."""
+        widening = [b for b in self._res_blocks if isinstance(b.skip_connection, nn.Conv2d)]
+        biases = [block.out_layers[3].bias for block in widening]
+        sums = added(biases, [block.skip_connection.bias for block in widening])
+        sums = iter(sums.split([bias.numel() for bias in biases]))
+        return [next(sums) if b in widening else b.out_layers[3].bias for b in self._res_blocks]
 
     def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor | list[Tensor]) -> Tensor:
         """Predicts v (B, 4, H, W) from noisy latents (B, 4, H, W), timesteps and context.
@@ -330,8 +342,10 @@ class FastUNet(nn.Module):
 
     def _predict(self, latents: Tensor, timesteps: Tensor, texts: list[Tensor]) -> Tensor:
         ops = self.ops
-        # Each ResBlock takes the next time shift, each transformer the next text.
-        next_time, next_text = iter(self.project_time(timesteps, latents.dtype)), iter(texts)
+        # Each ResBlock takes the next time shift and bias, each transformer the next text.
+        shifts = self.project_time(timesteps, latents.dtype)
+        next_time = zip(shifts, self.pending_biases(), strict=True)
+        next_text = iter(texts)
         first = self.input_blocks[0][0]
         latents = latents.contiguous(memory_format=torch.channels_last)
         pending, skips = Pending(ops.conv(latents, first.weight), first.bias), []
@@ -367,12 +381,12 @@ class FastUNet(nn.Module):
         pending: Pending,
         *,
         skip: Tensor | None,
-        times: Iterator[Tensor],
+        times: Iterator[tuple[Tensor, Tensor]],
         texts: Iterator[Tensor],
     ) -> tuple[Pending, Tensor]:
-        """A ResBlock with its time shift, or a transformer with its text."""
+        """A ResBlock with its time shift and bias, or a transformer with its text."""
         is_res_block = isinstance(layer, ResBlock)
-        inputs = (pending, skip, next(times)) if is_res_block else (pending, next(texts))
+        inputs = (pending, skip, *next(times)) if is_res_block else (pending, next(texts))
         if self.config.activation_checkpointing:
             # Nothing in the network is random, so there is no generator state to preserve.
             options: Any = {"use_reentrant": False, "preserve_rng_state": False}

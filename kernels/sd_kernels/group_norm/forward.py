@@ -32,7 +32,7 @@ from sd_kernels.group_norm.tiles import (
     to_groups,
     wait,
 )
-from sd_kernels.launch import empty, launch, rounded
+from sd_kernels.launch import counters, empty, launch, rounded
 
 
 @triton.jit
@@ -89,9 +89,10 @@ def group_norm_forward_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     CPG: tl.constexpr = C // G
-    sample, item, is_result, exists = take_item(counters, B, ITEMS, LAG)
+    sample, item, exists, launches = take_item(counters, B, ITEMS, 0, LAG)
     if not exists:
         return
+    is_result, item = item >= ITEMS, item % ITEMS
     tile, block = item % PIXEL_TILES, item // PIXEL_TILES
     rows = tile * ROWS + tl.arange(0, ROWS)
     channels = block * BLOCK + tl.arange(0, BLOCK)
@@ -113,7 +114,7 @@ def group_norm_forward_kernel(
         # Read before a result waits, so that the wait hides the read.
         raw = load_sources(x, skip, layout, at, inside, C1, "")
     if is_result:
-        wait(counters, sample, ITEMS)
+        wait(counters, sample, launches, ITEMS)
         place, count, known = slots_of_groups(
             sample, first, N, G, CPG, PIXEL_TILES, SPAN, SLOTS, TOUCHED, ROWS, BLOCK
         )
@@ -183,11 +184,12 @@ def group_norm_forward(
     summed = empty(x, (B, H, W, C1)).permute(0, 3, 1, 2) if return_sum else None
     mean, rstd = (empty(x, (B, num_groups), torch.float32) for _ in range(2))
     # The ticket counter, then the finished tiles of each sample.
-    counters = torch.zeros(1 + B, dtype=torch.int32, device=x.device)
+    alike = group_norm_forward_kernel, B, *launch_plan.sizes.values()
+    tickets = counters(x, 1 + B, *alike)
     parts = B, num_groups, launch_plan.sizes["PIXEL_TILES"], launch_plan.sizes["SPAN"]
     means, deviations = (empty(x, parts, torch.float32) for _ in range(2))
     sources = x, skip, shift, residual
-    outputs, scratch = (y, summed, mean, rstd), (counters, means, deviations)
+    outputs, scratch = (y, summed, mean, rstd), (tickets, means, deviations)
     launch(
         group_norm_forward_kernel,
         (launch_plan.programs,),
