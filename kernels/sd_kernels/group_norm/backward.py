@@ -218,9 +218,9 @@ def group_norm_backward_kernel(
         grad_sum, product_sum = tl.sum(grad, axis=0), tl.sum(grad * value, axis=0)
         parameter = tl.sum(scale, axis=0)
         weighted = (grad_sum * parameter, product_sum * parameter)
-        place = (sample, tile, block, first)
+        of_tile = (sample, tile, block, first)
         _store_group_sums(
-            group_sums, half, place, weighted, member, G, CPG, PIXEL_TILES, SPAN, TOUCHED, BLOCK
+            group_sums, half, of_tile, weighted, member, G, CPG, PIXEL_TILES, SPAN, TOUCHED, BLOCK
         )
         sums = channel_sums + (sample.to(tl.int64) * PIXEL_TILES + tile) * SUMS * C + channels
         is_channel = channels < C
