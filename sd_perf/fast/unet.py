@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sd_perf.config import PrecisionConfig, UNetConfig
-from sd_perf.fast.linear import LinearPrecision
+from sd_perf.fast.linear import LinearLayer, LinearPrecision
 from sd_perf.fast.ops import Ops, with_weights_cast
 from sd_perf.fast.pending import Norm, Pending, added, as_image, as_tokens
 from sd_perf.reference.unet import MAX_PERIOD, zeroed
@@ -94,8 +94,10 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_channels, channels, bias=False)
         self.to_out: Any = nn.Sequential(nn.Linear(channels, channels))
 
-    def out(self, attended: Tensor) -> Tensor:
-        return self.layer.linear(attended, self.to_out[0].weight, self.to_out[0].bias)
+    def out(self, attended: Tensor, following: LinearLayer) -> tuple[Tensor, Tensor | None]:
+        """The output layer; and its bias, where the following layer's norm sums the gradient."""
+        bias, left = following.left_to_norm(self.to_out[0].bias)
+        return self.layer.linear(attended, self.to_out[0].weight, bias), left
 
 
 class TransformerBlock(nn.Module):
@@ -119,15 +121,18 @@ class TransformerBlock(nn.Module):
         self.narrow = precision.layer("feed_forward", 4 * channels, channels)
         self.feed_forward = precision.feed_forward(self.widen, self.narrow)
 
-    def forward(self, tokens: Tensor, text: Tensor, ops: Ops) -> Tensor:
+    def forward(self, tokens: Tensor, text: Tensor, ops: Ops, bias: Tensor | None) -> Tensor:
+        """`bias` is that of the layer that made the tokens, where `qkv.left_to_norm` leaves one."""
         # One matmul for q, k and v reads the normalised tokens once instead of three times. Each
         # LayerNorm first adds what came before it, so no residual sum is a pass of its own.
         packed = torch.cat([self.attn1.to_q.weight, self.attn1.to_k.weight, self.attn1.to_v.weight])
-        h, tokens = self.qkv.after_layer_norm(tokens, None, self.norm1, packed)
-        h = self.attn1.out(ops.attention(h, num_heads=self.num_heads))
-        h, tokens = self.query.after_layer_norm(h, tokens, self.norm2, self.attn2.to_q.weight)
-        h = self.attn2.out(ops.attention(h, text, num_heads=self.num_heads))
-        h, tokens = self.feed_forward(h, tokens, self.norm3, self.ff.net[0].proj, self.ff.net[2])
+        h, tokens = self.qkv.after_layer_norm(tokens, None, self.norm1, packed, x_bias=bias)
+        h, bias = self.attn1.out(ops.attention(h, num_heads=self.num_heads), self.query)
+        weights = self.norm2, self.attn2.to_q.weight
+        h, tokens = self.query.after_layer_norm(h, tokens, *weights, x_bias=bias)
+        h, bias = self.attn2.out(ops.attention(h, text, num_heads=self.num_heads), self.widen)
+        layers = self.norm3, self.ff.net[0].proj, self.ff.net[2]
+        h, tokens = self.feed_forward(h, tokens, *layers, x_bias=bias)
         # No norm follows: the sum must be written.
         return ops.residual_add(h, tokens)
 
@@ -160,9 +165,10 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, pending: Pending, text: Tensor, ops: Ops) -> tuple[Pending, Tensor]:
         normal, summed = self.norm(pending, ops, return_sum=1)
-        tokens = self.entrance.linear(as_tokens(normal), self.proj_in.weight, self.proj_in.bias)
-        for block in self.transformer_blocks:
-            tokens = block(tokens, text, ops)
+        block = self.transformer_blocks[0]
+        bias, left = block.qkv.left_to_norm(self.proj_in.bias)
+        tokens = self.entrance.linear(as_tokens(normal), self.proj_in.weight, bias)
+        tokens = block(tokens, text, ops, left)
         # The bias waits for the next norm, whose backward pass also sums its gradient.
         out = self.exit.linear(tokens, self.proj_out.weight)
         return Pending(as_image(out, summed), self.proj_out.bias, summed), summed
