@@ -6,14 +6,14 @@
 - A gradient is not added where it arises: the norms take those of all later uses of what they read.
 - One matmul makes queries, keys and values; one the keys and values of the text for all
   transformers, once per step; one the time projections of all ResBlocks.
-- Concatenations are never written: norm and skip convolution read both sources. Upsampling is part
-  of the convolution that follows it.
+- A norm that reads two sources writes their concatenation, for its skip convolution and for both
+  backward passes. Upsampling is part of the convolution that follows it.
 - The number format of a linear layer, and whether its LayerNorm or GEGLU is fused with it, is up to
   `fast.linear`.
 
 Parameters have the names, shapes and order of `reference.unet`, so weights, optimizer state and
-checkpoints pass between the two unchanged. Packed weights are concatenated in every step, 0.05 % of
-its time by estimate.
+checkpoints pass between the two unchanged. Weights of several layers that one matmul reads are
+adjacent in training's flat buffer, and concatenated elsewhere.
 
 Shape letters: B batch, C channels, H and W rows and columns, L tokens, T text tokens, E channels of
 the time embedding.
@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 from sd_perf.config import PrecisionConfig, UNetConfig
 from sd_perf.fast.linear import LinearLayer, LinearPrecision
 from sd_perf.fast.ops import Ops, with_weights_cast
-from sd_perf.fast.pending import Norm, Pending, added, as_image, as_tokens
+from sd_perf.fast.pending import Norm, Pending, added, as_image, as_tokens, packed
 from sd_perf.reference.unet import MAX_PERIOD, zeroed
 
 
@@ -41,7 +41,7 @@ class ResBlock(nn.Module):
     """Two convolutions with the input added to their result: (pending, skip) -> (pending, sum).
 
     On the way up the input is the concatenation of `pending` and `skip`. The second result is the
-    written sum of `pending` for a later skip; on the way up nobody needs one, and it is `skip`.
+    written input: on the way down a later skip.
     """
 
     def __init__(self, channels: int, out_channels: int, emb_channels: int, groups: int) -> None:
@@ -64,10 +64,9 @@ class ResBlock(nn.Module):
 
         bias (C',) is that of the second convolution and, where there is one, of the 1x1.
         """
-        # The sum is read twice more on the way down: here and, as a skip, on the way up. There the
-        # skip is read once more itself.
+        # On the way down the sum is read twice more: here and, as a skip, on the way up.
         return_sum = 2 if skip is None else 1
-        normal, summed, other = self.in_layers[0](pending, ops, skip, return_sum=return_sum)
+        normal, summed, *again = self.in_layers[0](pending, ops, skip, return_sum=return_sum)
         h = ops.conv(normal, self.in_layers[2].weight)
         # The first convolution has no bias of its own here: `time` brings it.
         h = self.out_layers[0](Pending(h, time), ops)
@@ -75,12 +74,8 @@ class ResBlock(nn.Module):
         # The bias waits with the residual for the next norm.
         residual = summed
         if isinstance(self.skip_connection, nn.Conv2d):
-            second = None if skip is None else other
-            residual = ops.skip_conv(summed, self.skip_connection.weight, second)
-        elif skip is not None:
-            # As many channels out as in, of two sources: no SD v2 layer, but configs may have it.
-            residual = torch.cat((summed, other), dim=1)
-        return Pending(h, bias, residual), other
+            residual = ops.skip_conv(summed, self.skip_connection.weight)
+        return Pending(h, bias, residual), again[0] if again else summed
 
 
 class Attention(nn.Module):
@@ -125,8 +120,8 @@ class TransformerBlock(nn.Module):
         """`bias` is that of the layer that made the tokens, where `qkv.left_to_norm` leaves one."""
         # One matmul for q, k and v reads the normalised tokens once instead of three times. Each
         # LayerNorm first adds what came before it, so no residual sum is a pass of its own.
-        packed = torch.cat([self.attn1.to_q.weight, self.attn1.to_k.weight, self.attn1.to_v.weight])
-        h, tokens = self.qkv.after_layer_norm(tokens, None, self.norm1, packed, x_bias=bias)
+        weight = packed([self.attn1.to_q.weight, self.attn1.to_k.weight, self.attn1.to_v.weight])
+        h, tokens = self.qkv.after_layer_norm(tokens, None, self.norm1, weight, x_bias=bias)
         h, bias = self.attn1.out(ops.attention(h, num_heads=self.num_heads), self.query)
         weights = self.norm2, self.attn2.to_q.weight
         h, tokens = self.query.after_layer_norm(h, tokens, *weights, x_bias=bias)
@@ -261,32 +256,40 @@ class FastUNet(nn.Module):
             layers.append(self._transformer(out_channels))
         return layers
 
+    def _packed_parameters(self) -> list[list[Tensor]]:
+        """The parameters that `packed` puts together at the beginning, as they are to lie."""
+        blocks = self._res_blocks
+        widening = [b for b in blocks if isinstance(b.skip_connection, nn.Conv2d)]
+        layers = [block.emb_layers[1] for block in blocks]
+        texts = [w for each in self._text_attentions for w in (each.to_k.weight, each.to_v.weight)]
+        return [
+            texts,
+            [layer.weight for layer in layers],
+            [each.bias for each in (*layers, *(block.in_layers[2] for block in blocks))],
+            [block.out_layers[3].bias for block in widening]
+            + [block.skip_connection.bias for block in widening],
+        ]
+
     def parameters_by_use(self) -> list[tuple[nn.Module, list[str]]]:
         """Names of all parameters in the order of the forward pass, in groups.
 
         A group stands beside the module whose call comes before the first use of its parameters:
         first the network itself, then every ResBlock and transformer.
         """
-        packed = {id(parameter) for parameter in self.time_embed.parameters()}
-        for attention in self._text_attentions:
-            packed |= {id(attention.to_k.weight), id(attention.to_v.weight)}
-        blocks = {}
-        for prefix, module in self.named_modules():
-            if isinstance(module, ResBlock):
-                packed |= {id(parameter) for parameter in module.emb_layers.parameters()}
-                packed.add(id(module.in_layers[2].bias))
-                if isinstance(module.skip_connection, nn.Conv2d):
-                    packed |= {id(module.out_layers[3].bias), id(module.skip_connection.bias)}
-            if isinstance(module, ResBlock | SpatialTransformer):
-                blocks[prefix] = module
-        groups: list[tuple[nn.Module, list[str]]] = [(self, [])]
-        for name, parameter in self.named_parameters():
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        first = list(self.time_embed.parameters())
+        first += [parameter for parts in self._packed_parameters() for parameter in parts]
+        groups: list[tuple[nn.Module, list[str]]]
+        groups = [(self, [names.pop(id(parameter)) for parameter in first])]
+        blocks = {
+            prefix: module
+            for prefix, module in self.named_modules()
+            if isinstance(module, ResBlock | SpatialTransformer)
+        }
+        for name in names.values():
             owner = next(
                 (blocks[prefix] for prefix in blocks if name.startswith(f"{prefix}.")), None
             )
-            if id(parameter) in packed:
-                groups[0][1].append(name)
-                continue
             if owner and owner is not groups[-1][0]:
                 groups.append((owner, []))
             groups[-1][1].append(name)
@@ -294,23 +297,15 @@ class FastUNet(nn.Module):
 
     def project_text(self, context: Tensor) -> list[Tensor]:
         """Keys and values (B, T, 2C) for each transformer from context (B, T, D), by one matmul."""
-        weights: list[Tensor] = []
-        for attention in self._text_attentions:
-            weights += [attention.to_k.weight, attention.to_v.weight]
-        packed = self.text.linear(context, torch.cat(weights))
-        return list(packed.split(self._text_widths, dim=-1))
+        text = self.text.linear(context, packed(self._packed_parameters()[0]))
+        return list(text.split(self._text_widths, dim=-1))
 
     def project_time(self, timesteps: Tensor, dtype: torch.dtype) -> list[Tensor]:
         """The shift (B, C') that each ResBlock's second norm adds, by one matmul for all blocks.
 
         A shift is the block's projected time embedding plus the bias of its first convolution.
         """
-        blocks = self._res_blocks
-        layers = [block.emb_layers[1] for block in blocks]
-        weight = torch.cat([layer.weight for layer in layers])
-        bias = added(
-            [layer.bias for layer in layers], [block.in_layers[2].bias for block in blocks]
-        )
+        _, weights, biases, _ = self._packed_parameters()
         # Angles stay float32: they reach 999 radians, of which bfloat16 keeps three digits.
         half = self.config.model_channels // 2
         steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
@@ -319,16 +314,16 @@ class FastUNet(nn.Module):
         into, out = self.time_embed[0], self.time_embed[2]
         hidden = F.silu(self.ops.linear(features, into.weight, into.bias))
         embedding = F.silu(self.ops.linear(hidden, out.weight, out.bias))
-        shifts = self.ops.linear(embedding, weight, bias)
-        return list(shifts.split([layer.out_features for layer in layers], dim=-1))
+        shifts = self.ops.linear(embedding, packed(weights), added(biases))
+        return list(shifts.split([weight.shape[0] for weight in weights], dim=-1))
 
     def pending_biases(self) -> list[Tensor]:
         """What each ResBlock leaves to the next norm: its last bias, and that of its 1x1 if any."""
-        widening = [b for b in self._res_blocks if isinstance(b.skip_connection, nn.Conv2d)]
-        biases = [block.out_layers[3].bias for block in widening]
-        sums = added(biases, [block.skip_connection.bias for block in widening])
-        sums = iter(sums.split([bias.numel() for bias in biases]))
-        return [next(sums) if b in widening else b.out_layers[3].bias for b in self._res_blocks]
+        *_, biases = self._packed_parameters()
+        half = biases[: len(biases) // 2]
+        sums = dict(zip(half, added(biases).split([len(bias) for bias in half]), strict=True))
+        alone = [block.out_layers[3].bias for block in self._res_blocks]
+        return [sums.get(bias, bias) for bias in alone]
 
     def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor | list[Tensor]) -> Tensor:
         """Predicts v (B, 4, H, W) from noisy latents (B, 4, H, W), timesteps and context.

@@ -60,7 +60,7 @@ def smaller(name: str) -> Case:
             ("grad += _later_uses(dsummed", "grad = grad + 0.0 * _later_uses(dsummed"),
         ),
         ("several tiles", ("grad += load_pixels(dagain", "grad += 0.0 * load_pixels(dagain")),
-        ("ragged channels", ("grad += load_pixels(dlater", "grad += 0.0 * load_pixels(dlater")),
+        ("ragged channels", ("store_pixels(dskip, grad,", "store_pixels(dskip, value,")),
         ("nothing added", ("- plain_mean - value * product_mean", "- plain_mean")),
         ("tiny", ("grad -= N * to_channels(plain", "grad -= to_channels(plain")),
         (
@@ -83,7 +83,7 @@ def smaller(name: str) -> Case:
         "wrong SiLU",
         "gradients of the sum lost",
         "second gradient of the sum lost",
-        "later gradient of skip lost",
+        "skip without its gradient",
         "variance's gradient lost",
         "shift's gradient wrong",
         "shift without the sum",

@@ -10,7 +10,7 @@ The first sweep sums w dz and w dz v of each tile by group, and dz and dz v by c
 combines them. Further programs add up the sums by channel, one for each sample and block of
 channels, and the last one of a block adds those of all samples. All sums have a fixed order, so
 that gradients are repeatable. Per element the launch moves two reads (x, dy) and one
-write; the gradient of each later use of the sum or of skip is one more read.
+write; the gradient of each later use of the sum is one more read.
 
 Shape letters and sizes: see `tiles`.
 """
@@ -138,17 +138,18 @@ def _add_up(
 # Each batch size would otherwise be compiled anew where it is 1, or first a multiple of 16.
 @triton.jit(do_not_specialize=["B"])
 def group_norm_backward_kernel(
-    x, skip, shift, residual, weight, bias, mean, rstd, dy, dsummed, dagain, dlater, dx, dskip,
-    dshift, vectors, counters, group_sums, channel_sums, sample_sums, B, x_stride, x_pixel,
-    skip_stride, skip_pixel, shift_stride, residual_stride, residual_pixel, dy_stride, dy_pixel,
-    dsummed_stride, dsummed_pixel, dagain_stride, dagain_pixel, dlater_stride, dlater_pixel,
-    dshift_stride, N: tl.constexpr, C1: tl.constexpr, C: tl.constexpr, G: tl.constexpr,
-    SILU: tl.constexpr, SUMS: tl.constexpr, OUT: tl.constexpr, ITEMS: tl.constexpr,
-    LAG: tl.constexpr, PIXEL_TILES: tl.constexpr, SPAN: tl.constexpr, SLOTS: tl.constexpr,
-    PARTS: tl.constexpr, TOUCHED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    SAMPLES: tl.constexpr,
+    x, skip, shift, residual, weight, bias, mean, rstd, dy, dsummed, dagain, dx, dskip, dshift,
+    vectors, counters, group_sums, channel_sums, sample_sums, B, x_stride, x_pixel, skip_stride,
+    skip_pixel, shift_stride, residual_stride, residual_pixel, dy_stride, dy_pixel, dsummed_stride,
+    dsummed_pixel, dagain_stride, dagain_pixel, dshift_stride, N: tl.constexpr, C1: tl.constexpr,
+    C: tl.constexpr, G: tl.constexpr, SILU: tl.constexpr, SUMS: tl.constexpr, OUT: tl.constexpr,
+    ITEMS: tl.constexpr, LAG: tl.constexpr, PIXEL_TILES: tl.constexpr, SPAN: tl.constexpr,
+    SLOTS: tl.constexpr, PARTS: tl.constexpr, TOUCHED: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, SAMPLES: tl.constexpr,
 ):  # fmt: skip
     CPG: tl.constexpr = C // G
+    # Channels of x: what forward returned holds both sources.
+    WIDTH: tl.constexpr = C if skip is None else C1
     BLOCKS: tl.constexpr = ITEMS // PIXEL_TILES
     sample, item, exists, launches = take_item(counters, B, ITEMS, BLOCKS, LAG)
     if not exists:
@@ -179,10 +180,9 @@ def group_norm_backward_kernel(
     layout = of_x + (shift_stride, residual_stride, residual_pixel)  # noqa: RUF005
     # Read before a result waits, so that the wait hides the reads; kept as read meanwhile, in half
     # the registers.
-    raw = load_sources(x, skip, layout, at, inside, C1, "")
+    raw = load_sources(x, skip, layout, at, inside, WIDTH, "")
     raw_grad = load_raw(dy, dy_stride, dy_pixel, at, inside, 0.0, "")
     centre, channel_rstd = to_channels(group_mean, member), to_channels(group_rstd, member)
-    is_first = inside & (channels < C1)[None, :]
     later = (dsummed_stride, dsummed_pixel, dagain_stride, dagain_pixel)
     # The first half of group_sums holds sums of w dz, the second those of w dz v.
     half = B * G * PIXEL_TILES * SPAN
@@ -197,22 +197,19 @@ def group_norm_backward_kernel(
         plain_mean = to_channels(tl.sum(plain, axis=1) / (N * CPG), member)
         product_mean = to_channels(tl.sum(product, axis=1) / (N * CPG), member)
         # Both sweeps compute v and dz: storing them would cost a write and a read of device memory.
-        value = (sum_of(raw, shift, residual, layout, at, inside, C1) - centre) * channel_rstd
+        value = (sum_of(raw, shift, residual, layout, at, inside, WIDTH) - centre) * channel_rstd
         grad = _before_silu(value * scale + offset, raw_grad.to(tl.float32), SILU)
         # The equation at the top of this file.
         grad = (grad * scale - plain_mean - value * product_mean) * channel_rstd
         if dsummed is not None:
-            # The later uses of the sum and of skip: added here, not in a pass of their own.
-            grad += _later_uses(dsummed, dagain, later, at, is_first)
-        store_pixels(dx, grad, at, C1, N, is_first)
-        if skip is not None:
+            # The later uses: added here, not in a pass of their own.
+            grad += _later_uses(dsummed, dagain, later, at, inside)
+        store_pixels(dx, grad, at, C1, N, inside & (channels < C1)[None, :])
+        if C1 < C:
             is_second = inside & (channels >= C1)[None, :]
-            at = (sample, rows, channels - C1)
-            if dlater is not None:
-                grad += load_pixels(dlater, dlater_stride, dlater_pixel, at, is_second)
-            store_pixels(dskip, grad, at, C - C1, N, is_second)
+            store_pixels(dskip, grad, (sample, rows, channels - C1), C - C1, N, is_second)
     else:
-        value = (sum_of(raw, shift, residual, layout, at, inside, C1) - centre) * channel_rstd
+        value = (sum_of(raw, shift, residual, layout, at, inside, WIDTH) - centre) * channel_rstd
         grad = _before_silu(value * scale + offset, raw_grad.to(tl.float32), SILU)
         # Pixels and channels outside have a gradient of zero and add nothing.
         grad_sum, product_sum = tl.sum(grad, axis=0), tl.sum(grad * value, axis=0)
@@ -232,7 +229,7 @@ def group_norm_backward_kernel(
             tl.store(sums + 2 * C, normalised_sum, mask=is_channel)  # narrow: 64 a program
         if SUMS > 3:
             # A shift is part of the sum, so it also gets the gradient of the sum.
-            grad = _later_uses(dsummed, dagain, later, at, is_first)
+            grad = _later_uses(dsummed, dagain, later, at, inside)
             tl.store(sums + 3 * C, tl.sum(grad, axis=0), mask=is_channel)  # narrow: 64 a program
         arrive(counters, sample)
 
@@ -241,7 +238,6 @@ def group_norm_backward_kernel(
 def group_norm_backward(
     dy: torch.Tensor,
     dsummed: list[torch.Tensor],
-    dlater: torch.Tensor | None,
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
@@ -250,17 +246,20 @@ def group_norm_backward(
     skip: torch.Tensor | None,
     mean: torch.Tensor,
     rstd: torch.Tensor,
+    C1: int,
     silu: bool,
     shift_axes: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x (and residual), of skip, of the vectors by channel, and of a shift (B, C1).
 
-    `dsummed` are up to two gradients of the sum, `dlater` one of skip, from where they are read
-    later. The vectors are rows of one tensor (2 or 3, C), in the dtype of the weight: bias, weight
-    and, where `shift_axes` is 1, the shift (C1,) in its first C1 columns. The gradient of a shift
-    (B, C1) is empty unless `shift_axes` is 2; that of an absent skip has no channels.
+    x is what forward returned as the sum, or, with shift, residual and skip, its parts. Of its
+    gradient C1 channels are that of x, the others that of skip. `dsummed` are up to two gradients
+    of the sum, from where it is read later. The vectors are rows of one tensor (2 or 3, C), in the
+    dtype of the weight: bias, weight and, where `shift_axes` is 1, the shift (C1,) in its first C1
+    columns. The gradient of a shift (B, C1) is empty unless `shift_axes` is 2; that of an absent
+    skip has no channels.
     """
-    B, C1, H, W = x.shape
+    B, _, H, W = x.shape
     C, N, G = weight.shape[0], H * W, mean.shape[1]
     launch_plan = plan(B, N, C, G, TUNING.backward_rows, adds_up=True)
     sizes = launch_plan.sizes
@@ -279,7 +278,7 @@ def group_norm_backward(
     dshift = sample_sums[:, 2] if shift_axes == 1 else empty(x, (B, C1) if shift_axes else (0,))
     # Gradients may come in any memory order.
     later: list[torch.Tensor | None] = [*map(dense, dsummed), None, None][:2]
-    incoming = [dense(dy), *later, None if dlater is None else dense(dlater)]
+    incoming = [dense(dy), *later]
     sources = x, skip, shift, residual
     tensors = *sources, weight, bias, mean, rstd, *incoming, dx, dskip, dshift, vectors
     launch(
@@ -301,8 +300,8 @@ def group_norm_backward(
 
 
 @group_norm_backward.register_fake
-def _(dy, dsummed, dlater, x, weight, bias, shift, residual, skip, mean, rstd, silu, shift_axes):
-    B, C1, H, W = x.shape
+def _(dy, dsummed, x, weight, bias, shift, residual, skip, mean, rstd, C1, silu, shift_axes):
+    B, _, H, W = x.shape
     C = weight.shape[0]
     dx, dskip = (x.new_empty(B, H, W, width).permute(0, 3, 1, 2) for width in (C1, C - C1))
     vectors = weight.new_empty(3 if shift_axes == 1 else 2, C)

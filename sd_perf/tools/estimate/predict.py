@@ -160,7 +160,7 @@ def _held(
             "masters": 4 * N / ranks,
             "gradients": 2 * N,
             "moments": 8 * N / ranks,
-            "activations": saved_activations(unet, batch, concatenated=True),
+            "activations": saved_activations(unet, batch),
         },
         # A master is the weight's 16 bits and 16 more, which alone are kept besides.
         "fused": {
@@ -168,7 +168,7 @@ def _held(
             "masters": 2 * N,
             "gradients": 2 * N,
             "moments": 8 * N,
-            "activations": saved_activations(unet, batch, concatenated=False),
+            "activations": saved_activations(unet, batch),
         },
     }
 

@@ -164,7 +164,7 @@ def test_kept_bytes_of_a_transformer_by_hand() -> None:
     )  # self: q k v, output; cross: q, output; a float32 a row and head
     text = 2 * 77 * C
     assert (
-        saved_activations(with_one, 2, False) - saved_activations(without, 2, False)
+        saved_activations(with_one, 2) - saved_activations(without, 2)
         == 2 * 3 * (rows * each + text) * 2
     )
 
