@@ -197,6 +197,12 @@ class FastUNet(nn.Module):
         model, E = config.model_channels, 4 * config.model_channels
         widths = [mult * model for mult in config.channel_mult]
 
+        half = model // 2
+        steps = torch.arange(half, dtype=torch.float32)
+        frequencies = torch.exp(-math.log(MAX_PERIOD) * steps / half)
+        # As bits, since a float32 buffer would follow the parameters to another dtype.
+        self.register_buffer("frequency_bits", frequencies.view(torch.int32), persistent=False)
+
         # Layers are made in the plain UNet's order, because each draws its initial weights.
         self.time_embed: Any = nn.Sequential(nn.Linear(model, E), nn.SiLU(), nn.Linear(E, E))
         first = nn.Conv2d(config.in_channels, model, 3, padding=1)
@@ -306,10 +312,8 @@ class FastUNet(nn.Module):
         A shift is the block's projected time embedding plus the bias of its first convolution.
         """
         _, weights, biases, _ = self._packed_parameters()
-        # Angles stay float32: they reach 999 radians, of which bfloat16 keeps three digits.
-        half = self.config.model_channels // 2
-        steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
-        angles = timesteps[:, None].float() * torch.exp(-math.log(MAX_PERIOD) * steps / half)
+        # Angles are float32: they reach 999 radians, of which bfloat16 keeps three digits.
+        angles = timesteps[:, None] * self.frequency_bits.view(torch.float32)
         features = torch.cat((angles.cos(), angles.sin()), dim=1).to(dtype)
         into, out = self.time_embed[0], self.time_embed[2]
         hidden = F.silu(self.ops.linear(features, into.weight, into.bias))
