@@ -35,7 +35,7 @@ def fused(unet: Architecture, batch: int) -> Iterator[Kernel]:
             if op == "upsample_conv":
                 yield from _around_upsample_conv(case)
     yield from downsampled_skip_gradients(unet, batch)
-    yield from packed_weights(unet, batch)
+    yield from packed_gradients(unet, batch)
     # Every gradient is read where autograd left it and written into the flat buffer.
     yield Kernel("elementwise", 2.0 * BYTES * unet.parameters, backward=True)
 
@@ -120,15 +120,15 @@ def skip_gradients(unet: Architecture, batch: int) -> Iterator[Kernel]:
             yield from moving("elementwise", pixels, backward=3 * skip)
 
 
-def packed_weights(unet: Architecture, batch: int) -> Iterator[Kernel]:
-    """Copies around matmuls that make several results: weights, and gradients of text and times."""
+def packed_gradients(unet: Architecture, batch: int) -> Iterator[Kernel]:
+    """Copies before the backward of matmuls that make several results: gradients of text and times.
+
+    The weights of such a matmul are adjacent in training's flat buffer.
+    """
     texts = sum(2 * layer.channels for layer in transformers(unet))
     times = sum(block.channels for block in res_blocks(unet))
-    weights = sum(3 * layer.channels**2 for layer in transformers(unet))
-    weights += texts * unet.context_width + times * 4 * unet.stem
-    gradients = batch * (texts * unet.context_length + times)
-    for numbers, backward in ((weights, False), (gradients, True)):
-        yield Kernel("elementwise", 2.0 * BYTES * numbers, backward=backward)
+    numbers = batch * (texts * unet.context_length + times)
+    yield Kernel("elementwise", 2.0 * BYTES * numbers, backward=True)
 
 
 def packed_attention_gradients(unet: Architecture, batch: int) -> Iterator[Kernel]:
