@@ -31,7 +31,7 @@ SHALLOW = Config(
 )
 BATCH = 64
 LAUNCHES, GIGABYTES = 1100, 5.62
-"""most of a step, which is the goal, and of a sample, as the step is today; there the goal is 5.45"""
+"""most of a step, which is the goal, and of a sample, as the step is today (the goal is 5.45)"""
 
 
 @pytest.fixture(scope="module")
