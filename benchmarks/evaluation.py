@@ -27,7 +27,7 @@ from benchmarks.training_run import preset
 from sd_perf.config import Config, SamplingConfig
 from sd_perf.errors import ConfigError, UserError
 from sd_perf.evaluation.clip_score import ClipScorer
-from sd_perf.evaluation.evaluate import read_features
+from sd_perf.evaluation.evaluator import read_features
 from sd_perf.evaluation.fid import FeatureStatistics, frechet_distance
 from sd_perf.evaluation.generate import generate
 from sd_perf.models.build import build_sampling_unet, build_text_encoder

@@ -33,6 +33,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow what `make test` leaves out of a `sampled` test's cases: it takes every nth."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("sampled"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for of_one in cases.values():
+        count = of_one[0].get_closest_marker("sampled").args[0]
+        quick = {number * len(of_one) // count for number in range(count)}
+        for number, item in enumerate(of_one):
+            if number not in quick:
+                item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def real_data(request: pytest.FixtureRequest) -> Path:
     """The folder given by --real-data; the test skips without it."""

@@ -74,6 +74,10 @@ class GPU:
     """bytes per second, read and written, of a large copy in device memory"""
     attention: Mapping[str, AttentionRates]
     """by library; at least one"""
+    nvlink: Rate
+    """bytes per second that the GPU sends to others of its node, and receives"""
+    network: Rate
+    """bytes per second of the node's network ports over its GPUs, in each direction"""
     driver_names: tuple[str, ...]
     """names that the driver gives this card"""
     same_peak: tuple[str, ...] = ()
@@ -98,6 +102,7 @@ class GPU:
         return self.matmul.value / self.filled_waves
 
 
+_NCCL_LINKS = "NCCL, src/graph/topo.h: links times SM80_, SM90_ or SM100_NVLINK_BW"
 _FLASH_3_PAPER = "FlashAttention-3 paper, figures"
 _HOPPER_ATTENTION = {
     "FlashAttention 2": AttentionRates((306, 321), (238, 279), _FLASH_3_PAPER),
@@ -123,6 +128,8 @@ GPUS: dict[str, GPU] = {
                 source="FlashAttention-2 paper: up to 73 and 63 % of 312, at any shape",
             )
         },
+        nvlink=Rate(12 * 20.0e9, _NCCL_LINKS),
+        network=Rate(25e9, "NVIDIA DGX A100 datasheet: a port of 200 Gb/s for each GPU"),
         driver_names=("NVIDIA A100-SXM4-80GB",),
         same_peak=("NVIDIA A100-SXM4-40GB", "NVIDIA A100 80GB PCIe"),
     ),
@@ -135,6 +142,8 @@ GPUS: dict[str, GPU] = {
         matmul=Rate(798e12, "measured: 8192^3"),
         bandwidth=Rate(3.0e12, "measured: copy"),
         attention=_HOPPER_ATTENTION,
+        nvlink=Rate(18 * 20.6e9, _NCCL_LINKS),
+        network=Rate(50e9, "NVIDIA DGX H100 datasheet: a port of 400 Gb/s for each GPU"),
         driver_names=("NVIDIA H100 80GB HBM3",),
         filled_waves=_HOPPER_WAVES,
     ),
@@ -147,6 +156,8 @@ GPUS: dict[str, GPU] = {
         matmul=Rate(798e12, "H100's measurement: 8192^3"),
         bandwidth=Rate(4.3e12, "measured: copy"),
         attention=_HOPPER_ATTENTION,
+        nvlink=Rate(18 * 20.6e9, _NCCL_LINKS),
+        network=Rate(50e9, "NVIDIA DGX H200 datasheet: a port of 400 Gb/s for each GPU"),
         driver_names=("NVIDIA H200",),
         filled_waves=_HOPPER_WAVES,
     ),
@@ -172,6 +183,8 @@ GPUS: dict[str, GPU] = {
                 source="flash-attention PR 2605; backward assumed as fast",
             ),
         },
+        nvlink=Rate(18 * 40.1e9, _NCCL_LINKS),
+        network=Rate(50e9, "NVIDIA DGX B200 datasheet: a port of 400 Gb/s for each GPU"),
         driver_names=("NVIDIA B200",),
     ),
 }

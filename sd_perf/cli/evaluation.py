@@ -5,30 +5,61 @@ from __future__ import annotations
 from pathlib import Path
 
 from sd_perf.cli.console import CONSOLE, print_plain
-from sd_perf.cli.options import RunFolder, require_seed
+from sd_perf.cli.options import RunFolder, require_between, require_seed
+from sd_perf.errors import UserError
+
+MAX_WAIT_MINUTES = 100_000
 
 
-def evaluate(run: RunFolder) -> int:
-    """Score every checkpoint of a run that has no scores yet: FID, CLIP score; adds them to the
+def evaluate(
+    run: RunFolder,
+    checkpoint: int | None = None,
+    num_prompts: int | None = None,
+    keep_pictures: Path | None = None,
+    until_passed: bool = False,
+    wait: float | None = None,
+) -> int:
+    """Score the checkpoints of a run that have no scores yet: FID, CLIP score; adds them to the
     MLPerf log.
+
+    Under torchrun or srun the prompts are divided over all processes. An evaluation that was
+    stopped goes on from the pictures that it had drawn.
 
     Args:
         run: run folder; its config's section evaluation says with what
+        checkpoint: position of the only checkpoint to score, in samples
+        num_prompts: draw so few of the prompts, for a first look that is printed and not recorded
+        keep_pictures: folder for all pictures, named by their place among the prompts
+        until_passed: stop after the first checkpoint that passes both targets
+        wait: score checkpoints of a run that is under way as they come, and end with it, or when
+            none came and nobody trained for so many minutes
     """
     import torch
 
-    from sd_perf.evaluation.evaluate import evaluate_run, scores_table
+    from sd_perf.distributed.world import start_world, stop_world
+    from sd_perf.evaluation.evaluate import Wanted, evaluate_run, scores_table
     from sd_perf.runs.folder import read_run_config
-    from sd_perf.runs.lock import RunLock
+    from sd_perf.runs.lock import EVALUATION_LOCK_NAME, RunLock
 
     config = read_run_config(run)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if num_prompts is not None:
+        require_between("--num-prompts", num_prompts, 2, config.evaluation.num_prompts)
+    if wait is not None and not 0 < wait < MAX_WAIT_MINUTES:
+        raise UserError(f"--wait: {wait} cannot be used; it is minutes, above 0 and below 100,000")
+    wanted = Wanted(checkpoint, num_prompts, until_passed, wait, keep_pictures)
+    world = start_world("auto", config.run.join_seconds, config.run.silence_seconds)
     if config.training.cpu_threads is not None:
         torch.set_num_threads(config.training.cpu_threads)
-    with RunLock() as lock:
-        lock.take(run)
-        evaluate_run(run, config, device, print_plain)
-    CONSOLE.print(scores_table(run))
+    tell = print_plain if world.is_main else lambda line: None
+    with RunLock(EVALUATION_LOCK_NAME) as evaluating, RunLock() as writing:
+        world.on_main(lambda: evaluating.take(run))
+        if wait is None:
+            world.on_main(lambda: writing.take(run))
+        evaluate_run(run, config, world, tell, wanted)
+    if world.is_main:
+        CONSOLE.print(scores_table(run))
+    world.part()
+    stop_world(world)
     return 0
 
 

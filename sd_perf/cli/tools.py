@@ -54,6 +54,7 @@ def estimate(
     gpu: GPUName = "h100",
     batch: int = 64,
     ranks: int = 1,
+    nodes: int = 1,
     ledger: bool = False,
     png: Path | None = None,
     json: bool = False,
@@ -68,8 +69,9 @@ def estimate(
         config: YAML preset
         settings: fields of the preset
         gpu: GPU to predict for
-        batch: samples of a step
-        ranks: GPUs that share the optimizer state of the MLPerf submission's way
+        batch: samples of a step of one GPU
+        ranks: GPUs in all, whose communication is counted
+        nodes: equal nodes that they are divided over
         ledger: trace the fast step instead, without a GPU: launches and bytes of every kernel, and
             each byte beyond the floor by its cause; fails where the step waits for the host
         png: file to draw the ms per sample to, by op
@@ -82,7 +84,8 @@ def estimate(
 
     require_between("--batch", batch, 1, MAX_BATCH)
     require_between("--ranks", ranks, 1, MAX_RANKS)
-    facts = predict(settings, gpu, batch=batch, ranks=ranks)
+    require_between("--nodes", nodes, 1, ranks)
+    facts = predict(settings, gpu, batch=batch, ranks=ranks, nodes=nodes)
     if ledger:
         facts["ledger"] = traced_step(settings, gpu, batch)
     if png is not None:

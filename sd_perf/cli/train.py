@@ -9,6 +9,7 @@ from sd_perf.cli.options import Settings, TargetName, require_between
 from sd_perf.commands import resume_command
 from sd_perf.config import Config
 from sd_perf.distributed.launcher import MAX_RANKS
+from sd_perf.errors import RankLostError
 from sd_perf.stopping import STOPPED
 
 
@@ -43,17 +44,23 @@ def train(
         if resume or fresh:  # what would refuse them is told now
             settle_run(settings, resume=resume, fresh=fresh)
         return _dry_run(settings, ranks, target, as_json=json)
-    from sd_perf.distributed.world import start_world, stop_world
+    from sd_perf.distributed.world import is_overdue, start_world, stop_world
     from sd_perf.tools.estimate.out_of_memory import is_out_of_memory, out_of_memory
     from sd_perf.training.launch import launch
 
+    patience = settings.run
     world = start_world(
-        settings.training.device, settings.run.join_seconds, settings.run.silence_seconds
+        settings.training.device,
+        patience.join_seconds,
+        patience.silence_seconds,
+        patience.collective_seconds,
     )
     try:
         stop_reason = launch(settings, world, resume=resume, fresh=fresh, console=CONSOLE)
         world.part()
     except (MemoryError, RuntimeError) as error:
+        if is_overdue(error):
+            raise _overdue(patience.collective_seconds) from error
         if not is_out_of_memory(error):
             raise
         raise out_of_memory(settings, world) from error
@@ -64,6 +71,13 @@ def train(
     how = "continue with" if world.size == 1 else "continue, under the same launcher, with"
     print_plain(f"stopped by {stop_reason} and saved; {how}:", f"  {resume_command()}")
     return STOPPED
+
+
+def _overdue(seconds: int) -> RankLostError:
+    return RankLostError(
+        f"run.collective_seconds: a collective has not ended in {seconds} s, though no process of "
+        "the run is gone or silent; look where each stands (py-spy dump), or raise it"
+    )
 
 
 def _dry_run(settings: Config, ranks: int, target: str, as_json: bool) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -50,5 +51,5 @@ def draw_prompts(
     drawn = generate(
         unet, text_encoder, decode, prompts, config=config, seed=seed, source=checkpoint
     )
-    save_pictures(drawn, paths)
+    save_pictures(chain.from_iterable(drawn), paths)
     return paths

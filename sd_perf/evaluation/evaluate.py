@@ -8,8 +8,11 @@ Shape letters: B pictures, H and W rows and columns.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,139 +23,28 @@ from sd_perf.config import Config, EvaluationConfig
 from sd_perf.data.images import write_png
 from sd_perf.data.prepare.captioned_images import load_captioned_image
 from sd_perf.data.prepare.raw_shards import read_images
-from sd_perf.data.prepare.scenes import Attributes
-from sd_perf.errors import CheckpointError, DataError
-from sd_perf.evaluation.clip_score import ClipScorer
-from sd_perf.evaluation.feature_net import FeatureNet, read_feature_net
-from sd_perf.evaluation.fid import FeatureStatistics, Gaussian, frechet_distance
-from sd_perf.evaluation.generate import generate
-from sd_perf.evaluation.inception import FidInception, read_inception
-from sd_perf.evaluation.judge import describe, judge_shares
-from sd_perf.evaluation.prompts import read_prompts
+from sd_perf.distributed.world import World
+from sd_perf.errors import CheckpointError
+from sd_perf.evaluation.evaluator import Evaluator, features_of, require_named
+from sd_perf.evaluation.fid import FeatureStatistics
+from sd_perf.evaluation.generate import numbered_paths, save_pictures
+from sd_perf.evaluation.measured import MAKE_ROOM, Keeper
 from sd_perf.files import disk_errors, json_lines, write_json, write_text
 from sd_perf.mlperf.compliance import check_log
-from sd_perf.mlperf.log import LOG_NAME, MLPerfLog
-from sd_perf.models.build import build_sampling_unet, build_text_encoder
-from sd_perf.models.readers import read_decoder
+from sd_perf.mlperf.log import LOG_NAME, MLPerfLog, logged_scores, read_log
 from sd_perf.models.vae import PIXELS_PER_LATENT
 from sd_perf.runs.checkpoint_files import read_state
 from sd_perf.runs.checkpoints import CheckpointStore, load_component, position
 from sd_perf.runs.folder import require_of_run
+from sd_perf.runs.lock import RunLock
 from sd_perf.runs.scores import read_json_lines, read_scores
 from sd_perf.visible import visible
 
-GRID = 64
-"""pictures in a grid, at most"""
 GRID_COLUMNS = 8
-_KEYS = ("samples", "fid", "clip", "n")
+KEYS = ("samples", "fid", "clip", "n")
 """numbers that every line of scores.jsonl must have"""
-_MAKE_ROOM = "make room, then evaluate again"
-
-
-class Evaluator:
-    """Draws pictures from a checkpoint's weights and scores them. Loads its networks once.
-
-    Raises ConfigError for a file that the config does not name, and DataError or CheckpointError
-    for one that cannot be used.
-    """
-
-    def __init__(self, config: Config, device: torch.device) -> None:
-        options = config.evaluation
-        _require_named(options, "prompts", "autoencoder", "features", "statistics", "clip_weights")
-        self.config = config
-        self.device = device
-        self.prompts = read_prompts(Path(options.prompts), options.num_prompts)
-        self.decode = read_decoder(Path(options.autoencoder))
-        self.features = _features_of(config, device)
-        self.real = Gaussian.load_npz(Path(options.statistics))
-        # Told here, since the distance is computed only after all pictures are drawn.
-        theirs, ours = len(self.real.mean), self.features.num_features
-        if theirs != ours:
-            raise DataError(
-                f"{options.statistics}: holds statistics of {theirs} features, and "
-                f"{options.features} gives {ours}; "
-                f"make the statistics again with sd-perf data statistics"
-            )
-        self.clip = ClipScorer(options.clip_model, Path(options.clip_weights), device)
-        self.text_encoder = build_text_encoder(config, device)
-        self.unet = build_sampling_unet(config, device)
-
-    def draw(
-        self, weights: dict[str, torch.Tensor], seed: int, source: object = "the weights"
-    ) -> Iterator[torch.Tensor]:
-        """One picture per prompt with these UNet weights, in batches (B, 3, H, W) in [0, 1]."""
-        self.unet.load_state_dict(weights)
-        return generate(
-            self.unet,
-            self.text_encoder,
-            self.decode,
-            self.prompts,
-            config=self.config,
-            seed=seed,
-            batch_size=self.config.evaluation.batch_size,
-            source=source,
-        )
-
-    @torch.no_grad()
-    def score(
-        self, batches: Iterable[torch.Tensor], samples: int
-    ) -> tuple[dict[str, Any], torch.Tensor]:
-        """Score batches (B, 3, H, W) drawn from the checkpoint at position `samples`.
-
-        Returns the line for scores.jsonl, and the first GRID pictures. No other picture is kept
-        after its batch: the benchmark's 30,000 would take 94 GB.
-        """
-        statistics = FeatureStatistics(self.features.num_features)
-        cosines: list[torch.Tensor] = []
-        described: list[Attributes | None] = []
-        first: list[torch.Tensor] = []
-        for pictures in batches:
-            start = statistics.count
-            cosines.append(
-                self.clip.similarities(pictures, self.prompts[start : start + len(pictures)])
-            )
-            statistics.update(self.features(pictures.to(self.device)))
-            if self.config.evaluation.judge:
-                described += [describe(image) for image in pictures.permute(0, 2, 3, 1).numpy()]
-            if start < GRID:
-                first.append(pictures[: GRID - start].clone())
-        scores = {
-            "samples": samples,
-            "fid": frechet_distance(statistics.gaussian(), self.real),
-            "clip": torch.cat(cosines).double().mean().item(),
-        }
-        if self.config.evaluation.judge:
-            scores |= judge_shares(described, self.prompts)
-        return {**scores, "n": statistics.count}, torch.cat(first)
-
-
-def _require_named(options: EvaluationConfig, *keys: str) -> None:
-    """ConfigError for a key of the evaluation section that names no file."""
-    for key in keys:
-        options.require(bool(getattr(options, key)), key, "the file that scores need")
-
-
-def read_features(path: Path, device: torch.device) -> FeatureNet | FidInception:
-    """The network whose features FID compares, frozen, on a device.
-
-    A .safetensors file holds a `FeatureNet`, any other file the weights of FID's Inception.
-    """
-    network = read_feature_net(path) if path.suffix == ".safetensors" else read_inception(path)
-    return network.to(device)
-
-
-def _features_of(config: Config, device: torch.device) -> FeatureNet | FidInception:
-    """`read_features` of evaluation.features; DataError where it takes pictures of another size."""
-    network = read_features(Path(config.evaluation.features), device)
-    pixels = PIXELS_PER_LATENT * config.data.latent_size
-    if isinstance(network, FeatureNet) and network.config.image_size != pixels:
-        size = network.config.image_size
-        raise DataError(
-            f"{config.evaluation.features}: takes pictures of {size}x{size} pixels, and "
-            f"data.latent_size {config.data.latent_size} gives {pixels}x{pixels}; name another "
-            "network as evaluation.features"
-        )
-    return network
+POLL_SECONDS = 10
+"""between two looks for a new checkpoint"""
 
 
 @torch.no_grad()
@@ -163,10 +55,10 @@ def write_statistics(images: Path, config: Config) -> int:
     the images are resized to the square that the config trains on without keeping their aspect. The
     benchmark also saved them as JPEG before it read them; that is not done here.
     """
-    _require_named(config.evaluation, "features", "statistics")
+    require_named(config.evaluation, "features", "statistics")
     size, batch_size = PIXELS_PER_LATENT * config.data.latent_size, config.evaluation.batch_size
     samples = read_images(images, allow_empty=True)
-    features = _features_of(config, torch.device("cpu"))
+    features = features_of(config, torch.device("cpu"))
     statistics = FeatureStatistics(features.num_features)
     for start in range(0, len(samples), batch_size):
         batch = [
@@ -191,7 +83,7 @@ def write_grid(pictures: torch.Tensor, prompts: list[str], folder: Path, samples
     # (rows, columns, 3, H, W) -> (3, rows, H, columns, W) -> (3, rows H, columns W)
     grid = shown.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
     path = folder / f"samples_{samples:010d}.png"
-    with disk_errors(path, _MAKE_ROOM):
+    with disk_errors(path, MAKE_ROOM):
         folder.mkdir(parents=True, exist_ok=True)
         write_png(grid, path)
         write_json(
@@ -200,65 +92,224 @@ def write_grid(pictures: torch.Tensor, prompts: list[str], folder: Path, samples
     return path
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """Which checkpoints of a run to evaluate, and with what beside the scores."""
+
+    checkpoint: int | None = None
+    """position of the only one; None: all that have no scores yet"""
+    num_prompts: int | None = None
+    """so many of the prompts, for a first look that is told and not recorded"""
+    until_passed: bool = False
+    """stop after the first checkpoint that passes both targets"""
+    wait_minutes: float | None = None
+    """wait so long for another checkpoint of a run that is under way"""
+    pictures: Path | None = None
+    """folder for all pictures, as PNGs named by their place among the prompts"""
+
+
 def evaluate_run(
-    run: Path, config: Config, device: torch.device, tell: Callable[[str], None]
+    run: Path,
+    config: Config,
+    world: World,
+    tell: Callable[[str], None],
+    wanted: Wanted | None = None,
 ) -> None:
-    """Score every complete checkpoint of a run that has no scores yet, oldest first.
+    """Score complete checkpoints of a run, oldest first, with all ranks of a world.
 
     `tell` is called with a sentence per checkpoint. Then the MLPerf log is concluded where the run
-    has passed or is complete. Raises CheckpointError where the run has no complete checkpoint.
+    has passed or is complete. Raises CheckpointError where there is nothing to evaluate.
     """
-    done = {line["samples"] for line in read_scores(run, _KEYS)}
-    checkpoints = {position(path): path for path in CheckpointStore(run / "checkpoints").complete()}
-    if not checkpoints:
-        raise CheckpointError(f"{run}: holds no complete checkpoint to evaluate")
-    if waiting := sorted(checkpoints.keys() - done):
-        evaluator = Evaluator(config, device)
-        for samples in waiting:
-            scores = _evaluate(evaluator, run, checkpoints[samples], samples)
+    wanted = wanted or Wanted()
+    if wanted.num_prompts is not None:
+        options = replace(config.evaluation, num_prompts=wanted.num_prompts)
+        config = replace(config, evaluation=options)
+    evaluator: Evaluator | None = None
+    waiting = Waiting(run, config, wanted)
+    while True:
+        for samples, checkpoint in world.on_main(lambda: _due(run, config, wanted)):
+            evaluator = evaluator or world.together(lambda: Evaluator(config, world.device))
+            scores = _evaluate(evaluator, world, checkpoint, samples, wanted, tell)
             tell(
                 f"{samples:,} samples: FID {scores['fid']:.2f}, CLIP {scores['clip']:.4f} (n = "
                 f"{scores['n']:,})"
             )
-    _conclude(run, config, complete=max(checkpoints) >= config.training.max_samples)
+            if wanted.until_passed and _passes(scores, config.evaluation):
+                break
+        if not world.on_main(waiting.goes_on):
+            break
+        time.sleep(POLL_SECONDS)
+    if wanted.num_prompts is None:
+        world.on_main(lambda: _conclude(run, config))
 
 
-def _evaluate(evaluator: Evaluator, run: Path, checkpoint: Path, samples: int) -> dict[str, Any]:
-    """Draw and score one checkpoint, and write what it gives; returns its line of scores.jsonl.
+class Waiting:
+    """Whether an evaluator waits for more checkpoints of a run that is under way."""
 
-    The line is written last: a checkpoint without one is evaluated again.
+    def __init__(self, run: Path, config: Config, wanted: Wanted) -> None:
+        self._run, self._config, self._wanted = run, config, wanted
+        self._newest, self._since = -1, time.monotonic()
+
+    def goes_on(self) -> bool:
+        """Whether to look for checkpoints again in a while.
+
+        Not where the run is complete, and all its checkpoints are scored or one passed that
+        suffices; nor where nobody trains and none came for as many minutes as are waited.
+        """
+        minutes, config = self._wanted.wait_minutes, self._config
+        if minutes is None:
+            return False
+        scores = read_scores(self._run, KEYS)
+        if self._wanted.until_passed and any(_passes(line, config.evaluation) for line in scores):
+            return False
+        newest = max(_checkpoints(self._run), default=0)
+        if newest > self._newest or not RunLock().is_free(self._run):
+            self._newest, self._since = newest, time.monotonic()
+        # The last checkpoint may have landed since the last look.
+        if newest >= config.training.max_samples:
+            return newest not in {line["samples"] for line in scores}
+        return time.monotonic() - self._since < 60 * minutes
+
+
+def _checkpoints(run: Path) -> dict[int, Path]:
+    """The complete checkpoints of a run by position."""
+    return {position(path): path for path in CheckpointStore(run / "checkpoints").complete()}
+
+
+def _due(run: Path, config: Config, wanted: Wanted) -> list[tuple[int, Path]]:
+    """Positions and paths of the checkpoints to evaluate now, oldest first.
+
+    CheckpointError where the run has none, or lacks the one that is wanted.
     """
-    config, start = evaluator.config, time.time()
-    require_of_run(checkpoint, read_state(checkpoint), run)
-    seed = config.training.seed or 0
-    pictures = evaluator.draw(load_component(checkpoint, "model"), seed, source=checkpoint)
-    scores, first = evaluator.score(pictures, samples)
-    write_grid(first, evaluator.prompts, run / "samples", samples)
-    if config.mlperf.division != "none":
-        log = MLPerfLog(run / LOG_NAME, config)
-        log.add_evaluation(
-            samples,
-            fid=scores["fid"],
-            clip=scores["clip"],
-            start_ms=int(1000 * start),
-            stop_ms=int(1000 * time.time()),
+    checkpoints = _checkpoints(run)
+    if wanted.checkpoint is not None and wanted.checkpoint not in checkpoints:
+        there = ", ".join(f"{samples:,}" for samples in sorted(checkpoints)) or "none"
+        raise CheckpointError(
+            f"{run}: holds no complete checkpoint at {wanted.checkpoint:,} samples; there: {there}"
         )
+    if not checkpoints and wanted.wait_minutes is None:
+        raise CheckpointError(f"{run}: holds no complete checkpoint to evaluate")
+    scores = read_scores(run, KEYS)
+    if wanted.until_passed and any(_passes(line, config.evaluation) for line in scores):
+        return []
+    done = set() if wanted.num_prompts else {line["samples"] for line in scores}
+    of_all = checkpoints if wanted.checkpoint is None else [wanted.checkpoint]
+    return [(samples, checkpoints[samples]) for samples in sorted(set(of_all) - done)]
+
+
+def _passes(scores: dict[str, Any], options: EvaluationConfig) -> bool:
+    return scores["fid"] <= options.fid_target and scores["clip"] >= options.clip_target
+
+
+def _evaluate(
+    evaluator: Evaluator,
+    world: World,
+    checkpoint: Path,
+    samples: int,
+    wanted: Wanted,
+    tell: Callable[[str], None],
+) -> dict[str, Any]:
+    """Draw and score one checkpoint, and record what it gives; returns its scores.
+
+    The line of scores.jsonl is written last: a checkpoint without one is evaluated again, from the
+    pictures that were kept.
+    """
+    config, start, run = evaluator.config, time.time(), checkpoint.parents[1]
+    state = world.on_main(lambda: _state_of(checkpoint, run))
+    name = f"samples_{samples:010d}"
+    if wanted.num_prompts is not None:
+        name += f"_first_{wanted.num_prompts}"
+    keeper = Keeper(run / "evaluation" / name, of=evaluator.identity(state))
+    _draw(evaluator, world, keeper, checkpoint, wanted.pictures, tell)
+
+    def conclude() -> dict[str, Any]:
+        measured = keeper.complete(len(evaluator.prompts), tell)
+        scores = {
+            "samples": samples,
+            **evaluator.scores(measured),
+            "start_ms": int(1000 * start),
+            "stop_ms": int(1000 * time.time()),
+        }
+        if wanted.num_prompts is None:
+            write_grid(measured.grid / 255, evaluator.prompts, run / "samples", samples)
+            _record(run, config, scores, log=wanted.wait_minutes is None)
+        keeper.clear()
+        return scores
+
+    return world.on_main(conclude)
+
+
+def _state_of(checkpoint: Path, run: Path) -> str:
+    """The digest of a checkpoint's state; CheckpointError where it is of another run."""
+    state = read_state(checkpoint)
+    require_of_run(checkpoint, state, run)
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def _draw(
+    evaluator: Evaluator,
+    world: World,
+    keeper: Keeper,
+    checkpoint: Path,
+    pictures: Path | None,
+    tell: Callable[[str], None],
+) -> None:
+    """Draw and measure what is not kept yet, each rank every so many-th batch of it."""
+
+    def missing() -> list[int]:
+        kept = keeper.kept(tell)
+        have = set() if kept is None else set(kept.indices.tolist())
+        if have:
+            tell(f"{checkpoint}: {len(have):,} pictures were drawn before")
+        return [start for start in evaluator.starts() if start not in have]
+
+    starts = world.on_main(missing)[world.rank :: world.size]
+    seed = evaluator.config.training.seed or 0
+
+    def draw() -> None:
+        weights = load_component(checkpoint, "model")
+        batches = evaluator.draw(weights, seed, starts, source=checkpoint)
+        try:
+            for start, batch in zip(starts, batches, strict=True):
+                if pictures is not None:
+                    save_pictures(batch, numbered_paths(pictures, start, len(batch)))
+                keeper.add(evaluator.measure(start, batch))
+        finally:  # what a signal stops is kept, too
+            keeper.flush()
+
+    world.together(draw)
+
+
+def _record(run: Path, config: Config, scores: dict[str, Any], log: bool) -> None:
+    """Add scores to scores.jsonl and, with `log`, to the MLPerf log."""
     path = run / "scores.jsonl"
-    with disk_errors(path, _MAKE_ROOM):
-        lines, _ = read_json_lines(path, _KEYS)
+    with disk_errors(path, MAKE_ROOM):
+        lines, _ = read_json_lines(path, KEYS)
         write_text(path, json_lines([*lines, scores]))
-    return scores
+    if log:
+        _log_evaluations(run, config)
 
 
-def _conclude(run: Path, config: Config, complete: bool) -> None:
+def _log_evaluations(run: Path, config: Config) -> None:
+    """Add the evaluations that the run's MLPerf log lacks, with the times at which they were."""
+    if config.mlperf.division == "none":
+        return
+    logged = logged_scores(read_log(run / LOG_NAME))
+    log = MLPerfLog(run / LOG_NAME, config)
+    for line in read_scores(run, KEYS):
+        if line["samples"] not in logged and "start_ms" in line:
+            times = {name: line[name] for name in ("start_ms", "stop_ms")}
+            log.add_evaluation(line["samples"], fid=line["fid"], clip=line["clip"], **times)
+
+
+def _conclude(run: Path, config: Config) -> None:
     """End the MLPerf log where a checkpoint has passed the targets, or none will follow."""
     options = config.evaluation
-    scores = read_scores(run, _KEYS)
-    passed = any(
-        line["fid"] <= options.fid_target and line["clip"] >= options.clip_target for line in scores
-    )
+    passed = any(_passes(line, options) for line in read_scores(run, KEYS))
+    complete = max(_checkpoints(run), default=0) >= config.training.max_samples
     if config.mlperf.division == "none" or not (passed or complete):
         return
+    _log_evaluations(run, config)
     log = MLPerfLog(run / LOG_NAME, config)
     log.conclude(options.fid_target, options.clip_target)
     verdict = check_log(run / LOG_NAME)
@@ -273,7 +324,7 @@ def _conclude(run: Path, config: Config, complete: bool) -> None:
 
 def scores_table(run: Path) -> Table:
     """All scores of a run, as a table for the terminal."""
-    lines = read_scores(run, _KEYS)
+    lines = read_scores(run, KEYS)
     judged = any("judge" in line for line in lines)
     columns = [
         "samples",

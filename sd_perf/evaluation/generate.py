@@ -5,8 +5,7 @@ Shape letters: B pictures, C latent channels, H and W rows and columns of the pi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +33,15 @@ def generate(
     config: Config,
     seed: int,
     batch_size: int = 8,
+    starts: Sequence[int] | None = None,
     source: object = "the weights",
 ) -> Iterator[torch.Tensor]:
     """Draw a picture per prompt, in batches (B, 3, H, W) float32 in [0, 1] on the CPU.
 
     A batch is drawn when it is asked for. Picture i is a function of (seed, i, its prompt), for any
     batch size. `text_encoder` gives the text states of captions; `decode` takes unscaled latents
-    and gives images in [-1, 1]. `source` names the weights in messages, as a checkpoint's path.
+    and gives images in [-1, 1]. `starts` names the first prompt of each batch to draw, None all
+    batches. `source` names the weights in messages, as a checkpoint's path.
 
     Raises CheckpointError for a picture that is NaN or infinite, before its batch is given.
     """
@@ -56,7 +57,7 @@ def generate(
     uncond = text_encoder([""])
     # The fast UNet projects the context to keys and values once, not at every DDIM step.
     once: dict[str, Any] = {"project_text": unet.project_text} if isinstance(unet, FastUNet) else {}
-    for start in range(0, len(prompts), batch_size):
+    for start in range(0, len(prompts), batch_size) if starts is None else starts:
         batch = prompts[start : start + batch_size]
         indices = torch.arange(start, start + len(batch), device=device)
         noise = normal(seed, Stream.SAMPLER, indices, channels * size * size)
@@ -103,8 +104,15 @@ def picture_paths(prompts: list[str], folder: Path) -> list[Path]:
     return paths
 
 
-def save_pictures(batches: Iterable[torch.Tensor], paths: list[Path]) -> None:
-    """Write a PNG per picture of the batches (B, 3, H, W), each batch before the next is drawn."""
-    for picture, path in zip(chain.from_iterable(batches), paths, strict=True):
+def numbered_paths(folder: Path, start: int, count: int) -> list[Path]:
+    """Paths `00000012.png` for pictures from `start` on, in a folder that is made for them."""
+    with disk_errors(folder, "choose another folder"):
+        folder.mkdir(parents=True, exist_ok=True)
+    return [folder / f"{index:08d}.png" for index in range(start, start + count)]
+
+
+def save_pictures(pictures: Iterable[torch.Tensor], paths: list[Path]) -> None:
+    """Write a PNG per picture (3, H, W) in [0, 1], each before the next is asked for."""
+    for picture, path in zip(pictures, paths, strict=True):
         with disk_errors(path, "make room, or choose another --output"):
             write_png(picture, path)

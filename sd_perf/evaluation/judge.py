@@ -42,24 +42,21 @@ def judge(image: np.ndarray, caption: str) -> bool:
 
     False for a caption that is not one of the tiny world's.
     """
-    return _shows(describe(image), caption)
+    seen = describe(image)
+    return seen is not None and seen.caption == caption
 
 
-def judge_shares(described: list[Attributes | None], captions: list[str]) -> dict[str, float]:
+def judge_shares(seen: list[str], captions: list[str]) -> dict[str, float]:
     """Shares of pictures that show their own caption, and that of the next picture.
 
-    `described` holds what `describe` gives for each picture. Pictures whose next caption equals
-    their own are left out of the second share, which is a baseline: it is near 0 for pictures that
-    follow their captions.
+    `seen` holds the caption of what `describe` gives for each picture, "" for None. Pictures whose
+    next caption equals their own are left out of the second share, which is a baseline: it is near
+    0 for pictures that follow their captions.
     """
-    own = [_shows(seen, caption) for seen, caption in zip(described, captions, strict=True)]
-    nexts = zip(described, captions, captions[1:] + captions[:1], strict=True)
-    others = [_shows(seen, other) for seen, caption, other in nexts if other != caption]
+    own = [shown == caption for shown, caption in zip(seen, captions, strict=True)]
+    nexts = zip(seen, captions, captions[1:] + captions[:1], strict=True)
+    others = [shown == other for shown, caption, other in nexts if other != caption]
     return {"judge": float(np.mean(own)), "judge_shuffled": float(np.mean(others))}
-
-
-def _shows(seen: Attributes | None, caption: str) -> bool:
-    return seen is not None and seen.caption == caption
 
 
 def describe(image: np.ndarray) -> Attributes | None:

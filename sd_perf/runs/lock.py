@@ -1,4 +1,4 @@
-"""One writer per run folder: a lock that training and evaluation hold for as long as they live."""
+"""One writer per run folder: locks that training and evaluation hold for as long as they live."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from sd_perf.errors import UserError
 from sd_perf.files import one_line
 
 LOCK_NAME = ".lock"
+EVALUATION_LOCK_NAME = ".evaluation.lock"
+"""of evaluation alone, which may go on beside training"""
 
 
 class RunLock:
@@ -22,12 +24,23 @@ class RunLock:
     names its holder; commands that only read take no lock.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = LOCK_NAME) -> None:
+        self._name = name
         self._folder: int | None = None
         self._file: int | None = None
 
     def __enter__(self) -> RunLock:
         return self
+
+    def is_free(self, folder: Path) -> bool:
+        """Whether no process holds this lock of a folder at the moment."""
+        probe = RunLock(self._name)
+        try:
+            probe._take(folder)
+        except BlockingIOError:
+            return False
+        probe.release()
+        return True
 
     def __exit__(
         self,
@@ -46,8 +59,8 @@ class RunLock:
             self._take(folder)
         except BlockingIOError as error:
             raise UserError(
-                f"{folder}: is in use by {_holder(folder)}; wait for it or stop it, or choose "
-                "another run folder"
+                f"{folder}: is in use by {_holder(folder / self._name)}; wait for it or "
+                "stop it, or choose another run folder"
             ) from error
         except OSError as error:
             raise UserError(
@@ -60,19 +73,19 @@ class RunLock:
         if self._folder is None or self._file is None:
             return
         # Removed while it is locked, from where the folder is now: --fresh may have moved it.
-        if _is_same(self._file, self._folder):
-            os.unlink(LOCK_NAME, dir_fd=self._folder)
+        if _is_same(self._file, self._folder, self._name):
+            os.unlink(self._name, dir_fd=self._folder)
         for descriptor in (self._file, self._folder):
             os.close(descriptor)
         self._folder = self._file = None
 
     def _take(self, folder: Path) -> None:
         directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        if self._file is not None and _is_same(self._file, directory):
+        if self._file is not None and _is_same(self._file, directory, self._name):
             os.close(directory)
             return
         try:
-            file = _lock_in(directory)
+            file = _lock_in(directory, self._name)
         except BaseException:
             os.close(directory)
             raise
@@ -83,34 +96,34 @@ class RunLock:
         os.write(file, f"{platform.node()}, process {os.getpid()}, since {now}\n".encode())
 
 
-def _lock_in(directory: int) -> int:
+def _lock_in(directory: int, name: str) -> int:
     """A descriptor of the locked file in a directory; BlockingIOError where another has it."""
     while True:
-        file = os.open(LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644, dir_fd=directory)
+        file = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644, dir_fd=directory)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BaseException:
             os.close(file)
             raise
         # Its last holder may have removed the file between the two calls: then lock the new one.
-        if _is_same(file, directory):
+        if _is_same(file, directory, name):
             return file
         os.close(file)
 
 
-def _is_same(file: int, directory: int) -> bool:
+def _is_same(file: int, directory: int, name: str) -> bool:
     """Whether an open file is the one that a directory now has under the lock's name."""
     try:
-        named = os.stat(LOCK_NAME, dir_fd=directory, follow_symlinks=False)
+        named = os.stat(name, dir_fd=directory, follow_symlinks=False)
     except FileNotFoundError:
         return False
     return os.path.samestat(named, os.fstat(file))
 
 
-def _holder(folder: Path) -> str:
+def _holder(path: Path) -> str:
     """What the lock's file says, as one line of at most 200 characters that can be printed."""
     try:
-        with (folder / LOCK_NAME).open("rb") as file:
+        with path.open("rb") as file:
             text = file.read(200).decode(errors="replace").strip()
     except OSError:
         text = ""

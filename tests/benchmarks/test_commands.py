@@ -21,13 +21,19 @@ COMMANDS = {
     "throughput": ["--minutes", "0.001", *QUICK],
     "ladder": ["--seconds", "0.05", *QUICK],
     "data": [],
+    "conversion": [],
     "evaluation": [],
     "kernels": ["--ops", "geglu", "residual_add"],
     "cpu_comparisons": [],
     "scaling": ["--minutes", "0.001", *QUICK],
 }
 PRECOMPUTED = ["--set", "data.context=precomputed"]
-PACKAGES = {"data": "webdataset", "evaluation": "open_clip", "cpu_comparisons": "diffusers"}
+PACKAGES = {
+    "data": "webdataset",
+    "conversion": "PIL",
+    "evaluation": "open_clip",
+    "cpu_comparisons": "diffusers",
+}
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +174,7 @@ def test_a_rung_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     ]
 
 
+@pytest.mark.slow
 def test_scaling_runs_two_ranks(folder: Path) -> None:
     result = written("scaling", folder)
     check(result, "scaling")

@@ -44,6 +44,7 @@ def write_photographs(folder: Path, count: int) -> None:
     (folder / "captions.jsonl").write_text("\n".join(lines))
 
 
+@pytest.mark.slow
 def test_every_stage_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_photographs(tmp_path, count=3)
     output = tmp_path / "out"

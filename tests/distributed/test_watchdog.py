@@ -30,6 +30,7 @@ except RankLostError as error:
 """
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("rank", "how", "told"),
     [(1, "KILL", "is gone"), (0, "KILL", "is gone"), (1, "STOP", "is silent for 3 s")],

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import weakref
+from collections.abc import Iterable
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,11 @@ from sd_perf.data.prepare.scenes import write_scene_shards, write_scenes
 from sd_perf.distributed.world import start_world
 from sd_perf.errors import CheckpointError, ConfigError, DataError
 from sd_perf.evaluation import evaluate
-from sd_perf.evaluation.evaluate import GRID, Evaluator, evaluate_run, write_grid, write_statistics
+from sd_perf.evaluation.evaluate import evaluate_run, write_grid, write_statistics
+from sd_perf.evaluation.evaluator import Evaluator
 from sd_perf.evaluation.fid import FeatureStatistics, Gaussian, frechet_distance
 from sd_perf.evaluation.judge import judge
+from sd_perf.evaluation.measured import GRID, Measured
 from sd_perf.evaluation.prompts import read_prompts
 from sd_perf.mlperf.compliance import check_log
 from sd_perf.presets import load_preset
@@ -81,7 +84,7 @@ def config(tmp_path_factory) -> Config:
         )
         is None
     )
-    evaluate_run(Path(config.run.dir), config, torch.device("cpu"), lambda line: None)
+    evaluate_run(Path(config.run.dir), config, start_world("cpu"), lambda line: None)
     return config
 
 
@@ -115,11 +118,17 @@ def test_statistics_are_of_whole_pictures_without_their_aspect(config, tmp_path)
     assert torch.equal(*means)
 
 
+def without_times(line: dict) -> dict:
+    return {key: value for key, value in line.items() if not key.endswith("_ms")}
+
+
 def test_every_checkpoint_has_a_line_with_n(config):
     lines = read_scores(Path(config.run.dir))
     assert [line["samples"] for line in lines] == [32, 64]
     assert all(
-        line.keys() == {"samples", "fid", "clip", "judge", "judge_shuffled", "n"} for line in lines
+        line.keys()
+        == {"samples", "fid", "clip", "judge", "judge_shuffled", "n", "start_ms", "stop_ms"}
+        for line in lines
     )
     assert all(
         line["n"] == PROMPTS and line["fid"] > 0 and -1 <= line["clip"] <= 1 for line in lines
@@ -143,7 +152,7 @@ def test_second_evaluation_loads_and_adds_nothing(config, monkeypatch):
     monkeypatch.setattr(evaluate, "Evaluator", lambda *_: pytest.fail("loaded networks"))
     run = Path(config.run.dir)
     before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
-    evaluate_run(run, config, torch.device("cpu"), lambda line: pytest.fail("scored again"))
+    evaluate_run(run, config, start_world("cpu"), lambda line: pytest.fail("scored again"))
     changed = [path.name for path, data in before.items() if path.read_bytes() != data]
     assert changed in ([], ["mlperf_verdict.json"])
 
@@ -154,9 +163,11 @@ def test_a_line_that_a_kill_cut_is_scored_again_and_the_rest_stays(config, tmp_p
     first, second = (run / "scores.jsonl").read_text().splitlines(keepends=True)
     (run / "scores.jsonl").write_text(first + second[:20])
     told = []
-    evaluate_run(run, config, torch.device("cpu"), told.append)
+    evaluate_run(run, config, start_world("cpu"), told.append)
     assert len(told) == 1 and told[0].startswith("64 samples: FID")
-    assert (run / "scores.jsonl").read_text() == first + second
+    again = json.loads((run / "scores.jsonl").read_text().splitlines()[1])
+    assert without_times(again) == without_times(json.loads(second))
+    assert (run / "scores.jsonl").read_text().startswith(first)
 
 
 def test_damaged_scores(config, tmp_path, capsys):
@@ -229,9 +240,9 @@ def test_streamed_scores_are_those_of_all_pictures_at_once(evaluator):
         if other != caption
     ]
     assert len(others) < 100
-    line, first = evaluator.score(iter(pictures.split(batch_size)), 7)
+    measured = measure(evaluator, pictures.split(batch_size))
+    line = evaluator.scores(measured)
     assert line == {
-        "samples": 7,
         "fid": frechet_distance(statistics.gaussian(), evaluator.real),
         "clip": torch.cat(cosines).double().mean().item(),
         "judge": np.mean([judge(*pair) for pair in zip(images, prompts, strict=True)]),
@@ -239,38 +250,28 @@ def test_streamed_scores_are_those_of_all_pictures_at_once(evaluator):
         "n": 100,
     }
     assert 0 < line["judge"] < line["judge_shuffled"] < 1
-    assert torch.equal(first, pictures[:GRID])
-    at_once, _ = evaluator.score([pictures], 7)
+    assert torch.equal(measured.grid, (255 * pictures[:GRID]).round().byte())
+    at_once = evaluator.scores(measure(evaluator, [pictures]))
     assert at_once == pytest.approx(line, rel=1e-5)
+
+
+def measure(evaluator: Evaluator, batches: Iterable[torch.Tensor]) -> Measured:
+    """Of the pictures of all prompts."""
+    starts = accumulate((len(batch) for batch in batches), initial=0)
+    return Measured.joined(map(evaluator.measure, starts, batches))
 
 
 def test_no_scores_of_nan(evaluator):
     weights = {**evaluator.unet.state_dict()}
     weights["out.2.bias"] = torch.full_like(weights["out.2.bias"], float("nan"))
     with pytest.raises(CheckpointError, match=r"^runs/x/samples_4: \d+ of \d+ latents .* NaN"):
-        evaluator.score(evaluator.draw(weights, 0, source="runs/x/samples_4"), 4)
+        next(evaluator.draw(weights, 0, evaluator.starts(), source="runs/x/samples_4"))
 
 
 def test_feature_net_takes_pictures_of_one_size(config):
     data = dataclasses.replace(config.data, latent_size=2 * config.data.latent_size)
     with pytest.raises(DataError, match=r"takes pictures of 64x64 .*latent_size 16 gives 128x128"):
         Evaluator(dataclasses.replace(config, data=data), torch.device("cpu"))
-
-
-def test_no_picture_outlives_its_batch(evaluator):
-    alive = []
-
-    def draw():
-        references = []
-        for batch in scenes(evaluator).split(10):
-            copy = batch.clone()
-            references.append(weakref.ref(copy))
-            yield copy
-            del copy
-            alive.append(sum(reference() is not None for reference in references))
-
-    evaluator.score(draw(), 7)
-    assert len(alive) == 10 and max(alive) <= 1
 
 
 def test_statistics_of_another_network_are_told_before_anything_is_drawn(config, tmp_path):
@@ -294,4 +295,4 @@ def test_what_scores_need_must_be_named(config):
 
 def test_nothing_to_evaluate(config, tmp_path):
     with pytest.raises(CheckpointError, match="holds no complete checkpoint to evaluate"):
-        evaluate_run(tmp_path, config, torch.device("cpu"), lambda line: None)
+        evaluate_run(tmp_path, config, start_world("cpu"), lambda line: None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import numpy as np
 import pytest
 import torch
@@ -21,7 +23,7 @@ def test_pictures_are_saved_as_they_come(tmp_path):
         assert [path.exists() for path in paths] == [True, True, False, False]
         yield torch.ones(2, 3, 4, 4)
 
-    save_pictures(draw(), paths)
+    save_pictures(chain.from_iterable(draw()), paths)
     assert [np.asarray(Image.open(path)).max() for path in paths] == [0, 0, 255, 255]
 
 

@@ -146,6 +146,7 @@ def test_rounds_what_fp8_rounds(classes: tuple[str, ...], bf16: bool) -> None:
     )
 
 
+@pytest.mark.slow
 def test_runs_on_the_fp8_kernels() -> None:
     fast = fast_unet(PrecisionConfig(linear="fp8_native"), replace(REFERENCE, fp8_linear="triton"))
     before = launch.executed.copy()

@@ -176,6 +176,7 @@ def test_one_operator_on_any_backend_beside_the_others(op: str, backend: str) ->
     )
 
 
+@pytest.mark.slow
 def test_runs_on_triton_kernels() -> None:
     """At sizes that the interpreter takes, every operator that has a kernel."""
     config = UNetConfig(

@@ -29,6 +29,7 @@ SCALE_OF_ANOTHER = (
 )
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     ("case", "fault"),
     [
@@ -233,6 +234,7 @@ def matmuls_of(producer: str, needed: set[str]) -> int:
     + [(producer, " ".join(sorted(INPUT))) for producer in ("layer_norm", "feed_forward")]
     + [("feed_forward", " ".join(sorted({*INPUT, "inner_weight", "inner_bias"})))],
 )
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("function", [fp8_linear, reference], ids=["triton", "reference"])
 def test_frozen_inputs_cost_no_matmul(function: Any, producer: str, frozen: str) -> None:
     """The others' gradients stay as they were, bit for bit."""

@@ -33,6 +33,7 @@ def smaller(name: str) -> Case:
     return replace(CASES[name], shape=shape)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     ("case", "fault"),
     [
@@ -113,6 +114,7 @@ def results(case: Case) -> dict[str, torch.Tensor]:
     )
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("window", [1, 64])
 def test_the_lag_between_statistics_and_results_changes_nothing(
     window: int, monkeypatch: pytest.MonkeyPatch

@@ -21,6 +21,7 @@ FAR = Case(
 CASES = {case.name: case for case in (*SPEC.small_cases, FAR)}
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("case", "fault"),
     [

@@ -27,7 +27,7 @@ FAST = {"implementation": "fast"}
 REFERENCE = {field.name: "reference" for field in fields(KernelsConfig) if field.name != "strict"}
 DELAYED = {
     "model": FAST,
-    "training": {"precision": "bf16", "max_samples": 80},
+    "training": {"precision": "bf16", "max_samples": 48},
     "precision": {"feed_forward": "fp8_te", "text": "fp8_native", "fp8_recipe": "delayed"},
     "kernels": REFERENCE,
 }
@@ -47,8 +47,8 @@ def losses(trainer: Any) -> list[float]:
 
 
 def test_fp8_trains_on_a_cpu(make_config, make_trainer):
-    """Each of 20 losses is within 1 % of bfloat16's."""
-    changes = {"model": FAST, "training": {"precision": "bf16", "max_samples": 80}}
+    """Each of 10 losses is within 1 % of bfloat16's."""
+    changes = {"model": FAST, "training": {"precision": "bf16", "max_samples": 40}}
     changes["logging"] = {"every_steps": 1}
     runs = {}
     for name in ("bf16", "fp8_native-current", "fp8_native-delayed"):
@@ -59,23 +59,24 @@ def test_fp8_trains_on_a_cpu(make_config, make_trainer):
         trainer.fit()
         runs[name] = losses(trainer)
     bf16 = runs.pop("bf16")
-    assert len(bf16) == 20
+    assert len(bf16) == 10
     for fp8 in runs.values():
         assert fp8 != bf16 and fp8 == pytest.approx(bf16, rel=0.01)
     assert runs["fp8_native-current"] != runs["fp8_native-delayed"]
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["", "recomputed"])
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("again", [True, False], ids=["recomputed", ""])
 def test_resumed_with_native_scales_is_bit_identical(make_config, make_trainer, again):
     changes = {
         "model": {**FAST, "activation_checkpointing": again},
-        "training": {"precision": "bf16", "max_samples": 80, "accumulate_steps": 2},
+        "training": {"precision": "bf16", "max_samples": 28, "accumulate_steps": 2},
         "precision": {"feed_forward": "fp8_native", "fp8_recipe": "delayed"},
     }
     whole = make_trainer(make_config("whole", **changes), [Checkpointer()])
     whole.fit()
     config = make_config("stopped", **changes)
-    make_trainer(config, [StopAt(7), Checkpointer()]).fit()
+    make_trainer(config, [StopAt(4), Checkpointer()]).fit()
     resumed = make_trainer(config, [Checkpointer()], resume=True)
     resumed.fit()
     assert_bit_identical(final_tensors(resumed.folder), final_tensors(whole.folder))
@@ -84,7 +85,7 @@ def test_resumed_with_native_scales_is_bit_identical(make_config, make_trainer, 
     assert all(torch.equal(saved[name], kept[name]) for name in saved)
     # A step ends with the update, so that a checkpoint lies between two steps.
     assert not saved["delayed_scaling.amax"].any()
-    assert saved["delayed_scaling.history"].count_nonzero(0).min() >= 10
+    assert saved["delayed_scaling.history"].count_nonzero(0).min() >= 3
 
 
 def test_resumed_with_delayed_scales_is_bit_identical(on_h100, make_config, make_trainer):

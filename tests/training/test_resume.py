@@ -69,6 +69,7 @@ def whole_run(whole_folder) -> dict[str, torch.Tensor]:
     return final_tensors(whole_folder)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("stop", [1, 10, 13, 19])
 def test_resumed_run_is_bit_identical(stop, make_config, make_trainer, whole_run, whole_folder):
     config = make_config("stopped", training=LENGTH)
@@ -90,14 +91,13 @@ def test_resumed_run_is_bit_identical(stop, make_config, make_trainer, whole_run
 
 
 def test_a_decay_does_not_move_when_the_run_is_made_longer(make_config, make_trainer):
-    optimizer = {"warmup_steps": 2, "decay_steps": 12}
-    whole = make_trainer(
-        make_config("long", optimizer=optimizer, training=LENGTH), [Checkpointer()]
-    )
+    optimizer = {"warmup_steps": 2, "decay_steps": 6}
+    long = make_config("long", optimizer=optimizer, training={"max_samples": 32})
+    whole = make_trainer(long, [Checkpointer()])
     whole.fit()
-    for samples in (40, 80):
+    for samples in (16, 32):
         config = make_config("longer", optimizer=optimizer, training={"max_samples": samples})
-        trainer = make_trainer(config, [Checkpointer()], resume=samples > 40)
+        trainer = make_trainer(config, [Checkpointer()], resume=samples > 16)
         trainer.fit()
     assert_bit_identical(final_tensors(trainer.folder), final_tensors(whole.folder))
 

@@ -8,7 +8,8 @@ import shutil
 import socket
 import subprocess
 import sys
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,10 @@ os._exit(0)
 """
 
 
-def changes(strategy: str, accumulate: int = 1) -> dict[str, Any]:
+def changes(strategy: str, accumulate: int = 1, steps: int = STEPS) -> dict[str, Any]:
     training = {
         "global_batch_size": BATCH,
-        "max_samples": STEPS * BATCH,
+        "max_samples": steps * BATCH,
         "strategy": strategy,
         "accumulate_steps": accumulate,
     }
@@ -68,7 +69,7 @@ def changes(strategy: str, accumulate: int = 1) -> dict[str, Any]:
         "model": {"implementation": "fast"},
         "training": training,
         "optimizer": {"base_learning_rate": 2.5e-5},  # 4e-4 in all, as small_run has it for 4
-        "checkpoint": {"every_samples": STEPS * BATCH // 2},
+        "checkpoint": {"every_samples": steps * BATCH // 2},
     }
 
 
@@ -99,12 +100,19 @@ def start_ranks(count: int, runs: list[tuple[Path, dict[str, Any]]]) -> list[sub
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> Path:
-    """The run in one process, without accumulation."""
-    config = small_config(tmp_path_factory.mktemp("alone") / "run", **changes("auto"))
-    trainer = small_trainer(config, [Checkpointer()])
-    trainer.fit()
-    return trainer.folder
+def alone(tmp_path_factory) -> Callable[[int], Path]:
+    """alone(steps): the run in one process, without accumulation; each trained once."""
+
+    @cache
+    def train(steps: int) -> Path:
+        config = small_config(
+            tmp_path_factory.mktemp("alone") / "run", **changes("auto", steps=steps)
+        )
+        trainer = small_trainer(config, [Checkpointer()])
+        trainer.fit()
+        return trainer.folder
+
+    return train
 
 
 def half_of(run: Path, folder: Path) -> Path:
@@ -115,30 +123,31 @@ def half_of(run: Path, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("count", "strategies", "accumulations"),
+    ("count", "strategies", "accumulations", "steps"),
     [
-        (2, ["zero1"], [1]),
-        pytest.param(2, ["ddp", "zero1"], [1, 4], marks=pytest.mark.slow),
-        pytest.param(4, ["ddp", "zero1"], [1, 4], marks=pytest.mark.slow),
+        (2, ["zero1"], [1], 12),
+        pytest.param(2, ["ddp", "zero1"], [1, 4], STEPS, marks=pytest.mark.slow),
+        pytest.param(4, ["ddp", "zero1"], [1, 4], STEPS, marks=pytest.mark.slow),
     ],
 )
 def test_ranks_equal_one_process_and_resume_each_other(
-    count, strategies, accumulations, alone, tmp_path
+    count, strategies, accumulations, steps, alone, tmp_path
 ):
     runs = {
         f"{strategy}-{accumulate}": (tmp_path / f"{strategy}-{accumulate}", strategy, accumulate)
         for strategy in strategies
         for accumulate in accumulations
     }
-    begun = [(folder, changes(*of)) for folder, *of in runs.values()]
-    resumed = half_of(alone, tmp_path / "resumed")  # begun in one process
-    run_ranks(count, [*begun, (resumed, changes("zero1"))])
+    begun = [(folder, changes(*of, steps)) for folder, *of in runs.values()]
+    resumed = half_of(alone(steps), tmp_path / "resumed")  # begun in one process
+    run_ranks(count, [*begun, (resumed, changes("zero1", steps=steps))])
     # And back: begun by ranks that each held a part of the state, ended by one process.
-    back = small_config(half_of(tmp_path / "zero1-1", tmp_path / "back"), **changes("auto"))
+    half = half_of(tmp_path / "zero1-1", tmp_path / "back")
+    back = small_config(half, **changes("auto", steps=steps))
     trainer = small_trainer(back, [Checkpointer()], resume=True)
-    assert trainer.steps == STEPS // 2
+    assert trainer.steps == steps // 2
     trainer.fit()
-    right = final_tensors(alone)
+    right = final_tensors(alone(steps))
     for folder in (*(folder for folder, *_ in runs.values()), resumed, trainer.folder):
         error = relative_error(final_tensors(folder), right)
         print(f"{count} ranks, {folder.name}: largest relative error {error:.1e}")
@@ -195,7 +204,8 @@ def test_names_of_strategies():
 DELAYED = {"feed_forward": "fp8_native", "fp8_recipe": "delayed"}
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero1"])
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("strategy", ["zero1", "ddp"])
 def test_ranks_have_the_fp8_scales_of_one_process(strategy, make_config, make_trainer, tmp_path):
     """Amax is that of all ranks' samples: the largest, not the first rank's."""
     short = changes(strategy)
@@ -227,7 +237,8 @@ def test_zero1_is_refused_where_torch_compiles(make_config, make_trainer):
         build_step(unet, config, seed=0, world=ranks, text_encoder=None, ops=unet.ops)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("precision", ["fp8", "bf16", "fp32"])
 def test_what_is_done_once_changes_nothing(precision, make_config, make_trainer):
     """A rehearsed run is, bit for bit, the run that was not; so a resumed run may be, too."""
     is_fp8 = precision == "fp8"

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from sd_perf.errors import CheckpointError
+from sd_perf.runs.folder import read_run_id
 from sd_perf.training.callbacks.checkpointer import Checkpointer
 from tests.runs.test_checkpoints import reseal
+from tests.small_run import small_config, small_trainer
+
+
+@pytest.fixture(scope="module")
+def trained_once(tmp_path_factory):
+    config = small_config(tmp_path_factory.mktemp("trained") / "run", training={"max_samples": 40})
+    trainer = small_trainer(config, [Checkpointer()])
+    trainer.fit()
+    return trainer
 
 
 @pytest.fixture
-def trained(make_config, make_trainer):
-    """A trainer at its end, sample 40, and its only checkpoint."""
-    trainer = make_trainer(make_config(training={"max_samples": 40}), [Checkpointer()])
-    trainer.fit()
-    return trainer, trainer.store.newest()
+def trained(trained_once, tmp_path):
+    """A trainer at its end, sample 40, and a copy of its only checkpoint to spoil."""
+    newest = trained_once.store.newest()
+    return trained_once, Path(shutil.copytree(newest, tmp_path / newest.name))
 
 
 def test_state_names_run_and_config(trained):
@@ -66,11 +76,12 @@ def test_a_checkpoint_of_another_run(trained, make_config, make_trainer):
         other.load(path)
 
 
-def test_the_id_stays_when_a_run_is_resumed(trained, make_config, make_trainer):
+def test_the_id_stays_when_a_run_is_resumed(trained, make_config, make_trainer, tmp_path):
     trainer, _ = trained
+    shutil.copytree(trainer.folder, tmp_path / "run")
     longer = make_config(training={"max_samples": 80})
     resumed = make_trainer(longer, [Checkpointer()], resume=True)
     resumed.fit()
     states = [json.loads((p / "state.json").read_text()) for p in resumed.store.complete()]
     assert len({(state["run_id"], state["config_digest"]) for state in states}) == 1
-    assert Path(trainer.folder) == resumed.folder and len(states) == 2
+    assert states[0]["run_id"] == read_run_id(trainer.folder) and len(states) == 2

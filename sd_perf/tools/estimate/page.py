@@ -11,8 +11,11 @@ from sd_perf.files import disk_errors, written_aside
 from sd_perf.optional import optional
 from sd_perf.tools.estimate.predict import RECIPES, operators
 
-_COLOURS = ("#0b5a94", "#5b9bc8", "#9cc3e0", "#b5651d", "#d99a5b", "#7a7a7a", "#b5b5b5", "#e3e3e3")
-"""of the families: blues multiply matrices, browns and greys move memory"""
+_COLOURS = (
+    *("#0b5a94", "#5b9bc8", "#9cc3e0", "#b5651d", "#d99a5b", "#7a7a7a", "#b5b5b5", "#e3e3e3"),
+    "#8c4a9e",
+)
+"""of the families: blues multiply matrices, browns and greys move memory, violet waits for GPUs"""
 
 
 def tables(facts: dict[str, Any]) -> Iterable[Any]:
@@ -20,10 +23,25 @@ def tables(facts: dict[str, Any]) -> Iterable[Any]:
     yield _times(facts)
     yield _memory(facts)
     yield _expected(facts["installed"])
-    yield (
-        "One GPU; communication is not counted. fused is the fast network's step in one CUDA graph."
-    )
+    yield _communication(facts)
+    yield "fused is the fast network's step in one CUDA graph."
     yield from facts["notes"]
+
+
+def _communication(facts: dict[str, Any]) -> str:
+    """Over how many GPUs, and how much of their communication is waited for."""
+    ranks, nodes = facts["ranks"], facts["nodes"]
+    if ranks == 1:
+        return "One GPU: no communication."
+    waited = ", ".join(
+        f"{name} {recipe['communication_ms']:.1f} ms, of which "
+        f"{recipe['communication_exposed_ms']:.1f} are waited for"
+        for name, recipe in facts["recipes"].items()
+    )
+    return (
+        f"{ranks} GPUs on {nodes} nodes of {ranks // nodes}; times and rates are of each GPU. "
+        f"Communication of a step, by NCCL's model: {waited}."
+    )
 
 
 def _expected(installed: dict[str, Any]) -> str:

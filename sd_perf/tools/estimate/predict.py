@@ -1,14 +1,14 @@
 """The least time and the memory of a training step on one GPU, by three recipes.
 
 A kernel takes as long as its arithmetic or its bytes, whichever is longer; a step is the sum of its
-kernels, and of the gaps between them. Communication between GPUs is not counted. What the sums rest
-on: docs/performance.md.
+kernels, of the gaps between them, and of the communication between GPUs that computing does not
+hide. What the sums rest on: docs/performance.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, get_args
 
@@ -20,6 +20,14 @@ from sd_kernels.targets import GPU, AttentionRates, named
 from sd_perf.config import Config
 from sd_perf.errors import ConfigError
 from sd_perf.fast.architecture import architecture
+from sd_perf.tools.estimate.communication import (
+    Cluster,
+    Communication,
+    ddp,
+    node_sharded,
+    torch_ddp,
+    zero1,
+)
 from sd_perf.tools.estimate.eager import plain
 from sd_perf.tools.estimate.fused import (
     fused,
@@ -86,9 +94,10 @@ _PACKING = ("fa2", "fa3", "fa4", "te")
 
 
 def operators() -> dict[str, list[str]]:
-    """Rows of the figures by family: the ops of sd_kernels, and two rows for everything else."""
+    """Rows of the figures by family: the ops of sd_kernels, and three rows for everything else."""
     rows: dict[str, list[str]] = {family: [] for family in get_args(Family)}
     rows["waiting for the host"] = ["waiting"]
+    rows["waiting for other GPUs"] = ["communication"]
     for op, spec in all_ops().items():
         rows[spec.family].append(op)
     # torch's own sums, copies and casts
@@ -96,36 +105,53 @@ def operators() -> dict[str, list[str]]:
     return rows
 
 
-def predict(config: Config, gpu: str, batch: int, ranks: int = 1) -> dict[str, Any]:
+def predict(config: Config, gpu: str, batch: int, ranks: int = 1, nodes: int = 1) -> dict[str, Any]:
     """Figures of each recipe in bfloat16, as JSON takes them; those of `fused` at the top, too.
 
     `fused` is the sum of the ops in one CUDA graph, with the fastest attention that is known for
-    the GPU; `installed` is the same with the attention that a run would choose. ranks: GPUs that
-    share the submission's optimizer state.
-    Raises ConfigError where the GPU is not known, or a number is below 1.
+    the GPU; `installed` is the same with the attention that a run would choose. batch: samples of
+    one GPU's step; ranks: GPUs in all, on `nodes` equal nodes.
+    Raises ConfigError where the GPU is not known, a number is below 1, or GPUs do not divide.
     """
     try:
         card = named(gpu)
     except LookupError as error:
         raise ConfigError(f"--gpu: {error}") from error
-    for name, value in (("--batch", batch), ("--ranks", ranks)):
+    for name, value in (("--batch", batch), ("--ranks", ranks), ("--nodes", nodes)):
         if value < 1:
             raise ConfigError(f"{name}: {value} cannot be used; it must be at least 1")
+    if ranks % nodes:
+        raise ConfigError(
+            f"--nodes: {nodes} cannot be used; {ranks} ranks do not divide into as many equal nodes"
+        )
+    cluster = Cluster(card, nodes, gpus_per_node=ranks // nodes)
+    # Ranks of the fast network that hold a share of AdamW's state each.
+    shares = 1 if config.training.strategy == "ddp" else ranks
     unet = architecture(config)
     eager, eager_saved = plain(config, batch)
     # torch's fused AdamW in float32 reads gradients, and reads and writes weights and two moments.
     eager = [*eager, Kernel("adamw", 28.0 * unet.parameters)]
     kernels = {
         "plain": eager,
-        "submission": list(submission(unet, batch, ranks)),
-        "fused": list(fused(unet, batch)),
+        "submission": list(submission(unet, batch, cluster.gpus_per_node)),
+        "fused": [
+            replace(kernel, bytes=kernel.bytes / shares) if kernel.op == "adamw" else kernel
+            for kernel in fused(unet, batch)
+        ],
     }
-    held = _held(unet, batch, ranks, eager_saved)
+    held = _held(unet, batch, shares, cluster.gpus_per_node, eager_saved)
     figures = {
-        name: _figures(recipe, kernels=kernels[name], held=held[name], gpu=card, batch=batch)
+        name: _figures(
+            recipe,
+            kernels=kernels[name],
+            held=held[name],
+            cluster=cluster,
+            config=config,
+            batch=batch,
+        )
         for name, recipe in RECIPES.items()
     }
-    installed, notes = _installed(config, kernels["fused"], gpu=card, batch=batch)
+    installed, notes = _installed(config, kernels["fused"], cluster=cluster, batch=batch)
     notes += refusals(unet, batch)
     if config.training.precision != "bf16":
         notes.append(
@@ -136,14 +162,14 @@ def predict(config: Config, gpu: str, batch: int, ranks: int = 1) -> dict[str, A
         for name, recipe in figures.items()
         if batch > (largest := recipe["largest_batch"])
     ]
-    shown = {"gpu": gpu, "batch": batch, "ranks": ranks, "notes": notes}
+    shown = {"gpu": gpu, "batch": batch, "ranks": ranks, "nodes": nodes, "notes": notes}
     return {**shown, **figures["fused"], "installed": installed, "recipes": figures}
 
 
 def _held(
-    unet: Architecture, batch: int, ranks: int, eager_saved: float
+    unet: Architecture, batch: int, shares: int, gpus_per_node: int, eager_saved: float
 ) -> dict[str, dict[str, float]]:
-    """Bytes that live through a step, by recipe."""
+    """Bytes that live through a step, by recipe; `shares` divide AdamW's state of `fused`."""
     N = unet.parameters
     return {
         # Autocast keeps its weights in float32 and, for the step, in bfloat16.
@@ -157,30 +183,30 @@ def _held(
         # Whole float32 masters beside 16-bit weights.
         "submission": {
             "weights": 2 * N,
-            "masters": 4 * N / ranks,
+            "masters": 4 * N / gpus_per_node,
             "gradients": 2 * N,
-            "moments": 8 * N / ranks,
+            "moments": 8 * N / gpus_per_node,
             "activations": saved_activations(unet, batch),
         },
         # A master is the weight's 16 bits and 16 more, which alone are kept besides.
         "fused": {
             "weights": 2 * N,
-            "masters": 2 * N,
+            "masters": 2 * N / shares,
             "gradients": 2 * N,
-            "moments": 8 * N,
+            "moments": 8 * N / shares,
             "activations": saved_activations(unet, batch),
         },
     }
 
 
 def _installed(
-    config: Config, kernels: list[Kernel], *, gpu: GPU, batch: int
+    config: Config, kernels: list[Kernel], *, cluster: Cluster, batch: int
 ) -> tuple[dict[str, Any], list[str]]:
     """The step with the attention that the config's run would choose on the GPU; and notes.
 
     `expected` is a range of samples per second, where published runs allow one: see `published`.
     """
-    backend = config.kernels.attention
+    backend, gpu = config.kernels.attention, cluster.gpu
     if backend == AUTO:
         backend = choose("attention", target=gpu.target, cases=all_ops()["attention"].cases).backend
     library = _LIBRARIES.get(backend, "")
@@ -193,8 +219,10 @@ def _installed(
     recipe = RECIPES["fused"]
     if backend not in _PACKING:
         kernels = [*kernels, *packed_attention_gradients(architecture(config), batch)]
-    by_op = spent(kernels, gpu=gpu, rates=gpu.attention[library], gap=recipe.gap, batch=batch)
-    at_most = 1e3 / sum(row["ms_per_sample"] for row in by_op.values())
+    rates = gpu.attention[library]
+    by_op = spent(kernels, gpu=gpu, rates=rates, gap=recipe.gap, batch=batch)
+    waited = _communication(recipe, kernels, cluster, rates=rates, config=config).exposed
+    at_most = 1e3 / (sum(row["ms_per_sample"] for row in by_op.values()) + 1e3 * waited / batch)
     reached = reached_shares(gpu, _submitted)
     return {
         "attention": backend,
@@ -208,12 +236,41 @@ def _installed(
 
 @cache
 def _submitted(gpu: str, batch: int, ranks: int) -> float:
-    """Samples per second, at most, of the submission's way with the benchmark's network."""
+    """Samples per second and GPU, at most, of the submission's way on one node."""
     card, recipe = named(gpu), RECIPES["submission"]
     kernels = list(submission(SD_V2, batch, ranks))
     rates = _attention_rates(card, recipe)
     by_op = spent(kernels, gpu=card, rates=rates, gap=recipe.gap, batch=batch)
-    return 1e3 / sum(row["ms_per_sample"] for row in by_op.values())
+    node = Cluster(card, nodes=1, gpus_per_node=ranks)
+    waited = _communication(recipe, kernels, node, rates=rates, config=Config()).exposed
+    return 1e3 / (sum(row["ms_per_sample"] for row in by_op.values()) + 1e3 * waited / batch)
+
+
+def _communication(
+    recipe: Recipe,
+    kernels: list[Kernel],
+    cluster: Cluster,
+    *,
+    rates: AttentionRates,
+    config: Config,
+) -> Communication:
+    """The collectives of a step, beside the computing that can hide them."""
+    forward, backward = (
+        sum(
+            kernel.calls * (kernel.seconds(cluster.gpu, rates) + recipe.gap)
+            for kernel in kernels
+            if kernel.backward == is_backward and kernel.op != "adamw"
+        )
+        for is_backward in (False, True)
+    )
+    parameters = architecture(config).parameters
+    if recipe is RECIPES["plain"]:
+        return torch_ddp(parameters, cluster, backward)
+    if recipe is RECIPES["submission"]:
+        return node_sharded(parameters, cluster, backward)
+    if config.training.strategy == "ddp":
+        return ddp(parameters, cluster, backward)
+    return zero1(parameters, cluster, forward, backward)
 
 
 def _attention_rates(gpu: GPU, recipe: Recipe) -> AttentionRates:
@@ -246,9 +303,16 @@ def spent(
 
 
 def _figures(
-    recipe: Recipe, *, kernels: list[Kernel], held: dict[str, float], gpu: GPU, batch: int
+    recipe: Recipe,
+    *,
+    kernels: list[Kernel],
+    held: dict[str, float],
+    cluster: Cluster,
+    config: Config,
+    batch: int,
 ) -> dict[str, Any]:
     """One recipe's time, work and memory; `held` are the bytes that live through a step."""
+    gpu = cluster.gpu
     rates = _attention_rates(gpu, recipe)
     by_op = spent(kernels, gpu=gpu, rates=rates, gap=recipe.gap, batch=batch)
     total = sum(row["ms_per_sample"] for row in by_op.values())
@@ -257,6 +321,10 @@ def _figures(
         host = sum(kernel.calls for kernel in kernels) * _HOST * 1e3 / batch
         by_op["waiting"]["ms_per_sample"] = max(host - total, 0.0)
         total = max(host, total)
+    communication = _communication(recipe, kernels, cluster, rates=rates, config=config)
+    waited = 1e3 * communication.exposed / batch
+    by_op["communication"]["ms_per_sample"] = waited
+    total += waited
     # The allocator must hold the tensors of the largest kernel beside all that is kept. AdamW's are
     # counted already, and it runs when no activation is left.
     workspace = max(kernel.bytes for kernel in kernels if kernel.op != "adamw")
@@ -269,6 +337,8 @@ def _figures(
     return {
         "samples_per_second": 1e3 / total,
         "ms_per_sample": total,
+        "communication_ms": 1e3 * communication.total,
+        "communication_exposed_ms": 1e3 * communication.exposed,
         "by_op": {op: row for op, row in by_op.items() if row["ms_per_sample"]},
         "memory_bytes": {**memory, "total": sum(memory.values())},
         "largest_batch": max(int((gpu.memory - fixed) * batch // per_batch), 0),

@@ -1,4 +1,4 @@
-"""`data prepare --pixel-range`, from pictures to a step of training."""
+"""`data.image_range` in `data prepare`, from pictures to a step of training."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from tests.cli.bad_input import AUTOENCODER, TEXT_TINY, matches
     ("option", "scale", "shift"),
     [
         ([], 2, -1),
-        (["--pixel-range", "minus_one_one"], 2, -1),
-        (["--pixel-range", "zero_one"], 1, 0),
+        (["--data.image-range", "correct"], 2, -1),
+        (["--data.image-range", "benchmark"], 1, 0),
     ],
-    ids=["default", "minus_one_one", "zero_one"],
+    ids=["default", "correct", "benchmark"],
 )
 def test_moments_that_training_reads(option, scale, shift, preset, shards, run, tmp_path, sd_perf):
     """The encoder gets pixels of the range, and training takes the shards."""
@@ -44,6 +44,6 @@ def test_moments_that_training_reads(option, scale, shift, preset, shards, run, 
 
 def test_other_ranges(preset, tmp_path, sd_perf):
     command = ("data", "prepare", "--config", preset, "--images", tmp_path)
-    code, output, errors = sd_perf(*command, "--autoencoder", "a", "--pixel-range", "0_255")
+    code, output, errors = sd_perf(*command, "--autoencoder", "a", "--data.image-range", "0_255")
     assert code == 2 and "Traceback" not in errors
-    matches(output + errors, "pixel-range", "minus_one_one", "zero_one")
+    matches(output + errors, "image-range", "benchmark", "correct")
