@@ -160,7 +160,7 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, pending: Pending, text: Tensor, ops: Ops) -> tuple[Pending, Tensor]:
         normal, summed = self.norm(pending, ops, return_sum=1)
-        block = self.transformer_blocks[0]
+        block: Any = self.transformer_blocks[0]
         bias, left = block.qkv.left_to_norm(self.proj_in.bias)
         tokens = self.entrance.linear(as_tokens(normal), self.proj_in.weight, bias)
         tokens = block(tokens, text, ops, left)
@@ -313,7 +313,7 @@ class FastUNet(nn.Module):
         """
         _, weights, biases, _ = self._packed_parameters()
         # Angles are float32: they reach 999 radians, of which bfloat16 keeps three digits.
-        angles = timesteps[:, None] * self.frequency_bits.view(torch.float32)
+        angles = timesteps[:, None] * self.get_buffer("frequency_bits").view(torch.float32)
         features = torch.cat((angles.cos(), angles.sin()), dim=1).to(dtype)
         into, out = self.time_embed[0], self.time_embed[2]
         hidden = F.silu(self.ops.linear(features, into.weight, into.bias))

@@ -8,7 +8,8 @@ docs/training_step.md tells what is in it and what is not.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ class Iteration:
         nothing to wait for.
         """
         self._exchange.begin()
-        total = None
+        losses: list[Tensor] = []
         for micro_step, inputs in enumerate(self.batches.inputs):
             last = micro_step == self.accumulate - 1
             self._exchange.begin_backward(add=micro_step > 0, reduce=last)
@@ -89,7 +90,8 @@ class Iteration:
             # Sums over micro-batches and ranks become means; on powers of two this is exact.
             loss.backward(self._share)
             self._exchange.end_backward()
-            total = loss.detach() if total is None else total + loss.detach()
+            losses.append(loss.detach())
+        total = reduce(add, losses)
         self._poison.add_(total, alpha=0)  # infinity x 0 is NaN, and NaN stays
         torch.add(self._poison, total, alpha=1 / self.accumulate, out=self.loss)
         return self._exchange.handles

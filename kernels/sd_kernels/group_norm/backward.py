@@ -256,17 +256,16 @@ def group_norm_backward(
     gradient C1 channels are that of x, the others that of skip. `dsummed` are up to two gradients
     of the sum, from where it is read later. The vectors are rows of one tensor (2 or 3, C), in the
     dtype of the weight: bias, weight and, where `shift_axes` is 1, the shift (C1,) in its first C1
-    columns. The gradient of a shift (B, C1) is empty unless `shift_axes` is 2; that of an absent
-    skip has no channels.
+    columns. The gradient of a shift (B, C1) is empty unless `shift_axes` is 2, that of no skip too.
     """
     B, _, H, W = x.shape
     C, N, G = weight.shape[0], H * W, mean.shape[1]
     launch_plan = plan(B, N, C, G, TUNING.backward_rows, adds_up=True)
-    sizes = launch_plan.sizes
-    pixel_tiles, blocks = sizes["PIXEL_TILES"], triton.cdiv(C, TUNING.block)
+    sizes, blocks = launch_plan.sizes, triton.cdiv(C, TUNING.block)
+    pixel_tiles = sizes["PIXEL_TILES"]
     dx = empty(x, (B, H, W, C1)).permute(0, 3, 1, 2)
     dskip = empty(x, (B, H, W, C - C1)).permute(0, 3, 1, 2)
-    # The ticket counter, the finished tiles of each sample, and the finished samples of each block.
+    # The ticket counter, finished tiles of each sample, and finished samples of each block.
     tickets = counters(x, 1 + B + blocks, group_norm_backward_kernel, B, *sizes.values())
     group_sums = empty(x, (2, B, G, pixel_tiles, sizes["SPAN"]), torch.float32)
     # Sums over pixels of dz, dz v and, for the gradient of shift, v and dsummed.
@@ -277,10 +276,9 @@ def group_norm_backward(
     # A shift of all samples is summed over them as bias and weight are.
     dshift = sample_sums[:, 2] if shift_axes == 1 else empty(x, (B, C1) if shift_axes else (0,))
     # Gradients may come in any memory order.
-    later: list[torch.Tensor | None] = [*map(dense, dsummed), None, None][:2]
-    incoming = [dense(dy), *later]
-    sources = x, skip, shift, residual
-    tensors = *sources, weight, bias, mean, rstd, *incoming, dx, dskip, dshift, vectors
+    incoming: list[torch.Tensor | None] = [dense(dy), *map(dense, dsummed), None, None][:3]
+    sources, results = (x, skip, shift, residual), (dx, dskip, dshift, vectors)
+    tensors = *sources, weight, bias, mean, rstd, *incoming, *results
     launch(
         group_norm_backward_kernel,
         (launch_plan.programs,),

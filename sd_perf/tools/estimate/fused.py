@@ -125,6 +125,7 @@ def packed_gradients(unet: Architecture, batch: int) -> Iterator[Kernel]:
 
     The weights of such a matmul are adjacent in training's flat buffer.
     """
+    # Autograd puts the slices together that the blocks' attentions and norms give.
     texts = sum(2 * layer.channels for layer in transformers(unet))
     times = sum(block.channels for block in res_blocks(unet))
     numbers = batch * (texts * unet.context_length + times)
