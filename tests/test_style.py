@@ -25,7 +25,7 @@ CODE_LINES = {
     "sd_perf/fetch": 1200,
     "sd_perf/data": 3150,
     "sd_perf/runs": 1100,
-    "sd_perf/training": 1500,
+    "sd_perf/training": 1550,
     "sd_perf/cluster": 1080,
     "sd_perf/distributed": 500,
     "sd_perf/evaluation": 1300,

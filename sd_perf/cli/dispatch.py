@@ -25,7 +25,7 @@ from sd_perf.cli.datasets import (
     filter_metadata,
     split_coco,
 )
-from sd_perf.cli.evaluation import evaluate, sample
+from sd_perf.cli.evaluation import evaluate, sample, score
 from sd_perf.cli.fetch import fetch
 from sd_perf.cli.mlperf import check
 from sd_perf.cli.tools import doctor, estimate, parity, report, report_benchmarks
@@ -91,6 +91,7 @@ _COMMANDS: dict[str, Command] = {
     "train": train,
     "evaluate": evaluate,
     "sample": sample,
+    "score": score,
     "export": export,
     "data": _group("data", "Make and check shards, the tiny world, FID's statistics", _DATA),
     "fetch": fetch,

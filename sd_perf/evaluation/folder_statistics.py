@@ -68,7 +68,7 @@ def write_folder_statistics(
             batch = list(itertools.islice(pictures, batch_size))
             if not batch:
                 break
-            statistics.update(_features(network, batch, device))
+            statistics.update(features_of_pictures(network, batch, device))
             progress(statistics.count, len(paths))
             if number % _SAVE_EVERY == 0:
                 _save(statistics, partial)
@@ -100,7 +100,7 @@ def read_picture(path: Path) -> torch.Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float() / 255
 
 
-def _features(
+def features_of_pictures(
     network: nn.Module, pictures: list[torch.Tensor], device: torch.device
 ) -> torch.Tensor:
     """Features of pictures, those of one size at a time.

@@ -57,7 +57,7 @@ def test_an_error_of_our_own_is_no_missing_package():
 
 def test_help_lists_every_command(sd_perf):
     code, output, _ = sd_perf("--help")
-    running = "train evaluate sample export data fetch mlperf cluster"
+    running = "train evaluate sample score export data fetch mlperf cluster"
     commands = f"{running} verify convert-checkpoints report estimate parity doctor"
     assert code == 0 and f"{{{','.join(commands.split())}}}" in output
     assert "sd-perf mlperf check" in output
