@@ -8,8 +8,7 @@ docs/training_step.md tells what is in it and what is not.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial, reduce
-from operator import add
+from functools import partial
 from typing import Any
 
 import torch
@@ -91,7 +90,7 @@ class Iteration:
             loss.backward(self._share)
             self._exchange.end_backward()
             losses.append(loss.detach())
-        total = reduce(add, losses)
+        total = sum(losses[1:], losses[0])
         self._poison.add_(total, alpha=0)  # infinity x 0 is NaN, and NaN stays
         torch.add(self._poison, total, alpha=1 / self.accumulate, out=self.loss)
         return self._exchange.handles
