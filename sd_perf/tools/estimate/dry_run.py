@@ -128,7 +128,7 @@ def _activation_bytes(config: Config) -> float:
     if config.model.implementation == "plain" or config.training.precision == "fp32":
         return plain(config, batch=1, autocast=config.training.precision == "bf16")[1]
     # The fast UNet never concatenates a skip.
-    return saved_activations(architecture(config), batch=1, concatenated=False)
+    return saved_activations(architecture(config), batch=1)
 
 
 def _inputs(config: Config, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
