@@ -73,11 +73,14 @@ def _write_encoded(folder: Path, options: argparse.Namespace, samples: int) -> N
             "caption_ends": np.cumsum([len(caption) for caption in captions], dtype=np.int64),
             "states": np.arange(num),
         }
+        arrays = {
+            array.offset: known[name]
+            if name in known
+            else rng.standard_normal(array.shape, dtype=np.float32).astype(np.float16)
+            for name, array in layout.arrays.items()
+        }
         with (folder / f"{shard:05d}.safetensors").open("wb") as file:
             file.write(layout.header())
-            for name, array in layout.arrays.items():
-                values = known.get(name)
-                if values is None:
-                    values = rng.standard_normal(array.shape, dtype=np.float32).astype(np.float16)
-                file.seek(array.offset)
+            for offset, values in arrays.items():
+                file.seek(offset)
                 file.write(values.tobytes())
