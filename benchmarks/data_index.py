@@ -69,7 +69,7 @@ def write_shard(path: Path, number: int, samples: int, extended: bool) -> None:
 
         def add(name: str, data: bytes, claimed: int) -> None:
             info = tarfile.TarInfo(name)
-            info.size, info.mtime = claimed, 1.25 if extended else 0  # type: ignore[assignment]
+            info.size, info.mtime = claimed, 1.25 if extended else 0
             file.write(info.tobuf(tarfile.PAX_FORMAT) + data)
             file.seek(-(-claimed // 512) * 512 - len(data), os.SEEK_CUR)
 
