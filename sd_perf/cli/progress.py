@@ -35,7 +35,7 @@ def progress(what: str) -> Iterator[Report]:
         yield _PlainLines(what).report
         return
     columns = (
-        TextColumn(what),
+        TextColumn(what, markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

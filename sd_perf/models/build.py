@@ -13,7 +13,6 @@ from sd_perf.config import Config, KernelsConfig, PrecisionConfig
 from sd_perf.fast.choice import choose_kernels
 from sd_perf.fast.ops import Ops
 from sd_perf.fast.unet import FastUNet
-from sd_perf.models.readers import read_autoencoder, read_encoder
 from sd_perf.models.vae import PIXELS_PER_LATENT
 from sd_perf.reference.unet import UNet
 
@@ -71,6 +70,9 @@ def build_encoders(
 
 def build_image_encoder(config: Config, device: torch.device) -> ImageEncoder:
     """The frozen encoder of data.autoencoder; ConfigError where the UNet takes other latents."""
+    # Files of weights need safetensors, which building a UNet does not.
+    from sd_perf.models.readers import read_autoencoder, read_encoder
+
     path = Path(config.data.autoencoder)
     if path.suffix == ".onnx":
         right = "a .ckpt or .safetensors file: .onnx files are run on the CPU, and this is a GPU"
