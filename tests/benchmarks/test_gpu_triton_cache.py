@@ -65,6 +65,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.mark.slow
 def test_the_key_holds_no_path(archive: Path, tmp_path: Path) -> None:
     """A copy of the sources elsewhere, with another cache folder, finds every kernel."""
     copy = tmp_path / "copy"

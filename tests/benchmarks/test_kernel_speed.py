@@ -148,6 +148,7 @@ def test_the_backward_of_attention_is_counted_with_its_five_products() -> None:
     assert item.flops("backward") == 2.5 * item.flops("forward") > 0
 
 
+@pytest.mark.slow
 def test_green_is_timed() -> None:
     found = measured(candidate("triton"))
     assert found.keys() == {"forward", "backward"}

@@ -93,6 +93,7 @@ def test_is_the_plain_one_where_nothing_is_rounded() -> None:
     assert not amax_of(unet).any()
 
 
+@pytest.mark.slow
 def test_runs_on_the_fp8_kernels() -> None:
     unet, twin = (
         after_a_step(fast_unet(FEED_FORWARD, replace(REFERENCE, fp8_linear=backend)))

@@ -337,6 +337,7 @@ def test_computing_again_changes_no_bit_and_keeps_less(linear: Any) -> None:
     assert 0 < few < many / 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("levels", [(1,), pytest.param((1, 2), marks=pytest.mark.slow)], ids=len)
 @pytest.mark.parametrize(
     ("linear", "again"),

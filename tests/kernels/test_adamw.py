@@ -253,6 +253,7 @@ print(json.dumps(sorted(set(re.findall(r"\\b[a-z]\\w+(?:\\.[a-z]+)*\\.f32\\b", p
 """
 
 
+@pytest.mark.slow
 def test_compiled_arithmetic_rounds_every_operation_and_keeps_subnormals() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", ARITHMETIC]

@@ -19,7 +19,10 @@ OLDEST = ROOT / ".venv/triton-3.6"
 needs_oldest = pytest.mark.skipif(
     not (OLDEST / "triton").is_dir(), reason=f"no {OLDEST}; make test-all unpacks it"
 )
-VERSIONS = ["installed", pytest.param("oldest", marks=[pytest.mark.slow, needs_oldest])]
+VERSIONS = [
+    pytest.param("installed", marks=pytest.mark.slow),
+    pytest.param("oldest", marks=[pytest.mark.slow, needs_oldest]),
+]
 
 
 def run(

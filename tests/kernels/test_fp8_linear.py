@@ -29,7 +29,7 @@ SCALE_OF_ANOTHER = (
 )
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("case", "fault"),
     [

@@ -33,7 +33,7 @@ def smaller(name: str) -> Case:
     return replace(CASES[name], shape=shape)
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("case", "fault"),
     [

@@ -29,6 +29,7 @@ assert torch.ops.torchvision.nms(scores, scores, 0.5) is scores
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", [IMPORTS, WORKING], ids=["import", "working"])
 def test_torchvision_schemas(program):
     for package in ("torchvision", "open_clip", "diffusers"):

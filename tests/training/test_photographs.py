@@ -37,7 +37,7 @@ def sd_perf(*arguments: object) -> None:
     assert left.value.code == 0
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(("preset", "batch"), [("smoke", 8), ("photographs", 4)])
 def test_loss_falls_on_photographs(preset, batch, real_data, tmp_path):
     lines = (real_data / "coco_ccby" / "captions.jsonl").read_text().splitlines()[:24]

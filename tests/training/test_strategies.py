@@ -204,7 +204,7 @@ def test_names_of_strategies():
 DELAYED = {"feed_forward": "fp8_native", "fp8_recipe": "delayed"}
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["zero1", "ddp"])
 def test_ranks_have_the_fp8_scales_of_one_process(strategy, make_config, make_trainer, tmp_path):
     """Amax is that of all ranks' samples: the largest, not the first rank's."""

@@ -34,6 +34,7 @@ def part(*lines: Comparison, launches: dict[str, int] | None = None) -> dict[str
     }
 
 
+@pytest.mark.slow
 def test_a_level_in_both_processes(preset: Path, config: Config, sd_perf: Any) -> None:
     code, output, errors = sd_perf("parity", "--config", preset, "--level", "unet")
     assert code == 0, output + errors
