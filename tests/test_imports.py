@@ -30,6 +30,7 @@ ORDER = (
     "fast",
     "distributed",
     "runs",
+    "sinks",
     "models",
     "data",
     "mlperf",

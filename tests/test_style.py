@@ -24,6 +24,7 @@ CODE_LINES = {
     "sd_perf/models": 1050,
     "sd_perf/data": 2000,
     "sd_perf/runs": 1100,
+    "sd_perf/sinks": 260,
     "sd_perf/training": 1500,
     "sd_perf/distributed": 480,
     "sd_perf/evaluation": 1300,
