@@ -18,6 +18,7 @@ from sd_perf.cli.console import LOCAL_RANK, PLACE, RANK
 from sd_perf.cli.data import prepare, scenes, statistics, verify_data
 from sd_perf.cli.evaluation import evaluate, sample
 from sd_perf.cli.mlperf import check
+from sd_perf.cli.runs import compare, watch
 from sd_perf.cli.tools import doctor, estimate, parity, report, report_benchmarks
 from sd_perf.cli.train import train
 from sd_perf.cli.weights import export
@@ -69,6 +70,8 @@ _COMMANDS: dict[str, Command] = {
     "mlperf": _group("mlperf", "MLPerf logs", _MLPERF),
     "verify": verify,
     "convert-checkpoints": convert_checkpoints,
+    "watch": watch,
+    "compare": compare,
     "report": report,
     "estimate": estimate,
     "parity": parity,

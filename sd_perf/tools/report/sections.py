@@ -20,11 +20,16 @@ from sd_perf.tools.report.scores import SCORES
 _LOGARITHMIC_FROM = 30
 
 
+def is_logarithmic(metrics: list[dict[str, Any]]) -> bool:
+    """Whether a run is so long that its axis of samples should be logarithmic."""
+    return metrics[-1]["samples"] >= _LOGARITHMIC_FROM * metrics[0]["samples"] > 0
+
+
 def _loss(run: RunContents) -> str:
     if not run.metrics:
         return quiet("No step is logged yet (metrics.jsonl).")
     positions, losses = _column(run.metrics, "samples"), _column(run.metrics, "loss")
-    logarithmic = positions[-1] >= _LOGARITHMIC_FROM * positions[0] > 0
+    logarithmic = is_logarithmic(run.metrics)
     panel = Panel("loss (mean squared error of v)", positions, losses, logarithmic=logarithmic)
     axis = ", logarithmic axis" if logarithmic else ""
     window = median_window(len(losses))
