@@ -10,10 +10,13 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from typing import Literal
 
 import tyro
 
 from sd_perf.cli.checkpoints import convert_checkpoints, verify
+from sd_perf.cli.completion import completion_script
+from sd_perf.cli.config import diff, schema, show
 from sd_perf.cli.console import LOCAL_RANK, PLACE, RANK
 from sd_perf.cli.data import prepare, scenes, statistics, verify_data
 from sd_perf.cli.evaluation import evaluate, sample
@@ -51,6 +54,18 @@ def _group(name: str, about: str, commands: dict[str, Command]) -> Command:
     return listed
 
 
+def completion(shell: tyro.conf.Positional[Literal["bash", "zsh", "fish"]]) -> int:
+    """Print the script with which a shell completes commands and options.
+
+    For bash: `sd-perf completion bash > ~/.local/share/bash-completion/completions/sd-perf`.
+
+    Args:
+        shell: that it is for
+    """
+    print(completion_script(_COMMANDS, _GROUPS, shell), end="")
+    return 0
+
+
 _DATA: dict[str, Command] = {
     "prepare": prepare,
     "verify": verify_data,
@@ -58,9 +73,10 @@ _DATA: dict[str, Command] = {
     "statistics": statistics,
 }
 _MLPERF: dict[str, Command] = {"check": check}
+_CONFIG: dict[str, Command] = {"show": show, "diff": diff, "schema": schema}
 _REPORT: dict[str, Command] = {"benchmarks": report_benchmarks}
 """kinds of reports that are asked for by name; any other word after `report` is a run folder"""
-_GROUPS = {"data": _DATA, "mlperf": _MLPERF}
+_GROUPS = {"data": _DATA, "mlperf": _MLPERF, "config": _CONFIG}
 _COMMANDS: dict[str, Command] = {
     "train": train,
     "evaluate": evaluate,
@@ -75,6 +91,8 @@ _COMMANDS: dict[str, Command] = {
     "report": report,
     "estimate": estimate,
     "parity": parity,
+    "config": _group("config", "Presets as text, their differences, their schema", _CONFIG),
+    "completion": completion,
     "doctor": doctor,
 }
 

@@ -18,6 +18,7 @@ def train(
     resume: bool = False,
     fresh: bool = False,
     dry_run: bool = False,
+    explain: bool = False,
     ranks: int = 1,
     target: TargetName = "here",
     json: bool = False,
@@ -33,12 +34,15 @@ def train(
             begin anew
         dry_run: print parameters, FLOPs, memory, batch arithmetic and kernels of the run, and exit;
             with resume or fresh, also refuse what the run folder does not allow
-        ranks: processes that the dry run counts with
+        explain: say in ten lines what the run will do and write, and exit
+        ranks: processes that the dry run and the explanation count with
         target: GPU that the dry run chooses kernels for
         json: print the dry run as JSON
     """
     from sd_perf.runs.folder import settle_run
 
+    if explain:
+        return _explain(settings, ranks, resume=resume, fresh=fresh)
     if dry_run:
         if resume or fresh:  # what would refuse them is told now
             settle_run(settings, resume=resume, fresh=fresh)
@@ -64,6 +68,17 @@ def train(
     how = "continue with" if world.size == 1 else "continue, under the same launcher, with"
     print_plain(f"stopped by {stop_reason} and saved; {how}:", f"  {resume_command()}")
     return STOPPED
+
+
+def _explain(settings: Config, ranks: int, *, resume: bool, fresh: bool) -> int:
+    from sd_perf.tools.explain import explain
+    from sd_perf.training.launch import require_allowed
+
+    require_between("--ranks", ranks, 1, MAX_RANKS)
+    require_allowed(settings)
+    lines = explain(settings, resume=resume, fresh=fresh, ranks=ranks)
+    print_plain(*(f"{what:8} {words}" for what, words in lines.items()))
+    return 0
 
 
 def _dry_run(settings: Config, ranks: int, target: str, as_json: bool) -> int:
