@@ -76,7 +76,8 @@ TILES = {
 }
 """the constants whose product is the elements of a tile, of each kernel that memory should bound"""
 TWO_SWEEPS = ("group_norm_backward_kernel", "group_norm_forward_kernel")
-"""kernels in which one program makes a tile's statistics and another its result"""
+"""kernels in which one program makes a tile's statistics and another its result; backward has
+a third kind that adds up sums, once a sample and block of channels, which is counted as well"""
 
 
 @dataclass(frozen=True)

@@ -1,43 +1,44 @@
-"""Loader rate: samples per second that reach the step, by loader and threads, beside webdataset.
+"""Loader rate: samples per second that reach the step, by format and loader, beside webdataset.
 
-    python -m benchmarks.data [--shards DIR] [--threads 1 2 4] [--output FILE.json]
+    python -m benchmarks.data [--format raw] [--shards DIR] [--threads 1 2] [--cold] [--output FILE]
 
-Every side reads whole epochs of shuffled batches of the same shards, in turns, from the page cache:
-float32 moments and captions, and text states where --context precomputed asks for them. Without
---shards, random moments of the benchmark's size are written to a temporary folder. The rival is the
-webdataset library, in the process and (--rival-workers) in the worker processes of torch's
-DataLoader. Needs webdataset for the rival; its rows say so where it is absent.
+Every side reads whole epochs of shuffled batches of the same samples, in turns: moments and
+captions, and text states where --context precomputed asks for them; or pictures, decoded, resized
+to 512 on float32 and cropped. Without --shards (or --images, a folder of .jpg) random ones of the
+benchmark's size are written to a temporary folder. The rival is the webdataset library: in the
+process and (--rival-workers) in the worker processes of torch's DataLoader, with Pillow and torch
+for pictures. Encoded shards are ours alone: their rival reads the same samples as moments.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
 from benchmarks.command import Report, run_command
+from benchmarks.data_rivals import RIVALS
+from benchmarks.data_shards import write_shards
 from benchmarks.pairs import in_turns
 from sd_perf.config import DataConfig
 from sd_perf.data.batch import LoaderOptions
+from sd_perf.data.loaders.dali import DaliLoader
 from sd_perf.data.loaders.portable import PortableLoader
-from sd_perf.data.shard_writer import ShardWriter
 from sd_perf.errors import UserError
 from sd_perf.tools.results import Conditions, Status
 
 NAME = "data"
 SAMPLES, TINY_SAMPLES = 1024, 32
 TINY_LATENTS = 8
-CONTEXT = (77, 1024)
-"""tokens and channels of the text states that are written"""
 
 
 class LoaderRow(Conditions):
@@ -50,8 +51,12 @@ class LoaderRow(Conditions):
     """threads that read and decode (of webdataset: worker processes; 0: in the process)"""
     samples_per_second: float | None
     """from the median seconds of an epoch"""
+    samples_per_cpu_second: float | None
+    """from the median CPU seconds of an epoch; None where other processes compute, too"""
     ratio: float | None
     """over webdataset's rate in the process, in the same run"""
+    cpu_ratio: float | None
+    """the same of CPU seconds, which other work on the machine changes less"""
     epochs: int | None
     status: Status
     reason: str | None
@@ -60,12 +65,15 @@ class LoaderRow(Conditions):
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The command's own options."""
     add = parser.add_argument
+    add("--format", choices=tuple(RIVALS), default="moments", help="of the shards")
+    add("--shards", type=Path, metavar="DIR", help="folder of shards (default: random ones)")
+    add("--images", type=Path, metavar="DIR", help="folder of .jpg to make raw shards of")
+    contexts = ("open_clip", "precomputed")
     add(
-        "--shards", type=Path, metavar="DIR", help="folder of moments shards (default: random ones)"
-    )
-    context = ("open_clip", "precomputed")
-    add(
-        "--context", choices=context, default="open_clip", help="captions alone, or text states too"
+        "--context",
+        choices=contexts,
+        default="open_clip",
+        help="captions alone, or text states too",
     )
     add(
         "--latent-size", type=int, default=64, metavar="N", help="side of the latents (default: 64)"
@@ -75,39 +83,44 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     workers = "worker processes of the rival; 0: in the process (default: 0 2)"
     add("--rival-workers", type=int, nargs="+", default=[0, 2], metavar="N", help=workers)
     add("--epochs", type=int, default=5, metavar="N", help="timed epochs of each side (default: 5)")
+    add("--cold", action="store_true", help="drop the shards from the page cache before each epoch")
 
 
 @contextmanager
-def shards_of(options: argparse.Namespace) -> Iterator[Path]:
-    """The folder of the options, or a temporary one of random samples."""
+def shards_of(options: argparse.Namespace) -> Iterator[tuple[Path, Path]]:
+    """The folders that we and the rival read: of the options, or temporary ones."""
     if options.shards:
-        yield options.shards
+        yield options.shards, options.shards
         return
-    rng, side = np.random.default_rng(0), options.latent_size
     samples = TINY_SAMPLES if options.tiny else SAMPLES
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "shards"
-        with ShardWriter(folder, samples_per_shard=samples // 4) as writer:
-            for sample in range(samples):
-                moments = rng.standard_normal((8, side, side), dtype=np.float32)
-                states = rng.standard_normal(CONTEXT, dtype=np.float32).astype(np.float16)
-                context = states if options.context == "precomputed" else None
-                writer.write(moments, f"caption {sample}", context=context)
-        yield folder
+        folder = Path(name)
+        ours = write_shards(folder / "ours", options, samples)
+        theirs = ours
+        if options.format == "encoded":
+            moments = argparse.Namespace(**{**vars(options), "format": "moments"})
+            theirs = write_shards(folder / "theirs", moments, samples)
+        yield ours, theirs
 
 
-def own_side(folder: Path, options: argparse.Namespace, threads: int) -> tuple[int, Any]:
-    """Batches of an epoch, and a call that reads them by the portable loader."""
+def own_side(
+    folder: Path, options: argparse.Namespace, name: str, threads: int
+) -> tuple[int, Callable[[], None]]:
+    """Batches of an epoch, and a call that reads them by a loader of ours."""
+    is_raw = options.format == "raw"
     config = DataConfig(
+        format=options.format,
         path=str(folder),
         latent_size=options.latent_size,
         context=options.context,
+        autoencoder="none is asked" if is_raw else "",
+        image_range="benchmark",
         workers=threads,
         prefetch_batches=max(4, threads),
         allow_empty_captions=True,
     )
     sizes = LoaderOptions(seed=0, global_batch_size=options.batch, micro_batch_size=options.batch)
-    loader = PortableLoader(config, sizes)
+    loader = (DaliLoader if name == "dali" else PortableLoader)(config, sizes)
     batches = loader.num_samples // options.batch
     if batches == 0:
         raise UserError(f"{folder}: holds {loader.num_samples} samples; give a smaller --batch")
@@ -121,31 +134,34 @@ def own_side(folder: Path, options: argparse.Namespace, threads: int) -> tuple[i
     return batches, epoch
 
 
-def rival_side(
-    folder: Path, options: argparse.Namespace, workers: int, batches: int
-) -> Callable[[], None]:
-    """A call that reads an epoch of as many batches by webdataset."""
-    import webdataset
+def drop_from_cache(folder: Path) -> None:
+    """Have the system forget the content of the files of a folder (Linux)."""
+    for file in folder.iterdir():
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)  # what is not on the disk yet cannot be forgotten
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
 
-    shards = sorted(str(path) for path in folder.glob("*.tar"))
-    keys = ["npy", "txt", *(["context.npy"] if options.context == "precomputed" else [])]
 
-    def collate(samples: list[tuple[Any, ...]]) -> list[Any]:
-        moments, captions, *context = zip(*samples, strict=True)
-        states = [torch.from_numpy(np.stack(each)).float() for each in context]
-        return [torch.from_numpy(np.stack(moments))[:, 0], captions, *states]
-
-    def epoch() -> None:
-        dataset = webdataset.WebDataset(shards, shardshuffle=len(shards), seed=0, empty_check=False)
-        samples = dataset.shuffle(1000).decode().to_tuple(*keys)
-        read = samples.batched(options.batch, collation_fn=collate)
-        loader = (
-            webdataset.WebLoader(read, batch_size=None, num_workers=workers) if workers else read
-        )
-        count = sum(1 for _ in loader)
-        assert count >= batches  # workers end with a batch each that is not full
-
-    return epoch
+def sides_of(
+    options: argparse.Namespace, ours: Path, theirs: Path
+) -> tuple[int, dict[tuple[str, int], Callable[[], None] | None]]:
+    """Batches of an epoch, and each side's call, None where its package is absent."""
+    sides: dict[tuple[str, int], Callable[[], None] | None] = {}
+    loaders = ["portable", *(["dali"] if options.format == "raw" else [])]
+    for name in loaders:
+        has = name != "dali" or importlib.util.find_spec("nvidia.dali") is not None
+        for threads in options.threads:
+            sides[name, threads] = None
+            if has:
+                batches, sides[name, threads] = own_side(ours, options, name, threads)
+    has_rival = importlib.util.find_spec("webdataset") is not None
+    for workers in options.rival_workers:
+        sides["webdataset", workers] = None
+        if has_rival:
+            make = RIVALS[options.format]
+            sides["webdataset", workers] = make(theirs, options, workers, batches)
+    return batches, sides
 
 
 def measure(options: argparse.Namespace) -> int:
@@ -155,40 +171,69 @@ def measure(options: argparse.Namespace) -> int:
         options.threads, options.rival_workers = options.threads[:1], [0]
     if min(options.batch, options.epochs, options.latent_size, *options.threads) < 1:
         raise UserError("--batch, --epochs, --latent-size, --threads: give 1 or more")
-    report = Report(NAME, options, torch.device("cpu"), ("loader", "workers"), ["webdataset"])
-    has_rival = importlib.util.find_spec("webdataset") is not None
-    with shards_of(options) as folder:
-        sides: dict[tuple[str, int], Callable[[], None]] = {}
-        for threads in options.threads:
-            batches, sides["sd_perf", threads] = own_side(folder, options, threads)
-        rivals = [("webdataset", workers) for workers in options.rival_workers]
-        for name, workers in rivals if has_rival else []:
-            sides[name, workers] = rival_side(folder, options, workers, batches)
-        names = {f"{name} {workers}": side for (name, workers), side in sides.items()}
-        seconds = in_turns(names, options.epochs)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    for name, workers in (*(side for side in sides if side[0] == "sd_perf"), *rivals):
+    torch.set_num_threads(1)
+    packages = [
+        "webdataset",
+        *(["pillow", "nvidia-dali-cuda130"] if options.format == "raw" else []),
+    ]
+    report = Report(NAME, options, torch.device("cpu"), ("format", "loader", "workers"), packages)
+    cpu: dict[str, list[float]] = {}
+
+    def timed(name: str, side: Callable[[], None], folder: Path) -> Callable[[], None]:
+        def epoch() -> None:
+            start = time.process_time()
+            side()
+            cpu.setdefault(name, []).append(time.process_time() - start)
+            if options.cold:
+                drop_from_cache(folder)
+
+        return epoch
+
+    with shards_of(options) as (ours, theirs):
+        batches, sides = sides_of(options, ours, theirs)
+        epochs = {
+            f"{name} {workers}": timed(
+                f"{name} {workers}", side, theirs if name == "webdataset" else ours
+            )
+            for (name, workers), side in sides.items()
+            if side is not None
+        }
+        wall = in_turns(epochs, options.epochs)
+    medians = {
+        name: (statistics.median(times), statistics.median(cpu[name][1:]))
+        for name, times in wall.items()
+    }
+    for name, workers in sides:
         report.add(row_of(name, workers, medians, batches, options))
     return 0
 
 
 def row_of(
-    loader: str, workers: int, medians: dict[str, float], batches: int, options: argparse.Namespace
+    loader: str,
+    workers: int,
+    medians: dict[str, tuple[float, float]],
+    batches: int,
+    options: argparse.Namespace,
 ) -> LoaderRow:
-    """A row from the median seconds of an epoch by side."""
+    """A row from the median seconds and CPU seconds of an epoch by side."""
     own, rival = medians.get(f"{loader} {workers}"), medians.get("webdataset 0")
+    alone = own and (loader != "webdataset" or workers == 0)
+    samples = batches * options.batch
+    cached = "nothing" if options.cold else "shards in the page cache"
     return {
         "batch": options.batch,
-        "dtype": "float32",
-        "cached": "shards in the page cache",
+        "dtype": "float16" if options.format == "encoded" else "float32",
+        "cached": cached,
         "loader": loader,
-        "format": "moments" + (", text states" if options.context == "precomputed" else ""),
+        "format": options.format + (", text states" if options.context == "precomputed" else ""),
         "workers": workers,
-        "samples_per_second": batches * options.batch / own if own else None,
-        "ratio": rival / own if own and rival else None,
+        "samples_per_second": samples / own[0] if own else None,
+        "samples_per_cpu_second": samples / own[1] if own and alone else None,
+        "ratio": rival[0] / own[0] if own and rival else None,
+        "cpu_ratio": rival[1] / own[1] if own and rival and alone else None,
         "epochs": options.epochs if own else None,
         "status": "measured" if own else "absent",
-        "reason": None if own else "webdataset is not installed",
+        "reason": None if own else f"{loader} is not installed",
     }
 
 

@@ -104,7 +104,7 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--config", type=Path, metavar="FILE", help="YAML preset (default: the benchmark's UNet)")
     add("--source", choices=SOURCES, default="synthetic", help="samples (default: synthetic)")
-    add("--shards", metavar="DIR", help="folder of the shards, for --source moments")
+    add("--shards", metavar="DIR", help="folder of the shards, but for synthetic")
     add("--batch", type=int, metavar="N", help=f"samples on each rank (default {BENCHMARK_BATCH})")
     help_of_set = "fields of the preset, such as training.precision=fp32 model.implementation=plain"
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help=help_of_set)
@@ -123,7 +123,7 @@ def config_of(options: argparse.Namespace, ranks: int) -> Config:
     tree = changed(tree, dict(map(_key_and_value, options.set)))
     data: dict[str, Any] = tree.setdefault("data", {})
     if options.shards and options.source == "synthetic":
-        raise ConfigError("--shards: nothing reads them; give --source moments, too")
+        raise ConfigError("--shards: nothing reads them; give the --source that they are, too")
     if options.shards:
         data["path"] = options.shards
     data["format"] = options.source

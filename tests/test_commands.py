@@ -82,7 +82,8 @@ def texts(path: Path) -> list[str]:
 
 def test_commands_that_are_named_exist():
     pattern = re.compile(
-        r"(?:`|\$ |bin/|with |see |^(?=.* --))sd-perf ([a-z][a-z-]+)(?: ([a-z]+)\b)?", re.MULTILINE
+        r"(?:`|\$ |bin/|with |see |^(?=.* --))sd-perf ([a-z][a-z-]+)(?: ([a-z][a-z-]*[a-z])\b)?",
+        re.MULTILINE,
     )
     files = [*ROOT.glob("sd_perf/**/*.py"), *ROOT.glob("docs/*.md"), ROOT / "README.md"]
     named = {

@@ -32,6 +32,9 @@ class Launch:
     options: dict[str, Any]
 
 
+_counters: dict[tuple[Any, ...], torch.Tensor] = {}
+
+
 @dataclass
 class _State:
     recorded: list[Launch] | None = None
@@ -113,6 +116,28 @@ def empty(
     if _state.poison:
         output.fill_(float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min)
     return output
+
+
+def counters(like: torch.Tensor, size: int, *alike: Any) -> torch.Tensor:
+    """Counters (size,) int64 by which the programs of a launch find out how far the others are.
+
+    They are zero before the first launch and count for ever: a launch adds as much to each as the
+    one before it, so that a kernel knows from the quotient how many launches there were, and nobody
+    has to clear them. `alike` is what that amount depends on, the kernel and its sizes. Launches on
+    one stream share them, since these run one after the other. A graph has those of the stream on
+    which it was captured, and must not be replayed beside that stream's own launches.
+    """
+    if _state.recorded is not None:
+        return torch.empty(size, dtype=torch.int64, device=like.device)
+    stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
+    key = (like.device, stream, size, *alike)
+    if key in _counters:
+        return _counters[key]
+    zeros = torch.zeros(size, dtype=torch.int64, device=like.device)
+    # Zeros of a capture without a warm-up before it are the graph's: each replay writes them anew.
+    if not (like.is_cuda and torch.cuda.is_current_stream_capturing()):
+        _counters[key] = zeros
+    return zeros
 
 
 def _dense_format(tensor: torch.Tensor) -> torch.memory_format:

@@ -1,18 +1,22 @@
-"""`sd-perf data prepare`, `verify`, `scenes` and `statistics`: what training and scores read."""
+"""`sd-perf data prepare`, `encode`, `bench`, `scenes` and `statistics`: what training and scores
+read."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal
 
-from sd_perf.cli.console import print_plain
+from sd_perf.cli.console import LOCAL_RANK, PLACE, print_plain
 from sd_perf.cli.options import (
+    MAX_BATCH,
     MAX_SAMPLES,
+    GPUName,
     Settings,
     require_between,
     require_option,
     require_seed,
 )
+from sd_perf.distributed.launcher import MAX_RANKS
 
 
 def prepare(
@@ -23,7 +27,6 @@ def prepare(
     captions: Path | None = None,
     captions_per_image: int = 1,
     samples_per_shard: int = 1000,
-    pixel_range: Literal["minus_one_one", "zero_one"] = "minus_one_one",
 ) -> int:
     """Make moments shards (and text states, where data.context is precomputed) from a folder of
     captioned images.
@@ -40,8 +43,6 @@ def prepare(
             parent)
         captions_per_image: samples made of each image, one per caption
         samples_per_shard: samples per tar file
-        pixel_range: range of the pixels that the encoder gets; autoencoders are trained on [-1, 1],
-            and the benchmark's own shards were made from [0, 1]
     """
     from sd_perf.data.prepare.prepare_shards import prepare_shards
 
@@ -55,51 +56,89 @@ def prepare(
         captions=captions,
         captions_per_image=captions_per_image,
         samples_per_shard=samples_per_shard,
-        pixel_range=pixel_range,
     )
     print_plain(f"{count} samples of {pixels}x{pixels} pixels -> {settings.data.path}")
     return 0
 
 
-def verify_data(
+def encode(
     config: Path,
     settings: Settings,
-    images: Path | None = None,
-    captions: Path | None = None,
-    record: bool = False,
+    source: Path,
+    source_format: Literal["raw", "moments"],
+    text: Literal["encode", "copy"] = "encode",
+    batch_size: int = 8,
 ) -> int:
-    """Read every sample of the shards in data.path, or every picture of a folder; exits 1 where one
-    cannot be used.
+    """Make encoded shards of raw or moments shards: what the frozen networks give, in 16 bits.
 
-    Where a SHA256SUMS lies beside them, as `data prepare` writes it, bytes are compared with it.
+    The shards go to data.path, one for each of the source. Run again, it goes on with those that
+    are missing. Under torchrun or srun each process takes its share of them.
 
     Args:
-        config: YAML preset of the run that trains on the shards
-        settings: fields of the preset
-        images: folder of images with a captions.jsonl, or of raw shards, in place of data.path
-        captions: captions.jsonl with `file` and `captions` (default: in the images' folder or its
-            parent)
-        record: write SHA256SUMS, where all can be used, in place of comparing with it
+        config: YAML preset of the run that will train on the shards (data.format encoded)
+        settings: fields of the preset; data.autoencoder is the file of the encoder, for raw shards
+        source: folder of the shards to encode
+        source_format: their format, as data.format names it
+        text: text states, where data.context is precomputed: encode captions, or copy the source's
+        batch_size: pictures per call of the encoder
     """
-    from sd_perf.data.digests import SUMS_NAME, compare_digests, record_digests
-    from sd_perf.data.verify import verify_pictures, verify_shards
+    from sd_perf.data.prepare.encode import ShardEncoder
+    from sd_perf.distributed.world import choose_device
 
-    folder = images or Path(settings.data.path)
-    pictures = images and verify_pictures(images, settings, captions)
-    faults, files = [], []
-    for verdict in pictures or verify_shards(settings):
-        good = f"{verdict.path}: {verdict.samples} samples, all good"
-        print_plain(*(verdict.faults or [good]))
-        faults += verdict.faults
-        files += verdict.files
-    if not record:
-        for fault in compare_digests(folder, files):
-            print_plain(fault)
-            faults.append(fault)
-    elif not faults:
-        record_digests(folder, files)
-        print_plain(f"digests of {len(files)} files -> {folder / SUMS_NAME}")
-    return 1 if faults else 0
+    require_between("--batch-size", batch_size, 1, MAX_BATCH)
+    device = choose_device(settings.training.device, LOCAL_RANK)
+    encoder = ShardEncoder(
+        settings,
+        source,
+        source_format,
+        copy_text=text == "copy",
+        device=device,
+        batch_size=batch_size,
+    )
+    encoder.run(PLACE.rank, PLACE.size)
+    total, missing = encoder.total, encoder.missing()
+    part = f"process {PLACE.rank + 1} of {PLACE.size}: " if PLACE.size > 1 else ""
+    print_plain(
+        f"{part}{total.samples} samples, {total.bad} of them bad -> {settings.data.path}",
+        f"rounding to float16: moments {total.moments}; text states {total.context}",
+    )
+    if missing:
+        print_plain(f"{missing} of {len(encoder.paths)} shards are still to be encoded")
+    return 0
+
+
+def bench(
+    config: Path,
+    settings: Settings,
+    seconds: float = 10.0,
+    ranks: int = 1,
+    gpu: GPUName | None = None,
+    step_rate: float | None = None,
+) -> int:
+    """Measure the loader of a config alone: samples per second, what a sample costs and where, and
+    whether the step of a GPU would wait for it.
+
+    Args:
+        config: YAML preset of the run
+        settings: fields of the preset
+        seconds: to read for
+        ranks: processes that share the batch; one of them is measured, alone on this machine
+        gpu: a GPU whose least time of the config's step is taken for the step's
+        step_rate: samples per second that a step takes of each process, in its place
+    """
+    from sd_perf.tools.estimate.predict import predict
+    from sd_perf.tools.loader_rate import measure
+
+    require_between("--ranks", ranks, 1, MAX_RANKS)
+    require_option("--seconds", seconds, 0 < seconds <= 3600, "above 0, at most 3600")
+    ok = step_rate is None or (gpu is None and 0 < step_rate < 1e9)
+    require_option("--step-rate", step_rate, ok, "above 0, and not beside --gpu")
+    needed, who = step_rate, "it"
+    if gpu is not None:
+        facts = predict(settings, gpu, batch=settings.micro_batch_size(ranks), ranks=ranks)
+        needed, who = facts["installed"]["samples_per_second"], f"{gpu} at its least time"
+    print_plain(*measure(settings, ranks, seconds).lines(needed, who))
+    return 0
 
 
 def scenes(

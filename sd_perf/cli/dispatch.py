@@ -14,13 +14,21 @@ from typing import Literal
 
 import tyro
 
+from sd_perf.cli import cluster, config, mlperf
 from sd_perf.cli.checkpoints import convert_checkpoints, verify
 from sd_perf.cli.completion import completion_script
-from sd_perf.cli.config import diff, schema, show
 from sd_perf.cli.console import LOCAL_RANK, PLACE, RANK
-from sd_perf.cli.data import prepare, scenes, statistics, verify_data
-from sd_perf.cli.evaluation import evaluate, sample
-from sd_perf.cli.mlperf import check
+from sd_perf.cli.data import bench, encode, prepare, scenes, statistics
+from sd_perf.cli.data_checks import show, verify_data
+from sd_perf.cli.datasets import (
+    convert,
+    download_images,
+    fid_statistics,
+    filter_metadata,
+    split_coco,
+)
+from sd_perf.cli.evaluation import evaluate, sample, score
+from sd_perf.cli.fetch import fetch
 from sd_perf.cli.runs import compare, watch
 from sd_perf.cli.tools import doctor, estimate, parity, report, report_benchmarks
 from sd_perf.cli.train import train
@@ -68,22 +76,49 @@ def completion(shell: tyro.conf.Positional[Literal["bash", "zsh", "fish"]]) -> i
 
 _DATA: dict[str, Command] = {
     "prepare": prepare,
+    "encode": encode,
     "verify": verify_data,
+    "show": show,
+    "bench": bench,
     "scenes": scenes,
     "statistics": statistics,
+    "filter-metadata": filter_metadata,
+    "download-images": download_images,
+    "convert": convert,
+    "split-coco": split_coco,
+    "fid-statistics": fid_statistics,
 }
-_MLPERF: dict[str, Command] = {"check": check}
-_CONFIG: dict[str, Command] = {"show": show, "diff": diff, "schema": schema}
+_MLPERF: dict[str, Command] = {
+    "check": mlperf.check,
+    "rcp": mlperf.rcp,
+    "score": mlperf.score,
+    "system": mlperf.system,
+    "package": mlperf.package,
+    "convergence": mlperf.convergence,
+}
+_CONFIG: dict[str, Command] = {"show": config.show, "diff": config.diff, "schema": config.schema}
 _REPORT: dict[str, Command] = {"benchmarks": report_benchmarks}
 """kinds of reports that are asked for by name; any other word after `report` is a run folder"""
-_GROUPS = {"data": _DATA, "mlperf": _MLPERF, "config": _CONFIG}
+_CLUSTER: dict[str, Command] = {
+    "run": cluster.run,
+    "submit": cluster.submit,
+    "job": cluster.job,
+    "preflight": cluster.preflight,
+    "prove": cluster.prove,
+    "conclude": cluster.conclude,
+    "conclude-job": cluster.conclude_job,
+}
+_GROUPS = {"data": _DATA, "mlperf": _MLPERF, "cluster": _CLUSTER, "config": _CONFIG}
 _COMMANDS: dict[str, Command] = {
     "train": train,
     "evaluate": evaluate,
     "sample": sample,
+    "score": score,
     "export": export,
     "data": _group("data", "Make and check shards, the tiny world, FID's statistics", _DATA),
-    "mlperf": _group("mlperf", "MLPerf logs", _MLPERF),
+    "fetch": fetch,
+    "mlperf": _group("mlperf", "MLPerf logs and submissions", _MLPERF),
+    "cluster": _group("cluster", "What run_and_time.sh and slurm/*.sh call", _CLUSTER),
     "verify": verify,
     "convert-checkpoints": convert_checkpoints,
     "watch": watch,

@@ -1,11 +1,13 @@
-"""`sd-perf evaluate` and `sd-perf sample`: pictures of a run, with scores or from your prompts."""
+"""`sd-perf evaluate`, `score` and `sample`: pictures, their scores, and those of your prompts."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
-from sd_perf.cli.console import CONSOLE, print_plain
+from sd_perf.cli.console import CONSOLE, print_json, print_plain
 from sd_perf.cli.options import RunFolder, require_between, require_seed
+from sd_perf.cli.progress import progress
 from sd_perf.errors import UserError
 
 MAX_WAIT_MINUTES = 100_000
@@ -64,6 +66,62 @@ def evaluate(
         CONSOLE.print(scores_table(run))
     world.part()
     stop_world(world)
+    return 0
+
+
+def score(
+    images: Path,
+    statistics: Path | None = None,
+    features: Path | None = None,
+    captions: Path | None = None,
+    clip_weights: Path | None = None,
+    clip_model: str = "ViT-H-14",
+    workers: int = 8,
+    json: bool = False,
+) -> int:
+    """Score any folder of pictures as the benchmark does: FID against real pictures, CLIP score
+    with captions.
+
+    Pictures are taken as they are stored. FID is pytorch-fid's to rounding.
+
+    Args:
+        images: folder of the pictures
+        statistics: .npz of the real pictures (mu, sigma), or a folder of real pictures
+        features: weights of FID's Inception (pt_inception-2015-12-05-6726825d.pth)
+        captions: captions.jsonl that names the pictures, or a .tsv with a column `caption`, a row
+            for each picture in the order of their names
+        clip_weights: weights of the CLIP model (open_clip_pytorch_model.bin of ViT-H-14)
+        clip_model: open_clip's name of the CLIP model, or the path of its JSON
+        workers: threads that decode
+        json: print JSON
+    """
+    import torch
+
+    from sd_perf.evaluation.score_folder import FEW, Scoring, score_folder
+
+    require_between("--workers", workers, 1, 1024)
+    for one, other in (
+        (("--statistics", statistics), ("--features", features)),
+        (("--captions", captions), ("--clip-weights", clip_weights)),
+    ):
+        given = [name for name, value in (one, other) if value is not None]
+        if len(given) == 1:
+            missing = ({one[0], other[0]} - set(given)).pop()
+            raise UserError(f"{given[0]} needs {missing}, too")
+    if statistics is None and captions is None:
+        raise UserError("name what to score: --statistics and --features, --captions, or both")
+    scoring = Scoring(features, statistics, captions, clip_model, clip_weights, workers)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with progress("pictures") as report:
+        scores = score_folder(images, scoring, device, report)
+    if json:
+        print_json(dataclasses.asdict(scores))
+        return 0
+    told = [f"FID {scores.fid:.4f}"] if scores.fid is not None else []
+    told += [f"CLIP score {scores.clip:.4f}"] if scores.clip is not None else []
+    print_plain(f"{', '.join(told)} (n = {scores.n:,})")
+    if scores.fid is not None and scores.n < FEW:
+        print_plain(f"FID of fewer than {FEW:,} pictures is biased: compare it at equal n alone")
     return 0
 
 

@@ -44,9 +44,9 @@ def compare(
         run: two to eight run folders
         output: HTML file to write, in place of the one that is there
     """
-    from sd_perf.tools.compare.comparison import read_runs
-    from sd_perf.tools.compare.page import write_page
-    from sd_perf.tools.compare.terminal import tables
+    from sd_perf.tools.report.comparison import read_runs
+    from sd_perf.tools.report.comparison_page import write_page
+    from sd_perf.tools.report.comparison_tables import tables
 
     runs = read_runs(run)
     table_console().print(*tables(runs), sep="\n")

@@ -9,6 +9,7 @@ from sd_perf.cli.options import Settings, TargetName, require_between
 from sd_perf.commands import resume_command
 from sd_perf.config import Config
 from sd_perf.distributed.launcher import MAX_RANKS
+from sd_perf.errors import RankLostError
 from sd_perf.stopping import STOPPED
 
 
@@ -39,25 +40,29 @@ def train(
         target: GPU that the dry run chooses kernels for
         json: print the dry run as JSON
     """
-    from sd_perf.runs.folder import settle_run
-
     if explain:
         return _explain(settings, ranks, resume=resume, fresh=fresh)
     if dry_run:
         if resume or fresh:  # what would refuse them is told now
-            settle_run(settings, resume=resume, fresh=fresh)
+            _require_start(settings, resume=resume, fresh=fresh)
         return _dry_run(settings, ranks, target, as_json=json)
-    from sd_perf.distributed.world import start_world, stop_world
+    from sd_perf.distributed.world import is_overdue, start_world, stop_world
     from sd_perf.tools.estimate.out_of_memory import is_out_of_memory, out_of_memory
     from sd_perf.training.launch import launch
 
+    patience = settings.run
     world = start_world(
-        settings.training.device, settings.run.join_seconds, settings.run.silence_seconds
+        settings.training.device,
+        patience.join_seconds,
+        patience.silence_seconds,
+        patience.collective_seconds,
     )
     try:
         stop_reason = launch(settings, world, resume=resume, fresh=fresh, console=CONSOLE)
         world.part()
     except (MemoryError, RuntimeError) as error:
+        if is_overdue(error):
+            raise _overdue(patience.collective_seconds) from error
         if not is_out_of_memory(error):
             raise
         raise out_of_memory(settings, world) from error
@@ -70,6 +75,13 @@ def train(
     return STOPPED
 
 
+def _overdue(seconds: int) -> RankLostError:
+    return RankLostError(
+        f"run.collective_seconds: a collective has not ended in {seconds} s, though no process of "
+        "the run is gone or silent; look where each stands (py-spy dump), or raise it"
+    )
+
+
 def _explain(settings: Config, ranks: int, *, resume: bool, fresh: bool) -> int:
     from sd_perf.tools.explain import explain
     from sd_perf.training.launch import require_allowed
@@ -79,6 +91,12 @@ def _explain(settings: Config, ranks: int, *, resume: bool, fresh: bool) -> int:
     lines = explain(settings, resume=resume, fresh=fresh, ranks=ranks)
     print_plain(*(f"{what:8} {words}" for what, words in lines.items()))
     return 0
+
+
+def _require_start(settings: Config, *, resume: bool, fresh: bool) -> None:
+    from sd_perf.runs.folder import settle_run
+
+    settle_run(settings, resume=resume, fresh=fresh)
 
 
 def _dry_run(settings: Config, ranks: int, target: str, as_json: bool) -> int:

@@ -35,10 +35,9 @@ class Config:
         factor = self.model.downsampling
         right = f"a multiple of {factor}, the factor between the UNet's first and last level"
         self.data.require(self.data.latent_size % factor == 0, "latent_size", right)
-        needs_text = self.data.format == "moments" and self.data.context == "open_clip"
         right = 'a file of weights (or "random"), since data.context is open_clip'
         self.text_encoder.require(
-            not needs_text or bool(self.text_encoder.weights), "weights", right
+            not self.encodes_text or bool(self.text_encoder.weights), "weights", right
         )
         timesteps = self.diffusion.num_timesteps
         right = f"at most diffusion.num_timesteps ({timesteps})"
@@ -83,6 +82,11 @@ class Config:
             f"false with precision.{key} in Transformer Engine, which torch.compile cannot trace"
         )
         model.require(not (transformer_engine and model.compile), "compile", right)
+
+    @property
+    def encodes_text(self) -> bool:
+        """Whether a training step encodes captions, so that it needs the text encoder."""
+        return self.data.format != "synthetic" and self.data.context == "open_clip"
 
     @property
     def learning_rate(self) -> float:

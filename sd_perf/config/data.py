@@ -23,16 +23,25 @@ class DataConfig(Section):
 
     section = "data"
 
-    format: Literal["moments", "synthetic"] = "moments"
-    """moments: the benchmark's tar shards; synthetic: drawn from the seed, no files"""
+    format: Literal["moments", "raw", "encoded", "synthetic"] = "moments"
+    """moments: the benchmark's tar shards; raw: its tar shards of images, encoded in every step;
+    encoded: compact shards of `data encode`; synthetic: drawn from the seed, no files"""
     path: PathText = ""
-    """folder of the *.tar shards"""
+    """folder of the shards"""
+    loader: Literal["portable", "dali"] = "portable"
+    """portable: threads, any machine; dali: NVIDIA DALI decodes and resizes (raw only)"""
+    image_range: Literal["benchmark", "correct"] = "correct"
+    """pixels given to the encoder; benchmark: [0, 1], as its moments were made; correct: [-1, 1]"""
+    resume_in_another_format: bool = False
+    """let a resumed run read another format of its data set: the same keys in the same order"""
+    autoencoder: PathText = ""
+    """file of the encoder, for raw: .ckpt or .safetensors, or .onnx"""
     index: PathText = ""
     """file of the samples' byte offsets (default: sd_perf_index.npz in data.path)"""
     latent_size: Side = 64
     """height and width of the latents, latent pixels"""
     context: Literal["precomputed", "open_clip"] = "open_clip"
-    """text states: from <key>.context.npy in the shards, or from captions in every step"""
+    """text states: from the shards, or from captions in every step"""
     context_tokens: Annotated[int, ONE, at_most(65_536)] = 77
     """text tokens per caption"""
     workers: Threads = 4
@@ -48,5 +57,12 @@ class DataConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        right = "the folder of the moments shards (or set data.format to synthetic)"
+        right = "the folder of the shards (or set data.format to synthetic)"
         self.require(self.format == "synthetic" or bool(self.path), "path", right)
+        is_raw = self.format == "raw"
+        right = "the file of the encoder, since data.format is raw"
+        self.require(not is_raw or bool(self.autoencoder), "autoencoder", right)
+        right = f"portable, since data.format is {self.format!r}: dali is for raw"
+        self.require(is_raw or self.loader == "portable", "loader", right)
+        right = "open_clip, since raw shards hold no text states; `data encode` makes such that do"
+        self.require(not is_raw or self.context == "open_clip", "context", right)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import ast
-import functools
 import inspect
 import re
 
 
-@functools.cache
 def field_descriptions(section: type) -> dict[str, str]:
     """{field: its text on one line} of a section of the config, in the order of the source."""
     body = ast.parse(inspect.cleandoc(inspect.getsource(section))).body[0]

@@ -24,6 +24,9 @@ class RunConfig(Section):
     """time for all processes of the run to come, seconds"""
     silence_seconds: Seconds = 60
     """time after which a process of the run that gives no sign of life is given up, seconds"""
+    collective_seconds: Seconds = 1800
+    """time after which a collective that some rank has not come to ends the run, seconds; ranks may
+    wait for rank 0 to build an index"""
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """The interface between loaders and the training step: `Batch`, `LoaderOptions`, `Loader`.
 
-Shape letters: B samples of the micro-batch, C latent channels, H and W latent rows and columns, T
-text tokens, D context channels.
+Shape letters: B samples of the micro-batch, C latent channels, S latent rows and columns, P rows
+and columns of a picture, T text tokens, D context channels.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -13,7 +14,10 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from sd_perf.config import DataConfig
 from sd_perf.data.order import micro_batches
+from sd_perf.data.usage import Usage
+from sd_perf.models.vae import PIXELS_PER_LATENT
 
 
 @dataclass(frozen=True)
@@ -35,14 +39,42 @@ class Batch:
     sample_indices: torch.Tensor
     """(B,) int64: position of each sample in the run, counted over all ranks; keys every random
     draw of the sample"""
-    moments: torch.Tensor
-    """(B, 2C, H, W) float32: mean, then log-variance, of the autoencoder's posterior, unscaled"""
+    moments: torch.Tensor | None
+    """(B, 2C, S, S) float32, or float16 as encoded shards store them: mean, then log-variance, of
+    the autoencoder's posterior, unscaled; None where the training step encodes the pictures"""
     captions: list[str]
     """B captions"""
     context: torch.Tensor | None = None
-    """(B, T, D) text states; None where the training step encodes the captions"""
+    """(B, T, D) text states, float32, or float16 as encoded shards store them; None where the
+    training step encodes the captions"""
     replacements: list[Replacement] = field(default_factory=list)
     """bad samples replaced in this batch"""
+    pixels: torch.Tensor | None = None
+    """(B, 3, P, P) float32, in the range that the autoencoder's encoder gets; None where there are
+    moments"""
+
+    @classmethod
+    def empty(cls, positions: np.ndarray, config: DataConfig, options: LoaderOptions) -> Batch:
+        """A batch for the samples at these positions (B,) int64, to be filled.
+
+        It has the tensors that the config's format gives, of the dtypes that it gives them in,
+        in page-locked memory where the options say so.
+        """
+        # torch keeps page-locked memory once it is freed, so that no batch waits for an allocation.
+        empty = functools.partial(torch.empty, pin_memory=options.pin_memory)
+        indices = torch.from_numpy(positions)
+        size, side, is_raw = len(positions), config.latent_size, config.format == "raw"
+        dtype = torch.float16 if config.format == "encoded" else torch.float32
+        pixels = PIXELS_PER_LATENT * side
+        text = config.context_tokens, options.context_dim
+        has_context = config.context == "precomputed"
+        return cls(
+            indices.pin_memory() if options.pin_memory else indices,
+            None if is_raw else empty(size, 2 * options.in_channels, side, side, dtype=dtype),
+            captions=[],
+            context=empty(size, *text, dtype=dtype) if has_context else None,
+            pixels=empty(size, 3, pixels, pixels) if is_raw else None,
+        )
 
     def pinned(self) -> Batch:
         """The same batch in page-locked memory."""
@@ -55,13 +87,12 @@ class Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        return Batch(
-            sample_indices=change(self.sample_indices),
-            moments=change(self.moments),
-            captions=self.captions,
-            context=None if self.context is None else change(self.context),
-            replacements=self.replacements,
+        moments, context, pixels = (
+            None if tensor is None else change(tensor)
+            for tensor in (self.moments, self.context, self.pixels)
         )
+        indices = change(self.sample_indices)
+        return Batch(indices, moments, self.captions, context, self.replacements, pixels)
 
 
 @dataclass(frozen=True)
@@ -105,6 +136,13 @@ class Loader(Protocol):
     """samples in one epoch"""
     fingerprint: str
     """identifies the data set: equal for equal shards, whatever folder they lie in"""
+    keys_fingerprint: str
+    """identifies its samples and their order: equal for the same ones in another format"""
+
+    @property
+    def usage(self) -> Usage:
+        """What its threads have spent so far; nothing where it has none."""
+        ...
 
     def batches(self, position: int) -> Iterator[Batch]:
         """Micro-batches of this rank from a position on, without end.

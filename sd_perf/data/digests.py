@@ -21,8 +21,13 @@ _REMEDY = f"restore it from a copy or {_RECORD}"
 
 def record_digests(folder: Path, files: Iterable[Path]) -> None:
     """Write SHA256SUMS for files in or below a folder."""
+    write_digests(folder, {file: digest(file) for file in files})
+
+
+def write_digests(folder: Path, digests: dict[Path, str]) -> None:
+    """Write SHA256SUMS of digests that are known, of files in or below a folder."""
     target = folder / SUMS_NAME
-    lines = [f"{digest(file)}  ".encode() + _name(folder, file) + b"\n" for file in files]
+    lines = [f"{sha}  ".encode() + _name(folder, file) + b"\n" for file, sha in digests.items()]
     for line in lines:
         if not _LINE.fullmatch(line[:-1]):
             raise DataError(f"{target}: cannot hold the name {line[66:-1]!r}; rename the file")
@@ -30,10 +35,12 @@ def record_digests(folder: Path, files: Iterable[Path]) -> None:
         draft.write_bytes(b"".join(lines))
 
 
-def compare_digests(folder: Path, files: Iterable[Path]) -> Iterator[str]:
+def compare_digests(
+    folder: Path, files: Iterable[Path], digests: dict[Path, str] | None = None
+) -> Iterator[str]:
     """A sentence for each of these files that is not as SHA256SUMS says or is not named there.
 
-    Files that are named there and are gone get one, too.
+    Files that are named there and are gone get one, too. `digests` are those that are known.
 
     Nothing where the folder has no SHA256SUMS; DataError where that cannot be read.
     """
@@ -42,19 +49,23 @@ def compare_digests(folder: Path, files: Iterable[Path]) -> Iterator[str]:
         return
     recorded = _read_digests(sums)
     for file in files:
-        if fault := _fault(file, recorded.pop(_name(folder, file), None)):
+        found = (digests or {}).get(file)
+        if fault := _fault(file, recorded.pop(_name(folder, file), None), found):
             yield fault
     for file in (folder / os.fsdecode(name) for name in recorded):
         if is_absent(file):
             yield f"{file}: is missing, and {SUMS_NAME} names it; bring it back or {_RECORD}"
 
 
-def _fault(file: Path, recorded: str | None) -> str:
-    """What is wrong with a file whose SHA-256 should be this one; empty where it is."""
+def _fault(file: Path, recorded: str | None, found: str | None) -> str:
+    """What is wrong with a file whose SHA-256 should be this one; empty where it is.
+
+    `found` is its SHA-256, where that is known.
+    """
     if recorded is None:
         return f"{file}: is not in {SUMS_NAME}; move it away or {_RECORD}"
     try:
-        same = digest(file) == recorded
+        same = (found or digest(file)) == recorded
     except DataError as error:
         return str(error)
     return "" if same else f"{file}: its bytes are not those recorded; bring it back or {_RECORD}"

@@ -5,17 +5,23 @@ Shape letters: H and W rows and columns, pixels.
 
 from __future__ import annotations
 
+import io
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
+from sd_perf.data.resize import resize_and_crop
 from sd_perf.errors import DataError
 from sd_perf.files import one_line, opened_untrusted, written_aside
 from sd_perf.optional import optional
+
+try:
+    import simplejpeg
+except ImportError:
+    simplejpeg = None
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -25,6 +31,9 @@ MAX_PIXELS = 50_000_000
 """pixels of the largest image that is decoded"""
 MAX_ASPECT = 32
 """longer side over shorter side, at most; the crop would show nearly nothing of a longer image"""
+ImageRange = Literal["benchmark", "correct"]
+"""pixels that the autoencoder's encoder gets: [0, 1], which the benchmark's data were made from by
+mistake and which its targets rest on, or [-1, 1], which autoencoders are trained on"""
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """formats that are decoded; some others of Pillow's start programs"""
 
@@ -35,6 +44,7 @@ def load_image(
     *,
     fit: Literal["crop", "squash"] = "crop",
     upright: bool = True,
+    max_pixels: int | None = None,
 ) -> torch.Tensor:
     """Load an image, by path or from a stream of its bytes, as (3, size, size) float32.
 
@@ -43,46 +53,74 @@ def load_image(
     behind the benchmark's FID statistics: Pillow's bicubic resize to the square, in 8 bits.
 
     `upright` turns the image as its EXIF orientation says; the benchmark's decoder does not.
-    Transparent images are laid on white. Raises DataError for an image that cannot be decoded or
-    has no defined range, and ConfigError without Pillow.
+    Images of more than `max_pixels` (None: MAX_PIXELS) are refused. Transparent ones are laid on
+    white. Raises DataError for an image that cannot be decoded or has no defined range, and
+    ConfigError without Pillow.
     """
     Image = optional("PIL.Image", "images need Pillow", "images")
-    image = _decode(path, upright)
+    image = _decode(path, upright, max_pixels)
     if fit == "squash":
         image = image.resize((size, size), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float() / 255
-    return pixels if fit == "squash" else resize_and_crop(pixels, size)
+    return resize_and_crop(np.array(image), size)
 
 
-def resize_and_crop(pixels: torch.Tensor, size: int) -> torch.Tensor:
-    """Resize the shorter side of (3, H, W) floats to `size` and crop the centre (3, size, size).
+def load_picture(
+    encoded: bytes,
+    size: int,
+    image_range: ImageRange,
+    *,
+    upright: bool = False,
+    max_pixels: int | None = None,
+) -> torch.Tensor:
+    """The pixels (3, size, size) float32 that the encoder gets, from the bytes of an image file.
 
-    This is torchvision's `Resize(size, BICUBIC, antialias=True)` on a float tensor, then
-    `CenterCrop(size)`: nothing is rounded or clipped, the longer side is rounded down, and the
-    crop's offset is half the surplus, rounded to the nearest even number.
+    This is what every loader of raw shards must give, and what `data prepare` encodes. Images of
+    raw shards are not turned as their EXIF orientation says, since the benchmark's decoder does not
+    turn them. Raises DataError as `load_image` does.
     """
-    short = min(pixels.shape[1:])
-    height, width = (side * size // short for side in pixels.shape[1:])
-    if short != size:
-        pixels = F.interpolate(
-            pixels[None], (height, width), mode="bicubic", align_corners=False, antialias=True
-        )[0]
-    top, left = (round((side - size) / 2) for side in (height, width))
-    return pixels[:, top : top + size, left : left + size].contiguous()
+    pixels = None if upright else _quick_jpeg(encoded, max_pixels)
+    if pixels is None:
+        image = load_image(io.BytesIO(encoded), size, upright=upright, max_pixels=max_pixels)
+    else:
+        image = resize_and_crop(pixels, size)
+    return in_range(image, image_range)
 
 
-def _decode(path: str | Path | BinaryIO, upright: bool) -> Any:
+def _quick_jpeg(encoded: bytes, max_pixels: int | None = None) -> np.ndarray | None:
+    """A JPEG's pixels (H, W, 3) uint8 by simplejpeg: Pillow's, in two thirds of the time.
+
+    None where it is not installed, and for all else than a sound picture of usual colours: Pillow
+    decodes that, or says what is wrong.
+    """
+    if simplejpeg is None or not encoded.startswith(b"\xff\xd8\xff"):
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(encoded)
+        _require_size(width, height, max_pixels)
+        if colours not in ("YCbCr", "Gray"):
+            return None
+        return simplejpeg.decode_jpeg(encoded, "RGB", fastdct=False, fastupsample=False)
+    except ValueError:
+        return None
+
+
+def in_range(pixels: torch.Tensor, image_range: ImageRange) -> torch.Tensor:
+    """Pixels in [0, 1], or a little outside as the bicubic filter leaves them, in this range."""
+    return pixels if image_range == "benchmark" else pixels * 2 - 1
+
+
+def _decode(path: str | Path | BinaryIO, upright: bool, max_pixels: int | None) -> Any:
     """An image file as a Pillow image of mode RGB; DataError where it cannot be one."""
     if isinstance(path, str | Path):
         with opened_untrusted(Path(path), "mend or remove it", DataError) as file:
-            return _decode_stream(file, str(path), upright)
-    return _decode_stream(path, "the image", upright)
+            return _decode_stream(file, str(path), upright, max_pixels)
+    return _decode_stream(path, "the image", upright, max_pixels)
 
 
-def _decode_stream(file: BinaryIO, name: str, upright: bool) -> Any:
+def _decode_stream(file: BinaryIO, name: str, upright: bool, max_pixels: int | None) -> Any:
     ImageOps = optional("PIL.ImageOps", "images need Pillow", "images")
     try:
-        image = decode_image(file)
+        image = decode_image(file, max_pixels)
         format = image.format  # turning makes a copy without it
         return _to_rgb(ImageOps.exif_transpose(image) if upright else image, format or "", name)
     except ValueError as error:
@@ -110,33 +148,52 @@ def _to_rgb(image: Any, format: str, name: str) -> Any:
             "it with 8 bits per colour"
         )
     if not transparent:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     white = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
-def decode_image(file: BinaryIO) -> PIL.Image.Image:
+def decode_image(file: BinaryIO, max_pixels: int | None = None) -> PIL.Image.Image:
     """The image in a file, in its own mode; its size is looked at before it is decoded.
 
     Raises ValueError, with the bare reason, for an image that cannot be decoded, or is larger than
-    MAX_PIXELS or longer than MAX_ASPECT; and ConfigError without Pillow.
+    `max_pixels` (None: MAX_PIXELS) or longer than MAX_ASPECT; and ConfigError without Pillow.
     """
     Image = optional("PIL.Image", "images need Pillow", "images")
     try:
         # Pillow warns of images beyond its own limit, which is above ours
         with warnings.catch_warnings(action="ignore"):
             image = Image.open(file, formats=_FORMATS)
-        _require_size(*image.size)
+        width, height = image.size
+        _require_size(width, height, max_pixels)
         image.load()
     except Exception as error:  # damage shows as nearly any error
-        raise ValueError(one_line(error)) from error
+        # Pillow names an object in memory after "cannot identify image file".
+        raise ValueError(one_line(error).partition(" <_io")[0]) from error
     return image
 
 
-def _require_size(width: int, height: int) -> None:
+def has_plain_pixels(file: BinaryIO) -> bool:
+    """Whether an image's header promises what every decoder makes the same RGB pixels of.
+
+    Those have 8 bits per colour, no palette and no transparency. Also False for a header that
+    `decode_image` refuses.
+    """
+    Image = optional("PIL.Image", "images need Pillow", "images")
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            image = Image.open(file, formats=("BMP", "JPEG", "PNG", "PPM", "WEBP"))
+        _require_size(*image.size)
+    except Exception:  # damage shows as nearly any error; who decodes the image says which
+        return False
+    return image.mode in ("RGB", "L", "CMYK") and "transparency" not in image.info
+
+
+def _require_size(width: int, height: int, max_pixels: int | None = None) -> None:
     """ValueError for a size in pixels that is not decoded."""
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"it has {width} x {height} pixels, more than {MAX_PIXELS:,}")
+    most = MAX_PIXELS if max_pixels is None else max_pixels
+    if width * height > most:
+        raise ValueError(f"it has {width} x {height} pixels, more than {most:,}")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ValueError(
             f"{width} x {height} pixels: one side is over {MAX_ASPECT} times the other"

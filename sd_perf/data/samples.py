@@ -3,7 +3,8 @@
 The `parse_*` functions raise BadSampleError with the bare reason as message; the caller, who knows
 the sample's key, adds it.
 
-Shape letters: C latent channels, S latent side, T text tokens, D context channels.
+Shape letters: C latent channels, S latent side, P side of a picture, T text tokens, D context
+channels.
 """
 
 from __future__ import annotations
@@ -17,21 +18,29 @@ from dataclasses import dataclass
 import numpy as np
 
 from sd_perf.config import DataConfig
+from sd_perf.data.encoded import require_fits
+from sd_perf.data.formats import MAX_IMAGE_BYTES
+from sd_perf.data.images import ImageRange, load_picture
 from sd_perf.data.npz import MAX_HEADER_BYTES, read_npy_header
 from sd_perf.data.shards import ShardIndex
 from sd_perf.errors import BadSampleError, DataError
+from sd_perf.models.vae import PIXELS_PER_LATENT
+from sd_perf.optional import optional
 
 
 @dataclass(frozen=True)
 class Sample:
     """A decoded sample."""
 
-    moments: np.ndarray
-    """(2C, S, S) float32: mean and log-variance, unscaled"""
+    moments: np.ndarray | None
+    """(2C, S, S) float32, float16 of an encoded shard: mean and log-variance, unscaled; None of a
+    raw shard"""
     caption: str
     """the caption as stored"""
-    context: np.ndarray | None
+    context: np.ndarray | None = None
     """(T, D) float16 or float32 text states, or None"""
+    pixels: np.ndarray | None = None
+    """(3, P, P) float32 of a raw shard, in the range of data.image_range"""
 
 
 def _parse_npy(
@@ -77,6 +86,25 @@ def parse_context(data: bytes, tokens: int, channels: int, stored: int | None = 
     `stored` is the size of the file, where `data` is but its beginning.
     """
     return _parse_npy(data, "context", (tokens, channels), ("float16", "float32"), stored)
+
+
+def parse_halves(data: bytes, what: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The values of an encoded shard, float16 of this shape, from their bytes.
+
+    The array is a view of `data`, which has the right length.
+    """
+    # As integers: numpy's isfinite of float16 takes several times as long.
+    if (np.frombuffer(data, "<u2") & 0x7FFF).max(initial=0) >= 0x7C00:
+        raise BadSampleError(f"{what} has values that are NaN or infinite")
+    return np.frombuffer(data, "<f2").reshape(shape)
+
+
+def parse_picture(data: bytes, size: int, image_range: ImageRange) -> np.ndarray:
+    """Pixels (3, size, size) float32 from the bytes of an image file; see `load_picture`."""
+    try:
+        return load_picture(data, size, image_range).numpy()
+    except DataError as error:
+        raise BadSampleError(str(error).removesuffix("; mend or remove it")) from error
 
 
 def require_caption_size(size: int, max_bytes: int) -> None:
@@ -143,9 +171,25 @@ class SampleReader:
         self._config = config
         self._in_channels = in_channels
         self._context_dim = context_dim
+        self._require_readable()
         self._descriptors = _open_all(index)
         self._states = self._fstat()
         weakref.finalize(self, _close_all, self._descriptors)
+
+    def _require_readable(self) -> None:
+        """Raise what every sample would have: no Pillow, or arrays of other shapes."""
+        config, channels, side = self._config, 2 * self._in_channels, self._config.latent_size
+        if self._index.format == "raw":
+            optional("PIL.Image", "images need Pillow", "images")
+        text = config.context_tokens, self._context_dim
+        context = text if config.context == "precomputed" else None
+        for name in self._index.shards if self._index.format == "encoded" else ():
+            require_fits(self._index.folder / name, (channels, side, side), context)
+
+    @property
+    def descriptors(self) -> list[int]:
+        """One of each shard of the index, open as long as this object lives."""
+        return self._descriptors
 
     def _fstat(self) -> list[tuple[int, int]]:
         """Size (bytes) and modification time (ns) of every shard that is open."""
@@ -187,21 +231,54 @@ class SampleReader:
 
         Never reads more of a part than the config lets it have.
         """
-        row, config = self._index.samples[sample], self._config
-        channels, side = self._in_channels, config.latent_size
-        limit = MAX_HEADER_BYTES + 4 * 2 * channels * side**2
-        data, stored = self._part(row, "moments", limit)
-        moments = parse_moments(data, channels, side, stored)
+        row = self._index.samples[sample]
+        is_raw = self._index.format == "raw"
+        pixels = self._pixels(row) if is_raw else None
+        moments = None if is_raw else self._moments(row)
+        caption = self._caption(row)
+        context = self._context(row) if self._config.context == "precomputed" else None
+        return Sample(moments, caption, context, pixels)
+
+    def caption(self, sample: int) -> str:
+        """The caption alone, as `read` has it."""
+        return self._caption(self._index.samples[sample])
+
+    def picture(self, sample: int) -> bytes:
+        """The image file of a sample of a raw shard."""
+        return self._picture(self._index.samples[sample])
+
+    def _picture(self, row: np.void) -> bytes:
+        size = int(row["picture_size"])
+        if size > MAX_IMAGE_BYTES:
+            raise BadSampleError(f"picture has {size:,} bytes, more than {MAX_IMAGE_BYTES:,}")
+        return self._part(row, "picture", MAX_IMAGE_BYTES)[0]
+
+    def _pixels(self, row: np.void) -> np.ndarray:
+        side = PIXELS_PER_LATENT * self._config.latent_size
+        return parse_picture(self._picture(row), side, self._config.image_range)
+
+    def _moments(self, row: np.void) -> np.ndarray:
+        channels, side = self._in_channels, self._config.latent_size
+        if self._index.format == "encoded":
+            data, _ = self._part(row, "moments", int(row["moments_size"]))
+            return parse_halves(data, "moments", (2 * channels, side, side))
+        data, stored = self._part(row, "moments", MAX_HEADER_BYTES + 4 * 2 * channels * side**2)
+        return parse_moments(data, channels, side, stored)
+
+    def _caption(self, row: np.void) -> str:
+        config = self._config
         require_caption_size(int(row["caption_size"]), config.max_caption_bytes)
         data, _ = self._part(row, "caption", config.max_caption_bytes)
-        caption = parse_caption(
+        return parse_caption(
             data,
             max_bytes=config.max_caption_bytes,
             allow_empty=config.allow_empty_captions,
         )
-        context = None
-        if config.context == "precomputed":
-            limit = MAX_HEADER_BYTES + 4 * config.context_tokens * self._context_dim
-            data, stored = self._part(row, "context", limit)
-            context = parse_context(data, config.context_tokens, self._context_dim, stored)
-        return Sample(moments, caption, context)
+
+    def _context(self, row: np.void) -> np.ndarray:
+        shape = tokens, channels = self._config.context_tokens, self._context_dim
+        if self._index.format == "encoded":
+            data, _ = self._part(row, "context", int(row["context_size"]))
+            return parse_halves(data, "context", shape)
+        data, stored = self._part(row, "context", MAX_HEADER_BYTES + 4 * tokens * channels)
+        return parse_context(data, tokens, channels, stored)

@@ -23,6 +23,31 @@ def _npy_bytes(array: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
+def start_shard(path: Path) -> tarfile.TarFile:
+    """A new shard, open, for `add_sample`."""
+    tar = tarfile.open(path, "w")  # noqa: SIM115 (closed by the caller)
+    # a nameless directory entry first, as `tar` of a folder writes it in the benchmark's shards
+    root = tarfile.TarInfo("")
+    root.type, root.mode = tarfile.DIRTYPE, 0o755
+    tar.addfile(root)
+    return tar
+
+
+def add_sample(tar: tarfile.TarFile, key: str, files: dict[str, bytes]) -> None:
+    """Add a sample to a shard as its files, {extension: content}."""
+    for extension in sorted(files):
+        # TarInfo's defaults (no time, no owner) make equal samples equal bytes
+        info = tarfile.TarInfo(f"{key}.{extension}")
+        info.size = len(files[extension])
+        tar.addfile(info, io.BytesIO(files[extension]))
+
+
+def moments_bytes(moments: np.ndarray) -> bytes:
+    """Moments (2C, H, W) as the content of a .npy file: float32 (1, 2C, H, W), as the benchmark's
+    shards have them."""
+    return _npy_bytes(np.asarray(moments, dtype="<f4")[None])
+
+
 class ShardWriter:
     """Writes samples as shards `00000.tar`, `00001.tar`, ...; a context manager.
 
@@ -62,13 +87,10 @@ class ShardWriter:
         metadata: dict[str, object] | None = None,
         context: np.ndarray | None = None,
     ) -> None:
-        """Add a sample: moments (2C, H, W) and, optionally, context (T, D) float16 or float32.
-
-        Moments are stored as float32 (1, 2C, H, W), as in the benchmark's shards.
-        """
+        """Add a sample: moments (2C, H, W) and, optionally, context (T, D) float16 or float32."""
         files = {
             "json": json.dumps(metadata or {}, ensure_ascii=False).encode(),
-            "npy": _npy_bytes(np.asarray(moments, dtype="<f4")[None]),
+            "npy": moments_bytes(moments),
             "txt": caption.encode(),
         }
         if context is not None:
@@ -80,22 +102,13 @@ class ShardWriter:
         shard, place = divmod(self.num_samples, self.samples_per_shard)
         with self._guard():
             tar = self._start(shard) if self._tar is None or place == 0 else self._tar
-            for extension in sorted(files):
-                # TarInfo's defaults (no time, no owner) make equal samples equal bytes
-                info = tarfile.TarInfo(f"{shard:05d}{place:04d}.{extension}")
-                info.size = len(files[extension])
-                tar.addfile(info, io.BytesIO(files[extension]))
+            add_sample(tar, f"{shard:05d}{place:04d}", files)
         self.num_samples += 1
 
     def _start(self, shard: int) -> tarfile.TarFile:
         if self._tar is not None:
             self._tar.close()
-        path = self._aside / f"{shard:05d}.tar"
-        self._tar = tarfile.open(path, "w")  # noqa: SIM115 (closed by _start or __exit__)
-        # a nameless directory entry first, as `tar` of a folder writes it in the benchmark's shards
-        root = tarfile.TarInfo("")
-        root.type, root.mode = tarfile.DIRTYPE, 0o755
-        self._tar.addfile(root)
+        self._tar = start_shard(self._aside / f"{shard:05d}.tar")
         return self._tar
 
     def __enter__(self) -> ShardWriter:

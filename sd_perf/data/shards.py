@@ -1,8 +1,9 @@
-"""Moments shards and their index.
+"""Shards and their index.
 
-A shard is a tar file. Each sample in it is `<key>.npy` (moments), `<key>.txt` (caption),
-`<key>.json` (metadata, not read) and, optionally, `<key>.context.npy` (text states). The
-benchmark's own shards have this layout and are read as they are.
+A shard of moments or of pictures is a tar file. Each sample in it is `<key>.npy` (moments) or a
+picture such as `<key>.jpg`, `<key>.txt` (caption), `<key>.json` (metadata, not read) and,
+optionally beside moments, `<key>.context.npy` (text states). The benchmark's own shards have this
+layout and are read as they are. Encoded shards: `sd_perf.data.encoded`.
 
 The index holds the byte offsets of every sample. It is built once per shard set, and lets a loader
 read any sample without walking the tar file.
@@ -15,23 +16,26 @@ import logging
 import os
 import re
 import tarfile
+from collections.abc import Collection, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import repeat
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from sd_perf.children import worker_pool
+from sd_perf.data.encoded import require_whole, scan_encoded
+from sd_perf.data.formats import FORMATS, IMAGE_EXTENSIONS, ShardFormat
 from sd_perf.data.npz import read_npz
+from sd_perf.data.tar_headers import File, read_plain_headers
 from sd_perf.errors import DataError
 from sd_perf.files import disk_errors, is_absent, one_line, opened_untrusted, written_aside
 
 INDEX_NAME = "sd_perf_index.npz"
-_PARTS = {"npy": "moments", "txt": "caption", "context.npy": "context"}
-"""file extension: part of the sample that it holds"""
-_MEMBER = re.compile(r"((?:.*/|)[^./]+)\.([^/]+)")
+_MEMBER = re.compile(rb"((?:.*/|)[^./]+)\.([^/]+)", re.DOTALL)
 """key and extension: as in webdataset, the key ends at the first dot of the base name. Hidden
 files, such as the ._x that a Mac adds beside x, are no members of samples."""
 _END_OF_ARCHIVE = bytes(1024)
@@ -46,18 +50,12 @@ _LONG_HEADERS = (
 """headers that are followed by a name or by attributes, which tarfile reads into memory"""
 _MAX_LONG_HEADER = 2**16
 _BLOCK = 2**20
+_ROWS = 1 << 14
+"""rows that are checked at a time: they stay in the cache"""
 _SHARDS_PER_PROCESS = 8
 """shards to scan per process: fewer are not worth the start of another process"""
 
 _log = logging.getLogger(__name__)
-
-
-def _row_type(key_bytes: int) -> np.dtype[Any]:
-    """Dtype of `ShardIndex.samples`, for keys of at most `key_bytes` bytes."""
-    fields: list[tuple[str, str]] = [("shard", "<i4")]
-    for part in _PARTS.values():
-        fields += [(f"{part}_offset", "<i8"), (f"{part}_size", "<i8")]
-    return np.dtype([*fields, ("key", f"S{max(1, key_bytes)}")])
 
 
 class _BoundedTarInfo(tarfile.TarInfo):
@@ -71,7 +69,7 @@ class _BoundedTarInfo(tarfile.TarInfo):
         return info
 
 
-def _list_files(path: Path) -> list[tarfile.TarInfo]:
+def _list_files(path: Path) -> list[File]:
     """Regular files of a tar file.
 
     DataError where it is no tar file, not a whole one, or holds what would be left out: links,
@@ -79,6 +77,9 @@ def _list_files(path: Path) -> list[tarfile.TarInfo]:
     """
     remedy = "fetch or make this shard again"
     with opened_untrusted(path, remedy, DataError) as stream:
+        files = read_plain_headers(stream.fileno())
+        if files is not None:
+            return files
         try:
             members, end = _read_headers(stream)
         except Exception as error:  # tarfile meets damage with nearly any error
@@ -103,7 +104,8 @@ def _list_files(path: Path) -> list[tarfile.TarInfo]:
                 f"{path}: {member.name[:200]} is a link, a device or a sparse file, which is not "
                 "read; make the shard again of plain files (tar --dereference --hard-dereference)"
             )
-    return [member for member in members if member.isreg()]
+    regular = (member for member in members if member.isreg())
+    return [(os.fsencode(each.name), each.offset_data, each.size) for each in regular]
 
 
 def _read_headers(stream: BinaryIO) -> tuple[list[tarfile.TarInfo], int]:
@@ -121,46 +123,81 @@ def _read_headers(stream: BinaryIO) -> tuple[list[tarfile.TarInfo], int]:
 
 def group_by_key(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
     """The files of a shard as {key: {extension: (byte offset, size)}}, in the order of the tar."""
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
-    for member in _list_files(path):
-        if match := _MEMBER.fullmatch(member.name):
-            key, extension = match[1], match[2].lower()
+    return {os.fsdecode(key): files for key, files in _group_by_key(path).items()}
+
+
+def _group_by_key(path: Path) -> dict[bytes, dict[str, tuple[int, int]]]:
+    """`group_by_key`, with keys as the tar has them."""
+    samples: dict[bytes, dict[str, tuple[int, int]]] = {}
+    extensions: dict[bytes, str] = {}
+    for name, offset, size in _list_files(path):
+        # Most names have no folder, and are split in a third of the time that _MEMBER takes.
+        key, _, end = name.partition(b".")
+        if b"/" in name:
+            match = _MEMBER.fullmatch(name)
+            key, end = match.groups() if match else (b"", b"")
+        if key and end:
+            if end not in extensions:
+                extensions[end] = os.fsdecode(end).lower()
             files = samples.setdefault(key, {})
-            if extension in files:
+            if extensions[end] in files:
                 raise DataError(
-                    f"{path}: {key}.{extension} occurs twice; make the shard again with unique keys"
+                    f"{path}: {os.fsdecode(key)}.{extensions[end]} occurs twice; make the shard "
+                    "again with unique keys"
                 )
-            files[extension] = (member.offset_data, member.size)
+            files[extensions[end]] = (offset, size)
     return samples
 
 
-def scan_shard(path: Path, number: int) -> np.ndarray:
+def scan_shard(path: Path, number: int, format: str = "moments") -> np.ndarray:
     """Index rows of one shard, one per sample; see `ShardIndex.samples`. `number` is the shard's.
 
     Raises DataError where the shard cannot be used.
     """
-    samples = group_by_key(path)
-    rows: list[tuple[object, ...]] = []
-    for key, files in samples.items():
-        for extension in ("npy", "txt"):
-            if extension not in files:
-                raise DataError(
-                    f"{path}: sample {key} has no .{extension}; every sample needs .npy and .txt"
-                )
-        places = (value for extension in _PARTS for value in files.get(extension, (0, 0)))
-        rows.append((number, *places, os.fsencode(key)))
-    return np.array(
-        rows, dtype=_row_type(max((len(os.fsencode(key)) for key in samples), default=0))
-    )
+    if format == "encoded":
+        return scan_encoded(path, number)
+    kind, samples = FORMATS[format], _group_by_key(path)
+    if format == "raw":
+        # img2dataset writes samples as their downloads end. The benchmark's moments shards, made of
+        # the same samples, have them in the order of keys.
+        samples = dict(sorted(samples.items()))
+    rows = np.zeros(len(samples), dtype=kind.row_type(max(map(len, samples), default=0)))
+    rows["shard"], rows["key"], lacking = number, list(samples), []
+    for part, extensions in kind.parts.items():
+        places = [files.get(extensions[0]) for files in samples.values()]
+        for other in extensions[1:]:
+            pairs = zip(places, samples.values(), strict=True)
+            places = [place or files.get(other) for place, files in pairs]
+        if None in places and part not in kind.optional:
+            lacking.append((places.index(None), part))
+        found = np.array([place or (0, 0) for place in places], np.int64).reshape(-1, 2)
+        rows[f"{part}_offset"], rows[f"{part}_size"] = found[:, 0], found[:, 1]
+    for place, part in sorted(lacking)[:1]:
+        key, files = list(samples.items())[place]
+        what = _lacking(part, files, kind)
+        raise DataError(f"{path}: sample {os.fsdecode(key)} has no {what}")
+    return rows
 
 
-def _scan_all(paths: list[Path], processes: int | None) -> np.ndarray:
+def _lacking(part: str, files: Collection[str], kind: ShardFormat) -> str:
+    """What a sample of these files lacks, and what to do."""
+    needed = [" or ".join(f".{name}" for name in kind.parts[part]) for part in (part, *kind.parts)]
+    named = f"{needed[0]}; every sample needs {needed[1]} and .txt"
+    other = "raw" if part == "moments" and set(files) & set(IMAGE_EXTENSIONS) else ""
+    other = "moments" if part == "picture" and "npy" in files else other
+    return f"{named} (such shards are read with data.format {other})" if other else named
+
+
+def _scan_all(paths: list[Path], format: str, processes: int | None) -> np.ndarray:
     """Index rows of all shards; None processes: as many as are worth it."""
+    if format == "encoded":
+        require_whole(paths)
     if processes is None:
         processes = min(os.cpu_count() or 1, len(paths) // _SHARDS_PER_PROCESS)
     parts: list[np.ndarray] = []
     with worker_pool(processes) if processes > 1 else nullcontext() as pool:
-        for part in (pool.map if pool else map)(scan_shard, paths, range(len(paths))):
+        scanned = (pool.map if pool else map)(scan_shard, paths, range(len(paths)), repeat(format))
+        for part in scanned:
             parts.append(part)
             done, samples = len(parts), sum(map(len, parts))
             if done % 50 == 0:
@@ -176,9 +213,13 @@ class ShardIndex:
     shards: list[str]
     """file names, sorted"""
     samples: np.ndarray
-    """structured array (N,). Fields: shard (number, int32); moments_offset, moments_size,
-    caption_offset, caption_size, context_offset, context_size (bytes within the shard, int64; size
-    0 where a sample has no context); key (file-system bytes)"""
+    """structured array (N,). Fields: shard (number, int32); <part>_offset and <part>_size of every
+    part that the format has: moments or picture, caption, context (bytes within the shard, int64;
+    size 0 where a sample has no context); key (file-system bytes)"""
+    format: str = "moments"
+    """as `data.format` names it"""
+    saved_fingerprint: str = ""
+    """`fingerprint`, where the index was read from a file"""
 
     @classmethod
     def open(
@@ -186,50 +227,58 @@ class ShardIndex:
         folder: str | Path,
         file: str | Path = "",
         *,
+        format: str = "moments",
         need_context: bool = False,
         processes: int | None = None,
     ) -> ShardIndex:
-        """Open the index of a folder's *.tar shards.
+        """Open the index of a folder's shards, which are of this `data.format`.
 
         The index saved in `file` (default: sd_perf_index.npz in the folder) is used where names,
         sizes and modification times of the shards still match. Otherwise it is built and saved.
         Ranks that call this at once would each build it, so let one go first.
 
         Raises DataError for shards that cannot be used, for a `file` that cannot be written or is
-        no index, and, with `need_context`, for a sample without .context.npy.
+        no index, and, with `need_context`, for a sample without text states.
         """
         folder = Path(folder)
-        paths = find_shards(folder)
+        paths = find_shards(folder, format)
         file = Path(file) if str(file) else folder / INDEX_NAME
         stats = [_stat(path) for path in paths]
         state: dict[str, Any] = {
-            "version": np.array(2),
+            "version": np.array(3),
+            "format": np.array(format),
             "names": np.array([path.name for path in paths]),
             "sizes": np.array([stat.st_size for stat in stats], dtype=np.int64),
             "mtimes": np.array([stat.st_mtime_ns for stat in stats], dtype=np.int64),
         }
-        samples = _load_saved(file, state)
-        if samples is None:
+        if saved := _load_saved(file, state, FORMATS[format]):
+            samples, fingerprint = saved
+            index = cls(folder, [path.name for path in paths], samples, format, fingerprint)
+        else:
             remedy = "set data.index to a file in a folder you can write to"
             with disk_errors(file, remedy, DataError), written_aside(file) as draft:
                 # The scan is within written_aside, so that an unwritable place is told before it.
-                samples = _scan_all(paths, processes)
+                samples = _scan_all(paths, format, processes)
+                index = cls(folder, [path.name for path in paths], samples, format)
+                state |= {"samples": samples, "fingerprint": np.array(index.fingerprint)}
                 with draft.open("wb") as stream:  # numpy would append .npz to another name
-                    np.savez(stream, samples=samples, **state)
+                    np.savez(stream, **state)
             _log.info("indexed %d samples in %d shards: %s", len(samples), len(paths), file)
-        index = cls(folder, [path.name for path in paths], samples)
         index._check(need_context)
         return index
 
     def _check(self, need_context: bool) -> None:
         if len(self) == 0:
             raise DataError(
-                f"{self.folder}: the shards hold no samples; data.path must name moments shards"
+                f"{self.folder}: the shards hold no samples; data.path must name {self.format} "
+                "shards"
             )
+        if not need_context:
+            return
         missing = np.flatnonzero(self.samples["context_size"] == 0)
-        if need_context and len(missing):
+        if len(missing):
             raise DataError(
-                f"{self.folder}: {len(missing)} samples have no .context.npy, the first is "
+                f"{self.folder}: {len(missing)} samples have no text states, the first is "
                 f"{self.name(missing[0])}; "
                 "make shards with text states or set data.context to open_clip"
             )
@@ -248,21 +297,34 @@ class ShardIndex:
 
         Contents are not read: the benchmark has hundreds of gigabytes.
         """
+        if self.saved_fingerprint:
+            return self.saved_fingerprint
         digest = hashlib.sha256("\0".join(self.shards).encode())
-        for column in ("shard", "key", *(f"{part}_size" for part in _PARTS.values())):
+        for column in ("shard", "key", *(f"{part}_size" for part in self._parts)):
             digest.update(f"\0{self.samples.dtype[column].str}\0".encode())
             digest.update(self.samples[column].tobytes())
         return digest.hexdigest()
 
+    @cached_property
+    def keys_fingerprint(self) -> str:
+        """SHA-256 (hex) of the keys in order: equal for the same samples in another format."""
+        keys = self.samples["key"]
+        return hashlib.sha256(f"{keys.dtype.str}\0".encode() + keys.tobytes()).hexdigest()
 
-def find_tars(folder: Path) -> list[Path]:
-    """The *.tar files of a folder by name, without the ._*.tar that a Mac adds beside them."""
-    return sorted(path for path in folder.glob("*.tar") if not path.name.startswith("._"))
+    @property
+    def _parts(self) -> Iterable[str]:
+        return FORMATS[self.format].parts
 
 
-def find_shards(folder: Path) -> list[Path]:
+def find_files(folder: Path, pattern: str = "*.tar") -> list[Path]:
+    """The shards of a folder by name, without the ._*.tar that a Mac adds beside them."""
+    return sorted(path for path in folder.glob(pattern) if not path.name.startswith("._"))
+
+
+def find_shards(folder: Path, format: str = "moments") -> list[Path]:
     """The shards of a folder by name; DataError where there are none."""
-    advice = "data.path must name the folder of the *.tar moments shards"
+    pattern = f"*{FORMATS[format].suffix}"
+    advice = f"data.path must name the folder of the {pattern} {format} shards"
     try:
         names = [path.name for path in folder.iterdir()]
     except NotADirectoryError as error:
@@ -270,9 +332,9 @@ def find_shards(folder: Path) -> list[Path]:
     except OSError as error:
         reason = "is not a folder" if is_absent(folder) else f"cannot be read ({error.strerror})"
         raise DataError(f"{folder} {reason}; {advice}") from error
-    paths = find_tars(folder)
+    paths = find_files(folder, pattern)
     if not paths:
-        raise DataError(f"{folder} {'holds no *.tar file' if names else 'is empty'}; {advice}")
+        raise DataError(f"{folder} {f'holds no {pattern} file' if names else 'is empty'}; {advice}")
     return paths
 
 
@@ -286,8 +348,10 @@ def _stat(shard: Path) -> os.stat_result:
         ) from error
 
 
-def _load_saved(file: Path, state: dict[str, Any]) -> np.ndarray | None:
-    """Rows of a saved index; None where there is none, or the shards have changed since.
+def _load_saved(
+    file: Path, state: dict[str, Any], kind: ShardFormat
+) -> tuple[np.ndarray, str] | None:
+    """Rows and fingerprint of a saved index; None where there is none, or the shards changed since.
 
     DataError where the file is no index: it may be another file of the user's, so it is not
     overwritten.
@@ -300,21 +364,28 @@ def _load_saved(file: Path, state: dict[str, Any]) -> np.ndarray | None:
             saved = read_npz(stream)
             if not all(np.array_equal(saved[name], value) for name, value in state.items()):
                 return None
-            _check_rows(saved["samples"], state["sizes"])
+            samples, fingerprint = saved["samples"], str(saved["fingerprint"])
+            _check_rows(samples, state["sizes"], kind)
+            if not re.fullmatch("[0-9a-f]{64}", fingerprint):
+                raise ValueError("its fingerprint is none")
         except (KeyError, ValueError, TypeError) as error:
             raise DataError(f"{file} is not a shard index; {remedy}") from error
-    return saved["samples"]
+    return samples, fingerprint
 
 
-def _check_rows(rows: np.ndarray, sizes: np.ndarray) -> None:
+def _check_rows(rows: np.ndarray, sizes: np.ndarray, kind: ShardFormat) -> None:
     """ValueError for rows of another type, or that name bytes outside of the shards."""
     key_bytes = rows.dtype["key"].itemsize if rows.dtype.names else 1
-    if rows.ndim != 1 or rows.dtype != _row_type(key_bytes):
+    if rows.ndim != 1 or rows.dtype != kind.row_type(key_bytes):
         raise ValueError(f"its rows have dtype {rows.dtype}")
-    shard = rows["shard"]
-    if ((shard < 0) | (shard >= len(sizes))).any():
-        raise ValueError("a row names a shard that is not there")
-    for part in _PARTS.values():
-        offset, size, room = rows[f"{part}_offset"], rows[f"{part}_size"], sizes[shard]
-        if ((offset < 0) | (size < 0) | (offset > room) | (size > room - offset)).any():
-            raise ValueError(f"a row places its {part} outside of the shard")
+    for start in range(0, len(rows), _ROWS):
+        some = rows[start : start + _ROWS]
+        # As unsigned numbers, those below zero are larger than any shard.
+        shard = some["shard"].view(np.uint32)
+        if (shard >= len(sizes)).any():
+            raise ValueError("a row names a shard that is not there")
+        room = sizes[shard].view(np.uint64)
+        for part in kind.parts:
+            offset, size = (some[f"{part}_{what}"].view(np.uint64) for what in ("offset", "size"))
+            if (offset > room).any() or (size > room - offset).any():
+                raise ValueError(f"a row places its {part} outside of the shard")

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
+from sd_perf.children import worker_pool
 from sd_perf.config import Config
+from sd_perf.data.digests import digest
+from sd_perf.data.laion.convert import RECORDS
+from sd_perf.data.npz import MAX_HEADER_BYTES, read_npy_header
 from sd_perf.data.prepare.captioned_images import CaptionedImage, load_captioned_image
 from sd_perf.data.prepare.raw_shards import read_images
 from sd_perf.data.samples import SampleReader
-from sd_perf.data.shards import ShardIndex, find_shards, scan_shard
+from sd_perf.data.shards import ShardIndex, find_files, find_shards, group_by_key, scan_shard
 from sd_perf.errors import DataError
+from sd_perf.files import opened_untrusted, read_json
 from sd_perf.models.vae import PIXELS_PER_LATENT
+
+_COUNTS = ((RECORDS + "/{}.json", "samples"), ("{}_stats.json", "successes"))
+"""files beside a shard that say how many samples it has, and where: of `data convert` and of
+img2dataset"""
+_SHARDS_PER_PROCESS = 4
+"""shards to read per process: fewer are not worth the start of another process"""
 
 
 @dataclass(frozen=True)
@@ -27,33 +41,94 @@ class Verdict:
     """a sentence for each that cannot be used"""
     files: list[Path]
     """the files whose bytes were read"""
+    empty_captions: int = 0
+    digests: dict[Path, str] = field(default_factory=dict)
+    """SHA-256 of files, where it was asked for"""
 
 
-def verify_shards(config: Config) -> Iterator[Verdict]:
-    """Read every sample of data.path's shards as training would; a verdict per shard.
+def verify_shards(
+    folder: Path, format: str, config: Config, *, with_digests: bool = False
+) -> Iterator[Verdict]:
+    """Read every sample of a folder's shards, which are of this data.format, as training with the
+    config would; a verdict per shard, in order.
 
-    Indexes are neither read nor written. Raises ConfigError where data.path is not set, and
-    DataError where it has no shards.
+    Many shards are read by several processes. Indexes are neither read nor written. Raises
+    DataError where there are no shards.
     """
-    config.data.require(bool(config.data.path), "path", "the folder of the shards")
-    for path in find_shards(Path(config.data.path)):
+    paths = find_shards(folder, format)
+    work = partial(_verify_shard, format=format, config=config, with_digests=with_digests)
+    processes = min(os.cpu_count() or 1, len(paths) // _SHARDS_PER_PROCESS)
+    if processes > 1:
+        with worker_pool(processes) as pool:
+            yield from pool.map(work, paths)
+    else:
+        yield from map(work, paths)
+
+
+def _verify_shard(path: Path, format: str, config: Config, with_digests: bool) -> Verdict:
+    samples, empty, faults = 0, 0, []
+    try:
+        index = ShardIndex(path.parent, [path.name], scan_shard(path, 0, format), format)
+        reader = SampleReader(
+            index, config.data, config.model.in_channels, config.model.context_dim
+        )
+        samples = len(index)
+        for number in range(samples):
+            try:
+                empty += not reader.read(number).caption.strip()
+            except DataError as error:
+                faults.append(f"{index.folder}: sample {index.name(number)}: {error}")
+        faults += _miscounts(path, samples)
+    except DataError as error:
+        faults.append(str(error))
+    digests = {path: digest(path)} if with_digests and path.is_file() else {}
+    return Verdict(path, samples, faults, [path], empty, digests)
+
+
+def _miscounts(path: Path, samples: int) -> Iterator[str]:
+    """A sentence for each file beside a shard that says another number of samples."""
+    for name, key in _COUNTS:
+        record = path.parent / name.format(path.stem)
+        value = read_json(record)
+        said = value.get(key) if isinstance(value, dict) else None
+        if said is not None and said != samples:
+            yield f"{path}: holds {samples:,} samples, and {record.name} says {said!r}"
+
+
+def find_format(folder: Path) -> str:
+    """The data.format of a folder's shards by what is in the first that can be read; empty where
+    there are none."""
+    if not (paths := find_files(folder)):
+        return "encoded" if find_files(folder, "*.safetensors") else ""
+    for path in paths:
         try:
-            index = ShardIndex(path.parent, [path.name], scan_shard(path, 0))
-            reader = SampleReader(
-                index, config.data, config.model.in_channels, config.model.context_dim
-            )
-        except DataError as error:
-            yield Verdict(path, 0, [str(error)], [path])
+            held = {extension for files in group_by_key(path).values() for extension in files}
+        except DataError:
             continue
-        yield Verdict(path, len(index), list(_bad_samples(index, reader)), [path])
+        return "moments" if "npy" in held else "raw"
+    return "moments"
 
 
-def _bad_samples(index: ShardIndex, reader: SampleReader) -> Iterator[str]:
-    for number in range(len(index)):
-        try:
-            reader.read(number)
-        except DataError as error:
-            yield f"{index.folder}: sample {index.name(number)}: {error}"
+def fitted(folder: Path, format: str, config: Config) -> Config:
+    """The config with the latents' size that the first sample of a folder has, and taking empty
+    captions: to verify shards that no preset was given for."""
+    size = config.data.latent_size
+    if format == "moments":
+        size = next(filter(None, map(_latent_size, find_files(folder))), size)
+    data = dataclasses.replace(config.data, latent_size=size, allow_empty_captions=True)
+    return dataclasses.replace(config, data=data)
+
+
+def _latent_size(path: Path) -> int:
+    """The side of the first moments of a shard; 0 where they cannot be read."""
+    try:
+        offset, _ = next(files["npy"] for files in group_by_key(path).values() if "npy" in files)
+        with opened_untrusted(path, "fetch it again", DataError) as file:
+            file.seek(offset)
+            shape, *_ = read_npy_header(file.read(MAX_HEADER_BYTES))
+        return shape[-1]
+    except (DataError, ValueError, StopIteration, IndexError):
+        return 0  # the reader says what is wrong with it
 
 
 def verify_pictures(folder: Path, config: Config, captions: Path | None) -> Iterator[Verdict]:
@@ -70,7 +145,8 @@ def verify_pictures(folder: Path, config: Config, captions: Path | None) -> Iter
         files = list(dict.fromkeys(image.path for image in some))
         if path == folder and (folder / "captions.jsonl").is_file():
             files.append(folder / "captions.jsonl")
-        yield Verdict(path, len(some), faults, files)
+        empty = sum(not caption.strip() for image in some for caption in image.captions)
+        yield Verdict(path, len(some), faults, files, empty)
 
 
 def _fault(image: CaptionedImage, size: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -119,29 +120,49 @@ class World:
         return box[0]
 
 
-def start_world(device_choice: str, join_seconds: float = 60, silence_seconds: float = 60) -> World:
+def start_world(
+    device_choice: str,
+    join_seconds: float = 60,
+    silence_seconds: float = 60,
+    collective_seconds: float = 1800,
+) -> World:
     """Join the processes that torchrun or Slurm started, or be a world of one process.
 
-    `device_choice` is "auto", "cpu" or "cuda". Raises ConfigError for "cuda" where torch sees no
-    GPU, for a launcher's variables that cannot be, and where a process has not come in time.
+    `device_choice` is "auto", "cpu" or "cuda". A collective that takes longer than
+    `collective_seconds` raises RuntimeError, see `is_overdue`. Raises ConfigError for "cuda" where
+    torch sees no GPU, for a launcher's variables that cannot be, and where a process has not come
+    in time.
     """
     place = read_place()
-    device = _device(device_choice, place.local_rank)
+    device = choose_device(device_choice, place.local_rank)
     if place.size == 1:
         return World(rank=0, size=1, device=device)
     store = meet(place, join_seconds)
     watchdog = Watchdog(place, silence_seconds)
     watchdog.start(store)
     # With GPUs there are two groups: NCCL for gradients, gloo for the collectives of World.
-    joined: dict[str, Any] = {"store": store, "rank": place.rank, "world_size": place.size}
+    patience = datetime.timedelta(seconds=collective_seconds)
+    joined: dict[str, Any] = {
+        "store": store,
+        "rank": place.rank,
+        "world_size": place.size,
+        "timeout": patience,
+    }
     if device.type == "cuda":
         # Of high priority, so that the computation that it runs beside does not starve it.
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
         dist.init_process_group("nccl", device_id=device, pg_options=options, **joined)
     else:
         dist.init_process_group("gloo", **joined)
-    cpu_group = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
+    cpu_group: Any = dist.group.WORLD
+    if device.type == "cuda":
+        cpu_group = dist.new_group(backend="gloo", timeout=patience)
     return World(place.rank, place.size, device, cpu_group, watchdog)
+
+
+def is_overdue(error: BaseException) -> bool:
+    """Whether an error of torch is that of a collective which took longer than it may."""
+    return isinstance(error, RuntimeError) and "timed out" in str(error).lower()
 
 
 def stop_world(world: World | None = None) -> None:
@@ -151,7 +172,7 @@ def stop_world(world: World | None = None) -> None:
         dist.destroy_process_group()
 
 
-def _device(choice: str, local_rank: int) -> torch.device:
+def choose_device(choice: str, local_rank: int) -> torch.device:
     """The device of this rank; makes a GPU the current one."""
     has_cuda = torch.cuda.is_available()
     if choice == "cuda" and not has_cuda:

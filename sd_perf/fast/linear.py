@@ -39,37 +39,54 @@ class LinearLayer:
     """x (..., K), weight (N, K), optional bias (N,) -> (..., N)"""
     after_layer_norm: Callable[..., tuple[Tensor, Tensor]]
     """x (..., K), residual or None, the LayerNorm, weight, optional bias -> (..., N) and the sum
-    x + residual that was normalised"""
+    x + residual that was normalised; as `x_bias` and `later_bias` what `left_to_norm` gives"""
     after_geglu: Callable[..., Tensor]
     """x (..., 2K), weight, optional bias -> (..., N); as `inner_bias` (2K,) the bias of the layer
     that made x, where GEGLU adds it"""
     adds_inner_bias: bool = False
     """whether `after_geglu` takes `inner_bias`; then the layer before it needs none"""
+    sums_biases: bool = False
+    """whether `after_layer_norm` takes `x_bias` and `later_bias`"""
     scales: Any = None
     """the `sd_kernels.fp8_linear.te.Linear` whose scales outlive a step, where there is one"""
     slots: int | None = None
     """number of its delayed scales in the UNet's `DelayedScaling`, where it has such"""
 
+    def left_to_norm(self, bias: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The bias of the layer before, as that layer takes it and as `after_layer_norm` does.
+
+        The norm's backward pass has the gradient of that layer's result in registers, and can sum
+        it for the bias. Then the layer itself gets a bias that takes no gradient.
+        """
+        return (bias.detach(), bias) if self.sums_biases else (bias, None)
+
 
 FeedForward = Callable[..., tuple[Tensor, Tensor]]
-"""x (..., C), residual or None, the LayerNorm, the inner and the outer nn.Linear -> (..., C) and
-the sum x + residual"""
+"""x (..., C), residual or None, the LayerNorm, the inner and the outer nn.Linear, `x_bias` or None
+-> (..., C) and the sum x + residual, both of which the caller adds"""
 
 
 def separate(ops: Ops, linear: Callable[..., Tensor], scales: Any = None) -> LinearLayer:
     """LayerNorm or GEGLU first, then the matmul, each a kernel of its own."""
 
     def after_layer_norm(
-        x: Tensor, residual: Tensor | None, norm: nn.LayerNorm, *weights: Tensor
+        x: Tensor,
+        residual: Tensor | None,
+        norm: nn.LayerNorm,
+        *weights: Tensor,
+        x_bias: Tensor | None = None,
+        later_bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        normal, summed = ops.layer_norm(x, norm.weight, norm.bias, residual, eps=norm.eps)
+        tensors = x, norm.weight, norm.bias, residual, x_bias, later_bias
+        normal, summed = ops.layer_norm(*tensors, eps=norm.eps)
         return linear(normal, *weights), summed
 
     def after_geglu(x: Tensor, *weights: Tensor, inner_bias: Tensor | None = None) -> Tensor:
         return linear(ops.geglu(x, inner_bias), *weights)
 
     # GEGLU's backward pass has the gradient of x in registers, and sums the bias's on the way.
-    return LinearLayer(linear, after_layer_norm, after_geglu, adds_inner_bias=True, scales=scales)
+    fusions = {"adds_inner_bias": True, "sums_biases": True}
+    return LinearLayer(linear, after_layer_norm, after_geglu, **fusions, scales=scales)
 
 
 def fused(
@@ -110,6 +127,7 @@ def _after_layer_norm(
     norm: nn.LayerNorm,
     weight: Tensor,
     bias: Tensor | None = None,
+    x_bias: None = None,
 ) -> tuple[Tensor, Tensor]:
     tensors = x, weight, bias, residual, norm.weight, norm.bias
     return call(*tensors, producer="layer_norm", eps=norm.eps)
@@ -122,6 +140,7 @@ def _fused_feed_forward(
     norm: nn.LayerNorm,
     inner: nn.Linear,
     outer: nn.Linear,
+    x_bias: None = None,
 ) -> tuple[Tensor, Tensor]:
     tensors = x, outer.weight, outer.bias, residual, norm.weight, norm.bias
     inner_tensors = inner.weight, inner.bias
@@ -136,10 +155,14 @@ def _feed_forward_by_layers(
     norm: nn.LayerNorm,
     inner: nn.Linear,
     outer: nn.Linear,
+    x_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    if narrow.adds_inner_bias:
-        h, summed = widen.after_layer_norm(x, residual, norm, inner.weight)
-        return narrow.after_geglu(h, outer.weight, outer.bias, inner_bias=inner.bias), summed
+    if widen.sums_biases and narrow.adds_inner_bias:
+        # The sum's later use is in a sum with the outer layer's result, which has its gradient.
+        bias, left = widen.left_to_norm(outer.bias)
+        biases = {"x_bias": x_bias, "later_bias": left}
+        h, summed = widen.after_layer_norm(x, residual, norm, inner.weight, **biases)
+        return narrow.after_geglu(h, outer.weight, bias, inner_bias=inner.bias), summed
     h, summed = widen.after_layer_norm(x, residual, norm, inner.weight, inner.bias)
     return narrow.after_geglu(h, outer.weight, outer.bias), summed
 

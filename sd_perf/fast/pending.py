@@ -37,6 +37,45 @@ class Pending:
         return ops.residual_add(self.x, self.residual, self.bias)
 
 
+class _Adjacent(torch.autograd.Function):
+    """Weights (N, ...) that lie one behind the other in memory, as the one tensor that they are."""
+
+    @staticmethod
+    def forward(ctx: Any, *weights: Tensor) -> Tensor:
+        ctx.rows = [weight.shape[0] for weight in weights]
+        return weights[0].as_strided((sum(ctx.rows), *weights[0].shape[1:]), weights[0].stride())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return grads[0].split(ctx.rows)
+
+
+def packed(weights: list[Tensor]) -> Tensor:
+    """Weights one behind the other, (N, K) each or (N,).
+
+    Training keeps the parameters in one buffer (`training.flat`), where those that are packed are
+    adjacent; then nothing is copied. Elsewhere, and while torch.compile traces, it is a `cat`.
+    """
+    if torch.compiler.is_compiling():
+        return torch.cat(weights)
+    storage, end = weights[0].untyped_storage().data_ptr(), weights[0].storage_offset()
+    for weight in weights:
+        here = weight.untyped_storage().data_ptr(), weight.storage_offset()
+        if here != (storage, end) or not weight.is_contiguous():
+            return torch.cat(weights)
+        end += weight.numel()
+    return _Adjacent.apply(*weights)
+
+
+def added(vectors: list[Tensor]) -> Tensor:
+    """The sums of the first half of the vectors and the second, one behind the other.
+
+    They are packed before they are added, and so every vector has a gradient of its own. For
+    vectors that are added first, autograd has one tensor for both, which is copied for the second.
+    """
+    return packed(vectors).view(2, -1).sum(0)
+
+
 def as_tokens(x: Tensor) -> Tensor:
     """(B, C, H, W) in channels-last memory as (B, H*W, C), without a copy."""
     return x.permute(0, 2, 3, 1).flatten(1, 2)
@@ -59,13 +98,11 @@ class Norm(nn.Module):
     def forward(
         self, pending: Pending, ops: Ops, skip: Tensor | None = None, *, return_sum: int = 0
     ) -> Any:
-        """The norm; with it the sum (B, C, H, W) `return_sum` times, and `skip` (B, C', H, W).
+        """The norm; with it `return_sum` times what was normalised, the sum beside `skip`.
 
-        Whoever reads the sum or the skip later should take one of these, each reader another, since
-        the norm's backward pass then adds their gradients. Without both the result is a tensor.
+        Whoever reads it later should take one of these, each reader another, since the norm's
+        backward pass then adds their gradients. With `return_sum` 0 the result is a tensor.
         """
         tensors = pending.x, self.weight, self.bias, pending.bias, pending.residual, skip
         options = {"num_groups": self.num_groups, "eps": self.eps, "silu": self.silu}
-        return ops.group_norm(
-            *tensors, **options, return_sum=return_sum, return_skip=skip is not None
-        )
+        return ops.group_norm(*tensors, **options, return_sum=return_sum)

@@ -6,14 +6,14 @@
 - A gradient is not added where it arises: the norms take those of all later uses of what they read.
 - One matmul makes queries, keys and values; one the keys and values of the text for all
   transformers, once per step; one the time projections of all ResBlocks.
-- Concatenations are never written: norm and skip convolution read both sources. Upsampling is part
-  of the convolution that follows it.
+- A norm that reads two sources writes their concatenation, for its skip convolution and for both
+  backward passes. Upsampling is part of the convolution that follows it.
 - The number format of a linear layer, and whether its LayerNorm or GEGLU is fused with it, is up to
   `fast.linear`.
 
 Parameters have the names, shapes and order of `reference.unet`, so weights, optimizer state and
-checkpoints pass between the two unchanged. Packed weights are concatenated in every step, 0.05 % of
-its time by estimate.
+checkpoints pass between the two unchanged. Weights of several layers that one matmul reads are
+adjacent in training's flat buffer, and concatenated elsewhere.
 
 Shape letters: B batch, C channels, H and W rows and columns, L tokens, T text tokens, E channels of
 the time embedding.
@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sd_perf.config import PrecisionConfig, UNetConfig
-from sd_perf.fast.linear import LinearPrecision
+from sd_perf.fast.linear import LinearLayer, LinearPrecision
 from sd_perf.fast.ops import Ops, with_weights_cast
-from sd_perf.fast.pending import Norm, Pending, as_image, as_tokens
+from sd_perf.fast.pending import Norm, Pending, added, as_image, as_tokens, packed
 from sd_perf.reference.unet import MAX_PERIOD, zeroed
 
 
@@ -41,7 +41,7 @@ class ResBlock(nn.Module):
     """Two convolutions with the input added to their result: (pending, skip) -> (pending, sum).
 
     On the way up the input is the concatenation of `pending` and `skip`. The second result is the
-    written sum of `pending` for a later skip; on the way up nobody needs one, and it is `skip`.
+    written input: on the way down a later skip.
     """
 
     def __init__(self, channels: int, out_channels: int, emb_channels: int, groups: int) -> None:
@@ -58,27 +58,24 @@ class ResBlock(nn.Module):
         self.skip_connection: Any = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
 
     def forward(
-        self, pending: Pending, skip: Tensor | None, time: Tensor, ops: Ops
+        self, pending: Pending, skip: Tensor | None, time: Tensor, bias: Tensor, ops: Ops
     ) -> tuple[Pending, Tensor]:
-        """time (B, C') is the projected time embedding plus the first convolution's bias."""
-        # The sum is read twice more on the way down: here and, as a skip, on the way up. There the
-        # skip is read once more itself.
+        """time (B, C') is the projected time embedding plus the first convolution's bias.
+
+        bias (C',) is that of the second convolution and, where there is one, of the 1x1.
+        """
+        # On the way down the sum is read twice more: here and, as a skip, on the way up.
         return_sum = 2 if skip is None else 1
-        normal, summed, other = self.in_layers[0](pending, ops, skip, return_sum=return_sum)
+        normal, summed, *again = self.in_layers[0](pending, ops, skip, return_sum=return_sum)
         h = ops.conv(normal, self.in_layers[2].weight)
         # The first convolution has no bias of its own here: `time` brings it.
         h = self.out_layers[0](Pending(h, time), ops)
         h = ops.conv(h, self.out_layers[3].weight)
-        # The second convolution's bias waits with the residual for the next norm.
-        bias, residual = self.out_layers[3].bias, summed
+        # The bias waits with the residual for the next norm.
+        residual = summed
         if isinstance(self.skip_connection, nn.Conv2d):
-            bias = bias + self.skip_connection.bias
-            second = None if skip is None else other
-            residual = ops.skip_conv(summed, self.skip_connection.weight, second)
-        elif skip is not None:
-            # As many channels out as in, of two sources: no SD v2 layer, but configs may have it.
-            residual = torch.cat((summed, other), dim=1)
-        return Pending(h, bias, residual), other
+            residual = ops.skip_conv(summed, self.skip_connection.weight)
+        return Pending(h, bias, residual), again[0] if again else summed
 
 
 class Attention(nn.Module):
@@ -92,8 +89,10 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_channels, channels, bias=False)
         self.to_out: Any = nn.Sequential(nn.Linear(channels, channels))
 
-    def out(self, attended: Tensor) -> Tensor:
-        return self.layer.linear(attended, self.to_out[0].weight, self.to_out[0].bias)
+    def out(self, attended: Tensor, following: LinearLayer) -> tuple[Tensor, Tensor | None]:
+        """The output layer; and its bias, where the following layer's norm sums the gradient."""
+        bias, left = following.left_to_norm(self.to_out[0].bias)
+        return self.layer.linear(attended, self.to_out[0].weight, bias), left
 
 
 class TransformerBlock(nn.Module):
@@ -117,15 +116,18 @@ class TransformerBlock(nn.Module):
         self.narrow = precision.layer("feed_forward", 4 * channels, channels)
         self.feed_forward = precision.feed_forward(self.widen, self.narrow)
 
-    def forward(self, tokens: Tensor, text: Tensor, ops: Ops) -> Tensor:
+    def forward(self, tokens: Tensor, text: Tensor, ops: Ops, bias: Tensor | None) -> Tensor:
+        """`bias` is that of the layer that made the tokens, where `qkv.left_to_norm` leaves one."""
         # One matmul for q, k and v reads the normalised tokens once instead of three times. Each
         # LayerNorm first adds what came before it, so no residual sum is a pass of its own.
-        packed = torch.cat([self.attn1.to_q.weight, self.attn1.to_k.weight, self.attn1.to_v.weight])
-        h, tokens = self.qkv.after_layer_norm(tokens, None, self.norm1, packed)
-        h = self.attn1.out(ops.attention(h, num_heads=self.num_heads))
-        h, tokens = self.query.after_layer_norm(h, tokens, self.norm2, self.attn2.to_q.weight)
-        h = self.attn2.out(ops.attention(h, text, num_heads=self.num_heads))
-        h, tokens = self.feed_forward(h, tokens, self.norm3, self.ff.net[0].proj, self.ff.net[2])
+        weight = packed([self.attn1.to_q.weight, self.attn1.to_k.weight, self.attn1.to_v.weight])
+        h, tokens = self.qkv.after_layer_norm(tokens, None, self.norm1, weight, x_bias=bias)
+        h, bias = self.attn1.out(ops.attention(h, num_heads=self.num_heads), self.query)
+        weights = self.norm2, self.attn2.to_q.weight
+        h, tokens = self.query.after_layer_norm(h, tokens, *weights, x_bias=bias)
+        h, bias = self.attn2.out(ops.attention(h, text, num_heads=self.num_heads), self.widen)
+        layers = self.norm3, self.ff.net[0].proj, self.ff.net[2]
+        h, tokens = self.feed_forward(h, tokens, *layers, x_bias=bias)
         # No norm follows: the sum must be written.
         return ops.residual_add(h, tokens)
 
@@ -158,9 +160,10 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, pending: Pending, text: Tensor, ops: Ops) -> tuple[Pending, Tensor]:
         normal, summed = self.norm(pending, ops, return_sum=1)
-        tokens = self.entrance.linear(as_tokens(normal), self.proj_in.weight, self.proj_in.bias)
-        for block in self.transformer_blocks:
-            tokens = block(tokens, text, ops)
+        block: Any = self.transformer_blocks[0]
+        bias, left = block.qkv.left_to_norm(self.proj_in.bias)
+        tokens = self.entrance.linear(as_tokens(normal), self.proj_in.weight, bias)
+        tokens = block(tokens, text, ops, left)
         # The bias waits for the next norm, whose backward pass also sums its gradient.
         out = self.exit.linear(tokens, self.proj_out.weight)
         return Pending(as_image(out, summed), self.proj_out.bias, summed), summed
@@ -193,6 +196,12 @@ class FastUNet(nn.Module):
         self.precision = LinearPrecision(self.ops, precision or PrecisionConfig())
         model, E = config.model_channels, 4 * config.model_channels
         widths = [mult * model for mult in config.channel_mult]
+
+        half = model // 2
+        steps = torch.arange(half, dtype=torch.float32)
+        frequencies = torch.exp(-math.log(MAX_PERIOD) * steps / half)
+        # As bits, since a float32 buffer would follow the parameters to another dtype.
+        self.register_buffer("frequency_bits", frequencies.view(torch.int32), persistent=False)
 
         # Layers are made in the plain UNet's order, because each draws its initial weights.
         self.time_embed: Any = nn.Sequential(nn.Linear(model, E), nn.SiLU(), nn.Linear(E, E))
@@ -253,30 +262,40 @@ class FastUNet(nn.Module):
             layers.append(self._transformer(out_channels))
         return layers
 
+    def _packed_parameters(self) -> list[list[Tensor]]:
+        """The parameters that `packed` puts together at the beginning, as they are to lie."""
+        blocks = self._res_blocks
+        widening = [b for b in blocks if isinstance(b.skip_connection, nn.Conv2d)]
+        layers = [block.emb_layers[1] for block in blocks]
+        texts = [w for each in self._text_attentions for w in (each.to_k.weight, each.to_v.weight)]
+        return [
+            texts,
+            [layer.weight for layer in layers],
+            [each.bias for each in (*layers, *(block.in_layers[2] for block in blocks))],
+            [block.out_layers[3].bias for block in widening]
+            + [block.skip_connection.bias for block in widening],
+        ]
+
     def parameters_by_use(self) -> list[tuple[nn.Module, list[str]]]:
         """Names of all parameters in the order of the forward pass, in groups.
 
         A group stands beside the module whose call comes before the first use of its parameters:
         first the network itself, then every ResBlock and transformer.
         """
-        packed = {id(parameter) for parameter in self.time_embed.parameters()}
-        for attention in self._text_attentions:
-            packed |= {id(attention.to_k.weight), id(attention.to_v.weight)}
-        blocks = {}
-        for prefix, module in self.named_modules():
-            if isinstance(module, ResBlock):
-                packed |= {id(parameter) for parameter in module.emb_layers.parameters()}
-                packed.add(id(module.in_layers[2].bias))
-            if isinstance(module, ResBlock | SpatialTransformer):
-                blocks[prefix] = module
-        groups: list[tuple[nn.Module, list[str]]] = [(self, [])]
-        for name, parameter in self.named_parameters():
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        first = list(self.time_embed.parameters())
+        first += [parameter for parts in self._packed_parameters() for parameter in parts]
+        groups: list[tuple[nn.Module, list[str]]]
+        groups = [(self, [names.pop(id(parameter)) for parameter in first])]
+        blocks = {
+            prefix: module
+            for prefix, module in self.named_modules()
+            if isinstance(module, ResBlock | SpatialTransformer)
+        }
+        for name in names.values():
             owner = next(
                 (blocks[prefix] for prefix in blocks if name.startswith(f"{prefix}.")), None
             )
-            if id(parameter) in packed:
-                groups[0][1].append(name)
-                continue
             if owner and owner is not groups[-1][0]:
                 groups.append((owner, []))
             groups[-1][1].append(name)
@@ -284,33 +303,31 @@ class FastUNet(nn.Module):
 
     def project_text(self, context: Tensor) -> list[Tensor]:
         """Keys and values (B, T, 2C) for each transformer from context (B, T, D), by one matmul."""
-        weights: list[Tensor] = []
-        for attention in self._text_attentions:
-            weights += [attention.to_k.weight, attention.to_v.weight]
-        packed = self.text.linear(context, torch.cat(weights))
-        return list(packed.split(self._text_widths, dim=-1))
+        text = self.text.linear(context, packed(self._packed_parameters()[0]))
+        return list(text.split(self._text_widths, dim=-1))
 
     def project_time(self, timesteps: Tensor, dtype: torch.dtype) -> list[Tensor]:
         """The shift (B, C') that each ResBlock's second norm adds, by one matmul for all blocks.
 
         A shift is the block's projected time embedding plus the bias of its first convolution.
         """
-        blocks = self._res_blocks
-        layers = [block.emb_layers[1] for block in blocks]
-        weight = torch.cat([layer.weight for layer in layers])
-        # Biases are added before they are packed. If two packed biases were added, autograd would
-        # hand both the same slice as gradient, and accumulating into one would change the other.
-        bias = torch.cat([block.emb_layers[1].bias + block.in_layers[2].bias for block in blocks])
-        # Angles stay float32: they reach 999 radians, of which bfloat16 keeps three digits.
-        half = self.config.model_channels // 2
-        steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
-        angles = timesteps[:, None].float() * torch.exp(-math.log(MAX_PERIOD) * steps / half)
+        _, weights, biases, _ = self._packed_parameters()
+        # Angles are float32: they reach 999 radians, of which bfloat16 keeps three digits.
+        angles = timesteps[:, None] * self.get_buffer("frequency_bits").view(torch.float32)
         features = torch.cat((angles.cos(), angles.sin()), dim=1).to(dtype)
         into, out = self.time_embed[0], self.time_embed[2]
         hidden = F.silu(self.ops.linear(features, into.weight, into.bias))
         embedding = F.silu(self.ops.linear(hidden, out.weight, out.bias))
-        shifts = self.ops.linear(embedding, weight, bias)
-        return list(shifts.split([layer.out_features for layer in layers], dim=-1))
+        shifts = self.ops.linear(embedding, packed(weights), added(biases))
+        return list(shifts.split([weight.shape[0] for weight in weights], dim=-1))
+
+    def pending_biases(self) -> list[Tensor]:
+        """What each ResBlock leaves to the next norm: its last bias, and that of its 1x1 if any."""
+        *_, biases = self._packed_parameters()
+        half = biases[: len(biases) // 2]
+        sums = dict(zip(half, added(biases).split([len(bias) for bias in half]), strict=True))
+        alone = [block.out_layers[3].bias for block in self._res_blocks]
+        return [sums.get(bias, bias) for bias in alone]
 
     def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor | list[Tensor]) -> Tensor:
         """Predicts v (B, 4, H, W) from noisy latents (B, 4, H, W), timesteps and context.
@@ -330,8 +347,10 @@ class FastUNet(nn.Module):
 
     def _predict(self, latents: Tensor, timesteps: Tensor, texts: list[Tensor]) -> Tensor:
         ops = self.ops
-        # Each ResBlock takes the next time shift, each transformer the next text.
-        next_time, next_text = iter(self.project_time(timesteps, latents.dtype)), iter(texts)
+        # Each ResBlock takes the next time shift and bias, each transformer the next text.
+        shifts = self.project_time(timesteps, latents.dtype)
+        next_time = zip(shifts, self.pending_biases(), strict=True)
+        next_text = iter(texts)
         first = self.input_blocks[0][0]
         latents = latents.contiguous(memory_format=torch.channels_last)
         pending, skips = Pending(ops.conv(latents, first.weight), first.bias), []
@@ -367,12 +386,12 @@ class FastUNet(nn.Module):
         pending: Pending,
         *,
         skip: Tensor | None,
-        times: Iterator[Tensor],
+        times: Iterator[tuple[Tensor, Tensor]],
         texts: Iterator[Tensor],
     ) -> tuple[Pending, Tensor]:
-        """A ResBlock with its time shift, or a transformer with its text."""
+        """A ResBlock with its time shift and bias, or a transformer with its text."""
         is_res_block = isinstance(layer, ResBlock)
-        inputs = (pending, skip, next(times)) if is_res_block else (pending, next(texts))
+        inputs = (pending, skip, *next(times)) if is_res_block else (pending, next(texts))
         if self.config.activation_checkpointing:
             # Nothing in the network is random, so there is no generator state to preserve.
             options: Any = {"use_reentrant": False, "preserve_rng_state": False}

@@ -12,27 +12,44 @@ import logging
 import math
 import os
 import sys
+import time
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 from sd_perf.config import Config
 from sd_perf.errors import DataError, UserError
-from sd_perf.files import RESTORE, disk_errors, misfit, one_line, parse_json, untrusted_text
+from sd_perf.files import (
+    RESTORE,
+    disk_errors,
+    misfit,
+    one_line,
+    parse_json,
+    quoted,
+    untrusted_text,
+    written_aside,
+)
 from sd_perf.mlperf.rules import CLIP_TARGET, FID_TARGET
 from sd_perf.optional import optional
 from sd_perf.runs.checkpoints import MAKE_ROOM
 
 LOG_NAME = "result_0.txt"
+SUPERSEDED = "mlperf.superseded.txt"
+"""beside the log: lines of blocks that were trained again after a kill"""
 BENCHMARK = "stable_diffusion"
+BLOCK = "training_step"
+"""value of a block's lines, as published logs have it"""
 _TOKEN = ":::MLLOG "
 """what an entry starts with"""
+_OF_A_BLOCK = ("block_start", "block_stop", "tracked_stats")
 _BLOCK = {"metadata": {"samples_count": int}}
 _SHAPES: dict[str, dict[str, Any]] = {
     "block_start": _BLOCK,
     "block_stop": _BLOCK,
     "eval_accuracy": {"value": float, "metadata": {"samples_count": int, "metric": str}},
+    "tracked_stats": {"metadata": {"samples_count?": int}},
     "run_stop": {"metadata": {"status": {"success", "aborted"}}},
 }
 """key -> shape (see `sd_perf.files.require_shape`) of the events that a run reads back"""
@@ -48,6 +65,8 @@ class Event(NamedTuple):
     value: Any
     metadata: dict[str, Any]
     time_ms: int
+    line: int
+    """its number in the file, from 1"""
 
 
 def import_mlperf(module: str) -> ModuleType:
@@ -90,21 +109,27 @@ def scan_log(path: Path) -> tuple[list[Event], list[str]]:
         if _TOKEN not in line:
             continue
         try:
-            events.append(_event(parse_json(line.rpartition(_TOKEN)[2])))
-        except (ValueError, TypeError, OverflowError) as error:
+            events.append(_event(parse_json(line.rpartition(_TOKEN)[2]), number))
+        except ValueError as error:
             damaged.append(f"line {number} is damaged ({one_line(error)})")
     return events, damaged
 
 
-def _event(entry: Any) -> Event:
-    """The event of a line's JSON; ValueError or TypeError where it is none."""
+def _event(entry: Any, line: int) -> Event:
+    """The event of a line's JSON; ValueError where it is none."""
+    if not isinstance(entry, dict):
+        raise ValueError("it is no JSON object")
     missing = [key for key in ("key", "value", "metadata", "time_ms") if key not in entry]
     if missing:
         raise ValueError(f"it has no {missing[0]!r}")
     metadata = entry["metadata"] or {}
-    if not (isinstance(entry["key"], str) and isinstance(metadata, dict)):
-        raise ValueError("its key is no text, or its metadata no object")
-    return Event(entry["key"], entry["value"], metadata, int(entry["time_ms"]))
+    if fault := misfit({**entry, "metadata": metadata}, {"key": str, "metadata": {}}):
+        raise ValueError(fault)
+    try:
+        time_ms = int(float(entry["time_ms"]))
+    except (ValueError, TypeError, OverflowError):
+        raise ValueError(f"time_ms is {quoted(entry['time_ms'])}, not a number") from None
+    return Event(entry["key"], entry["value"], metadata, time_ms, line)
 
 
 class MLPerfLog:
@@ -121,7 +146,8 @@ class MLPerfLog:
         self._keys = {event.key for event in read_log(path)} if path.is_file() else set()
         # Not from logging.getLogger, so that no handler of the application sees the lines.
         logger = logging.Logger("sd_perf.mlperf")
-        logger.addHandler(_LogFile(path, encoding="utf-8", delay=True))
+        self._file = _LogFile(path, encoding="utf-8", delay=True)
+        logger.addHandler(self._file)
         root = str(Path(__file__).parents[2])  # taken off the file names that the lines carry
         self._mllogger = import_mlperf("mllog.mllog").MLLogger(logger, root_dir=root)
 
@@ -180,16 +206,59 @@ class MLPerfLog:
         """Write block_start at position `samples`.
 
         Nothing is written where an earlier process of the run left open a block that holds it.
+        What a killed process logged of blocks after the checkpoint that this one continues from is
+        moved to SUPERSEDED: those steps are taken again.
         """
+        self._set_aside_blocks_after(samples)
+        start = self._open_block()
+        if start is None or start.metadata["samples_count"] > samples:
+            self._write("start", "block_start", BLOCK, samples_count=samples)
+
+    def stop_block(
+        self, samples: int, time_ms: int | None = None, max_memory: float | None = None
+    ) -> None:
+        """Write block_stop for the checkpoint at position `samples`, after its last update, and
+        tracked_stats of the block.
+
+        The block's throughput (samples/s) and train_step_time (s) are of all its time, that between
+        two processes of the run included. `max_memory` is the most that a GPU has held, GB.
+        """
+        start = self._open_block()
+        now = time.time_ns() // 1_000_000 if time_ms is None else time_ms
+        self._write("end", "block_stop", BLOCK, now, samples_count=samples)
+        batch = self._config.training.global_batch_size
+        trained = samples - start.metadata["samples_count"] if start else 0
+        if start is None or trained <= 0 or now <= start.time_ms:
+            return
+        seconds = (now - start.time_ms) / 1000
+        stats = {"throughput": trained / seconds, "train_step_time": seconds * batch / trained}
+        if max_memory is not None:
+            stats["max_memory_usage"] = max_memory
+        position = {"samples_count": samples, "step_num": samples // batch}
+        self._write("event", "tracked_stats", stats, now, **position)
+
+    def _set_aside_blocks_after(self, samples: int) -> None:
+        lost = {
+            event.line
+            for event in read_log(self.path)
+            if event.key in _OF_A_BLOCK and event.metadata.get("samples_count", 0) > samples
+        }
+        if not lost:
+            return
+        self._file.close()  # it opens again at the next line
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        kept = [line for number, line in enumerate(lines, 1) if number not in lost]
+        with disk_errors(self.path, MAKE_ROOM):
+            with self.path.with_name(SUPERSEDED).open("ab") as file:
+                file.writelines(lines[number - 1] for number in sorted(lost))
+            with written_aside(self.path) as draft:
+                draft.write_bytes(b"".join(kept))
+
+    def _open_block(self) -> Event | None:
+        """The block_start that no block_stop follows."""
         keys = ("block_start", "block_stop")
         blocks = [event for event in read_log(self.path) if event.key in keys]
-        is_open = bool(blocks) and blocks[-1].key == "block_start"
-        if not is_open or blocks[-1].metadata["samples_count"] > samples:
-            self._write("start", "block_start", None, samples_count=samples)
-
-    def stop_block(self, samples: int, time_ms: int | None = None) -> None:
-        """Write block_stop for the checkpoint at position `samples`, after its last update."""
-        self._write("end", "block_stop", None, time_ms, samples_count=samples)
+        return blocks[-1] if blocks and blocks[-1].key == "block_start" else None
 
     def add_evaluation(
         self, samples: int, fid: float, clip: float, start_ms: int, stop_ms: int
@@ -224,9 +293,7 @@ class MLPerfLog:
         passing = [
             samples
             for samples, scores in logged_scores(events).items()
-            if samples in ends
-            and scores.get("FID", math.inf) <= fid_target
-            and scores.get("CLIP", -math.inf) >= clip_target
+            if samples in ends and passes(scores, fid_target, clip_target)
         ]
         if not ends:
             raise UserError(
@@ -234,33 +301,53 @@ class MLPerfLog:
             )
         at = min(passing, default=max(ends))
         status: Status = "success" if passing else "aborted"
-        self._once("end", "run_stop", None, ends[at], status=status, samples_count=at)
+        step = at // self._config.training.global_batch_size
+        place = {"samples_count": at, "step_num": step}
+        self._once("end", "run_stop", None, ends[at], status=status, **place)
         return status
 
     def _once(
         self, kind: Kind, key: str, value: Any = None, time_ms: int | None = None, **metadata: Any
     ) -> None:
         if key not in self._keys:
-            self._write(kind, key, value, time_ms, **metadata)
+            self._write(kind, key, value, time_ms, _depth=4, **metadata)
 
     def _write(
-        self, kind: Kind, key: str, value: Any = None, time_ms: int | None = None, **metadata: Any
+        self,
+        kind: Kind,
+        key: str,
+        value: Any = None,
+        time_ms: int | None = None,
+        _depth: int = 3,
+        **metadata: Any,
     ) -> None:
-        # With 2, the line names the caller of this method as its place in the source.
-        getattr(self._mllogger, kind)(key, value, metadata, time_ms=time_ms, stack_offset=2)
+        # The line names as its place in the source who called the public method, `_depth` - 1
+        # frames above this one.
+        log = getattr(self._mllogger, kind)
+        log(key, value, metadata, time_ms=time_ms, stack_offset=_depth)
         self._keys.add(key)
 
 
-def logged_scores(events: list[Event]) -> dict[int, dict[str, float]]:
+def logged_scores(events: list[Event], place: str = "samples_count") -> dict[int, dict[str, float]]:
     """The evaluations in a log: {samples: {"FID": ..., "CLIP": ...}}, by ascending samples.
 
-    Where a score was logged more than once, the last line counts.
+    Where a score was logged more than once, the last line counts. `place` is where the position
+    stands: `step_num`, steps, in logs of ruleset 3.1.0.
     """
     scores: dict[int, dict[str, float]] = defaultdict(dict)
+    shape = {place: float, "metric": str}
     for event in events:
-        if event.key == "eval_accuracy" and {"metric", "samples_count"} <= set(event.metadata):
-            scores[event.metadata["samples_count"]][event.metadata["metric"]] = event.value
+        if event.key == "eval_accuracy" and not misfit(event.metadata, shape):
+            scores[event.metadata[place]][event.metadata["metric"]] = event.value
     return dict(sorted(scores.items()))
+
+
+def passes(
+    scores: Mapping[str, float], fid_target: float = FID_TARGET, clip_target: float = CLIP_TARGET
+) -> bool:
+    """Whether both scores of a checkpoint, {"FID": ..., "CLIP": ...}, are there and good enough."""
+    fid, clip = scores.get("FID", math.inf), scores.get("CLIP", -math.inf)
+    return fid <= fid_target and clip >= clip_target
 
 
 def _drop_cut_line(path: Path) -> None:

@@ -32,7 +32,6 @@ _TARGET = (
 _DATA = "the training set is used as it is, every sample once per epoch"
 
 FIXED: dict[str, tuple[Any, str]] = {
-    "data.format": ("moments", "training is on the benchmark's own data"),
     "data.latent_size": (64, "images keep the reference's size, 512 x 512, latents 64 x 64"),
     "data.context_tokens": (77, "the text states are those of the reference, 77 tokens"),
     "data.allow_empty_captions": (True, _DATA),
@@ -82,6 +81,7 @@ def violations(config: Config) -> Iterator[tuple[str, Any, str, str]]:
         value = getattr(getattr(config, section), name)
         if value != allowed:
             yield key, value, "not set" if allowed is None else repr(allowed), rule
+    yield from _of_data(config)
     if config.training.precision not in PRECISIONS:
         yield (
             "training.precision",
@@ -109,6 +109,20 @@ def violations(config: Config) -> Iterator[tuple[str, Any, str, str]]:
             f"at least {2 * CHECKPOINT_SAMPLES}",
             rule,
         )
+
+
+def _of_data(config: Config) -> Iterator[tuple[str, Any, str, str]]:
+    """Violations of the rules on the data's format: frozen preprocessing is free, its result not.
+
+    docs/data.md says what accepted submissions have done.
+    """
+    format, image_range = config.data.format, config.data.image_range
+    if format == "synthetic":
+        allowed = "moments, raw or encoded"
+        yield "data.format", format, allowed, "training is on the benchmark's own data"
+    if format in ("raw", "encoded") and image_range != "benchmark":
+        rule = "the reference gives its encoder pixels in [0, 1]"
+        yield "data.image_range", image_range, "'benchmark'", rule
 
 
 def require_closed(config: Config) -> None:

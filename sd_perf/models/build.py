@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -11,7 +13,13 @@ from sd_perf.config import Config, KernelsConfig, PrecisionConfig
 from sd_perf.fast.choice import choose_kernels
 from sd_perf.fast.ops import Ops
 from sd_perf.fast.unet import FastUNet
+from sd_perf.models.vae import PIXELS_PER_LATENT
 from sd_perf.reference.unet import UNet
+
+TextEncoder = Callable[[list[str]], torch.Tensor]
+"""B captions -> text states (B, T, D)"""
+ImageEncoder = Callable[[torch.Tensor], torch.Tensor]
+"""pixels (B, 3, 8S, 8S) float32 on its device -> unscaled moments (B, 2C, S, S)"""
 
 
 def build_unet(config: Config, seed: int, device: torch.device, ops: Ops | None) -> torch.nn.Module:
@@ -50,6 +58,42 @@ def build_sampling_unet(config: Config, device: torch.device) -> torch.nn.Module
     """
     here = replace(config, precision=PrecisionConfig(), kernels=KernelsConfig())
     return build_unet(here, seed=0, device=device, ops=choose_ops(here)).eval()
+
+
+def build_encoders(
+    config: Config, device: torch.device
+) -> tuple[TextEncoder | None, ImageEncoder | None]:
+    """The frozen text and image encoders that a training step needs; None for what it does not."""
+    text = build_text_encoder(config, device) if config.encodes_text else None
+    return text, build_image_encoder(config, device) if config.data.format == "raw" else None
+
+
+def build_image_encoder(config: Config, device: torch.device) -> ImageEncoder:
+    """The frozen encoder of data.autoencoder; ConfigError where the UNet takes other latents."""
+    # Files of weights need safetensors, which building a UNet does not.
+    from sd_perf.models.readers import read_autoencoder, read_encoder
+
+    path = Path(config.data.autoencoder)
+    if path.suffix == ".onnx":
+        right = "a .ckpt or .safetensors file: .onnx files are run on the CPU, and this is a GPU"
+        config.data.require(device.type == "cpu", "autoencoder", right)
+        config.model.require(config.model.in_channels == 4, "in_channels", "4 for an .onnx encoder")
+        return read_encoder(path)
+    autoencoder = read_autoencoder(path)
+    latent_channels, factor = autoencoder.config.latent_channels, autoencoder.config.downsampling
+    right = f"{latent_channels}, the channels of {path}'s latents"
+    config.model.require(latent_channels == config.model.in_channels, "in_channels", right)
+    right = f"an autoencoder of factor {PIXELS_PER_LATENT}; this one has factor {factor}"
+    config.data.require(factor == PIXELS_PER_LATENT, "autoencoder", right)
+    encoder = torch.nn.Sequential(autoencoder.encoder, autoencoder.quant_conv).to(device)
+    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    encoder = encoder.to(memory_format=layout)  # type: ignore[call-overload]
+
+    @torch.no_grad()
+    def encode(pixels: torch.Tensor) -> torch.Tensor:
+        return encoder(pixels.contiguous(memory_format=layout))
+
+    return encode
 
 
 def build_text_encoder(config: Config, device: torch.device) -> torch.nn.Module:

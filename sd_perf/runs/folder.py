@@ -43,6 +43,8 @@ _FREE_KEYS = (
     "sampling.",
     "evaluation.",
     "data.path",
+    "data.autoencoder",
+    "data.resume_in_another_format",
     "data.index",
     "data.workers",
     "data.prefetch_batches",
@@ -57,6 +59,8 @@ _FREE_KEYS = (
     "kernels.",
     *(f"model.{name}" for name in SPEED_ONLY),
 )
+# What data.resume_in_another_format lets change, too: how the same samples are stored and read.
+_FORMAT_KEYS = ("data.format", "data.context", "data.image_range", "data.loader")
 
 _ELSEWHERE = "make room there, or choose another --run.dir"
 _PACKAGES = ("torch", "triton", "numpy", "open-clip-torch", "safetensors")
@@ -261,11 +265,13 @@ def _same_run(config: Config, folder: Path) -> Config:
             raise UserError(f"{path}: is neither a file nor a folder; remove it to resume the run")
     old = read_run_config(folder)
     config = _with_seed(config, old.training.seed)
+    free = (*_FREE_KEYS, *(_FORMAT_KEYS if config.data.resume_in_another_format else ()))
     for key, (was, now) in config_differences(old, config).items():
-        if not key.startswith(_FREE_KEYS):
+        if not key.startswith(free):
+            another = ", set data.resume_in_another_format" if key == "data.format" else ""
             raise ConfigError(
                 f"{key}: the run in {folder} has {was!r}, this config {now!r}; resume it "
-                f"with the config it was made with, or choose another --run.dir"
+                f"with the config it was made with{another}, or choose another --run.dir"
             )
     return config
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from sd_kernels.spec import Target
 from sd_perf.commands import sd_perf_command
 from sd_perf.config import Config
-from sd_perf.errors import UserError
+from sd_perf.data.shards import find_shards
+from sd_perf.errors import DataError, UserError
 from sd_perf.fast.architecture import architecture
 from sd_perf.fast.choice import choose_kernels, used_ops
 from sd_perf.runs.checkpoints import CheckpointStore, position
@@ -71,12 +72,13 @@ def _data(config: Config) -> str:
     data = config.data
     if data.format == "synthetic":
         return "synthetic: drawn from the seed, no files"
-    shards = list(Path(data.path).glob("*.tar"))
-    if not shards:
-        return f"{data.path}: no shards (*.tar) there yet; sd-perf data prepare makes them"
+    try:
+        shards = find_shards(Path(data.path), data.format)
+    except DataError as missing:
+        return f"{missing}; sd-perf data prepare makes them"
     size = sum(shard.stat().st_size for shard in shards) / _GB
     of = "precomputed text states" if data.context == "precomputed" else config.text_encoder.model
-    return f"{len(shards):,} shards of moments in {data.path}, {size:.3g} GB; text: {of}"
+    return f"{len(shards):,} {data.format} shards in {data.path}, {size:.3g} GB; text: {of}"
 
 
 def _steps(config: Config, ranks: int) -> str:

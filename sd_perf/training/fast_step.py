@@ -16,11 +16,13 @@ from sd_perf.distributed.world import World
 from sd_perf.fast.linear import load_precision_state, precision_state
 from sd_perf.fast.ops import Ops
 from sd_perf.fast.unet import FastUNet
+from sd_perf.models.build import ImageEncoder, TextEncoder
 from sd_perf.runs.checkpoint_files import Piece
 from sd_perf.training.flat import fill_part
 from sd_perf.training.graph import WARM_UP_PASSES, Runner
 from sd_perf.training.iteration import Iteration
-from sd_perf.training.step import State, TextEncoder, TrainStep
+from sd_perf.training.static_batches import Inputs
+from sd_perf.training.step import State, TrainStep
 
 STEPS_AHEAD = 2
 """steps that the host may queue before the GPU has done them: enough that the GPU never waits, and
@@ -38,8 +40,9 @@ class FastStep(TrainStep):
         world: World,
         text_encoder: TextEncoder | None,
         ops: Ops,
+        image_encoder: ImageEncoder | None = None,
     ) -> None:
-        super().__init__(unet, config, world, text_encoder)
+        super().__init__(unet, config, world, text_encoder, image_encoder)
         self.seed = seed
         self.iteration = Iteration(config, unet, seed, world, ops)
         self.divides_state = self.iteration.strategy.divides_state
@@ -55,7 +58,8 @@ class FastStep(TrainStep):
         for micro_step in range(iteration.accumulate):
             batch = next(batches)
             replacements += batch.replacements
-            iteration.batches.fill(micro_step, batch, self.context(batch))
+            inputs = Inputs(batch.sample_indices, self.moments(batch), self.context(batch))
+            iteration.batches.fill(micro_step, inputs)
         iteration.optimizer.learning_rate.fill_(self.learning_rate(step_index))
         iteration.optimizer.step_number.fill_(step_index + 1)
         self.runner.run()
@@ -80,7 +84,7 @@ class FastStep(TrainStep):
 
     def rehearse(self) -> None:
         """Run all of an iteration on synthetic samples; the state is the same afterwards."""
-        self.rehearse_text()
+        self.rehearse_encoders()
         for inputs in self.iteration.batches.inputs:
             inputs.draw(self.config, self.seed)
         saved = {name: state.clone() for name, state in precision_state(self.unet).items()}

@@ -60,6 +60,7 @@ class Iteration:
         self.batches = StaticBatches(config, world)
         self.loss = torch.zeros((), device=world.device)
         self._poison = torch.zeros((), device=world.device)
+        self._share = torch.full_like(self.loss, 1 / (self.accumulate * world.size))
         self._exchange = _Exchange(self.flat, self.strategy, uses)
 
     def __call__(self) -> None:
@@ -79,18 +80,19 @@ class Iteration:
         nothing to wait for.
         """
         self._exchange.begin()
-        mean = torch.zeros_like(self.loss)
+        losses: list[Tensor] = []
         for micro_step, inputs in enumerate(self.batches.inputs):
             last = micro_step == self.accumulate - 1
             self._exchange.begin_backward(add=micro_step > 0, reduce=last)
             samples = inputs.moments, inputs.context, inputs.sample_indices
-            loss = self.diffusion(self.unet, *samples) / self.accumulate
-            # Sums over ranks become means; on powers of two this is exact.
-            (loss / self.world.size).backward()
+            loss = self.diffusion(self.unet, *samples)
+            # Sums over micro-batches and ranks become means; on powers of two this is exact.
+            loss.backward(self._share)
             self._exchange.end_backward()
-            mean += loss.detach()
-        self._poison += 0 * mean  # infinity x 0 is NaN, and NaN stays
-        self.loss.copy_(mean + self._poison)
+            losses.append(loss.detach())
+        total = sum(losses[1:], losses[0])
+        self._poison.add_(total, alpha=0)  # infinity x 0 is NaN, and NaN stays
+        torch.add(self._poison, total, alpha=1 / self.accumulate, out=self.loss)
         return self._exchange.handles
 
     def _share_magnitudes(self) -> Handle | None:

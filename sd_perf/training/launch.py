@@ -19,13 +19,14 @@ from sd_perf.distributed.world import World
 from sd_perf.fast.choice import choose_kernels, require_used, used_ops
 from sd_perf.fast.ops import Ops
 from sd_perf.mlperf.rules import require_closed
-from sd_perf.models.build import build_text_encoder, build_unet
+from sd_perf.models.build import build_encoders, build_unet
 from sd_perf.runs.folder import open_run, read_run_config, settle_run
 from sd_perf.runs.lock import RunLock
 from sd_perf.runs.parity_record import require_green
 from sd_perf.training.build_step import build_step
 from sd_perf.training.callbacks.base import Callback
 from sd_perf.training.callbacks.checkpointer import Checkpointer
+from sd_perf.training.callbacks.data_wait import DataWaitWarning
 from sd_perf.training.callbacks.metrics import MetricsFile
 from sd_perf.training.callbacks.mlperf import MLPerfLogger
 from sd_perf.training.callbacks.progress import ProgressDisplay
@@ -129,12 +130,18 @@ def build_trainer(
     if seed is None:
         raise ValueError("the config's seed must be settled (sd_perf.runs.folder.open_run)")
     loader = build_loader(config, seed, world)
-    text_encoder = None
-    if config.data.format == "moments" and config.data.context == "open_clip":
-        text_encoder = world.together(lambda: build_text_encoder(config, world.device))
+    text_encoder, image_encoder = world.together(lambda: build_encoders(config, world.device))
     ops = Ops.chosen(choices) if config.model.implementation == "fast" else None
     unet = build_unet(config, seed=seed, device=world.device, ops=ops)
-    step = build_step(unet, config, seed=seed, world=world, text_encoder=text_encoder, ops=ops)
+    step = build_step(
+        unet,
+        config,
+        seed=seed,
+        world=world,
+        text_encoder=text_encoder,
+        image_encoder=image_encoder,
+        ops=ops,
+    )
     return Trainer(config, world, step=step, loader=loader, callbacks=callbacks)
 
 
@@ -147,8 +154,9 @@ def default_callbacks(config: Config, console: TextConsole) -> list[Callback]:
     after metrics.jsonl, whose lines they catch up with, and before an MLPerf run's time begins.
     """
     log: list[Callback] = [] if config.mlperf.division == "none" else [MLPerfLogger(config)]
+    shown = [ProgressDisplay(console), DataWaitWarning(console)]
     copies = _copies(config, console)
-    return [StopOnSignal(), MetricsFile(), *copies, *log, Checkpointer(), ProgressDisplay(console)]
+    return [StopOnSignal(), MetricsFile(), *copies, *log, Checkpointer(), *shown]
 
 
 def _copies(config: Config, console: TextConsole) -> list[Callback]:

@@ -6,6 +6,7 @@ from sd_perf.config import Config
 from sd_perf.distributed.world import World
 from sd_perf.fast.architecture import architecture
 from sd_perf.memory import require_memory
+from sd_perf.models.vae import IMAGE_CHANNELS, PIXELS_PER_LATENT
 
 
 def require_step_fits(config: Config, world: World) -> None:
@@ -22,11 +23,13 @@ def require_step_fits(config: Config, world: World) -> None:
 def least_bytes(config: Config, world_size: int) -> int:
     """A lower bound of the bytes that a step needs on each rank.
 
-    The training state; per sample the moments and latents, and the first level's skips, which every
-    way of training keeps until the backward pass, in 16 bits.
+    The training state; per sample the pixels where such are encoded, the moments and latents, and
+    the first level's skips, which every way of training keeps until the backward pass, in 16 bits.
     """
     pixels = config.data.latent_size**2
     inputs = 4 * (2 + 1) * config.model.in_channels * pixels
+    if config.data.format == "raw":
+        inputs += 4 * IMAGE_CHANNELS * PIXELS_PER_LATENT**2 * pixels
     skips = 2 * (config.model.num_res_blocks + 1) * config.model.model_channels * pixels
     state = sum(state_bytes(config, world_size).values())
     return state + config.micro_batch_size(world_size) * (inputs + skips)

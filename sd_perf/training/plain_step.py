@@ -11,11 +11,12 @@ from torch.nn.parallel import DistributedDataParallel
 from sd_perf.config import Config
 from sd_perf.data.batch import Batch, Replacement
 from sd_perf.distributed.world import World
+from sd_perf.models.build import ImageEncoder, TextEncoder
 from sd_perf.reference.step import DiffusionStep
 from sd_perf.training.graph import WARM_UP_PASSES
 from sd_perf.training.optimizer import build_optimizer, optimizer_tensors, set_step_count
 from sd_perf.training.static_batches import Inputs
-from sd_perf.training.step import State, TextEncoder, TrainStep
+from sd_perf.training.step import State, TrainStep
 
 
 class PlainStep(TrainStep):
@@ -28,8 +29,9 @@ class PlainStep(TrainStep):
         seed: int,
         world: World,
         text_encoder: TextEncoder | None,
+        image_encoder: ImageEncoder | None = None,
     ) -> None:
-        super().__init__(unet, config, world, text_encoder)
+        super().__init__(unet, config, world, text_encoder, image_encoder)
         self.seed = seed
         self.optimizer = build_optimizer(unet, config)
         self.diffusion = DiffusionStep(config.diffusion, seed).to(world.device)
@@ -51,7 +53,8 @@ class PlainStep(TrainStep):
             replacements += batch.replacements
             with self._gradient_sync(last=micro_step == accumulate - 1):
                 batch = batch.to(self.world.device)
-                inputs = Inputs(batch.sample_indices, batch.moments, self.context(batch).float())
+                moments, context = self.moments(batch).float(), self.context(batch).float()
+                inputs = Inputs(batch.sample_indices, moments, context)
                 loss = self._loss(inputs) / accumulate
                 loss.backward()
             mean_loss += loss.detach()
@@ -75,7 +78,7 @@ class PlainStep(TrainStep):
     def prepare(self) -> None:
         if self.world.device.type != "cuda" and not self.config.model.compile:
             return
-        self.rehearse_text()
+        self.rehearse_encoders()
         inputs = Inputs.empty(self.config, self.world, torch.float32)
         inputs.draw(self.config, self.seed)
         for _ in range(WARM_UP_PASSES):

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from sd_perf.config import Config
-from sd_perf.data.batch import Batch
 from sd_perf.data.loaders.synthetic import draw_inputs
 from sd_perf.distributed.world import World
 
@@ -29,13 +28,21 @@ class Inputs:
     """(B, T, D), in the dtype that the network computes in"""
 
     @classmethod
-    def empty(cls, config: Config, world: World, context: torch.dtype) -> Inputs:
+    def empty(
+        cls,
+        config: Config,
+        world: World,
+        context: torch.dtype,
+        moments: torch.dtype = torch.float32,
+    ) -> Inputs:
         """Zeros on the world's device, for this rank's micro-batch of the config."""
         B, side = config.micro_batch_size(world.size), config.data.latent_size
         text = config.data.context_tokens, config.model.context_dim
         return cls(
             torch.zeros(B, dtype=torch.int64, device=world.device),
-            torch.zeros(B, 2 * config.model.in_channels, side, side, device=world.device),
+            torch.zeros(
+                B, 2 * config.model.in_channels, side, side, dtype=moments, device=world.device
+            ),
             torch.zeros(B, *text, dtype=context, device=world.device),
         )
 
@@ -64,16 +71,16 @@ class StaticBatches:
         self.inputs = [Inputs.empty(config, world, dtype) for _ in range(count)]
         self._staged: list[_Staged] = []
         if world.device.type == "cuda":
-            # Context is cast on its way from the second set to the first: torch casts a copy from
-            # the host before it leaves there.
+            # Tensors arrive as the loader gives them and are cast on their way from the second set
+            # to the first: torch casts a copy from the host before it leaves there.
             stream = torch.cuda.Stream()
+            loaded = torch.float16 if config.data.format == "encoded" else torch.float32
             self._staged = [
-                _Staged(Inputs.empty(config, world, torch.float32), stream) for _ in range(count)
+                _Staged(Inputs.empty(config, world, loaded, loaded), stream) for _ in range(count)
             ]
 
-    def fill(self, micro_step: int, batch: Batch, context: Tensor) -> None:
-        """Put a batch, with its text states (B, T, D), in place; returns at once on a GPU."""
-        given = Inputs(batch.sample_indices, batch.moments, context)
+    def fill(self, micro_step: int, given: Inputs) -> None:
+        """Put a batch in place, cast where it is of other dtypes; returns at once on a GPU."""
         inputs = self.inputs[micro_step]
         if self._staged:
             self._staged[micro_step].pass_on(given, inputs)

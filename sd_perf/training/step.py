@@ -2,13 +2,14 @@
 
 `plain_step` and `fast_step` have the two kinds; `build_step` chooses.
 
-Shape letters: B samples, T text tokens, D context channels.
+Shape letters: B samples, C latent channels, S latent rows and columns, T text tokens, D context
+channels.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,10 +17,10 @@ import torch
 from sd_perf.config import Config
 from sd_perf.data.batch import Batch, Replacement
 from sd_perf.distributed.world import World
+from sd_perf.models.build import ImageEncoder, TextEncoder
+from sd_perf.models.vae import PIXELS_PER_LATENT
 from sd_perf.training.learning_rate import learning_rate
 
-TextEncoder = Callable[[list[str]], torch.Tensor]
-"""B captions -> text states (B, T, D)"""
 State = dict[str, Any]
 """tensors by checkpoint name, or `runs.checkpoint_files.Piece` where a rank has but a part"""
 
@@ -36,9 +37,10 @@ class TrainStep(ABC):
         config: Config,
         world: World,
         text_encoder: TextEncoder | None,
+        image_encoder: ImageEncoder | None = None,
     ) -> None:
         self.unet, self.config, self.world = unet, config, world
-        self.text_encoder = text_encoder
+        self.text_encoder, self.image_encoder = text_encoder, image_encoder
 
     @abstractmethod
     def __call__(
@@ -105,11 +107,30 @@ class TrainStep(ABC):
         """The text states (B, T, D) of B captions."""
         if self.text_encoder is None:
             raise ValueError("the batch holds captions only: the step needs a text encoder")
-        is_bf16 = self.config.training.precision == "bf16"
-        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=is_bf16):
+        with self._autocast():
             return self.text_encoder(captions)
 
-    def rehearse_text(self) -> None:
-        """Encode a batch of empty captions, where captions are encoded in the step."""
+    def moments(self, batch: Batch) -> torch.Tensor:
+        """The moments (B, 2C, S, S) of a batch; encoded here where the loader has pictures only."""
+        if batch.moments is not None:
+            return batch.moments
+        if batch.pixels is None or self.image_encoder is None:
+            raise ValueError("the batch holds pictures only: the step needs an image encoder")
+        pixels = batch.pixels.to(self.world.device, non_blocking=True)
+        with self._autocast():
+            return self.image_encoder(pixels).float()
+
+    def _autocast(self) -> torch.autocast:
+        """The arithmetic of frozen networks, as in the benchmark's step."""
+        is_bf16 = self.config.training.precision == "bf16"
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=is_bf16)
+
+    def rehearse_encoders(self) -> None:
+        """Encode a batch of empty captions and black pictures, where the step encodes such."""
+        size = self.config.micro_batch_size(self.world.size)
         if self.text_encoder is not None:
-            self.encode([""] * self.config.micro_batch_size(self.world.size))
+            self.encode([""] * size)
+        if self.image_encoder is not None:
+            side = PIXELS_PER_LATENT * self.config.data.latent_size
+            pixels = torch.zeros(size, 3, side, side)
+            self.moments(Batch(torch.arange(size), None, [], pixels=pixels))

@@ -203,7 +203,11 @@ class Trainer:
             "steps": self.steps,
             "seed": self.seed,
             "bad_samples": self.bad_samples,
-            "dataset": {"samples": self.loader.num_samples, "fingerprint": self.loader.fingerprint},
+            "dataset": {
+                "samples": self.loader.num_samples,
+                "fingerprint": self.loader.fingerprint,
+                "keys": self.loader.keys_fingerprint,
+            },
             "callbacks": {name: state for name, state in self._callback_states() if state},
         }
 
@@ -226,14 +230,14 @@ class Trainer:
     def _require_continues(self, path: Path, state: dict[str, Any]) -> None:
         """CheckpointError where `state` is not a position of this run."""
         require_of_run(path, state, self.folder)
-        mine = self.state()
+        theirs, mine = self._what_binds(state), self._what_binds(self.state())
         for key, other in (
             ("config_digest", "with another config"),
             ("seed", "with another seed"),
             ("dataset", "on other data"),
         ):
-            if state[key] != mine[key]:
-                was, here = quoted(state[key], limit=200), quoted(mine[key], limit=200)
+            if theirs[key] != mine[key]:
+                was, here = quoted(theirs[key], limit=200), quoted(mine[key], limit=200)
                 raise CheckpointError(
                     f"{path}: was trained {other} ({was}, here {here}); resume with the "
                     f"{key.partition('_')[0]} the run was begun with, or choose another --run.dir"
@@ -244,6 +248,15 @@ class Trainer:
                 f"{path}: cannot be used (state.json: {state['samples']} samples are not "
                 f"{state['steps']} steps of {batch}); {GO_BACK}"
             )
+
+    def _what_binds(self, state: dict[str, Any]) -> dict[str, Any]:
+        """What of a state must be the same where the run goes on."""
+        another = self.config.data.resume_in_another_format
+        names = ("samples", "keys") if another else ("samples", "fingerprint")
+        dataset = {name: value for name, value in state["dataset"].items() if name in names}
+        # With another format the config is another; its other keys were compared by `open_run`.
+        digest = "" if another else state["config_digest"]
+        return {"config_digest": digest, "seed": state["seed"], "dataset": dataset}
 
     def _begin_log(self) -> None:
         """Take the metrics of the step just taken; its loss is read when it is due."""
@@ -267,7 +280,10 @@ class Trainer:
         if log is None:
             return
         with named_range("log"):
-            metrics = {**log.metrics, "loss": self._checked(log.loss.value())}
+            # A step begins when the last rank has its data.
+            wait = max(self.world.gather(log.metrics["data_wait"]))
+            loss = self._checked(log.loss.value())
+            metrics = {**log.metrics, "data_wait": wait, "loss": loss}
             self._each(lambda callback: callback.on_log(self, metrics))
             gc.collect()
 

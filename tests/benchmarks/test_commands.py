@@ -21,13 +21,20 @@ COMMANDS = {
     "throughput": ["--minutes", "0.001", *QUICK],
     "ladder": ["--seconds", "0.05", *QUICK],
     "data": [],
+    "data_index": [],
+    "conversion": [],
     "evaluation": [],
     "kernels": ["--ops", "geglu", "residual_add"],
     "cpu_comparisons": [],
     "scaling": ["--minutes", "0.001", *QUICK],
 }
 PRECOMPUTED = ["--set", "data.context=precomputed"]
-PACKAGES = {"data": "webdataset", "evaluation": "open_clip", "cpu_comparisons": "diffusers"}
+PACKAGES = {
+    "data": "webdataset",
+    "conversion": "PIL",
+    "evaluation": "open_clip",
+    "cpu_comparisons": "diffusers",
+}
 
 
 @pytest.fixture(scope="module")

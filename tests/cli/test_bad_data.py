@@ -54,12 +54,12 @@ from tests.data.test_samples import Bomb, npy
         *[
             (
                 lambda shards, e=e: write_tar(shards / "00000.tar", sample_files(**{e: None})),
-                ["000000003", f".{e}", do],
+                ["000000003", what, do],
             )
-            for e, do in [
-                ("npy", "needs"),
-                ("txt", "needs"),
-                ("context.npy", "set data.context to open_clip"),
+            for e, what, do in [
+                ("npy", ".npy", "needs"),
+                ("txt", ".txt", "needs"),
+                ("context.npy", "no text states", "set data.context to open_clip"),
             ]
         ],
     ],

@@ -116,7 +116,7 @@ def test_sections_obey_rules_under_their_name(section):
         ),
         (lambda: UNetConfig(transformer_groups=33), "model.transformer_groups: 33 ... a divisor"),
         (lambda: DiffusionConfig(beta_start=0.5), "diffusion.beta_start: 0.5 ... positive and at"),
-        (lambda: DataConfig(), "data.path: '' ... the folder of the moments shards"),
+        (lambda: DataConfig(), "data.path: '' ... the folder of the shards"),
         (
             lambda: OptimizerConfig(base_learning_rate=float("nan")),
             "optimizer.base_learning_rate: nan ... positive",

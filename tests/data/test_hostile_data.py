@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sd_perf.data.formats import MAX_IMAGE_BYTES
 from sd_perf.data.images import MAX_PIXELS, load_image
 from sd_perf.data.prepare.captioned_images import read_captioned_images
-from sd_perf.data.prepare.raw_shards import MAX_IMAGE_BYTES, read_raw_shards
+from sd_perf.data.prepare.raw_shards import read_raw_shards
 from sd_perf.data.samples import SampleReader
 from sd_perf.data.shards import INDEX_NAME, ShardIndex
 from sd_perf.errors import BadSampleError, DataError

@@ -177,7 +177,7 @@ def test_missing_context(make_shards):
     folder = make_shards(context=False).path
     assert len(ShardIndex.open(folder)) == 10
     with pytest.raises(
-        DataError, match=r"10 samples have no \.context\.npy, the first is 000000000 in 00000\.tar"
+        DataError, match=r"10 samples have no text states, the first is 000000000 in 00000\.tar"
     ):
         ShardIndex.open(folder, need_context=True)
 

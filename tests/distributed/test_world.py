@@ -54,6 +54,19 @@ stop_world()
 os._exit(code)
 """
 
+OVERDUE = """
+import os, time
+from sd_perf.distributed.world import is_overdue, start_world
+world = start_world("cpu", collective_seconds=1)
+if world.rank == 1:
+    time.sleep(3)
+try:
+    world.max(0)
+except RuntimeError as error:
+    print(is_overdue(error), world.watchdog.lost, flush=True)
+os._exit(0)
+"""
+
 
 def run_two(program: str) -> list[subprocess.CompletedProcess[str]]:
     """Run a program in two processes of one world, as torchrun would."""
@@ -110,6 +123,13 @@ def test_when_one_rank_fails_rank_0_says_so_and_all_leave():
     first, second = run_two(FAILURE)
     assert first.returncode == second.returncode == 2, first.stderr + second.stderr
     assert first.stdout.strip() == "rank 1: no such file" and second.stdout == ""
+
+
+@pytest.mark.slow
+def test_a_rank_that_does_not_come_to_a_collective():
+    first, second = run_two(OVERDUE)
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert first.stdout.strip() == "True"
 
 
 def test_cuda_without_a_gpu_is_refused(monkeypatch):

@@ -11,12 +11,15 @@ import json
 import os
 import tarfile
 import tempfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from sd_perf.config import DataConfig
+from sd_perf.console import TextConsole
+from sd_perf.data.encoded import new_layout
 from sd_perf.data.images import load_image
 from sd_perf.data.npz import read_npz
 from sd_perf.data.prepare.captioned_images import load_captioned_image, read_captioned_images
@@ -24,6 +27,10 @@ from sd_perf.data.prepare.raw_shards import read_raw_shards
 from sd_perf.data.samples import SampleReader, parse_caption, parse_context, parse_moments
 from sd_perf.data.shards import INDEX_NAME, ShardIndex
 from sd_perf.errors import UserError
+from sd_perf.fetch.manifest import File, digests_listed
+from sd_perf.fetch.progress import Watch
+from sd_perf.fetch.receipt import RECEIPT, Receipt
+from sd_perf.fetch.unpack import unpack
 from sd_perf.files import parse_json, read_json
 from sd_perf.presets import load_preset
 from sd_perf.runs.folder import read_manifest, read_run_config
@@ -90,7 +97,23 @@ def _image(folder: Path, content: bytes) -> None:
 def _shard(folder: Path, content: bytes) -> None:
     (folder / "0.tar").write_bytes(content)
     config = DataConfig(path=str(folder), latent_size=2, context="precomputed", context_tokens=3)
-    index = ShardIndex.open(folder)
+    _read_samples(config)
+
+
+def _raw_samples(folder: Path, content: bytes) -> None:
+    (folder / "0.tar").write_bytes(content)
+    config = DataConfig(format="raw", path=str(folder), latent_size=1, autoencoder="a.ckpt")
+    _read_samples(config)
+
+
+def _encoded_shard(folder: Path, content: bytes) -> None:
+    (folder / "0.safetensors").write_bytes(content)
+    options = {"latent_size": 2, "context": "precomputed", "context_tokens": 3}
+    _read_samples(DataConfig(format="encoded", path=str(folder), **options))
+
+
+def _read_samples(config: DataConfig) -> None:
+    index = ShardIndex.open(config.path, format=config.format)
     reader = SampleReader(index, config, in_channels=4, context_dim=5)
     for sample in range(min(len(index), 4)):
         index.name(sample)
@@ -115,6 +138,20 @@ def _write_indexed_shard(folder: Path) -> None:
     path = folder / "0.tar"
     path.write_bytes(SEEDS["shard"])
     os.utime(path, ns=(1, 1))
+
+
+def _receipt(folder: Path, content: bytes) -> None:
+    (folder / RECEIPT).write_bytes(content)
+    (folder / "a.tar").touch()
+    receipt = Receipt(folder)
+    receipt.vouches_for(File("a.tar"))
+    receipt.recorded("things")
+
+
+def _archive(folder: Path, content: bytes) -> None:
+    (folder / "a.zip").write_bytes(content)
+    (folder / "out").mkdir(exist_ok=True)
+    unpack(folder / "a.zip", folder / "out", folder / "drafts", Watch(TextConsole(quiet=True)))
 
 
 def _bare(parse: Callable[[bytes], object]) -> Reader:
@@ -143,11 +180,16 @@ READERS: dict[str, Reader] = {
     "image": _image,
     "shard": _shard,
     "raw shard": _raw_shard,
+    "raw samples": _raw_samples,
+    "encoded shard": _encoded_shard,
     "index": _index,
     "npz": _bare(lambda content: read_npz(io.BytesIO(content))),
     "json text": _bare(parse_json),
     "moments": lambda folder, content: parse_moments(content, 4, 2),
     "context": lambda folder, content: parse_context(content, 3, 5),
+    "receipt": _receipt,
+    "archive": _archive,
+    "list of digests": lambda folder, content: digests_listed(content.decode(errors="replace"), ""),
     "caption": lambda folder, content: parse_caption(content, 20, allow_empty=False),
 }
 
@@ -180,12 +222,33 @@ def _tar(**files: bytes) -> bytes:
     return stream.getvalue()
 
 
+def _zip() -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("val/a.jpg", b"some bytes")
+        archive.writestr("val/b.jpg", b"b" * 100, zipfile.ZIP_DEFLATED)
+    return stream.getvalue()
+
+
 def _png() -> bytes:
     from PIL import Image
 
     stream = io.BytesIO()
     Image.new("RGB", (9, 8), (200, 30, 90)).save(stream, format="png")
     return stream.getvalue()
+
+
+def _encoded() -> bytes:
+    layout = new_layout([b"a", b"b"], [b"a cat", b"a dog"], (8, 2, 2), (2, 3, 5))
+    values = {
+        "moments": np.ones((2, 8, 2, 2), "<f2"),
+        "context": np.ones((2, 3, 5), "<f2"),
+        "states": np.array([1, 0], "<i8"),
+        "caption_ends": np.array([5, 10], "<i8"),
+        "keys": np.array([b"a", b"b"]),
+        "captions": np.frombuffer(b"a cata dog", "|u1"),
+    }
+    return layout.header() + b"".join(values[name].tobytes() for name in layout.arrays)
 
 
 def _saved_index() -> bytes:
@@ -198,6 +261,8 @@ def _saved_index() -> bytes:
 _ROW = {"level": "op", "name": "a", "ok": True, "max_error": 0.5, "max_budget": "inf"}
 _ROW |= {"rms_error": 0, "rms_budget": 1}
 _LINE = {"samples": 8, "n": 2, "loss": 0.5, "lr": 1e-4, "samples_per_second": 9, "data_wait": 0.1}
+_RECEIVED = {"artefact": "things", "url": None, "size": 0, "modified_ns": 1, "sha256": "0" * 64}
+_RECEIVED |= {"published": {"md5": "0" * 32}, "time": "now"}
 _TEXTS: dict[str, object] = {
     "json": {"a": [1, 2.5, None, True, "x"], "b": {"c": {}}},
     "manifest": {"config": {"training": {"seed": 3}}, "starts": [{"time": "now"}]},
@@ -208,6 +273,7 @@ _TEXTS: dict[str, object] = {
     "report verdict": {"passed": True, "words": "passes"},
     "report grid": {"prompts": ["a", "b"], "columns": 2},
     "captions": {"file": "a.png", "captions": ["a cat", "a dog"], "width": 9},
+    "receipt": {"files": {"a.tar": _RECEIVED}},
     "json text": [[1], {"a": 1e300}],
 }
 SEEDS: dict[str, bytes] = {name: json.dumps(value).encode() for name, value in _TEXTS.items()}
@@ -219,8 +285,12 @@ SEEDS |= {
     "image": _png(),
     "shard": _tar(npy=_npy(_MOMENTS), txt=b"a cat", context_npy=_npy(_CONTEXT)),
     "raw shard": _tar(png=_png(), txt=b"a cat"),
+    "raw samples": _tar(png=_png(), txt=b"a cat", json=b"{}"),
+    "encoded shard": _encoded(),
     "moments": _npy(_MOMENTS),
     "context": _npy(_CONTEXT),
     "caption": b"a cat",
+    "archive": _zip(),
+    "list of digests": f"{'0' * 32}  ./a.tar\n{'1' * 128} *b/c.tar\n".encode(),
 }
 SEEDS |= dict.fromkeys(("index", "npz"), _saved_index())

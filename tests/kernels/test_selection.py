@@ -150,4 +150,4 @@ def test_the_digest_is_of_what_the_sources_import(
     with (tmp_path / "copy/column_sum.py").open("a") as file:
         file.write("# changed\n")
     changed = {op for op, digest in before.items() if registry.source_digest(op) != digest}
-    assert changed == {"fp8_linear", "geglu", "layer_norm", "residual_add"}
+    assert changed == {"fp8_linear", "geglu", "layer_norm", "residual_add", "v_mse_loss"}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,3 +71,47 @@ def write_log(closed, tmp_path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+CONVERGED = [1_536_000] * 2 + [2_048_000] * 7 + [2_560_000]
+
+
+@pytest.fixture
+def ten_logs(write_log, tmp_path):
+    """ten_logs(samples to converge of each) -> their folder; minutes are samples over 51,200."""
+
+    def write(converged: list[int] = CONVERGED, **changes) -> Path:
+        template = write_log(**changes).read_text()
+        folder = tmp_path / "stable_diffusion"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        for number, samples in enumerate(converged):
+            lines = template.replace('"value": 12345', f'"value": {number + 1}').splitlines()
+            kept = [line for line in lines if not any(k in line for k in ('"eval_', '"run_stop"'))]
+            kept += [line for line in lines if '"eval_samples"' in line]
+            for at in (512_000, 1_024_000, samples):
+                good = at == samples
+                place = {"samples_count": at}
+                kept += [
+                    entry("eval_accuracy", 80.0 if good else 100.0, **place, metric="FID"),
+                    entry("eval_accuracy", 0.16 if good else 0.1, **place, metric="CLIP"),
+                ]
+            start = next(line for line in lines if '"run_start"' in line)
+            time = json.loads(start.partition(" ")[2])["time_ms"] + samples * 60_000 // 51_200
+            kept.append(entry("run_stop", None, time, status="success"))
+            (folder / f"result_{number}.txt").write_text("\n".join(kept) + "\n")
+        return folder
+
+    return write
+
+
+def entry(key: str, value, time_ms: int = 5, **metadata) -> str:
+    event = {"namespace": "", "time_ms": time_ms, "event_type": "POINT_IN_TIME", "key": key}
+    metadata = {"file": "a.py", "lineno": 1, **metadata}
+    return ":::MLLOG " + json.dumps({**event, "value": value, "metadata": metadata})
+
+
+def change(path: Path, was: str, now: str) -> None:
+    text = path.read_text()
+    assert was in text
+    path.write_text(text.replace(was, now))

@@ -77,12 +77,17 @@ def test_every_required_key_is_missed(write_log, key):
 
 
 def test_findings_are_words(write_log, closed):
-    text = str(
-        check_log(write_log(closed(optimizer={"beta_1": 0.8}), scores={512_000: (91.0, 0.2)}))
-    )
-    assert "opt_adamw_beta_1 = 0.8: breaks the rule v['value'] == 0.9" in text
+    path = write_log(closed(optimizer={"beta_1": 0.8}), scores={512_000: (91.0, 0.2)})
+    text = str(check_log(path))
+    lines = path.read_text().splitlines()
+    number = next(n for n, line in enumerate(lines, 1) if "beta_1" in line)
+    rule = "opt_adamw_beta_1 is 0.8: it must be 0.9; train with that, or log the open division"
+    assert f"line {number}: {rule}" in text
     assert "evaluations with both FID and CLIP: must stand at least twice, found 1" in text
-    assert "no evaluation passes: the target is FID <= 90 and CLIP >= 0.15" in text
+    assert (
+        "no evaluation passes: the target is FID <= 90 and CLIP >= 0.15; the last one, at" in text
+    )
+    assert "512000, has FID 91.0 and CLIP 0.2" in text
     assert (
         "fails the official compliance checker (ruleset 5.0.0, closed division)"
         in text.splitlines()[0]
@@ -98,7 +103,9 @@ def test_run_stop_without_status(write_log):
     path = write_log()
     path.write_text(path.read_text().replace('"status": "success"', '"state": "success"'))
     verdict = check_log(path)
-    assert not verdict.passed and "run_stop = null: its metadata must hold a status" in str(verdict)
+    assert not verdict.passed and "run_stop is null: its metadata must hold a status" in str(
+        verdict
+    )
 
 
 def test_order_is_told(write_log):
@@ -109,9 +116,11 @@ def test_order_is_told(write_log):
         )
     )
     verdict = check_log(path)
-    assert (
-        not verdict.passed and "run_stop = null: run_start must come before it" in verdict.findings
-    ), str(verdict)
+    assert not verdict.passed
+    lines = path.read_text().splitlines()
+    stop = next(number for number, line in enumerate(lines, 1) if '"run_stop"' in line)
+    words = f"line {stop}: run_stop is null: run_start must come before it; put the lines in the"
+    assert words in str(verdict)
 
 
 def test_slow_init_is_told(write_log):

@@ -65,7 +65,7 @@ def test_lines_are_whole_and_in_order(write_log):
         found["seed"] == 12345 and found["eval_samples"] == 30_000 and found["cache_clear"] is True
     )
     line = json.loads(path.read_text().splitlines()[0].removeprefix(":::MLLOG "))
-    assert line["metadata"]["file"] == "sd_perf/mlperf/log.py"  # no path of this machine
+    assert line["metadata"]["file"] == "tests/mlperf/conftest.py"  # no path of this machine
 
 
 def test_a_decay_of_the_learning_rate_is_logged(closed, tmp_path):
@@ -98,6 +98,11 @@ def test_conclusion_stands(write_log, closed):
         log.start_run()
 
 
+def blocks(path) -> list[tuple[str, int]]:
+    events = read_log(path)
+    return [(e.key, e.metadata["samples_count"]) for e in events if e.key.startswith("block")]
+
+
 def test_resume_repeats_nothing(closed, tmp_path):
     path = tmp_path / "result_0.txt"
     begin(path, closed()).start_block(0)
@@ -105,20 +110,50 @@ def test_resume_repeats_nothing(closed, tmp_path):
     log = begin(path, closed())
     log.stop_block(512_000)
     log.start_block(512_000)
-    begin(path, closed()).start_block(
-        0
-    )  # the checkpoint of 512,000 was lost: the first block is trained again
     order = keys(path)
     assert [key for key in ONCE if key != "run_stop" and order.count(key) != 1] == []
-    blocks = [
-        (e.key, e.metadata["samples_count"]) for e in read_log(path) if e.key.startswith("block")
+    assert blocks(path) == [("block_start", 0), ("block_stop", 512_000), ("block_start", 512_000)]
+
+
+def test_blocks_that_are_trained_again_are_set_aside(closed, tmp_path):
+    """Killed before the checkpoint of 512,000 was complete: the first block goes on."""
+    path = tmp_path / "result_0.txt"
+    log = begin(path, closed())
+    log.start_block(0)
+    start = read_log(path)[-1].time_ms
+    log.stop_block(512_000, time_ms=start + 60_000)
+    log.start_block(512_000)
+    log.start_block(0)  # with the file open, too
+    assert blocks(path) == [("block_start", 0)] and "tracked_stats" not in keys(path)
+    aside = (tmp_path / "mlperf.superseded.txt").read_text().splitlines()
+    assert [json.loads(line.removeprefix(":::MLLOG "))["key"] for line in aside] == [
+        "block_stop",
+        "tracked_stats",
+        "block_start",
     ]
-    assert blocks == [
-        ("block_start", 0),
-        ("block_stop", 512_000),
-        ("block_start", 512_000),
-        ("block_start", 0),
-    ]
+    log.stop_block(512_000, time_ms=start + 100_000)
+    stats = read_log(path)[-1]
+    assert stats.key == "tracked_stats" and stats.value["throughput"] == 5120.0
+
+
+def test_what_published_logs_have(closed, tmp_path):
+    path = tmp_path / "result_0.txt"
+    log = begin(path, closed())
+    log.start_block(0)
+    start = read_log(path)[-1].time_ms
+    log.stop_block(512_000, time_ms=start + 512_000, max_memory=30.5)
+    events = {event.key: event for event in read_log(path)}
+    assert events["block_start"].value == events["block_stop"].value == "training_step"
+    assert events["tracked_stats"].value == {
+        "throughput": 1000.0,
+        "train_step_time": 0.512,
+        "max_memory_usage": 30.5,
+    }
+    assert events["tracked_stats"].metadata.items() >= {"samples_count": 512_000}.items()
+    log.conclude()
+    stop = read_log(path)[-1]
+    assert stop.metadata["status"] == "aborted" and stop.metadata["step_num"] == 1000
+    assert stop.metadata["file"] == "tests/mlperf/test_log.py"
 
 
 @pytest.mark.parametrize("length", [5, 40, None], ids=["token", "middle", "all but the line's end"])
@@ -170,7 +205,7 @@ def test_launchers_prefix_is_ignored(closed, tmp_path):
     path.write_text(
         "srun: hello\n" + "".join(f"0: {line}\n" for line in path.read_text().splitlines())
     )
-    assert read_log(path) == expected
+    assert [e._replace(line=e.line - 1) for e in read_log(path)] == expected
 
 
 def test_last_score_of_a_checkpoint_counts(write_log, closed):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -33,7 +34,7 @@ def test_a_damaged_line_hides_nothing(write_log, closed):
     text = str(verdict)
     assert not verdict.passed and verdict.division == "closed"
     assert "line 1 is damaged" in verdict.findings[0]
-    assert "opt_adamw_weight_decay = 0.5: breaks the rule v['value'] == 0.01" in text
+    assert "opt_adamw_weight_decay is 0.5: it must be 0.01" in text
     assert "run_stop: must stand exactly once, found 0" in text
     assert len(verdict.findings) == 3
 
@@ -63,12 +64,17 @@ def test_one_fid_without_clip_names_the_checkpoint(write_log):
     lines = path.read_text().splitlines(keepends=True)
     left = [line for line in lines if not ('"CLIP"' in line and "1536000" in line)]
     path.write_text("".join(left))
-    assert check_log(path).findings == ("the evaluation at 1536000 samples has FID without CLIP",)
+    number = next(n for n, line in enumerate(left, 1) if '"FID"' in line and "1536000" in line)
+    assert check_log(path).findings == (
+        f"the evaluation at 1536000 samples (line {number}) has FID without CLIP; log both metrics "
+        "of a checkpoint, or none",
+    )
 
 
 def test_an_empty_log_has_one_finding(tmp_path):
     (tmp_path / "a.txt").write_text("")
-    assert check_log(tmp_path / "a.txt").findings == ("holds no MLPerf log lines (:::MLLOG)",)
+    (finding,) = check_log(tmp_path / "a.txt").findings
+    assert finding == "holds no MLPerf log lines (:::MLLOG); give the log of a run"
 
 
 def test_names_with_any_letter(write_log, closed):
@@ -121,3 +127,49 @@ def test_a_folder_of_logs_and_the_options(write_log, tmp_path, sd_perf):
     code, out, _ = sd_perf("mlperf", "check", log, "--ruleset", "4.1.0", "--division", "open")
     assert code == 1 and "ruleset 4.1.0" in out
     assert "declares closed division, not open" in " ".join(out.split())
+
+
+BROKEN = {
+    "no init_start": ('"init_start"', '"other"', "init_stop is null: init_start must come before"),
+    "a negative batch": ('batch_size", "value": 512', 'batch_size", "value": -1', "0 or more"),
+    "a batch in words": ('batch_size", "value": 512', 'batch_size", "value": "x"', "0 or more"),
+    "no accumulation": ('_steps", "value": 1,', '_steps", "value": 0,', "it must be more than 0"),
+    "a list as position": (
+        '"samples_count": 512000',
+        '"samples_count": [1]',
+        "is [1], not a number",
+    ),
+    "a block nowhere": ('"samples_count": 0', '"x": 0', "its metadata must hold samples_count"),
+    "a block before 0": ('"samples_count": 0', '"samples_count": -1', "must not be negative"),
+    "a score in words": ('"value": 140.0', '"value": "good"', "FID is 'good', not a number"),
+    "a time in words": (
+        '"time_ms": 3600000',
+        '"time_ms": "noon"',
+        "time_ms is 'noon', not a number",
+    ),
+    "no object": (
+        ':::MLLOG {"namespace',
+        ':::MLLOG [1]\n:::MLLOG {"namespace',
+        "is no JSON object",
+    ),
+    "metadata in words": (
+        '"metadata": {',
+        '"metadata": "a", "b": {',
+        "metadata is 'a', not an obj",
+    ),
+}
+
+
+@pytest.mark.parametrize(("old", "new", "words"), BROKEN.values(), ids=BROKEN)
+def test_findings_name_line_and_remedy(old, new, words, write_log):
+    """Every finding has a line, or says how often a key must stand; none quotes Python."""
+    path = write_log()
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    verdict = check_log(path)
+    told = str(verdict)
+    assert not verdict.passed and words in told
+    for finding in verdict.findings:
+        assert re.search(r"lines? \d+|must stand|no evaluation passes", finding), finding
+        assert not re.search(r"Error|\.yaml|[sv]\[|Failed|breaks the rule|broke off", finding)

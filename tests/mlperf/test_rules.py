@@ -43,8 +43,9 @@ OTHERS = {
 }
 
 
-def test_the_benchmarks_preset_complies():
-    preset = load_preset(Path(__file__).parents[2] / "configs/train_512_moments.yaml")
+@pytest.mark.parametrize("name", ["train_512", "train_512_encoded", "train_512_moments"])
+def test_the_benchmarks_presets_comply(name):
+    preset = load_preset(Path(__file__).parents[2] / f"configs/{name}.yaml")
     mlperf = dataclasses.replace(preset.mlperf, division="closed", caches_cleared=True)
     require_closed(dataclasses.replace(preset, mlperf=mlperf))
 
@@ -96,6 +97,13 @@ def test_fixed_values_are_fixed(closed, section, key, value):
 
 def test_synthetic_data_is_no_benchmark(closed):
     assert [key for key, *_ in violations(closed(data={"format": "synthetic"}))] == ["data.format"]
+
+
+@pytest.mark.parametrize("format", ["raw", "encoded"])
+def test_the_range_of_pixels_is_the_references(closed, format):
+    data = {"format": format, "autoencoder": "a.ckpt", "image_range": "correct"}
+    assert [key for key, *_ in violations(closed(data=data))] == ["data.image_range"]
+    require_closed(closed(data={**data, "image_range": "benchmark"}))
 
 
 def test_cadence_follows_the_batch(closed):

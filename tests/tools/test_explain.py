@@ -51,12 +51,12 @@ def test_shards_are_counted(tmp_path: Path, sd_perf) -> None:
     preset = tmp_path / "p.yaml"
     preset.write_text(f"data: {{path: {tmp_path}/shards, context: precomputed}}\n")
     explain = ("train", "--config", preset, "--explain")
-    assert "no shards (*.tar) there yet" in lines_of(sd_perf(*explain)[1])["data"]
+    assert "is not a folder; data.path must name" in lines_of(sd_perf(*explain)[1])["data"]
     (tmp_path / "shards").mkdir()
     for number in range(3):
         (tmp_path / "shards" / f"{number:05d}.tar").write_bytes(bytes(10**6))
     told = lines_of(sd_perf(*explain)[1])["data"]
-    assert "3 shards of moments in" in told and "0.003 GB; text: precomputed" in told
+    assert "3 moments shards in" in told and "0.003 GB; text: precomputed" in told
 
 
 @pytest.mark.parametrize("ranks", [3, 0])

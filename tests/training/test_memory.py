@@ -14,6 +14,9 @@ def test_least_bytes(make_config):
     per_sample = 4 * 3 * 4 * 64 + 2 * 2 * 32 * 64
     assert (few - 4 * per_sample) % 16 == 0
     assert few - least_bytes(config, world_size=4) == 3 * per_sample
+    data = {"format": "raw", "path": "a", "autoencoder": "a.ckpt", "latent_size": 8}
+    pictures = make_config(data=data, text_encoder={"weights": "random"})
+    assert least_bytes(pictures, world_size=1) - few == 4 * 4 * 3 * 64 * 64
     wider = make_config(model={"model_channels": 64})
     assert least_bytes(wider, world_size=1) > 3 * few
 

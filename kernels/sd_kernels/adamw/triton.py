@@ -10,15 +10,16 @@ Shape letter: N parameters.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from sd_kernels.adamw.reference import check, coefficients
+from sd_kernels.adamw.reference import check
 from sd_kernels.errors import require
-from sd_kernels.launch import launch
+from sd_kernels.launch import empty, launch
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,25 @@ def _update(
 
 
 @triton.jit
+def coefficients_kernel(
+    step,
+    learning_rate,
+    scalars,
+    LOG_BETA1: tl.constexpr,
+    LOG_BETA2: tl.constexpr,
+    WEIGHT_DECAY: tl.constexpr,
+):
+    # See `reference.coefficients`, which takes torch ten launches.
+    count = tl.load(step).to(tl.float64)  # narrow: one number
+    rate = tl.load(learning_rate).to(tl.float64)  # narrow: one number
+    correction1 = 1.0 - tl.exp(count * LOG_BETA1)
+    correction2 = 1.0 - tl.exp(count * LOG_BETA2)
+    tl.store(scalars, (rate / correction1).to(tl.float32))  # narrow: one number
+    tl.store(scalars + 1, (rate * WEIGHT_DECAY).to(tl.float32))  # narrow: one number
+    tl.store(scalars + 2, (1.0 / tl.sqrt(correction2)).to(tl.float32))  # narrow: one number
+
+
+@triton.jit
 def adamw_kernel(
     weights, remainders, grads, exp_avg, exp_avg_sq, scalars, N, one_minus_beta1, one_minus_beta2,
     eps, BLOCK: tl.constexpr,
@@ -208,6 +228,24 @@ def adamw_update(
     )
 
 
+@torch.library.custom_op("sd_kernels::adamw_coefficients", mutates_args=())
+def adamw_coefficients(
+    step: torch.Tensor, learning_rate: torch.Tensor, beta1: float, beta2: float, weight_decay: float
+) -> torch.Tensor:
+    """`reference.coefficients` (3,) float32."""
+    scalars = empty(step, (3,), torch.float32)
+    logarithms = (math.log(beta) if beta else -math.inf for beta in (beta1, beta2))
+    logs = dict(zip(("LOG_BETA1", "LOG_BETA2"), logarithms, strict=True))
+    tensors = step, learning_rate, scalars
+    launch(coefficients_kernel, (1,), *tensors, **logs, WEIGHT_DECAY=weight_decay)
+    return scalars
+
+
+@adamw_coefficients.register_fake
+def _(step, learning_rate, beta1, beta2, weight_decay):
+    return step.new_empty(3, dtype=torch.float32)
+
+
 @torch.no_grad()
 def adamw(
     weights: torch.Tensor,
@@ -225,7 +263,7 @@ def adamw(
 ) -> tuple[torch.Tensor, ...]:
     """See `reference.adamw`; float32 or bfloat16, buffers at addresses of multiples of 16 bytes."""
     check(weights, remainders, grads, exp_avg, exp_avg_sq, step, learning_rate)
-    scalars = coefficients(step, learning_rate, beta1, beta2, weight_decay).float()
+    scalars = adamw_coefficients(step, learning_rate, beta1, beta2, weight_decay)
     adamw_update(weights, remainders, grads, exp_avg, exp_avg_sq, scalars, beta1, beta2, eps)
     updated = weights, exp_avg, exp_avg_sq
     return updated if remainders is None else (*updated, remainders)

@@ -3,7 +3,7 @@
 A row of forward reads 2N numbers and writes N; one of backward reads 3N and writes 2N. Only x is
 kept for backward. The bias of the linear layer before is added here, so that backward, which has
 the gradient of x in registers, can sum the bias's gradient without another pass: each program keeps
-the sums of its stripe of rows, and `column_sum` adds the stripes in a fixed order.
+the sums of its stripe of rows, and the one that comes last adds the stripes in a fixed order.
 
 Shape letters: M rows (all leading axes), N columns of the output.
 """
@@ -17,9 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
-from sd_kernels.column_sum import column_sum, processors
+from sd_kernels.column_sum import add_rows, is_last, processors
 from sd_kernels.errors import require, require_floating, require_one_dtype
-from sd_kernels.launch import empty, launch, rounded
+from sd_kernels.launch import counters, empty, launch, rounded
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,9 @@ def geglu_forward_kernel(
 
 @triton.jit
 def geglu_backward_kernel(
-    x, bias, dy, dx, sums, M, stride, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+    x, bias, dy, dx, sums, dbias, counters, M, stride,
+    N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     # Each element of the tile has sums of its own, which are added across threads once, at the end.
     dvalue_sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     dgate_sums = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -103,6 +104,10 @@ def geglu_backward_kernel(
         place = sums + tl.program_id(0) * 2 * N + column
         tl.store(place, tl.sum(dvalue_sums, 0), mask=column < N)  # narrow: one row a program
         tl.store(place + N, tl.sum(dgate_sums, 0), mask=column < N)  # narrow: one row a program
+        if is_last(counters + tl.program_id(1), tl.num_programs(0)):
+            # Many rows at once, since each turn of the loop waits for its loads.
+            add_rows(sums, dbias, column, column < N, tl.num_programs(0), 2 * N, 4 * ROWS)
+            add_rows(sums, dbias, N + column, column < N, tl.num_programs(0), 2 * N, 4 * ROWS)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -136,7 +141,7 @@ def geglu_backward(x: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
     rows = _rows(x)
     M, N = rows.shape[0], rows.shape[1] // 2
     dx = empty(x, tuple(x.shape))
-    tensors = rows, None, dy.contiguous(), dx, None
+    tensors = rows, None, dy.contiguous(), dx, None, None, None
     _launch(geglu_backward_kernel, triton.cdiv(M, TUNING.rows), *tensors, M=M, N=N)
     return rounded(dx, x.dtype)
 
@@ -151,11 +156,13 @@ def geglu_backward_with_bias(
     resident = TUNING.programs_per_processor * processors(x)
     stripes = triton.cdiv(resident, triton.cdiv(N, TUNING.columns))
     stripes = min(stripes, triton.cdiv(M, TUNING.rows))
-    dx = empty(x, tuple(x.shape))
+    dx, dbias = empty(x, tuple(x.shape)), empty(bias, (2 * N,))
     sums = empty(x, (stripes, 2 * N), torch.float32)
-    tensors = rows, bias.contiguous(), dy.contiguous(), dx, sums
+    tiles = triton.cdiv(N, TUNING.columns)
+    arrivals = counters(x, tiles, geglu_backward_kernel, stripes)
+    tensors = rows, bias.contiguous(), dy.contiguous(), dx, sums, dbias, arrivals
     _launch(geglu_backward_kernel, stripes, *tensors, M=M, N=N)
-    return rounded(dx, x.dtype), column_sum(sums, bias.dtype)
+    return rounded(dx, x.dtype), rounded(dbias, bias.dtype)
 
 
 @geglu_forward.register_fake

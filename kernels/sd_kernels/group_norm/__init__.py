@@ -83,7 +83,6 @@ def _case(call: _Call) -> Case:
         "eps": call.eps,
         "silu": call.silu,
         "return_sum": call.return_sum,
-        "return_skip": len(call.sources) > 1,
     }
     channels = "+".join(map(str, call.sources))
     name = f"{call.side}x{call.side}x{channels} in {call.num_groups}, adds {call.added}"
@@ -122,7 +121,6 @@ def _small(
     G: int = 16,
     return_sum: int = 0,
     silu: bool = True,
-    return_skip: bool = False,
     **draw: Any,
 ) -> Case:
     options = {
@@ -130,7 +128,6 @@ def _small(
         "eps": 1e-5,
         "silu": silu,
         "return_sum": return_sum,
-        "return_skip": return_skip,
     }
     return _make(name, B, H, W, sources, added, options, **draw)
 
@@ -159,11 +156,10 @@ def _work(case: Case, dtype: torch.dtype) -> Work:
     # Backward needs the sum again: what forward returned, or its parts. And it reads the gradient
     # of every later use.
     reads_again = 0 if return_sum else residual_bytes
-    of_later_uses = return_sum * first + (both - first if case.options["return_skip"] else 0)
     return Work(
         0.0,
-        forward_bytes=2 * both + residual_bytes + (first if return_sum else 0),
-        backward_bytes=3 * both + of_later_uses + reads_again,
+        forward_bytes=2 * both + residual_bytes + (both if return_sum else 0),
+        backward_bytes=(3 + return_sum) * both + reads_again,
     )
 
 
@@ -176,9 +172,9 @@ def _apex_refuses(case: Case, dtype: torch.dtype) -> Reason | None:
 
 
 def _saved_bytes(case: Case, dtype: torch.dtype) -> int:
-    """The sum that is normalised, and the result. A skip is counted by the block that made it."""
+    """What is normalised, and the result."""
     B, H, W, C1, C2 = case.sizes("B", "H", "W", "C1", "C2")
-    return B * H * W * (C1 + (C1 + C2)) * dtype.itemsize
+    return 2 * B * H * W * (C1 + C2) * dtype.itemsize
 
 
 SPEC = OpSpec(
@@ -203,15 +199,13 @@ SPEC = OpSpec(
     cases_of=lambda unet: counted(_calls(unet), _case),
     small_cases=(
         _small("tiny", 1, 2, 1, (32,), BOTH, return_sum=1),
-        _small(
-            "two sources, groups astride", 2, 3, 5, (320, 640), BOTH, return_sum=1, return_skip=True
-        ),
+        _small("two sources, groups astride", 2, 3, 5, (320, 640), BOTH, return_sum=1),
         _small("transformer's", 2, 5, 5, (320,), BOTH, G=32, return_sum=1, silu=False),
         _small("shifted mean", 2, 9, 16, (320,), SHIFT, mean=-2.3, std=0.5),
         _small("several tiles", 2, 15, 20, (320,), SHIFT_RESIDUAL, return_sum=2),
         _small("one pixel", 1, 1, 1, (2560,), RESIDUAL),
-        _small("2560 channels in 32", 1, 3, 3, (1280, 1280), SHIFT, G=32, return_sum=1),
-        _small("ragged channels", 3, 7, 3, (48, 80), BOTH, return_sum=2, return_skip=True),
+        _small("2560 channels in 32", 1, 3, 3, (1280, 1280), SHIFT, G=32),
+        _small("ragged channels", 3, 7, 3, (48, 80), BOTH, return_sum=2),
         _small("pixels apart", 2, 4, 6, (64,), BOTH, return_sum=2, padding=16),
         _small("nothing added", 2, 4, 4, (96,), G=32, silu=False),
     ),
@@ -219,5 +213,5 @@ SPEC = OpSpec(
     work=_work,
     family="norms",
     saved_bytes=_saved_bytes,
-    outputs=("y", "summed", "summed or skip", "skip"),
+    outputs=("y", "summed", "summed again"),
 )

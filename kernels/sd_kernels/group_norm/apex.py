@@ -30,7 +30,6 @@ def group_norm(
     eps: float,
     silu: bool = False,
     return_sum: int = 0,
-    return_skip: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """See `reference.group_norm`; the concatenated sum must be dense in channels-last memory."""
     check(x, weight, bias, shift, residual, skip, num_groups)
@@ -48,4 +47,4 @@ def group_norm(
     y, _ = torch.ops.apex.group_norm_nhwc_fprop(
         source, num_groups, weight, bias, eps, act, passes, False
     )
-    return returned(y, summed, skip, return_sum, return_skip)
+    return returned(y, source, return_sum)

@@ -25,7 +25,6 @@ def group_norm(
     eps: float,
     silu: bool = False,
     return_sum: int = 0,
-    return_skip: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """See `reference.group_norm`."""
     check(x, weight, bias, shift, residual, skip, num_groups, double=True)
@@ -35,4 +34,4 @@ def group_norm(
     # On a GPU torch's kernel returns NCHW memory for any input.
     y = dense(y) if is_channels_last(source) else y
     y = F.silu(y) if silu else y
-    return returned(y, summed, skip, return_sum, return_skip)
+    return returned(y, source, return_sum)

@@ -7,16 +7,15 @@ is that of Ioffe and Szegedy, "Batch Normalization", 2015, section 3, with a gro
     dweight = sum(dz v), dbias = sum(dz)                sums over samples and pixels
 
 The first sweep sums w dz and w dz v of each tile by group, and dz and dz v by channel. The second
-combines them. All sums have a fixed order, so that gradients are repeatable. Per element the launch
-moves two reads (x, dy) and one write; the gradient of each later use of the sum or of skip is one
-more read. A second, small launch adds the sums by channel.
+combines them. Further programs add up the sums by channel, one for each sample and block of
+channels, and the last one of a block adds those of all samples. All sums have a fixed order, so
+that gradients are repeatable. Per element the launch moves two reads (x, dy) and one
+write; the gradient of each later use of the sum is one more read.
 
 Shape letters and sizes: see `tiles`.
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping
 
 import torch
 import triton
@@ -45,7 +44,7 @@ from sd_kernels.group_norm.tiles import (
     to_groups,
     wait,
 )
-from sd_kernels.launch import empty, launch, rounded
+from sd_kernels.launch import counters, empty, launch, rounded
 
 
 @triton.jit
@@ -68,116 +67,30 @@ def _later_uses(dsummed, dagain, layout, at, inside):
     return grad
 
 
-# Each batch size would otherwise be compiled anew where it is 1, or first a multiple of 16.
-@triton.jit(do_not_specialize=["B"])
-def group_norm_backward_kernel(
-    x, skip, shift, residual, weight, bias, mean, rstd, dy, dsummed, dagain, dlater, dx, dskip,
-    counters, group_sums, channel_sums, B, x_stride, x_pixel, skip_stride, skip_pixel,
-    shift_stride, residual_stride, residual_pixel, dy_stride, dy_pixel, dsummed_stride,
-    dsummed_pixel, dagain_stride, dagain_pixel, dlater_stride, dlater_pixel, N: tl.constexpr,
-    C1: tl.constexpr, C: tl.constexpr, G: tl.constexpr, SILU: tl.constexpr, SUMS: tl.constexpr,
-    ITEMS: tl.constexpr, LAG: tl.constexpr, PIXEL_TILES: tl.constexpr, SPAN: tl.constexpr,
-    SLOTS: tl.constexpr, TOUCHED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit
+def _store_group_sums(
+    group_sums, half, tile, sums, member, G: tl.constexpr, CPG: tl.constexpr,
+    PIXEL_TILES: tl.constexpr, SPAN: tl.constexpr, TOUCHED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    CPG: tl.constexpr = C // G
-    sample, item, is_result, exists = take_item(counters, B, ITEMS, LAG)
-    if not exists:
-        return
-    tile, block = item % PIXEL_TILES, item // PIXEL_TILES
-    rows = tile * ROWS + tl.arange(0, ROWS)
-    channels = block * BLOCK + tl.arange(0, BLOCK)
-    # Tiles at the last pixels and channels reach past the image.
-    inside = (rows < N)[:, None] & (channels < C)[None, :]
-    first, member = groups_of(block, CPG, C, TOUCHED, BLOCK)
-    groups = first + tl.arange(0, TOUCHED)
-    is_group = groups < G
-    group_mean = tl.load(mean + sample * G + groups, mask=is_group, other=0.0)  # narrow: few
-    group_rstd = tl.load(rstd + sample * G + groups, mask=is_group, other=0.0)  # narrow: few
-    scale = load_by_channel(weight, channels, C)[None, :]
-    offset = load_by_channel(bias, channels, C)[None, :]
-    at = (sample, rows, channels)
-    layout = (
-        x_stride,
-        x_pixel,
-        skip_stride,
-        skip_pixel,
-        shift_stride,
-        residual_stride,
-        residual_pixel,
+    """A tile's sums of w dz and of w dz v by group, from those by channel (BLOCK,)."""
+    sample, number, block, first = tile
+    slot, is_slot = slots_of_tile(
+        sample, number, block, first, G, CPG, PIXEL_TILES, SPAN, TOUCHED, BLOCK
     )
-    # Read before a result waits, so that the wait hides the reads; kept as read meanwhile, in half
-    # the registers.
-    raw = load_sources(x, skip, layout, at, inside, C1, "")
-    raw_grad = load_raw(dy, dy_stride, dy_pixel, at, inside, 0.0, "")
-    centre, channel_rstd = to_channels(group_mean, member), to_channels(group_rstd, member)
-    is_first = inside & (channels < C1)[None, :]
-    later = (dsummed_stride, dsummed_pixel, dagain_stride, dagain_pixel)
-    # The first half of group_sums holds sums of w dz, the second those of w dz v.
-    half = B * G * PIXEL_TILES * SPAN
-    if is_result:
-        wait(counters, sample, ITEMS)
-        place, _, known = slots_of_groups(
-            sample, first, N, G, CPG, PIXEL_TILES, SPAN, SLOTS, TOUCHED, ROWS, BLOCK
-        )
-        # Both are loaded before either is summed, so that both loads are in flight.
-        plain = load_parts(group_sums + place, known)
-        product = load_parts(group_sums + half + place, known)
-        plain_mean = to_channels(tl.sum(plain, axis=1) / (N * CPG), member)
-        product_mean = to_channels(tl.sum(product, axis=1) / (N * CPG), member)
-        # Both sweeps compute v and dz: storing them would cost a write and a read of device memory.
-        value = (sum_of(raw, shift, residual, layout, at, inside, C1) - centre) * channel_rstd
-        grad = _before_silu(value * scale + offset, raw_grad.to(tl.float32), SILU)
-        # The equation at the top of this file.
-        grad = (grad * scale - plain_mean - value * product_mean) * channel_rstd
-        if dsummed is not None:
-            # The later uses of the sum and of skip: added here, not in a pass of their own.
-            grad += _later_uses(dsummed, dagain, later, at, is_first)
-        store_pixels(dx, grad, at, C1, N, is_first)
-        if skip is not None:
-            is_second = inside & (channels >= C1)[None, :]
-            at = (sample, rows, channels - C1)
-            if dlater is not None:
-                grad += load_pixels(dlater, dlater_stride, dlater_pixel, at, is_second)
-            store_pixels(dskip, grad, at, C - C1, N, is_second)
-    else:
-        value = (sum_of(raw, shift, residual, layout, at, inside, C1) - centre) * channel_rstd
-        grad = _before_silu(value * scale + offset, raw_grad.to(tl.float32), SILU)
-        # Pixels and channels outside have a gradient of zero and add nothing.
-        grad_sum, product_sum = tl.sum(grad, axis=0), tl.sum(grad * value, axis=0)
-        parameter = tl.sum(scale, axis=0)
-        slot, is_slot = slots_of_tile(
-            sample, tile, block, first, G, CPG, PIXEL_TILES, SPAN, TOUCHED, BLOCK
-        )
-        plain_place, product_place = group_sums + slot, group_sums + half + slot
-        tl.store(plain_place, to_groups(grad_sum * parameter, member), mask=is_slot)  # narrow: few
-        weighted = to_groups(product_sum * parameter, member)
-        tl.store(product_place, weighted, mask=is_slot)  # narrow: few numbers
-        sums = channel_sums + (sample.to(tl.int64) * PIXEL_TILES + tile) * SUMS * C + channels
-        is_channel = channels < C
-        tl.store(sums, grad_sum, mask=is_channel)  # narrow: 64 a program
-        tl.store(sums + C, product_sum, mask=is_channel)  # narrow: 64 a program
-        if SUMS > 2:
-            # v outside is not zero: there it is -mean * rstd.
-            normalised_sum = tl.sum(tl.where(inside, value, 0.0), axis=0)
-            tl.store(sums + 2 * C, normalised_sum, mask=is_channel)  # narrow: 64 a program
-        if SUMS > 3:
-            # A shift is part of the sum, so it also gets the gradient of the sum.
-            grad = _later_uses(dsummed, dagain, later, at, is_first)
-            tl.store(sums + 3 * C, tl.sum(grad, axis=0), mask=is_channel)  # narrow: 64 a program
-        arrive(counters, sample)
+    tl.store(group_sums + slot, to_groups(sums[0], member), mask=is_slot)  # narrow: few numbers
+    tl.store(group_sums + half + slot, to_groups(sums[1], member), mask=is_slot)  # narrow: few
 
 
-@triton.jit(do_not_specialize=["B"])
-def group_norm_finish_kernel(
-    group_sums, channel_sums, weight, rstd, dshift, sample_sums, vectors, counters, B,
-    dshift_stride, N: tl.constexpr, C1: tl.constexpr, C: tl.constexpr, G: tl.constexpr,
+@triton.jit
+def _add_up(
+    group_sums, channel_sums, weight, rstd, dshift, sample_sums, vectors, counters, sample, block,
+    B, dshift_stride, N: tl.constexpr, C1: tl.constexpr, C: tl.constexpr, G: tl.constexpr,
     SUMS: tl.constexpr, OUT: tl.constexpr, PIXEL_TILES: tl.constexpr, SPAN: tl.constexpr,
     SLOTS: tl.constexpr, PARTS: tl.constexpr, TOUCHED: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr, SAMPLES: tl.constexpr,
 ):  # fmt: skip
-    # Sums of one sample and block over its tiles; the last sample's program adds the samples up.
+    """Sums of one sample and block over its tiles; the last sample's program adds all samples."""
     CPG: tl.constexpr = C // G
-    sample, block = tl.program_id(0) % B, tl.program_id(0) // B
     channels = block * BLOCK + tl.arange(0, BLOCK)
     tiles, is_channel = tl.arange(0, PARTS)[:, None], channels < C
     exists = (tiles < PIXEL_TILES) & is_channel[None, :]
@@ -211,7 +124,7 @@ def group_norm_finish_kernel(
     # See `arrive`. Whoever comes last finds the sums of all samples, and adds them in their order.
     tl.debug_barrier()
     arrived = tl.atomic_add(counters + 1 + B + block, 1, sem="acq_rel")  # narrow: a counter
-    if arrived == B - 1:
+    if arrived % B == B - 1:
         for row in tl.static_range(OUT):
             total = tl.zeros((SAMPLES, BLOCK), tl.float32)
             for start in tl.range(0, B, SAMPLES):
@@ -222,11 +135,109 @@ def group_norm_finish_kernel(
             tl.store(to_vector, tl.sum(total, axis=0), mask=is_channel)  # narrow: once a block
 
 
+# Each batch size would otherwise be compiled anew where it is 1, or first a multiple of 16.
+@triton.jit(do_not_specialize=["B"])
+def group_norm_backward_kernel(
+    x, skip, shift, residual, weight, bias, mean, rstd, dy, dsummed, dagain, dx, dskip, dshift,
+    vectors, counters, group_sums, channel_sums, sample_sums, B, x_stride, x_pixel, skip_stride,
+    skip_pixel, shift_stride, residual_stride, residual_pixel, dy_stride, dy_pixel, dsummed_stride,
+    dsummed_pixel, dagain_stride, dagain_pixel, dshift_stride, N: tl.constexpr, C1: tl.constexpr,
+    C: tl.constexpr, G: tl.constexpr, SILU: tl.constexpr, SUMS: tl.constexpr, OUT: tl.constexpr,
+    ITEMS: tl.constexpr, LAG: tl.constexpr, PIXEL_TILES: tl.constexpr, SPAN: tl.constexpr,
+    SLOTS: tl.constexpr, PARTS: tl.constexpr, TOUCHED: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, SAMPLES: tl.constexpr,
+):  # fmt: skip
+    CPG: tl.constexpr = C // G
+    # Channels of x: what forward returned holds both sources.
+    WIDTH: tl.constexpr = C if skip is None else C1
+    BLOCKS: tl.constexpr = ITEMS // PIXEL_TILES
+    sample, item, exists, launches = take_item(counters, B, ITEMS, BLOCKS, LAG)
+    if not exists:
+        return
+    if item >= 2 * ITEMS:
+        wait(counters, sample, launches, ITEMS)
+        _add_up(
+            *(group_sums, channel_sums, weight, rstd, dshift, sample_sums, vectors, counters),
+            *(sample, item - 2 * ITEMS, B, dshift_stride, N, C1, C, G, SUMS, OUT, PIXEL_TILES),
+            *(SPAN, SLOTS, PARTS, TOUCHED, ROWS, BLOCK, SAMPLES),
+        )
+        return
+    is_result, item = item >= ITEMS, item % ITEMS
+    tile, block = item % PIXEL_TILES, item // PIXEL_TILES
+    rows = tile * ROWS + tl.arange(0, ROWS)
+    channels = block * BLOCK + tl.arange(0, BLOCK)
+    # Tiles at the last pixels and channels reach past the image.
+    inside = (rows < N)[:, None] & (channels < C)[None, :]
+    first, member = groups_of(block, CPG, C, TOUCHED, BLOCK)
+    groups = first + tl.arange(0, TOUCHED)
+    is_group = groups < G
+    group_mean = tl.load(mean + sample * G + groups, mask=is_group, other=0.0)  # narrow: few
+    group_rstd = tl.load(rstd + sample * G + groups, mask=is_group, other=0.0)  # narrow: few
+    scale = load_by_channel(weight, channels, C)[None, :]
+    offset = load_by_channel(bias, channels, C)[None, :]
+    at = (sample, rows, channels)
+    of_x = (x_stride, x_pixel, skip_stride, skip_pixel)
+    layout = of_x + (shift_stride, residual_stride, residual_pixel)  # noqa: RUF005
+    # Read before a result waits, so that the wait hides the reads; kept as read meanwhile, in half
+    # the registers.
+    raw = load_sources(x, skip, layout, at, inside, WIDTH, "")
+    raw_grad = load_raw(dy, dy_stride, dy_pixel, at, inside, 0.0, "")
+    centre, channel_rstd = to_channels(group_mean, member), to_channels(group_rstd, member)
+    later = (dsummed_stride, dsummed_pixel, dagain_stride, dagain_pixel)
+    # The first half of group_sums holds sums of w dz, the second those of w dz v.
+    half = B * G * PIXEL_TILES * SPAN
+    if is_result:
+        wait(counters, sample, launches, ITEMS)
+        place, _, known = slots_of_groups(
+            sample, first, N, G, CPG, PIXEL_TILES, SPAN, SLOTS, TOUCHED, ROWS, BLOCK
+        )
+        # Both are loaded before either is summed, so that both loads are in flight.
+        plain = load_parts(group_sums + place, known)
+        product = load_parts(group_sums + half + place, known)
+        plain_mean = to_channels(tl.sum(plain, axis=1) / (N * CPG), member)
+        product_mean = to_channels(tl.sum(product, axis=1) / (N * CPG), member)
+        # Both sweeps compute v and dz: storing them would cost a write and a read of device memory.
+        value = (sum_of(raw, shift, residual, layout, at, inside, WIDTH) - centre) * channel_rstd
+        grad = _before_silu(value * scale + offset, raw_grad.to(tl.float32), SILU)
+        # The equation at the top of this file.
+        grad = (grad * scale - plain_mean - value * product_mean) * channel_rstd
+        if dsummed is not None:
+            # The later uses: added here, not in a pass of their own.
+            grad += _later_uses(dsummed, dagain, later, at, inside)
+        store_pixels(dx, grad, at, C1, N, inside & (channels < C1)[None, :])
+        if C1 < C:
+            is_second = inside & (channels >= C1)[None, :]
+            store_pixels(dskip, grad, (sample, rows, channels - C1), C - C1, N, is_second)
+    else:
+        value = (sum_of(raw, shift, residual, layout, at, inside, WIDTH) - centre) * channel_rstd
+        grad = _before_silu(value * scale + offset, raw_grad.to(tl.float32), SILU)
+        # Pixels and channels outside have a gradient of zero and add nothing.
+        grad_sum, product_sum = tl.sum(grad, axis=0), tl.sum(grad * value, axis=0)
+        parameter = tl.sum(scale, axis=0)
+        weighted = (grad_sum * parameter, product_sum * parameter)
+        of_tile = (sample, tile, block, first)
+        _store_group_sums(
+            group_sums, half, of_tile, weighted, member, G, CPG, PIXEL_TILES, SPAN, TOUCHED, BLOCK
+        )
+        sums = channel_sums + (sample.to(tl.int64) * PIXEL_TILES + tile) * SUMS * C + channels
+        is_channel = channels < C
+        tl.store(sums, grad_sum, mask=is_channel)  # narrow: 64 a program
+        tl.store(sums + C, product_sum, mask=is_channel)  # narrow: 64 a program
+        if SUMS > 2:
+            # v outside is not zero: there it is -mean * rstd.
+            normalised_sum = tl.sum(tl.where(inside, value, 0.0), axis=0)
+            tl.store(sums + 2 * C, normalised_sum, mask=is_channel)  # narrow: 64 a program
+        if SUMS > 3:
+            # A shift is part of the sum, so it also gets the gradient of the sum.
+            grad = _later_uses(dsummed, dagain, later, at, inside)
+            tl.store(sums + 3 * C, tl.sum(grad, axis=0), mask=is_channel)  # narrow: 64 a program
+        arrive(counters, sample)
+
+
 @torch.library.custom_op("sd_kernels::group_norm_backward", mutates_args=())
 def group_norm_backward(
     dy: torch.Tensor,
     dsummed: list[torch.Tensor],
-    dlater: torch.Tensor | None,
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
@@ -235,87 +246,60 @@ def group_norm_backward(
     skip: torch.Tensor | None,
     mean: torch.Tensor,
     rstd: torch.Tensor,
+    C1: int,
     silu: bool,
     shift_axes: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x (and residual), of skip, of the vectors by channel, and of a shift (B, C1).
 
-    `dsummed` are up to two gradients of the sum, `dlater` one of skip, from where they are read
-    later. The vectors are rows of one tensor (2 or 3, C), in the dtype of the weight: bias, weight
-    and, where `shift_axes` is 1, the shift (C1,) in its first C1 columns. The gradient of a shift
-    (B, C1) is empty unless `shift_axes` is 2; that of an absent skip has no channels.
+    x is what forward returned as the sum, or, with shift, residual and skip, its parts. Of its
+    gradient C1 channels are that of x, the others that of skip. `dsummed` are up to two gradients
+    of the sum, from where it is read later. The vectors are rows of one tensor (2 or 3, C), in the
+    dtype of the weight: bias, weight and, where `shift_axes` is 1, the shift (C1,) in its first C1
+    columns. The gradient of a shift (B, C1) is empty unless `shift_axes` is 2, that of no skip too.
     """
-    B, C1, H, W = x.shape
+    B, _, H, W = x.shape
     C, N, G = weight.shape[0], H * W, mean.shape[1]
-    launch_plan = plan(B, N, C, G, TUNING.backward_rows)
-    pixel_tiles, span = (launch_plan.sizes[name] for name in ("PIXEL_TILES", "SPAN"))
+    launch_plan = plan(B, N, C, G, TUNING.backward_rows, adds_up=True)
+    sizes, blocks = launch_plan.sizes, triton.cdiv(C, TUNING.block)
+    pixel_tiles = sizes["PIXEL_TILES"]
     dx = empty(x, (B, H, W, C1)).permute(0, 3, 1, 2)
     dskip = empty(x, (B, H, W, C - C1)).permute(0, 3, 1, 2)
-    blocks = triton.cdiv(C, TUNING.block)
-    # The ticket counter, the finished tiles of each sample, and the finished samples of each block.
-    counters = torch.zeros(1 + B + blocks, dtype=torch.int32, device=x.device)
-    group_sums = empty(x, (2, B, G, pixel_tiles, span), torch.float32)
+    # The ticket counter, finished tiles of each sample, and finished samples of each block.
+    tickets = counters(x, 1 + B + blocks, group_norm_backward_kernel, B, *sizes.values())
+    group_sums = empty(x, (2, B, G, pixel_tiles, sizes["SPAN"]), torch.float32)
     # Sums over pixels of dz, dz v and, for the gradient of shift, v and dsummed.
     sums = (4 if dsummed else 3) if shift_axes else 2
     channel_sums = empty(x, (B, pixel_tiles, sums, C), torch.float32)
+    rows = 3 if shift_axes == 1 else 2
+    sample_sums, vectors = empty(x, (B, rows, C), torch.float32), empty(weight, (rows, C))
+    # A shift of all samples is summed over them as bias and weight are.
+    dshift = sample_sums[:, 2] if shift_axes == 1 else empty(x, (B, C1) if shift_axes else (0,))
     # Gradients may come in any memory order.
-    later: list[torch.Tensor | None] = [*map(dense, dsummed), None, None][:2]
-    incoming = [dense(dy), *later, None if dlater is None else dense(dlater)]
-    sources = x, skip, shift, residual
-    tensors = *sources, weight, bias, mean, rstd, *incoming, dx, dskip
+    incoming: list[torch.Tensor | None] = [dense(dy), *map(dense, dsummed), None, None][:3]
+    sources, results = (x, skip, shift, residual), (dx, dskip, dshift, vectors)
+    tensors = *sources, weight, bias, mean, rstd, *incoming, *results
     launch(
         group_norm_backward_kernel,
         (launch_plan.programs,),
-        *(*tensors, counters, group_sums, channel_sums, B),
-        *(*source_strides(*sources), *strides(*incoming)),
+        *(*tensors, tickets, group_sums, channel_sums, sample_sums, B),
+        *(*source_strides(*sources), *strides(*incoming), dshift.stride(0)),
         C1=C1,
         SILU=silu,
-        SUMS=sums,
-        **launch_plan.sizes,
-        num_warps=launch_plan.num_warps,
-    )
-    scratch = group_sums, channel_sums, counters
-    finished = _finish(x, weight, rstd, *scratch, shift_axes=shift_axes, sizes=launch_plan.sizes)
-    return rounded(dx, x.dtype), rounded(dskip, x.dtype), *finished
-
-
-def _finish(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    rstd: torch.Tensor,
-    group_sums: torch.Tensor,
-    channel_sums: torch.Tensor,
-    counters: torch.Tensor,
-    *,
-    shift_axes: int,
-    sizes: Mapping[str, int],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The last two results of `group_norm_backward`, from the sums of its tiles."""
-    (B, C1), (_, pixel_tiles, sums, C) = x.shape[:2], channel_sums.shape
-    rows = 3 if shift_axes == 1 else 2
-    sample_sums = empty(x, (B, rows, C), torch.float32)
-    vectors = empty(weight, (rows, C))
-    # A shift of all samples is summed over them as bias and weight are.
-    dshift = sample_sums[:, 2] if shift_axes == 1 else empty(x, (B, C1) if shift_axes else (0,))
-    launch(
-        group_norm_finish_kernel,
-        (B * triton.cdiv(C, TUNING.block),),
-        *(group_sums, channel_sums, weight, rstd, dshift, sample_sums, vectors, counters, B),
-        dshift.stride(0),
-        C1=C1,
         SUMS=sums,
         OUT=rows,
         PARTS=triton.next_power_of_2(pixel_tiles),
         SAMPLES=TUNING.samples,
-        **{name: size for name, size in sizes.items() if name not in ("ITEMS", "LAG")},
+        **sizes,
+        num_warps=launch_plan.num_warps,
     )
     of_samples = rounded(dshift, x.dtype) if shift_axes == 2 else x.new_empty(0)
-    return rounded(vectors, weight.dtype), of_samples
+    return rounded(dx, x.dtype), rounded(dskip, x.dtype), rounded(vectors, weight.dtype), of_samples
 
 
 @group_norm_backward.register_fake
-def _(dy, dsummed, dlater, x, weight, bias, shift, residual, skip, mean, rstd, silu, shift_axes):
-    B, C1, H, W = x.shape
+def _(dy, dsummed, x, weight, bias, shift, residual, skip, mean, rstd, C1, silu, shift_axes):
+    B, _, H, W = x.shape
     C = weight.shape[0]
     dx, dskip = (x.new_empty(B, H, W, width).permute(0, 3, 1, 2) for width in (C1, C - C1))
     vectors = weight.new_empty(3 if shift_axes == 1 else 2, C)

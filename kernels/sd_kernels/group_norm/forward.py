@@ -2,7 +2,8 @@
 
 The statistics of a tile are, for each group that it touches, the tile's own mean and its sum of
 squared deviations from that mean. Results combine them; see `_combined`. Per element the launch
-moves one read and one write; a residual is one more read, the returned sum one more write.
+moves one read and one write; a residual is one more read, the returned sum one more write, which
+is also the concatenation with a skip.
 
 Shape letters and sizes: see `tiles`.
 """
@@ -32,7 +33,7 @@ from sd_kernels.group_norm.tiles import (
     to_groups,
     wait,
 )
-from sd_kernels.launch import empty, launch, rounded
+from sd_kernels.launch import counters, empty, launch, rounded
 
 
 @triton.jit
@@ -89,9 +90,10 @@ def group_norm_forward_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     CPG: tl.constexpr = C // G
-    sample, item, is_result, exists = take_item(counters, B, ITEMS, LAG)
+    sample, item, exists, launches = take_item(counters, B, ITEMS, 0, LAG)
     if not exists:
         return
+    is_result, item = item >= ITEMS, item % ITEMS
     tile, block = item % PIXEL_TILES, item // PIXEL_TILES
     rows = tile * ROWS + tl.arange(0, ROWS)
     channels = block * BLOCK + tl.arange(0, BLOCK)
@@ -113,7 +115,7 @@ def group_norm_forward_kernel(
         # Read before a result waits, so that the wait hides the read.
         raw = load_sources(x, skip, layout, at, inside, C1, "")
     if is_result:
-        wait(counters, sample, ITEMS)
+        wait(counters, sample, launches, ITEMS)
         place, count, known = slots_of_groups(
             sample, first, N, G, CPG, PIXEL_TILES, SPAN, SLOTS, TOUCHED, ROWS, BLOCK
         )
@@ -127,8 +129,7 @@ def group_norm_forward_kernel(
             tl.store(rstd + sample * G + groups, group_rstd, mask=is_first)  # narrow: few numbers
         if summed is not None:
             # The first sweep has added everything up; its tile was written by another program.
-            summed_layout = (N * C1, C1, skip_stride, skip_pixel, 0, 0, 0)
-            raw = load_sources(summed, skip, summed_layout, at, inside, C1, ".cg")
+            raw = load_sources(summed, None, (N * C, C, 0, 0), at, inside, C, ".cg")
             value = raw.to(tl.float32)
         else:
             value = sum_of(raw, shift, residual, layout, at, inside, C1)
@@ -145,9 +146,9 @@ def group_norm_forward_kernel(
             raw = load_sources(x, skip, layout, at, inside, C1, "")
         value = sum_of(raw, shift, residual, layout, at, inside, C1)
         if summed is not None:
-            # Normalise the rounded sum: it is what backward and the skip connection read.
+            # Normalise the rounded sum: it is what backward and all later uses read.
             rounded_sum = value.to(summed.dtype.element_ty)
-            store_pixels(summed, rounded_sum, at, C1, N, inside & (channels < C1)[None, :])
+            store_pixels(summed, rounded_sum, at, C, N, inside)
             value = rounded_sum.to(tl.float32)
         pixels = tl.minimum(N - tile * ROWS, ROWS)
         own_mean, own_deviation = _tile_statistics(value, inside, member, pixels)
@@ -172,22 +173,23 @@ def group_norm_forward(
     silu: bool,
     return_sum: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """y (B, C, H, W), the sum (B, C1, H, W), and the float32 mean and 1 / deviation (B, G).
+    """y and what is normalised (B, C, H, W), and the float32 mean and 1 / deviation (B, G).
 
-    The sum is empty without `return_sum`. Images are dense in channels-last memory.
+    The second is empty without `return_sum`. Images are dense in channels-last memory.
     """
     B, C1, H, W = x.shape
     C = weight.shape[0]
     launch_plan = plan(B, H * W, C, num_groups, TUNING.forward_rows)
     y = empty(x, (B, H, W, C)).permute(0, 3, 1, 2)
-    summed = empty(x, (B, H, W, C1)).permute(0, 3, 1, 2) if return_sum else None
+    summed = empty(x, (B, H, W, C)).permute(0, 3, 1, 2) if return_sum else None
     mean, rstd = (empty(x, (B, num_groups), torch.float32) for _ in range(2))
     # The ticket counter, then the finished tiles of each sample.
-    counters = torch.zeros(1 + B, dtype=torch.int32, device=x.device)
+    alike = group_norm_forward_kernel, B, *launch_plan.sizes.values()
+    tickets = counters(x, 1 + B, *alike)
     parts = B, num_groups, launch_plan.sizes["PIXEL_TILES"], launch_plan.sizes["SPAN"]
     means, deviations = (empty(x, parts, torch.float32) for _ in range(2))
     sources = x, skip, shift, residual
-    outputs, scratch = (y, summed, mean, rstd), (counters, means, deviations)
+    outputs, scratch = (y, summed, mean, rstd), (tickets, means, deviations)
     launch(
         group_norm_forward_kernel,
         (launch_plan.programs,),
@@ -203,8 +205,9 @@ def group_norm_forward(
 
 @group_norm_forward.register_fake
 def _(x, weight, bias, shift, residual, skip, num_groups, eps, silu, return_sum):
-    B, C1, H, W = x.shape
-    y = x.new_empty(B, H, W, weight.shape[0]).permute(0, 3, 1, 2)
-    summed = x.new_empty(B, H, W, C1).permute(0, 3, 1, 2) if return_sum else x.new_empty(0)
+    B, _, H, W = x.shape
+    image = B, H, W, weight.shape[0]
+    y = x.new_empty(image).permute(0, 3, 1, 2)
+    summed = x.new_empty(image).permute(0, 3, 1, 2) if return_sum else x.new_empty(0)
     mean, rstd = (x.new_empty(B, num_groups, dtype=torch.float32) for _ in range(2))
     return y, summed, mean, rstd

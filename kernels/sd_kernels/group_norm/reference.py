@@ -19,15 +19,10 @@ def prologue(
 
 
 def returned(
-    y: torch.Tensor,
-    summed: torch.Tensor,
-    skip: torch.Tensor | None,
-    return_sum: int,
-    return_skip: bool,
+    y: torch.Tensor, source: torch.Tensor, return_sum: int
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-    """What `group_norm` returns: y alone, or y, the sum so many times, and skip."""
-    others = (summed,) * return_sum + ((skip,) if return_skip and skip is not None else ())
-    return (y, *others) if others else y
+    """What `group_norm` returns: y alone, or y and so many times what was normalised."""
+    return (y, *(source,) * return_sum) if return_sum else y
 
 
 def group_norm(
@@ -42,7 +37,6 @@ def group_norm(
     eps: float,
     silu: bool = False,
     return_sum: int = 0,
-    return_skip: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """Group normalisation of x + shift + residual beside `skip`, then weight, bias and SiLU.
 
@@ -50,9 +44,9 @@ def group_norm(
     bias (C,). Returns y (B, C, H, W) in the memory order of x. Statistics are float32 at least,
     with the biased variance. Wu and He, "Group Normalization" (2018).
 
-    The sum x + shift + residual (B, C1, H, W) is returned `return_sum` times, 0 to 2, and then
-    `skip` itself with `return_skip`. Whoever reads these tensors later should take those that are
-    returned, each reader another: a backend may then add their gradients to its own in one pass.
+    What is normalised (B, C, H, W), the sum x + shift + residual beside `skip`, is returned
+    `return_sum` times, 0 to 2. Whoever reads it later should take what is returned, each reader
+    another: a backend may then add their gradients to its own in one pass.
     """
     summed = prologue(x, shift, residual)
     source = summed if skip is None else torch.cat((summed, skip), dim=1)
@@ -66,4 +60,4 @@ def group_norm(
     normalised = (wide - mean) * torch.rsqrt(variance + eps)
     y = (normalised * weight[:, None, None] + bias[:, None, None]).to(x.dtype)
     y = F.silu(y) if silu else y
-    return returned(y, summed, skip, return_sum, return_skip)
+    return returned(y, source, return_sum)

@@ -2,7 +2,8 @@
 
 An image is cut into tiles of ROWS pixels x BLOCK channels. Each direction of group normalisation
 makes two sweeps over the tiles: statistics first, then results. One program does one item: the
-statistics of one tile, or the result of one tile.
+statistics of one tile, the result of one tile or, backward, the sums of one block of channels over
+all tiles.
 
 Items are handed out by a ticket counter. The order puts the results of a sample LAG samples behind
 its statistics. By then the statistics are complete, so that hardly a program waits, and the second
@@ -67,12 +68,16 @@ class Plan:
     num_warps: int
 
 
-def plan(B: int, N: int, C: int, G: int, max_rows: int) -> Plan:
-    """The launch for images of B samples, N pixels and C channels in G groups."""
+def plan(B: int, N: int, C: int, G: int, max_rows: int, adds_up: bool = False) -> Plan:
+    """The launch for images of B samples, N pixels and C channels in G groups.
+
+    With `adds_up` there is an item for every block of channels that adds up sums of the tiles.
+    """
     block, per_group = TUNING.block, C // G
     rows = min(max_rows, triton.next_power_of_2(N))
     pixel_tiles = triton.cdiv(N, rows)
-    items = pixel_tiles * triton.cdiv(C, block)
+    blocks = triton.cdiv(C, block)
+    items = pixel_tiles * blocks
     # A group that starts at the last channel of a block reaches over the most blocks, and a block
     # that starts at the last channel of a group touches the most groups.
     span = (per_group + block - 2) // block + 1
@@ -93,7 +98,8 @@ def plan(B: int, N: int, C: int, G: int, max_rows: int) -> Plan:
         "BLOCK": block,
     }
     num_warps = TUNING.warps if rows == max_rows else TUNING.small_warps
-    return Plan(sizes, 2 * items * (B + lag), num_warps)
+    turn = 2 * items + (blocks if adds_up else 0)
+    return Plan(sizes, turn * (B + lag), num_warps)
 
 
 def strides(*images: torch.Tensor | None) -> list[int]:
@@ -117,17 +123,23 @@ def source_strides(
 
 
 @triton.jit
-def take_item(counters, B, ITEMS: tl.constexpr, LAG: tl.constexpr):
-    """Draws a ticket: (sample, item of the sample, whether it is a result, whether it exists)."""
+def take_item(counters, B, ITEMS: tl.constexpr, SUMMING: tl.constexpr, LAG: tl.constexpr):
+    """Draws a ticket: (sample, number of the item in its turn, does it exist, launches before).
+
+    A turn has ITEMS statistics, ITEMS results and SUMMING items that add up. Counters are never
+    cleared, see `launch.counters`: launches before this one drew from them, each as many tickets.
+    """
     # Relaxed: a ticket says nothing of memory. Its number is unique and tickets are drawn in their
     # order whatever the ordering, and `arrive` and `wait` order the accesses of data.
-    ticket = tl.atomic_add(counters, 1, sem="relaxed")
+    drawn = tl.atomic_add(counters, 1, sem="relaxed")
+    programs = (2 * ITEMS + SUMMING) * (B + LAG)
+    launches = drawn // programs
+    ticket = (drawn - launches * programs).to(tl.int32)
     # Turn t has the statistics of sample t, then the results of sample t - LAG. The first LAG turns
     # have no results and the last LAG turns no statistics.
-    turn, slot = ticket // (2 * ITEMS), ticket % (2 * ITEMS)
-    is_result = slot >= ITEMS
-    sample = turn - tl.where(is_result, LAG, 0)
-    return sample, tl.where(is_result, slot - ITEMS, slot), is_result, (sample >= 0) & (sample < B)
+    turn, item = ticket // (2 * ITEMS + SUMMING), ticket % (2 * ITEMS + SUMMING)
+    sample = turn - tl.where(item >= ITEMS, LAG, 0)
+    return sample, item, (sample >= 0) & (sample < B), launches
 
 
 @triton.jit
@@ -140,11 +152,12 @@ def arrive(counters, sample):
 
 
 @triton.jit
-def wait(counters, sample, ITEMS: tl.constexpr):
+def wait(counters, sample, launches, ITEMS: tl.constexpr):
     """Returns when all tiles of the sample are finished."""
     # Adding zero reads the counter in the L2 cache with acquire order; a plain load would be lifted
     # out of the loop.
-    while tl.atomic_add(counters + 1 + sample, 0, sem="acquire") < ITEMS:  # narrow: a counter
+    finished = (launches + 1) * ITEMS
+    while tl.atomic_add(counters + 1 + sample, 0, sem="acquire") < finished:  # narrow: a counter
         pass
 
 

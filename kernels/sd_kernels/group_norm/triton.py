@@ -29,9 +29,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -
     x, weight, bias, shift, residual, skip, _, _, silu, return_sum = inputs
     _, summed, mean, rstd = output
     # The sum stands for its parts: it is what was normalised, and is kept alive anyway.
-    kept = (summed, None, None) if return_sum else (x, shift, residual)
-    ctx.save_for_backward(*kept, weight, bias, skip, mean, rstd)
-    ctx.silu, ctx.has_residual = silu, residual is not None
+    kept = (summed, None, None, None) if return_sum else (x, shift, residual, skip)
+    ctx.save_for_backward(*kept, weight, bias, mean, rstd)
+    ctx.silu, ctx.channels = silu, x.shape[1]
+    ctx.has_residual, ctx.has_skip = residual is not None, skip is not None
     ctx.shift_axes = 0 if shift is None else shift.dim()
     # An output without a gradient gives None, not a tensor of zeros that is written and read.
     ctx.set_materialize_grads(False)
@@ -41,28 +42,28 @@ def _gradients(
     ctx: Any,
     dy: torch.Tensor | None,
     dsummed: tuple[torch.Tensor | None, ...],
-    dlater: torch.Tensor | None = None,
     *,
     shift_gradient: bool,
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients of x, weight, bias, shift, residual and skip."""
-    x, shift, residual, weight, bias, skip, mean, rstd = ctx.saved_tensors
+    x, shift, residual, skip, weight, bias, mean, rstd = ctx.saved_tensors
+    B, _, H, W = x.shape
+    whole = B, weight.shape[0], H, W
     if dy is None:
-        B, _, H, W = x.shape
         dy = x.new_zeros(B, H, W, weight.shape[0]).permute(0, 3, 1, 2)
-    given = [grad for grad in dsummed if grad is not None and grad.shape == x.shape]
+    given = [grad for grad in dsummed if grad is not None and grad.shape == whole]
     axes = ctx.shift_axes if shift_gradient else 0
-    dx, dskip, vectors, of_samples = group_norm_backward(
-        dy, given, dlater, x, weight, bias, shift, residual, skip, mean, rstd, ctx.silu, axes
-    )
+    normed = x, weight, bias, shift, residual, skip, mean, rstd
+    options = ctx.channels, ctx.silu, axes
+    dx, dskip, vectors, of_samples = group_norm_backward(dy, given, *normed, *options)
     dbias, dweight, *dshift = vectors.unbind()
     if axes == 1:
-        of_samples = dshift[0][: x.shape[1]]
+        of_samples = dshift[0][: ctx.channels]
     # x and residual enter as a sum, so that they share one gradient.
     optional = (
         of_samples if axes else None,
         dx if ctx.has_residual else None,
-        None if skip is None else dskip,
+        dskip if ctx.has_skip else None,
     )
     return dx, dweight, dbias, *optional
 
@@ -77,30 +78,24 @@ def _backward(
 group_norm_forward.register_autograd(_backward, setup_context=_save)
 
 
-class _ReturningInputs(torch.autograd.Function):
-    """The norm that returns the sum several times, or skip, which a registered op may not do.
+class _ReturningTwice(torch.autograd.Function):
+    """The norm that returns the sum twice, which a registered op may not do.
 
-    So the gradients of their later uses come into this backward pass, and are not added in passes
-    of their own.
+    So the gradients of both later uses come into this backward pass, and are not added in a pass of
+    their own.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, return_sum: int, return_skip: bool, *inputs: Any
-    ) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, ...]:
         output = group_norm_forward(*inputs)
         _save(ctx, inputs, output)
-        ctx.return_sum = return_sum
         y, summed = output[:2]
-        sums = [summed, *(summed.view_as(summed) for _ in range(1, return_sum))][:return_sum]
-        return (y, *sums, inputs[5]) if return_skip else (y, *sums)
+        return y, summed, summed.view_as(summed)
 
     @staticmethod
-    def backward(ctx: Any, dy: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:
-        dsummed, dlater = grads[: ctx.return_sum], (*grads[ctx.return_sum :], None)[0]
-        wanted = ctx.needs_input_grad[5]  # after the two of its own
-        gradients = _gradients(ctx, dy, dsummed, dlater, shift_gradient=wanted)
-        return None, None, *gradients, None, None, None, None
+    def backward(ctx: Any, dy: Any, *dsummed: Any) -> tuple[torch.Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[3]
+        return *_gradients(ctx, dy, dsummed, shift_gradient=wanted), None, None, None, None
 
 
 def group_norm(
@@ -115,7 +110,6 @@ def group_norm(
     eps: float,
     silu: bool = False,
     return_sum: int = 0,
-    return_skip: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """See `reference.group_norm`; float32, bfloat16 or float16, statistics in float32.
 
@@ -135,8 +129,7 @@ def group_norm(
     most = f"the sum returned {return_sum} times"
     require(0 <= return_sum <= 2, "group_norm", most, "0, 1 or 2")
     inputs = x, weight, bias, shift, residual, skip, num_groups, eps, silu, return_sum > 0
-    return_skip = return_skip and skip is not None
-    if return_sum > 1 or return_skip:
-        return _ReturningInputs.apply(return_sum, return_skip, *inputs)
+    if return_sum > 1:
+        return _ReturningTwice.apply(*inputs)
     y, summed, _, _ = group_norm_forward(*inputs)
     return (y, summed) if return_sum else y

@@ -13,29 +13,36 @@ from sd_kernels.spec import Backend, Case, Draw, Inputs, OpSpec, Work, counted
 
 @dataclass(frozen=True)
 class Extras:
-    """Whether a residual is added to x first."""
+    """Whether a residual is added to x first, and which biases get their gradients here."""
 
     residual: bool
+    x_bias: bool = False
+    later_bias: bool = False
 
 
-def _case(call: tuple[Any, bool]) -> Case:
-    layer, residual = call
-    name = f"{layer.side**2} tokens, {layer.channels}" + (", residual" if residual else "")
-    return Case(
-        name,
-        {"B": BATCH, "L": layer.side**2, "C": layer.channels},
-        extras=Extras(residual),
-    )
+FIRST = Extras(residual=False, x_bias=True)
+SECOND = Extras(residual=True, x_bias=True)
+THIRD = Extras(residual=True, x_bias=True, later_bias=True)
+"""the norms of a transformer block: the first has nothing to add, the others add an attention's
+output; to the sum that the third returns, the feed-forward's output is added"""
 
 
-def _calls(unet: Architecture) -> list[tuple[Any, bool]]:
-    """The first norm of a transformer has nothing to add; the others add an attention's output."""
-    return [(layer, residual) for layer in transformers(unet) for residual in (False, True, True)]
+def _case(call: tuple[Any, Extras]) -> Case:
+    layer, extras = call
+    name = f"{layer.side**2} tokens, {layer.channels}" + (", residual" if extras.residual else "")
+    name += ", bias of x" + (" and of later" if extras.later_bias else "")
+    return Case(name, {"B": BATCH, "L": layer.side**2, "C": layer.channels}, extras=extras)
 
 
-def _small(name: str, rows: int, columns: int, residual: bool = True, **draw: Any) -> Case:
+def _calls(unet: Architecture) -> list[tuple[Any, Extras]]:
+    return [(layer, extras) for layer in transformers(unet) for extras in (FIRST, SECOND, THIRD)]
+
+
+def _small(
+    name: str, rows: int, columns: int, extras: Extras = Extras(residual=True), **draw: Any
+) -> Case:
     shape = {"B": 1, "L": rows, "C": columns}
-    return Case(name, shape, draw=Draw(**draw), extras=Extras(residual))
+    return Case(name, shape, draw=Draw(**draw), extras=extras)
 
 
 def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
@@ -45,9 +52,10 @@ def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
         "weight": make.tensor(channels, mean=1.0, std=0.2),
         "bias": make.tensor(channels),
     }
-    return inputs | (
-        {"residual": make.tensor(batch, tokens, channels)} if case.extras.residual else {}
-    )
+    if case.extras.residual:
+        inputs["residual"] = make.tensor(batch, tokens, channels)
+    vectors = (name for name in ("x_bias", "later_bias") if getattr(case.extras, name))
+    return inputs | {name: make.tensor(channels) for name in vectors}
 
 
 def _saved_bytes(case: Case, dtype: torch.dtype) -> int:
@@ -74,13 +82,13 @@ SPEC = OpSpec(
     cases_of=lambda unet: counted(_calls(unet), _case),
     small_cases=(
         _small("tiny", 3, 5),
-        _small("no residual", 37, 320, residual=False),
+        _small("no residual", 37, 320, FIRST),
         _small("shifted mean", 150, 320, mean=-2.3, std=0.5),
-        _small("ragged", 37, 333),
-        _small("one row", 1, 1280),
-        _small("wide", 3, 2560),
+        _small("ragged", 37, 333, THIRD),
+        _small("one row", 1, 1280, THIRD),
+        _small("wide", 3, 2560, SECOND),
         _small("rows apart", 19, 640, padding=16),
-        _small("rows apart, no residual", 9, 1280, residual=False, padding=8),
+        _small("rows apart, no residual", 9, 1280, Extras(residual=False), padding=8),
     ),
     inputs=_inputs,
     work=_work,

@@ -14,13 +14,17 @@ def check(
     weight: torch.Tensor,
     bias: torch.Tensor,
     residual: torch.Tensor | None,
+    x_bias: torch.Tensor | None,
+    later_bias: torch.Tensor | None,
     double: bool = False,
 ) -> None:
-    """Raise KernelError unless x and residual are (..., C), and weight and bias (C,).
+    """Raise KernelError unless x and residual are (..., C), and all others (C,).
 
     All must have one dtype and device; `double` allows float64.
     """
-    others = {"weight": weight, "bias": bias} | ({} if residual is None else {"residual": residual})
+    optional = {"residual": residual, "x_bias": x_bias, "later_bias": later_bias}
+    others = {"weight": weight, "bias": bias}
+    others |= {name: tensor for name, tensor in optional.items() if tensor is not None}
     require_floating(OP, x, *others.values(), double=double)
     require_one_dtype(OP, x, *others.values())
     require(x.dim() > 0, OP, "a number as x", "a last axis to normalise")

@@ -2,11 +2,13 @@
 
 Forward reads x and residual and writes their sum and its norm. Backward reads the sum and the
 gradients of both outputs, and writes one gradient, which is that of x and of residual. Each program
-of the backward pass keeps the gradients of weight and bias of its stripe of rows; `column_sum` adds
-the stripes in a fixed order.
+of the backward pass keeps the gradients of all vectors (C,) for its stripe of rows; `column_sum`
+adds the stripes in a fixed order.
 
-All widths of the UNet are 5 * 2^k, so a row is five tiles of K columns: no idle lanes, five
+All widths of the UNet are 5 * 2^k, so forward a row is five tiles of K columns: no idle lanes, five
 independent 16-byte loads for each thread and tensor, and one reduction across lanes for all five.
+Backward a row is one tile of a power of two, with three of eight lanes idle, since for five tiles
+the sums of four vectors would not fit into the registers.
 
 Shape letters: M rows (all leading axes), C columns, K columns of a tile.
 """
@@ -35,9 +37,12 @@ class Tuning:
     elements: int = 1024
     """elements of a tile, of one row or of several: 4 warps have 8 a thread, 16 bytes in bfloat16;
     a row of up to 1280 columns then lies in one warp, and is summed without shared memory"""
-    backward_per_processor: int = 2
-    """programs of the backward pass on a multiprocessor: 128 threads with 255 registers each, for 2
-    x 5 tiles of sums, fill half of its 65,536 registers"""
+    backward_elements: int = 2048
+    """elements of a tile of the backward pass, of one row or of several: 4 warps have 16 a thread,
+    so that the sums of four vectors take 64 registers"""
+    backward_per_processor: int = 3
+    """programs of the backward pass on a multiprocessor: 128 threads with up to 168 registers each
+    fill its 65,536 registers"""
 
 
 TUNING = Tuning()
@@ -164,60 +169,57 @@ def layer_norm_forward_kernel(
 
 @triton.jit
 def layer_norm_backward_kernel(
-    summed, weight, mean, rstd, dy, dsummed, dx, partials, M, stride,
-    C: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
+    summed, weight, mean, rstd, dy, dsummed, dx, partials, M, stride, C: tl.constexpr,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, X_BIAS: tl.constexpr, LATER_BIAS: tl.constexpr,
 ):  # fmt: skip
-    zeros = tl.zeros((ROWS, K), tl.float32)
-    dweight = ()
-    dbias = ()
-    for _ in tl.static_range(TILES):
-        dweight = _appended(dweight, zeros)
-        dbias = _appended(dbias, zeros)
+    SUMS: tl.constexpr = 2 + X_BIAS + LATER_BIAS
+    columns = tl.arange(0, WIDTH)[None, :]
+    # Broadcast addresses, as in `_load_row`.
+    everywhere = tl.broadcast_to(columns, (ROWS, WIDTH))
+    scale = tl.load(weight + everywhere, mask=everywhere < C, other=0.0).to(tl.float32)
+    # Each row of the tile has sums of its own, which are added across threads once, at the end.
+    dweight = tl.zeros((ROWS, WIDTH), tl.float32)
+    dbias = tl.zeros((ROWS, WIDTH), tl.float32)
+    dx_sums = tl.zeros((ROWS, WIDTH), tl.float32)
+    dsummed_sums = tl.zeros((ROWS, WIDTH), tl.float32)
     for start in tl.range(tl.program_id(0) * ROWS, M, tl.num_programs(0) * ROWS):
         rows, is_row = _rows_of(start, M, ROWS)
+        inside = is_row[:, None] & (columns < C)
+        # All loads come before the first use, so that all are in flight. Outside the tensor
+        # gradients are zero and add nothing.
+        raw_grad = tl.load(dy + rows[:, None] * C + columns, mask=inside, other=0.0)
+        raw = tl.load(summed + rows[:, None] * stride + columns, mask=inside, other=0.0)
+        if dsummed is not None:
+            later = tl.load(dsummed + rows[:, None] * C + columns, mask=inside, other=0.0)
         row_mean = tl.load(mean + rows, mask=is_row, other=0.0)[:, None]  # narrow: one a row
         row_rstd = tl.load(rstd + rows, mask=is_row, other=0.0)[:, None]  # narrow: one a row
-        dsummed_tiles = ()
-        normalised_tiles = ()
-        dnormalised_tiles = ()
-        # Triton cannot assign to an element of a tuple: sums of this turn make new tuples.
-        dweight_next = ()
-        dbias_next = ()
-        dnormalised_sums = zeros
-        product_sums = zeros
-        for i in tl.static_range(TILES):
-            # Rows and columns outside have a gradient of zero and add nothing.
-            grad = _load(dy, rows, is_row, C, i, C, K).to(tl.float32)
-            tile = _load(summed, rows, is_row, stride, i, C, K).to(tl.float32)
-            normalised = (tile - row_mean) * row_rstd
-            dnormalised = grad * _load_row(weight, i, C, K, ROWS)
-            if dsummed is not None:
-                # Read here, beside the other loads, and kept as read: half the registers.
-                dsummed_tiles = _appended(dsummed_tiles, _load(dsummed, rows, is_row, C, i, C, K))
-            dnormalised_sums += dnormalised
-            product_sums += dnormalised * normalised
-            normalised_tiles = _appended(normalised_tiles, normalised)
-            dnormalised_tiles = _appended(dnormalised_tiles, dnormalised)
-            dweight_next = _appended(dweight_next, dweight[i] + grad * normalised)
-            dbias_next = _appended(dbias_next, dbias[i] + grad)
-        dweight = dweight_next
-        dbias = dbias_next
-        mean_dnormalised = (tl.sum(dnormalised_sums, 1) / C)[:, None]
-        mean_product = (tl.sum(product_sums, 1) / C)[:, None]
-        for i in tl.static_range(TILES):
-            # dx = rstd * (w dy - mean(w dy) - v mean(w dy v)), v normalised (the derivation is that
-            # of Ioffe and Szegedy, "Batch Normalization", 2015, section 3).
-            result = dnormalised_tiles[i] - mean_dnormalised - normalised_tiles[i] * mean_product
-            result *= row_rstd
-            if dsummed is not None:
-                result += dsummed_tiles[i].to(tl.float32)
-            _store(dx, result, rows, is_row, i, C, K)
-    partial = partials + tl.program_id(0) * (2 * C)
-    for i in tl.static_range(TILES):
-        columns = i * K + tl.arange(0, K)
-        is_column = columns < C
-        tl.store(partial + columns, tl.sum(dweight[i], 0), mask=is_column)  # narrow: once a program
-        tl.store(partial + C + columns, tl.sum(dbias[i], 0), mask=is_column)  # narrow: likewise
+        grad = raw_grad.to(tl.float32)
+        normalised = (raw.to(tl.float32) - row_mean) * row_rstd
+        dweight += grad * normalised
+        dbias += grad
+        # dx = rstd * (w dy - mean(w dy) - v mean(w dy v)), v normalised (the derivation is that of
+        # Ioffe and Szegedy, "Batch Normalization", 2015, section 3).
+        grad *= scale
+        mean_grad = (tl.sum(grad, 1) / C)[:, None]
+        mean_product = (tl.sum(grad * normalised, 1) / C)[:, None]
+        result = (grad - mean_grad - normalised * mean_product) * row_rstd
+        if dsummed is not None:
+            result += later.to(tl.float32)
+            if LATER_BIAS:
+                dsummed_sums += later.to(tl.float32)
+        tl.store(dx + rows[:, None] * C + columns, result, mask=inside)
+        if X_BIAS:
+            # Rows outside have a deviation of zero; columns outside have sums that nobody stores.
+            dx_sums += result
+    column = tl.arange(0, WIDTH)
+    partial, is_column = partials + tl.program_id(0) * (SUMS * C) + column, column < C
+    tl.store(partial, tl.sum(dweight, 0), mask=is_column)  # narrow: once a program
+    tl.store(partial + C, tl.sum(dbias, 0), mask=is_column)  # narrow: once a program
+    if X_BIAS:
+        tl.store(partial + 2 * C, tl.sum(dx_sums, 0), mask=is_column)  # narrow: once a program
+    if LATER_BIAS:
+        last = partial + (SUMS - 1) * C
+        tl.store(last, tl.sum(dsummed_sums, 0), mask=is_column)  # narrow: once a program
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -239,11 +241,14 @@ def layer_norm_forward(
     weight: torch.Tensor,
     bias: torch.Tensor,
     residual: torch.Tensor | None,
+    x_bias: torch.Tensor | None,
+    later_bias: torch.Tensor | None,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """y (..., C), the sum (..., C), and float32 mean and 1 / deviation (M,) of each row.
 
-    Without a residual the sum is empty: it would be x, which a registered op may not return.
+    Without a residual the sum is empty: it would be x, which a registered op may not return. The
+    last two vectors are there for their gradients alone.
     """
     y = empty(x, tuple(x.shape))
     statistics = _forward(x, weight, bias, residual, eps, y=y)
@@ -299,18 +304,35 @@ def layer_norm_backward(
     rstd: torch.Tensor,
     dy: torch.Tensor,
     dsummed: torch.Tensor | None,
+    x_bias: bool = False,
+    later_bias: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of x (and residual) (..., C), and of weight and bias (2, C)."""
+    """Gradients of x (and residual) (..., C), and of weight, bias and more vectors (2 to 4, C).
+
+    These are, where asked for, the sum of dx over rows and that of dsummed, which must be there.
+    """
     rows = _rows(summed)
-    (M, C), tiling = rows.shape, _tiling(summed.shape[-1])
+    M, C = rows.shape
+    width = max(16, triton.next_power_of_2(C))
+    tile_rows = max(1, TUNING.backward_elements // width)
     resident = TUNING.backward_per_processor * processors(summed)
-    programs = min(triton.cdiv(M, tiling["ROWS"]), resident)
+    programs = min(triton.cdiv(M, tile_rows), resident)
     dx = empty(summed, tuple(summed.shape))
-    partials = empty(summed, (programs, 2 * C), torch.float32)
+    sums = 2 + x_bias + later_bias
+    partials = empty(summed, (programs, sums * C), torch.float32)
     grads = dy.contiguous(), None if dsummed is None else dsummed.contiguous()
     arguments = rows, weight.contiguous(), mean, rstd, *grads, dx, partials
-    launch(layer_norm_backward_kernel, (programs,), *arguments, M, rows.stride(0), **tiling)
-    return rounded(dx, summed.dtype), column_sum(partials, weight.dtype).view(2, C)
+    launch(
+        layer_norm_backward_kernel,
+        (programs,),
+        *(*arguments, M, rows.stride(0)),
+        X_BIAS=x_bias,
+        LATER_BIAS=later_bias,
+        C=C,
+        WIDTH=width,
+        ROWS=tile_rows,
+    )
+    return rounded(dx, summed.dtype), column_sum(partials, weight.dtype).view(sums, C)
 
 
 @layer_norm_forward.register_fake
@@ -319,6 +341,8 @@ def _(
     weight: torch.Tensor,
     bias: torch.Tensor,
     residual: torch.Tensor | None,
+    x_bias: torch.Tensor | None,
+    later_bias: torch.Tensor | None,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     M = x.numel() // x.shape[-1]
@@ -341,12 +365,15 @@ def _(
     rstd: torch.Tensor,
     dy: torch.Tensor,
     dsummed: torch.Tensor | None,
+    x_bias: bool = False,
+    later_bias: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return summed.new_empty(summed.shape), weight.new_empty(2, summed.shape[-1])
+    sums = 2 + x_bias + later_bias
+    return summed.new_empty(summed.shape), weight.new_empty(sums, summed.shape[-1])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    (x, weight, _, residual, _), (_, summed, mean, rstd) = inputs, output
+    (x, weight, _, residual, *_), (_, summed, mean, rstd) = inputs, output
     # Otherwise zeros are written for outputs without a gradient: mean and rstd, always.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x if residual is None else summed, weight, mean, rstd)
@@ -359,8 +386,13 @@ def _backward(
     dy = torch.zeros_like(summed) if dy is None else dy
     # The gradient of the empty sum of a norm without a residual is no gradient of x.
     dsummed = dsummed if dsummed is not None and dsummed.shape == summed.shape else None
-    dx, (dweight, dbias) = layer_norm_backward(summed, weight, mean, rstd, dy, dsummed)
-    return dx, dweight, dbias, dx if ctx.needs_input_grad[3] else None, None
+    needs_residual, needs_x_bias, needs_later_bias = ctx.needs_input_grad[3:6]
+    sums = needs_x_bias, needs_later_bias and dsummed is not None
+    dx, vectors = layer_norm_backward(summed, weight, mean, rstd, dy, dsummed, *sums)
+    dweight, dbias, *others = vectors.unbind()
+    dx_bias = others.pop(0) if needs_x_bias else None
+    dresidual = dx if needs_residual else None
+    return dx, dweight, dbias, dresidual, dx_bias, others[0] if others else None, None
 
 
 layer_norm_forward.register_autograd(_backward, setup_context=_save)
@@ -387,6 +419,8 @@ def layer_norm(
     weight: torch.Tensor,
     bias: torch.Tensor,
     residual: torch.Tensor | None = None,
+    x_bias: torch.Tensor | None = None,
+    later_bias: torch.Tensor | None = None,
     *,
     eps: float = 1e-5,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -394,9 +428,9 @@ def layer_norm(
 
     The gradients of both outputs are added in the one backward pass.
     """
-    check(x, weight, bias, residual)
+    check(x, weight, bias, residual, x_bias, later_bias)
     got, takes = f"shape {tuple(x.shape)}", f"a last axis of at most {WIDEST}"
     require(x.shape[-1] <= WIDEST, "layer_norm", got, takes)
     if residual is None:
-        return _ReturningInput.apply(x, weight, bias, None, eps)
-    return layer_norm_forward(x, weight, bias, residual, eps)[:2]
+        return _ReturningInput.apply(x, weight, bias, None, x_bias, later_bias, eps)
+    return layer_norm_forward(x, weight, bias, residual, x_bias, later_bias, eps)[:2]

@@ -17,9 +17,10 @@ from sd_kernels.spec import Backend, Case, Draw, Inputs, Matmuls, OpSpec, Work, 
 
 @dataclass(frozen=True)
 class Extras:
-    """Whether there is a bias."""
+    """Whether there is a bias, and whether it takes a gradient here, not in the LayerNorm after."""
 
     bias: bool
+    bias_gradient: bool
 
 
 class _Call(NamedTuple):
@@ -29,6 +30,8 @@ class _Call(NamedTuple):
     columns_in: int
     columns_out: int
     bias: bool = True
+    bias_gradient: bool = False
+    """whether torch sums it; LayerNorm does so for the layers whose output it reads"""
 
 
 def _calls(unet: Architecture) -> list[_Call]:
@@ -53,36 +56,35 @@ def _calls(unet: Architecture) -> list[_Call]:
     return [
         *calls,
         _Call("keys and values of all texts", unet.context_length, context, texts, bias=False),
-        _Call("time in", 1, width, embedding),
-        _Call("time out", 1, embedding, embedding),
-        _Call("all time projections", 1, embedding, times),
+        _Call("time in", 1, width, embedding, bias_gradient=True),
+        _Call("time out", 1, embedding, embedding, bias_gradient=True),
+        _Call("all time projections", 1, embedding, times, bias_gradient=True),
     ]
 
 
 def _case(call: _Call) -> Case:
-    name, L, K, N, bias = call
+    name, L, K, N, *bias = call
     shape = {"B": BATCH, "L": L, "K": K, "N": N}
-    return Case(f"{name}, {L} x {K} to {N}", shape, extras=Extras(bias))
+    return Case(f"{name}, {L} x {K} to {N}", shape, extras=Extras(*bias))
 
 
 def _small(name: str, L: int, K: int, N: int, bias: bool = True, **draw: Any) -> Case:
     shape = {"B": 2, "L": L, "K": K, "N": N}
-    return Case(name, shape, draw=Draw(**draw), extras=Extras(bias))
+    return Case(name, shape, draw=Draw(**draw), extras=Extras(bias, bias_gradient=bias))
 
 
 def _inputs(case: Case, make: Inputs) -> dict[str, Any]:
     B, L, K, N = case.sizes("B", "L", "K", "N")
     weight = make.tensor(N, K, std=K**-0.5).detach().contiguous().requires_grad_()
-    return {
-        "x": make.data(B, L, K),
-        "weight": weight,
-        "bias": make.tensor(N, std=0.3) if case.extras.bias else None,
-    }
+    bias = make.tensor(N, std=0.3) if case.extras.bias else None
+    if bias is not None and not case.extras.bias_gradient:
+        bias = bias.detach()
+    return {"x": make.data(B, L, K), "weight": weight, "bias": bias}
 
 
 def _matmuls(case: Case) -> Matmuls:
     B, L, K, N = case.sizes("B", "L", "K", "N")
-    return Matmuls(rows=B * L, columns=N, channels=K, bias=case.extras.bias)
+    return Matmuls(rows=B * L, columns=N, channels=K, bias=case.extras.bias_gradient)
 
 
 def _work(case: Case, dtype: dtype) -> Work:

@@ -1,7 +1,6 @@
-"""A 1x1 convolution over the concatenation of its sources, in plain torch.
+"""A 1x1 convolution in plain torch.
 
-Shape letters: B samples, C1 and C2 channels of the sources, K of the output, H and W rows and
-columns.
+Shape letters: B samples, C channels of the input, K of the output, H and W rows and columns.
 """
 
 from __future__ import annotations
@@ -10,11 +9,9 @@ import torch
 import torch.nn.functional as F
 
 
-def skip_conv(
-    x: torch.Tensor, weight: torch.Tensor, skip: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Convolve x (B, C1, H, W), or x beside skip (B, C2, H, W), without bias: (B, K, H, W).
+def skip_conv(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Convolve x (B, C, H, W) with weight (K, C, 1, 1), without bias: (B, K, H, W).
 
-    weight is (K, C1 + C2, 1, 1); any floating dtype.
+    Any floating dtype.
     """
-    return F.conv2d(x if skip is None else torch.cat((x, skip), dim=1), weight)
+    return F.conv2d(x, weight)

@@ -18,8 +18,9 @@ import torch
 import triton
 import triton.language as tl
 
+from sd_kernels.column_sum import is_last
 from sd_kernels.errors import require, require_floating
-from sd_kernels.launch import empty, launch, rounded
+from sd_kernels.launch import counters, empty, launch, rounded
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,20 @@ def _difference(prediction, target, N, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def v_mse_loss_forward_kernel(prediction, target, partial, N, BLOCK: tl.constexpr):
+def v_mse_loss_forward_kernel(
+    prediction, target, partial, loss, counters, N, PARTS: tl.constexpr, BLOCK: tl.constexpr
+):
     difference, _, _ = _difference(prediction, target, N, BLOCK)
     # Divided here, so that the sum over programs is the mean without another kernel.
     mean = tl.sum(difference * difference) / N
     tl.store(partial + tl.program_id(0), mean)  # narrow: one number a program
+    if is_last(counters, tl.num_programs(0)):
+        # In a fixed tree; an atomic would depend on the order of the programs.
+        parts = tl.arange(0, PARTS)
+        inside = parts < tl.num_programs(0)
+        parts = partial + parts
+        means = tl.load(parts, mask=inside, other=0.0, cache_modifier=".cg")  # narrow: partial sums
+        tl.store(loss, tl.sum(means))  # narrow: one number
 
 
 @triton.jit
@@ -67,11 +77,14 @@ def v_mse_loss_forward(prediction: torch.Tensor, target: torch.Tensor) -> torch.
     N = prediction.numel()
     programs = triton.cdiv(N, TUNING.block)
     partial = empty(prediction, (programs,), torch.float32)
-    launch(
-        v_mse_loss_forward_kernel, (programs,), prediction, target, partial, N, BLOCK=TUNING.block
+    loss, arrivals = (
+        empty(prediction, (), torch.float32),
+        counters(prediction, 1, v_mse_loss_forward_kernel, programs),
     )
-    # torch sums in a fixed tree; an atomic would depend on the order of the programs.
-    return partial.sum()
+    sizes = {"PARTS": triton.next_power_of_2(programs), "BLOCK": TUNING.block}
+    tensors = prediction, target, partial, loss, arrivals
+    launch(v_mse_loss_forward_kernel, (programs,), *tensors, N, **sizes)
+    return loss
 
 
 @torch.library.custom_op("sd_kernels::v_mse_loss_backward", mutates_args=())

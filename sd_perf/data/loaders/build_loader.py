@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sd_perf.config import Config
 from sd_perf.data.batch import Loader, LoaderOptions
+from sd_perf.data.loaders.dali import DaliLoader
 from sd_perf.data.loaders.portable import PortableLoader
 from sd_perf.data.loaders.synthetic import SyntheticLoader
 from sd_perf.data.shards import ShardIndex
@@ -15,19 +16,28 @@ def build_loader(config: Config, seed: int, world: World) -> Loader:
 
     Raises DataError for shards that cannot be used.
     """
+    data, pin_memory = config.data, world.device.type == "cuda"
+    if data.format != "synthetic":
+        # The main rank builds the index file first; then every rank, the main one too, reads it.
+        world.on_main(lambda: len(ShardIndex.open(data.path, data.index, format=data.format)))
+    return world.together(lambda: loader_of(config, seed, world.rank, world.size, pin_memory))
+
+
+def loader_of(
+    config: Config, seed: int, rank: int, world_size: int, pin_memory: bool = False
+) -> Loader:
+    """The loader of one of the ranks that share the config's batch."""
     data = config.data
     options = LoaderOptions(
         seed=seed,
         global_batch_size=config.training.global_batch_size,
-        micro_batch_size=config.micro_batch_size(world.size),
-        rank=world.rank,
-        world_size=world.size,
+        micro_batch_size=config.micro_batch_size(world_size),
+        rank=rank,
+        world_size=world_size,
         in_channels=config.model.in_channels,
         context_dim=config.model.context_dim,
-        pin_memory=world.device.type == "cuda",
+        pin_memory=pin_memory,
     )
     if data.format == "synthetic":
         return SyntheticLoader(data, options, config.diffusion.latent_scale)
-    # The main rank builds the index file first; then every rank, the main one too, reads it.
-    world.on_main(lambda: len(ShardIndex.open(data.path, data.index)))
-    return world.together(lambda: PortableLoader(data, options))
+    return DaliLoader(data, options) if data.loader == "dali" else PortableLoader(data, options)

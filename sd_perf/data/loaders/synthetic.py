@@ -14,6 +14,7 @@ import torch
 
 from sd_perf.config import DataConfig, DiffusionConfig
 from sd_perf.data.batch import Batch, LoaderOptions
+from sd_perf.data.usage import Usage
 from sd_perf.diffusion.randomness import Stream, normal
 
 LATENT_SCALE = DiffusionConfig().latent_scale
@@ -63,7 +64,12 @@ class SyntheticLoader:
         self._context = torch.empty(num_samples, config.context_tokens, options.context_dim)
         self._drawn = torch.zeros(num_samples, dtype=torch.bool)
         shapes = f"{tuple(self._moments.shape)} {tuple(self._context.shape)}".replace(" ", "")
-        self.fingerprint = f"synthetic:seed={options.seed}:{shapes}"
+        self.fingerprint = self.keys_fingerprint = f"synthetic:seed={options.seed}:{shapes}"
+
+    @property
+    def usage(self) -> Usage:
+        """Nothing: batches are made when they are asked for; see `Loader`."""
+        return Usage()
 
     def batches(self, position: int) -> Iterator[Batch]:
         """Micro-batches of this rank from a position on, without end; see `Loader`."""

@@ -8,19 +8,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 
+from sd_perf.data.images import ImageRange, in_range
 from sd_perf.data.prepare.captioned_images import CaptionedImage, load_captioned_image
 from sd_perf.data.shard_writer import ShardWriter
 from sd_perf.errors import DataError
 from sd_perf.files import disk_errors, json_lines, write_text
 from sd_perf.memory import require_memory
 from sd_perf.models.vae import PIXELS_PER_LATENT
-
-PixelRange = Literal["minus_one_one", "zero_one"]
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +34,7 @@ def prepare_moments(
     *,
     samples_per_shard: int = 1000,
     text_encoder: Callable[[list[str]], torch.Tensor] | None = None,
-    pixel_range: PixelRange = "minus_one_one",
+    image_range: ImageRange = "correct",
     captions_per_image: int = 1,
     batch_size: int = 8,
     max_bad_samples: int = 0,
@@ -46,8 +44,7 @@ def prepare_moments(
     encoder: images (B, 3, size, size) float32 -> moments (B, 8, size/8, size/8), unscaled.
     size: rows and columns of the images, pixels.
     text_encoder: B captions -> text states (B, T, D), stored as float16; None stores none.
-    pixel_range: range of the images given to the encoder. Autoencoders are trained on [-1, 1]; the
-    benchmark's own shards were made from [0, 1].
+    image_range: range of the images given to the encoder; see `sd_perf.data.images.ImageRange`.
     captions_per_image: each image becomes one sample per caption, for that many of its captions.
     batch_size: images per call of the encoder.
     max_bad_samples: images that cannot be decoded and may be left out. Each that is left out is
@@ -66,9 +63,7 @@ def prepare_moments(
                 raise DataError(_too_many(bad, max_bad_samples))
             if not batch:
                 continue
-            images = torch.stack(decoded)
-            if pixel_range == "minus_one_one":
-                images = images * 2 - 1
+            images = in_range(torch.stack(decoded), image_range)
             moments = encoder(images).float().cpu()
             side = size // PIXELS_PER_LATENT
             right = (len(batch), 8, side, side)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from sd_perf.config import Config
-from sd_perf.data.prepare.moments import PixelRange, prepare_moments
+from sd_perf.data.prepare.moments import prepare_moments
 from sd_perf.data.prepare.raw_shards import read_images
 from sd_perf.models.build import build_text_encoder
 from sd_perf.models.readers import read_encoder
@@ -22,12 +22,11 @@ def prepare_shards(
     captions: Path | None = None,
     captions_per_image: int = 1,
     samples_per_shard: int = 1000,
-    pixel_range: PixelRange = "minus_one_one",
 ) -> tuple[int, int]:
     """Encode captioned images into shards of moments in data.path, as the config will read them.
 
-    `images` and `captions` are those of `read_images`; `autoencoder` is the file of an encoder;
-    `pixel_range` is that of `prepare_moments`. Images are resized to PIXELS_PER_LATENT *
+    `images` and `captions` are those of `read_images`; `autoencoder` is the file of an encoder,
+    which gets pixels of data.image_range. Images are resized to PIXELS_PER_LATENT *
     data.latent_size. Where data.context is precomputed, the shards also hold text states. Up to
     data.max_bad_samples images that cannot be decoded are left out and listed. Returns the number
     of samples written and the side of the images in pixels. Raises ConfigError where data.path is
@@ -35,6 +34,8 @@ def prepare_shards(
     already.
     """
     config.data.require(bool(config.data.path), "path", "the folder to write the shards to")
+    right = "moments, the format that is written (`data encode` makes encoded shards of such)"
+    config.data.require(config.data.format in ("moments", "synthetic"), "format", right)
     samples = read_images(images, captions, config.data.allow_empty_captions)
     text_encoder = None
     if config.data.context == "precomputed":
@@ -47,7 +48,7 @@ def prepare_shards(
         pixels,
         samples_per_shard=samples_per_shard,
         text_encoder=text_encoder,
-        pixel_range=pixel_range,
+        image_range=config.data.image_range,
         captions_per_image=captions_per_image,
         max_bad_samples=config.data.max_bad_samples,
     )

@@ -8,18 +8,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import BinaryIO
 
+from sd_perf.data.formats import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES
 from sd_perf.data.prepare.captioned_images import (
     MAX_CAPTION_BYTES,
     CaptionedImage,
     read_captioned_images,
 )
 from sd_perf.data.samples import parse_caption, require_caption_size
-from sd_perf.data.shards import find_tars, group_by_key
+from sd_perf.data.shards import find_files, group_by_key
 from sd_perf.errors import BadSampleError, DataError
-
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-MAX_IMAGE_BYTES = 2**27
-"""largest image file in a shard that is read; one of the most pixels has fewer bytes as PNG"""
 
 
 def read_images(
@@ -30,7 +27,7 @@ def read_images(
     The raw shards are read where the folder has *.tar files and no captions file is given. Raises
     DataError as `read_raw_shards` and `read_captioned_images` do.
     """
-    if captions is None and find_tars(folder):
+    if captions is None and find_files(folder):
         return read_raw_shards(folder, allow_empty=allow_empty)
     return read_captioned_images(folder, captions or "", allow_empty=allow_empty)
 
@@ -43,7 +40,7 @@ def read_raw_shards(folder: str | Path, allow_empty: bool = False) -> list[Capti
     empty (unless allow_empty).
     """
     images = []
-    for path in find_tars(Path(folder)):
+    for path in find_files(Path(folder)):
         with path.open("rb") as shard:
             for key, files in group_by_key(path).items():
                 images.append(_image(path, shard, key, files=files, allow_empty=allow_empty))

@@ -8,11 +8,13 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from sd_perf.config import LINEAR_LAYERS, Config
+from sd_perf.data.batch import Batch, LoaderOptions
 from sd_perf.fast.architecture import architecture
 from sd_perf.fast.choice import choose_kernels, target_named, used_ops
 from sd_perf.reference.unet import UNet
@@ -53,6 +55,7 @@ def dry_run(config: Config, world_size: int, target: str = "here") -> dict[str, 
         "gflops_forward": round(flops_forward / 1e9, 1),
         "gflops_forward_backward": round(flops_step / 1e9, 1),
         "memory_bytes": {**memory, "total": sum(memory.values())},
+        "data": {"format": config.data.format, "bytes_per_sample": _sample_bytes(config)},
         "batch": {
             "global": batch,
             "ranks": world_size,
@@ -88,6 +91,8 @@ def as_table(facts: dict[str, Any]) -> Table:
         f"{batch['accumulate_steps']} "
         f"accumulation steps x {batch['per_rank_and_pass']}",
     )
+    data = facts["data"]
+    table.add_row("data", f"{data['format']}: {data['bytes_per_sample']:,} bytes a sample")
     formats = facts["linear_layers"]
     named = ", ".join(f"{layers} {number_format}" for layers, number_format in formats.items())
     table.add_row(
@@ -102,6 +107,17 @@ def as_table(facts: dict[str, Any]) -> Table:
     return table
 
 
+def _sample_bytes(config: Config) -> int:
+    """Bytes of a sample that the loader hands to the step."""
+    options = LoaderOptions(
+        0, 1, 1, in_channels=config.model.in_channels, context_dim=config.model.context_dim
+    )
+    with torch.device("meta"):  # shapes and dtypes as the loader makes them, and no memory
+        batch = Batch.empty(np.zeros(1, np.int64), config.data, options)
+    tensors = batch.moments, batch.pixels, batch.context
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
 def _format(config: Config, layers: str) -> str:
     arithmetic = config.precision.of(layers)
     return config.training.precision if arithmetic == "bf16" else arithmetic
@@ -112,7 +128,7 @@ def _activation_bytes(config: Config) -> float:
     if config.model.implementation == "plain" or config.training.precision == "fp32":
         return plain(config, batch=1, autocast=config.training.precision == "bf16")[1]
     # The fast UNet never concatenates a skip.
-    return saved_activations(architecture(config), batch=1, concatenated=False)
+    return saved_activations(architecture(config), batch=1)
 
 
 def _inputs(config: Config, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

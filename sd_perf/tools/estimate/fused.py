@@ -7,7 +7,6 @@ A test compares them, op by op, with the kernels that `ledger` traces from the s
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 
 from torch import bfloat16
 
@@ -32,11 +31,11 @@ def fused(unet: Architecture, batch: int) -> Iterator[Kernel]:
     """Every op's kernels, and torch's own: sums for the gradients of biases and of skips."""
     for op in all_ops():
         for case in cases(op, unet, batch):
-            yield from _skip_conv(case) if op == "skip_conv" else kernels_of(op, case)
+            yield from kernels_of(op, case)
             if op == "upsample_conv":
                 yield from _around_upsample_conv(case)
     yield from downsampled_skip_gradients(unet, batch)
-    yield from packed_weights(unet, batch)
+    yield from packed_gradients(unet, batch)
     # Every gradient is read where autograd left it and written into the flat buffer.
     yield Kernel("elementwise", 2.0 * BYTES * unet.parameters, backward=True)
 
@@ -80,17 +79,6 @@ def matmul_kernels(
         yield Kernel("elementwise", read, calls=calls, backward=True)
 
 
-def _skip_conv(case: Case) -> Iterator[Kernel]:
-    """A matmul for each source; the second reads the output of the first, and adds to it."""
-    B, H, W, K = case.sizes("B", "H", "W", "K")
-    for place, channels in enumerate(case.sizes("C1", "C2")):
-        if channels:
-            sizes = Matmuls(rows=B * H * W, columns=K, channels=channels)
-            for kernel in matmul_kernels("skip_conv", sizes, calls=case.calls):
-                again = BYTES * B * H * W * K if place and not kernel.backward else 0
-                yield replace(kernel, bytes=kernel.bytes + again)
-
-
 def _around_upsample_conv(case: Case) -> Iterator[Kernel]:
     """Nine taps are merged to sixteen before the matmul, and its pixels interleaved after it."""
     B, H, W, C, K = case.sizes("B", "H", "W", "C", "K")
@@ -132,15 +120,16 @@ def skip_gradients(unet: Architecture, batch: int) -> Iterator[Kernel]:
             yield from moving("elementwise", pixels, backward=3 * skip)
 
 
-def packed_weights(unet: Architecture, batch: int) -> Iterator[Kernel]:
-    """Copies around matmuls that make several results: weights, and gradients of text and times."""
+def packed_gradients(unet: Architecture, batch: int) -> Iterator[Kernel]:
+    """Copies before the backward of matmuls that make several results: gradients of text and times.
+
+    The weights of such a matmul are adjacent in training's flat buffer.
+    """
+    # Autograd puts the slices together that the blocks' attentions and norms give.
     texts = sum(2 * layer.channels for layer in transformers(unet))
     times = sum(block.channels for block in res_blocks(unet))
-    weights = sum(3 * layer.channels**2 for layer in transformers(unet))
-    weights += texts * unet.context_width + times * 4 * unet.stem
-    gradients = batch * (texts * unet.context_length + times)
-    for numbers, backward in ((weights, False), (gradients, True)):
-        yield Kernel("elementwise", 2.0 * BYTES * numbers, backward=backward)
+    numbers = batch * (texts * unet.context_length + times)
+    yield Kernel("elementwise", 2.0 * BYTES * numbers, backward=True)
 
 
 def packed_attention_gradients(unet: Architecture, batch: int) -> Iterator[Kernel]:
@@ -150,21 +139,18 @@ def packed_attention_gradients(unet: Architecture, batch: int) -> Iterator[Kerne
             yield from moving("elementwise", batch * rows, backward=2 * parts * layer.channels)
 
 
-def saved_activations(unet: Architecture, batch: int, concatenated: bool) -> float:
+def saved_activations(unet: Architecture, batch: int) -> float:
     """Bytes that the forward pass saves for the backward pass, each tensor once.
 
-    These are what norms, matmuls and attentions read. `concatenated`: whether every skip is saved
-    again, in a concatenation with the decoder's input.
+    These are what norms, matmuls and attentions read. A skip is saved again in the concatenation
+    with the decoder's input.
     """
-    total = sum(
+    return sum(
         case.calls * spec.saved_bytes(case, bfloat16)
         for op, spec in all_ops().items()
         if spec.saved_bytes
         for case in cases(op, unet, batch)
     )
-    # The skips themselves are among the sums that norms save.
-    skips = sum(batch * block.side**2 * sum(block.sources[1:]) for block in res_blocks(unet))
-    return float(total + (BYTES * skips if concatenated else 0))
 
 
 def refusals(unet: Architecture, batch: int) -> Iterable[str]:

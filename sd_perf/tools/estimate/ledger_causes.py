@@ -26,7 +26,7 @@ _BEYOND = {
     "group_norm": "statistics and partial sums",
     "layer_norm": "statistics and partial sums",
     "linear": "no gradient of the text, which the floor has",
-    "skip_conv": "the second source moves the output again",
+    "skip_conv": "both matmuls of backward read its gradient",
     "upsample_conv": "pixels interleaved, weights merged",
 }
 """what an operator's own kernels move beyond reading each input and writing each result once"""

@@ -186,7 +186,7 @@ def _held(
             "masters": 4 * N / gpus_per_node,
             "gradients": 2 * N,
             "moments": 8 * N / gpus_per_node,
-            "activations": saved_activations(unet, batch, concatenated=True),
+            "activations": saved_activations(unet, batch),
         },
         # A master is the weight's 16 bits and 16 more, which alone are kept besides.
         "fused": {
@@ -194,7 +194,7 @@ def _held(
             "masters": 2 * N / shares,
             "gradients": 2 * N,
             "moments": 8 * N / shares,
-            "activations": saved_activations(unet, batch, concatenated=False),
+            "activations": saved_activations(unet, batch),
         },
     }
 

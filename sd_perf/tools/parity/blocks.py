@@ -114,7 +114,10 @@ def _apply(block: Any, args: list[Tensor], *, skip_channels: int, ops: Ops) -> T
         skip = None
         if skip_channels:
             x, skip = x.split([x.shape[1] - skip_channels, skip_channels], dim=1)
-        return block(Pending(x), skip, time, ops)[0].written(ops)
+        left = block.out_layers[3].bias
+        if isinstance(block.skip_connection, torch.nn.Conv2d):
+            left = left + block.skip_connection.bias
+        return block(Pending(x), skip, time, left, ops)[0].written(ops)
     if isinstance(block, fast.SpatialTransformer):
         return block(Pending(x), args[1], ops)[0].written(ops)
     if isinstance(block, fast.Downsample):

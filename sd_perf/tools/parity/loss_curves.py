@@ -15,7 +15,7 @@ from sd_perf.config import Config
 from sd_perf.data.loaders.build_loader import build_loader
 from sd_perf.distributed.world import World
 from sd_perf.fast.ops import Ops
-from sd_perf.models.build import build_text_encoder, build_unet
+from sd_perf.models.build import build_encoders, build_unet
 from sd_perf.tools.parity.comparison import Comparison
 from sd_perf.tools.parity.parity_case import SEED, ParityCase
 from sd_perf.training.build_step import build_step
@@ -62,9 +62,16 @@ def _losses(
     unet = build_unet(config, seed=seed, device=device, ops=ops)
     if moved is not None:
         _move_by_half_an_ulp(unet, seed=SEED + moved)
-    captions_only = config.data.format == "moments" and config.data.context == "open_clip"
-    text_encoder = build_text_encoder(config, device) if captions_only else None
-    step = build_step(unet, config, seed=seed, world=world, text_encoder=text_encoder, ops=ops)
+    text_encoder, image_encoder = build_encoders(config, device)
+    step = build_step(
+        unet,
+        config,
+        seed=seed,
+        world=world,
+        text_encoder=text_encoder,
+        image_encoder=image_encoder,
+        ops=ops,
+    )
     batches = build_loader(config, seed, world).batches(0)
     losses = [step(batches, index)[0] for index in range(STEPS)]
     return torch.stack(losses).cpu().double()

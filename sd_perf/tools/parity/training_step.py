@@ -32,6 +32,7 @@ from sd_perf.tools.parity.sampler import compare_sampler
 from sd_perf.tools.parity.yardsticks import plain_torch_networks
 from sd_perf.training.build_step import build_step
 from sd_perf.training.learning_rate import learning_rate
+from sd_perf.training.static_batches import Inputs
 
 SAMPLES = 4
 RANKS = 2
@@ -50,25 +51,25 @@ def compare_steps(case: ParityCase) -> Iterator[Comparison]:
         yield from compare_sampler(case)
 
 
-def _batch(case: ParityCase) -> Batch:
+def _inputs(case: ParityCase) -> Inputs:
     config, indices = case.config, torch.arange(SAMPLES, device=case.device)
     latents = config.model.in_channels, case.side, case.side
     text = config.data.context_tokens, config.model.context_dim
     moments, context = draw_inputs(SEED, indices, latents, text, config.diffusion.latent_scale)
-    return Batch(indices, moments, [""] * SAMPLES, context)
+    return Inputs(indices, moments, context)
 
 
 def _compare_draws(case: ParityCase) -> Iterator[Comparison]:
     """The fused draws against those of the plain step; the fused loss and its gradient."""
-    batch, step = _batch(case), DiffusionStep(case.config.diffusion, SEED).to(case.device)
-    latents, noise, timesteps = step.draw(batch.moments, batch.sample_indices)
+    inputs, step = _inputs(case), DiffusionStep(case.config.diffusion, SEED).to(case.device)
+    latents, noise, timesteps = step.draw(inputs.moments, inputs.sample_indices)
     schedule, comparer = step.schedule, case.comparer("step", "float32")
     plain = [
         schedule.add_noise(latents, noise, timesteps),
         schedule.v_target(latents, noise, timesteps),
     ]
     fused = FusedDiffusionStep(_trained_in("float32", case.config), SEED, case.ops).to(case.device)
-    noisy, target, drawn = fused.draw(batch.moments, batch.sample_indices)
+    noisy, target, drawn = fused.draw(inputs.moments, inputs.sample_indices)
     yield case.comparer("step", "int64").equal(
         "timesteps drawn", different=_share(drawn != timesteps)
     )
@@ -122,17 +123,17 @@ def _compare_noise_of_ranks(case: ParityCase) -> Comparison:
 
 def _compare_whole_step(case: ParityCase) -> Iterator[Comparison]:
     """Loss and change of the weights in one step of the trainer, with both networks."""
-    batch = _batch(case)
+    inputs = _inputs(case)
     for dtype in case.dtypes:
         comparer = case.comparer("step", dtype)
-        config = _of_size(_trained_in(dtype, case.config), batch)
+        config = _of_size(_trained_in(dtype, case.config), inputs)
         plain = dataclasses.replace(config, model=config.model.network, precision=PrecisionConfig())
-        fast = _train_one_step(case.fast_network(dtype), config, batch, ops=case.ops)
+        fast = _train_one_step(case.fast_network(dtype), config, inputs, ops=case.ops)
         by_torch = [
-            _train_one_step(unet, plain, batch, ops=None)
+            _train_one_step(unet, plain, inputs, ops=None)
             for unet in plain_torch_networks(case, dtype)
         ]
-        truth = _exact_step(case, config, batch)
+        truth = _exact_step(case, config, inputs)
         # In 16 bits the error of a loss, a single number, is a matter of chance.
         if dtype == "float32":
             yield comparer.tensors(
@@ -152,25 +153,27 @@ def _compare_whole_step(case: ParityCase) -> Iterator[Comparison]:
 
 
 def _train_one_step(
-    unet: nn.Module, config: Config, batch: Batch, *, ops: Ops | None
+    unet: nn.Module, config: Config, inputs: Inputs, *, ops: Ops | None
 ) -> list[Tensor]:
     """The loss of a step after warm-up, then the change (float64) of every weight.
 
     `ops` are the fast network's operators, None for the plain one.
     """
-    world = World(rank=0, size=1, device=batch.moments.device)
+    world = World(rank=0, size=1, device=inputs.moments.device)
     step = build_step(unet, config, seed=SEED, world=world, text_encoder=None, ops=ops)
     names = [f"model.{name}" for name, _ in unet.named_parameters()]
     start = step.state()
     before = [start[name].double() for name in names]
+    captions = [""] * len(inputs.sample_indices)
+    batch = Batch(inputs.sample_indices, inputs.moments, captions, inputs.context)
     loss, _ = step(iter([batch]), 0)
     after = step.state()
     return [loss, *(after[name].double() - was for name, was in zip(names, before, strict=True))]
 
 
-def _of_size(config: Config, batch: Batch) -> Config:
-    """The config with the batch's sizes, and from the first step on its own full learning rate."""
-    samples, side = len(batch.sample_indices), batch.moments.shape[-1]
+def _of_size(config: Config, inputs: Inputs) -> Config:
+    """The config with the sizes of the inputs, and its own full learning rate from step 0."""
+    samples, side = len(inputs.sample_indices), inputs.moments.shape[-1]
     return dataclasses.replace(
         config,
         training=dataclasses.replace(
@@ -196,16 +199,15 @@ def _trained_in(dtype: str, config: Config) -> Config:
     return dataclasses.replace(config, training=training, precision=PrecisionConfig())
 
 
-def _exact_step(case: ParityCase, config: Config, batch: Batch) -> list[Tensor]:
+def _exact_step(case: ParityCase, config: Config, inputs: Inputs) -> list[Tensor]:
     """Loss and changes in float64, but for the draws, which are float32 by definition."""
     unet = case.plain_network(torch.float64)
     start = [parameter.detach().float() for parameter in unet.parameters()]
     step = DiffusionStep(config.diffusion, SEED).to(case.device)
-    latents, noise, timesteps = step.draw(batch.moments, batch.sample_indices)
+    latents, noise, timesteps = step.draw(inputs.moments, inputs.sample_indices)
     noisy = step.schedule.add_noise(latents, noise, timesteps).double()
     target = step.schedule.v_target(latents, noise, timesteps).double()
-    assert batch.context is not None
-    loss = F.mse_loss(unet(noisy, timesteps, batch.context.double()), target)
+    loss = F.mse_loss(unet(noisy, timesteps, inputs.context.double()), target)
     loss.backward()
     grads = [[parameter.grad for parameter in unet.parameters() if parameter.grad is not None]]
     rate = learning_rate(config.optimizer, config.learning_rate, step=0)

@@ -46,8 +46,18 @@ _STYLE: dict[Any, Any] = {
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
 }
+_BAND, _BAND_MEAN = "#e4e4e4", "#b8b8b8"
 # More points than this are drawn as pixels: an SVG shape for each would make the file heavy.
 _MANY = 2000
+
+
+@dataclass(frozen=True)
+class Band:
+    """What others have reached at some positions: drawn in grey behind a panel's values."""
+
+    samples: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,7 @@ class Panel:
     """whether the axis of samples is"""
     from_zero: bool = False
     """whether the y axis begins at 0"""
+    band: Band | None = None
 
 
 @dataclass(frozen=True)
@@ -150,6 +161,13 @@ def _draw(panels: Sequence[Panel | Overlay], stacked: bool) -> str:
 
 def _draw_panel(axes: Axes, panel: Panel) -> None:
     samples, values = np.asarray(panel.samples, float), np.asarray(panel.values, float)
+    if panel.band:
+        at, low, high = (
+            np.asarray(side, float)
+            for side in (panel.band.samples, panel.band.low, panel.band.high)
+        )
+        axes.fill_between(at, low, high, color=_BAND, linewidth=0)
+        axes.plot(at, (low + high) / 2, color=_BAND_MEAN, linewidth=1.0)
     if panel.style == "cloud":
         _draw_cloud(axes, samples, values)
     else:

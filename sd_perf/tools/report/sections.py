@@ -7,13 +7,15 @@ from collections.abc import Callable
 from html import escape
 from typing import Any
 
+from sd_perf.mlperf.reference_curves import verdict as verdict_of
 from sd_perf.runs.parity_record import closest_to_limit, rows_by_level, verdict
 from sd_perf.tools.html import figure, quiet, table
 from sd_perf.tools.report.charts import Panel, chart, median_window
 from sd_perf.tools.report.config_table import config_table
+from sd_perf.tools.report.convergence import progress_of, with_bands
 from sd_perf.tools.report.pictures import newest_grid, progress_strip
 from sd_perf.tools.report.run_contents import RunContents, as_dict
-from sd_perf.tools.report.scores import SCORES
+from sd_perf.tools.scores import SCORES
 
 # The loss falls fastest at first. Once the last position is this many times the first one, a
 # linear axis squeezes that fall into its left edge.
@@ -31,11 +33,12 @@ def _loss(run: RunContents) -> str:
     positions, losses = _column(run.metrics, "samples"), _column(run.metrics, "loss")
     logarithmic = is_logarithmic(run.metrics)
     panel = Panel("loss (mean squared error of v)", positions, losses, logarithmic=logarithmic)
+    panels = with_bands([panel], progress_of(run))
     axis = ", logarithmic axis" if logarithmic else ""
     window = median_window(len(losses))
     caption = f"Points: logged steps. Line: running median of {window} of them{axis}."
     alt = f"Loss over samples: {losses[0]:.4f} at first, {losses[-1]:.4f} at last"
-    return figure(chart([panel], alt), caption)
+    return figure(chart(panels, alt), caption)
 
 
 def _scores(run: RunContents) -> str:
@@ -48,7 +51,12 @@ def _scores(run: RunContents) -> str:
     if not panels:
         return quiet("No checkpoint of this run has been evaluated (scores.jsonl).")
     alt = "Scores over samples: " + ", ".join(panel.label for panel in panels)
-    return figure(chart(panels, alt), _pictures_per_score(run.scores))
+    progress = progress_of(run)
+    words = ""
+    if progress.curve:
+        words = f" Grey: published runs of this batch size. {escape(verdict_of(progress))}"
+    caption = f"{_pictures_per_score(run.scores)}{words}"
+    return figure(chart(with_bands(panels, progress), alt), caption)
 
 
 def _pictures_per_score(scores: list[dict[str, Any]]) -> str:

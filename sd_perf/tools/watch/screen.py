@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sd_perf.console import styled
-from sd_perf.tools.report.scores import SCORES
+from sd_perf.tools.scores import SCORES
 from sd_perf.tools.watch.status import Status
 
 _BLOCKS, _ASCII = "▁▂▃▄▅▆▇█", "_.-=+*#@"

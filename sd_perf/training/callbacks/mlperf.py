@@ -43,9 +43,11 @@ class MLPerfLogger(Callback):
 
     def _end_block(self, trainer: TrainerView) -> None:
         assert self._log is not None
+        memory = None
         if trainer.world.device.type == "cuda":
             # A block ends when its last update is done, not when it is queued
             torch.cuda.synchronize()
-        self._log.stop_block(trainer.samples)
+            memory = torch.cuda.max_memory_allocated() / 1e9
+        self._log.stop_block(trainer.samples, max_memory=memory)
         if trainer.samples < trainer.total_samples:
             self._log.start_block(trainer.samples)

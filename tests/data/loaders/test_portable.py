@@ -100,13 +100,13 @@ def test_resume_is_the_tail(make_shards, world):
 def test_order_does_not_depend_on_the_threads(make_shards, monkeypatch, workers, ahead):
     config = make_shards(NUM, workers=workers, prefetch_batches=ahead)
     source = loader(config, accumulate=6)
-    read = source._reader.read
+    read = source._quick.read
 
-    def slow_for_even(sample):
+    def slow_for_even(sample, parts):
         time.sleep(0.005 * (sample % 2 == 0))
-        return read(sample)
+        return read(sample, parts)
 
-    monkeypatch.setattr(source._reader, "read", slow_for_even)
+    monkeypatch.setattr(source._quick, "read", slow_for_even)
     stream = source.batches(0)
     assert [int(batch.sample_indices) for batch in islice(stream, 30)] == list(range(30))
     stream.close()
@@ -115,8 +115,8 @@ def test_order_does_not_depend_on_the_threads(make_shards, monkeypatch, workers,
 def test_made_ahead_but_not_further(make_shards, monkeypatch):
     source = loader(make_shards(NUM, prefetch_batches=3), accumulate=6)
     reads = []
-    read = source._reader.read
-    monkeypatch.setattr(source._reader, "read", lambda sample: reads.append(sample) or read(sample))
+    read = source._quick.read
+    monkeypatch.setattr(source._quick, "read", lambda *which: reads.append(which) or read(*which))
     stream = source.batches(0)
     next(stream)
     time.sleep(0.2)
@@ -124,18 +124,23 @@ def test_made_ahead_but_not_further(make_shards, monkeypatch):
     stream.close()
 
 
-def test_pinning_covers_every_tensor(make_shards, monkeypatch):
-    """Pinning needs a GPU, so only the calls that ask for it are checked."""
-    asked = []
-    monkeypatch.setattr(
-        torch.Tensor, "pin_memory", lambda tensor: asked.append(tensor.shape[1:]) or tensor
-    )
+def test_batches_are_made_in_page_locked_memory(make_shards, monkeypatch):
+    """That needs a GPU, so only the calls that ask for it are checked."""
+    asked, empty = [], torch.empty
+
+    def spy(*shape, pin_memory, **options):
+        asked.append((shape, pin_memory))
+        return empty(*shape, **options)
+
     config = make_shards(NUM, bad=range(5), max_bad_samples=9)
     plain = take(config, steps=1)
-    stream = loader(config, pin_memory=True).batches(0)
-    batch = next(stream)
-    stream.close()
-    assert {tuple(shape) for shape in asked} == {(), (8, 2, 2), (3, 5)}
+    monkeypatch.setattr(torch, "empty", spy)
+    monkeypatch.setattr(
+        torch.Tensor, "pin_memory", lambda tensor: asked.append((tensor.shape, True)) or tensor
+    )
+    source = loader(config, pin_memory=True)
+    batch = source.make(next(source._options.positions(0)))
+    assert asked == [((6,), True), ((6, 8, 2, 2), True), ((6, 3, 5), True)]
     assert delivered([batch]) == delivered(plain) and replaced([batch]) == replaced(plain) != []
     assert torch.equal(batch.context, plain[0].context)
 
@@ -158,14 +163,14 @@ def test_threads_end_with_the_iterator(make_shards, end):
 def test_closing_does_not_finish_what_was_planned(make_shards, monkeypatch):
     source = loader(make_shards(NUM, workers=1, prefetch_batches=20), accumulate=6)
     reads = []
-    read = source._reader.read
+    read = source._quick.read
 
-    def slow(sample):
+    def slow(sample, parts):
         reads.append(sample)
         time.sleep(0.02)
-        return read(sample)
+        return read(sample, parts)
 
-    monkeypatch.setattr(source._reader, "read", slow)
+    monkeypatch.setattr(source._quick, "read", slow)
     stream = source.batches(0)
     next(stream)
     stream.close()

@@ -56,7 +56,7 @@ def test_moments_of_photographs(photographs, tmp_path):
 
 def test_the_benchmarks_pixel_range_and_more_captions(photographs, tmp_path):
     samples = read_captioned_images(photographs)
-    options = {"pixel_range": "zero_one", "captions_per_image": 2, "samples_per_shard": 4}
+    options = {"image_range": "benchmark", "captions_per_image": 2, "samples_per_shard": 4}
     assert (
         prepare_moments(
             samples, encoder, tmp_path / "out", 16, text_encoder=text_encoder, **options

@@ -61,7 +61,9 @@ def test_moments_and_files(scenes, tmp_path):
 
 def test_the_benchmarks_pixel_range(scenes, tmp_path):
     config = config_of(tmp_path / "shards")
-    prepare_shards(config, scenes, AUTOENCODER, pixel_range="zero_one")
+    data = dataclasses.replace(config.data, image_range="benchmark")
+    config = dataclasses.replace(config, data=data)
+    prepare_shards(config, scenes, AUTOENCODER)
     images = torch.stack([load_image(scenes / f"{i:06d}.png", 64) for i in range(3)])
     expected = read_encoder(AUTOENCODER)(images).numpy()
     moments = read_arrays(tmp_path / "shards", "npy").reshape(expected.shape)

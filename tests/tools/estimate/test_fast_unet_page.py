@@ -92,6 +92,15 @@ def share_of(name: str, columns: int) -> tuple[float, float]:
 
 
 NOTHING = (0.0, 0.0)
+NORMS = tuple(
+    f"4096 tokens, 320{rest}"
+    for rest in (
+        ", bias of x",
+        ", residual, bias of x",
+        ", residual, bias of x and of later",
+    )
+)
+"""cases of the three norms of a transformer block"""
 
 
 def blocks() -> tuple[ResBlock, SpatialTransformer]:
@@ -174,7 +183,7 @@ def transformer_ops() -> Iterator[tuple[float, float]]:
         (case,) = (case for case in calls if case.name.startswith(f"{name}, 4096 x"))
         return both_ways(list(kernels_of("linear", case)))
 
-    norm, add = (fast(("layer_norm", f"4096 tokens, 320{rest}")) for rest in ("", ", residual"))
+    norm, add, last = (fast(("layer_norm", name)) for name in NORMS)
     yield fast(("group_norm", "64x64x320 in 32, adds bias and residual, returns the sum"))
     yield linear("projection in")
     yield norm
@@ -186,7 +195,7 @@ def transformer_ops() -> Iterator[tuple[float, float]]:
     yield share_of("keys and values of all texts", 2 * C)
     yield fast(("attention", "4096 tokens, 5 heads, cross"))
     yield linear("attention out")
-    yield add
+    yield last
     yield linear("feed-forward in")
     yield fast(("geglu", "4096 tokens, 1280"))
     yield linear("feed-forward out")
@@ -233,7 +242,7 @@ KEPT = {
     },
     "Transformer block": {
         "group_norm": ["64x64x320 in 32, adds bias and residual, returns the sum"],
-        "layer_norm": ["4096 tokens, 320", *["4096 tokens, 320, residual"] * 2],
+        "layer_norm": list(NORMS),
         "attention": ["4096 tokens, 5 heads, self", "4096 tokens, 5 heads, cross"],
         "geglu": ["4096 tokens, 1280"],
         "residual_add": ["4096 tokens, 320"],

@@ -1,0 +1,72 @@
+"""A hostile server, an impatient client, and an artefact to fetch from it."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sd_perf.console import TextConsole
+from sd_perf.fetch import web
+from sd_perf.fetch.fetch import Fetch, Outcome, locked
+from sd_perf.fetch.manifest import Artefact, File, Source
+from sd_perf.fetch.progress import Watch
+from tests.fetch.hostile_server import HostileServer, hostile_server
+
+DATA = random.Random(7).randbytes(200_000)
+OTHER = random.Random(8).randbytes(200_000)
+IMPATIENT = web.Patience(
+    connect=2,
+    silence=0.3,
+    window=0.3,
+    least_rate=1000,
+    attempts=3,
+    first_attempts=3,
+    progress=1000,
+    pause=0.01,
+    longest=5,
+)
+
+
+@pytest.fixture
+def server() -> Iterator[HostileServer]:
+    with hostile_server() as hostile:
+        yield hostile
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web, "PATIENCE", IMPATIENT)
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def a_file(name: str = "file", data: bytes = DATA) -> File:
+    """A file of which size and digest are published."""
+    return File(name, len(data), {"sha256": sha256(data)})
+
+
+def an_artefact(*files: File, sources: tuple[str, ...] = (), **options: object) -> Artefact:
+    return Artefact(
+        name="things",
+        holds="things",
+        terms="none",
+        files=files or (a_file(),),
+        sources=tuple(map(Source, sources)),
+        otherwise="make them yourself",
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def fetch(
+    artefact: Artefact, folder: Path, origin: str | Path | None = None, jobs: int = 2
+) -> Outcome:
+    """What `sd-perf fetch` does; lines go to stdout."""
+    watch = Watch(TextConsole(width=200))
+    with locked(folder):
+        return Fetch(artefact, folder, watch, origin=origin).run(jobs)

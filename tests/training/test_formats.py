@@ -1,0 +1,125 @@
+"""Training on pictures, on moments made of them, and on encoded shards: the same run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sd_perf.config import Config
+from sd_perf.data.prepare.encode import ShardEncoder
+from sd_perf.data.prepare.prepare_shards import prepare_shards
+from sd_perf.data.prepare.scenes import write_scene_shards
+from sd_perf.data.shard_writer import ShardWriter
+from sd_perf.errors import CheckpointError, ConfigError
+from tests.small_run import small_config, small_trainer
+
+ROOT = Path(__file__).parents[2]
+AUTOENCODER = ROOT / "assets" / "tiny" / "autoencoder.safetensors"
+STEPS, PICTURES = 20, 12
+
+
+def config_of(shards: Path, run: Path, format: str, **changes) -> Config:
+    """A run on the folder of this name in `shards`; `changes` are keys of `data` and `model`."""
+    model = {"context_dim": 128, "implementation": changes.pop("implementation", "plain")}
+    data = {
+        "format": format,
+        "path": str(shards / format),
+        "context": "open_clip",
+        "context_tokens": 24,
+        "autoencoder": str(AUTOENCODER),
+        "image_range": "benchmark",
+    }
+    text = {"model": str(ROOT / "configs" / "text_tiny.json"), "weights": "random"}
+    training = {"global_batch_size": 2}
+    return small_config(run, model=model, text_encoder=text, data=data | changes, training=training)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders raw, moments and encoded of the same pictures and captions."""
+    folder = tmp_path_factory.mktemp("formats")
+    write_scene_shards(folder / "raw", PICTURES, seed=0)
+    prepare_shards(config_of(folder, folder, "moments"), folder / "raw", AUTOENCODER)
+    config = config_of(folder, folder, "encoded", context="precomputed")
+    cpu = torch.device("cpu")
+    ShardEncoder(config, folder / "raw", "raw", copy_text=False, device=cpu).run()
+    return folder
+
+
+def losses(config: Config, steps: int = STEPS) -> np.ndarray:
+    trainer = small_trainer(config)
+    batches = trainer.loader.batches(0)
+    return np.array([float(trainer.step(batches, step)[0]) for step in range(steps)])
+
+
+@pytest.mark.parametrize("implementation", ["plain", pytest.param("fast", marks=pytest.mark.slow)])
+def test_losses_of_the_three_formats(shards, tmp_path, implementation):
+    """In float32, where moments come from does not show; float16 of encoded shards shows a bit."""
+
+    def run(format: str, context: str = "open_clip") -> np.ndarray:
+        folder = tmp_path / f"{format}_{context}"
+        changes = {"context": context, "implementation": implementation}
+        return losses(config_of(shards, folder, format, **changes))
+
+    moments = run("moments")
+    np.testing.assert_allclose(run("raw"), moments, rtol=1e-5, atol=0)
+    encoded = run("encoded", "precomputed")
+    assert (encoded != moments).any()
+    np.testing.assert_allclose(encoded, moments, rtol=2e-4, atol=0)
+
+
+def test_the_range_of_pixels_matters(shards, tmp_path):
+    """So that equal losses of two formats say that the same pixels were encoded."""
+    benchmark, correct = (
+        losses(config_of(shards, tmp_path / image_range, "raw", image_range=image_range), steps=1)
+        for image_range in ("benchmark", "correct")
+    )
+    assert abs(benchmark - correct) > 1e-3
+
+
+def test_photographs_of_another_autoencoder(real_data, tmp_path):
+    """JPEG files of many sizes, encoded into Stable Diffusion's own latent space."""
+    lines = (real_data / "coco_ccby" / "captions.jsonl").read_text().splitlines()[:6]
+    with ShardWriter(tmp_path / "raw") as writer:
+        for entry in map(json.loads, lines):
+            picture = (real_data / "coco_ccby" / "images" / entry["file"]).read_bytes()
+            writer.write_files({"jpg": picture, "txt": entry["captions"][0].encode()})
+    encoder = real_data / "vaelight" / "VAEencoder.onnx"
+    changes = {"autoencoder": str(encoder), "latent_size": 16}
+    moments = config_of(tmp_path, tmp_path / "a", "moments", **changes)
+    prepare_shards(moments, tmp_path / "raw", encoder)
+    raw = config_of(tmp_path, tmp_path / "b", "raw", **changes)
+    np.testing.assert_allclose(losses(raw, steps=6), losses(moments, steps=6), rtol=1e-5, atol=0)
+
+
+def test_a_run_goes_on_in_another_format(shards, tmp_path):
+    """Where the user says so: same keys, same order, so the same samples follow."""
+    run = tmp_path / "run"
+    trainer = small_trainer(config_of(shards, run, "raw"))
+    batches = trainer.loader.batches(0)
+    for step in range(2):
+        trainer.loss, _ = trainer.step(batches, step)
+    trainer.samples = 4
+    trainer.save()
+    trainer.store.wait()
+    with pytest.raises(ConfigError, match=r"data\.format: .* set data\.resume_in_another_format"):
+        small_trainer(config_of(shards, run, "encoded"), resume=True)
+    options = {"context": "precomputed", "resume_in_another_format": True}
+    went_on = small_trainer(config_of(shards, run, "encoded", **options), resume=True)
+    assert went_on.samples == 4
+    captions = [next(went_on.loader.batches(4)).captions, next(batches).captions]
+    assert captions[0] == captions[1]
+
+
+def test_other_samples_are_no_other_format(shards, tmp_path):
+    write_scene_shards(tmp_path / "other" / "raw", PICTURES + 1, seed=0)
+    trainer = small_trainer(config_of(shards, tmp_path / "run", "moments"))
+    trainer.save()
+    trainer.store.wait()
+    config = config_of(tmp_path / "other", tmp_path / "run", "raw", resume_in_another_format=True)
+    with pytest.raises(CheckpointError, match=r"on other data \({'samples': 12, 'keys'"):
+        small_trainer(config, resume=True)
