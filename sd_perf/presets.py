@@ -29,7 +29,7 @@ MAX_PRESET_BYTES = 2**18
 """largest preset that is read; the reader is slow, and people write a few kilobytes"""
 _MAX_DEPTH = 16
 """sections and lists within each other in a preset; the config has three"""
-_MAX_ITEMS = 64
+MAX_ITEMS = 64
 """items in a list of a preset; the config's lists have one per level of the network"""
 _SWITCH_WORDS = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false": False}
 
@@ -233,10 +233,10 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
             f"it must be one of {', '.join(map(str, arguments))}"
         )
     if origin is tuple:
-        if isinstance(value, list | tuple) and len(value) <= _MAX_ITEMS:
+        if isinstance(value, list | tuple) and len(value) <= MAX_ITEMS:
             return tuple(_convert(item, arguments[0], key) for item in value)
         raise ConfigError(
-            f"{key}: {quoted(value)} cannot be used; it must be a list of at most {_MAX_ITEMS}"
+            f"{key}: {quoted(value)} cannot be used; it must be a list of at most {MAX_ITEMS}"
         )
     return _scalar(value, hint, key)
 

@@ -31,6 +31,7 @@ ORDER = (
     "fast",
     "distributed",
     "runs",
+    "sinks",
     "models",
     "data",
     "mlperf",

@@ -10,11 +10,13 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from typing import Literal
 
 import tyro
 
-from sd_perf.cli import cluster, mlperf
+from sd_perf.cli import cluster, config, mlperf
 from sd_perf.cli.checkpoints import convert_checkpoints, verify
+from sd_perf.cli.completion import completion_script
 from sd_perf.cli.console import LOCAL_RANK, PLACE, RANK
 from sd_perf.cli.data import bench, encode, prepare, scenes, statistics
 from sd_perf.cli.data_checks import show, verify_data
@@ -27,6 +29,7 @@ from sd_perf.cli.datasets import (
 )
 from sd_perf.cli.evaluation import evaluate, sample, score
 from sd_perf.cli.fetch import fetch
+from sd_perf.cli.runs import compare, watch
 from sd_perf.cli.tools import doctor, estimate, parity, report, report_benchmarks
 from sd_perf.cli.train import train
 from sd_perf.cli.weights import export
@@ -59,6 +62,18 @@ def _group(name: str, about: str, commands: dict[str, Command]) -> Command:
     return listed
 
 
+def completion(shell: tyro.conf.Positional[Literal["bash", "zsh", "fish"]]) -> int:
+    """Print the script with which a shell completes commands and options.
+
+    For bash: `sd-perf completion bash > ~/.local/share/bash-completion/completions/sd-perf`.
+
+    Args:
+        shell: that it is for
+    """
+    print(completion_script(_COMMANDS, _GROUPS, shell), end="")
+    return 0
+
+
 _DATA: dict[str, Command] = {
     "prepare": prepare,
     "encode": encode,
@@ -81,6 +96,7 @@ _MLPERF: dict[str, Command] = {
     "package": mlperf.package,
     "convergence": mlperf.convergence,
 }
+_CONFIG: dict[str, Command] = {"show": config.show, "diff": config.diff, "schema": config.schema}
 _REPORT: dict[str, Command] = {"benchmarks": report_benchmarks}
 """kinds of reports that are asked for by name; any other word after `report` is a run folder"""
 _CLUSTER: dict[str, Command] = {
@@ -92,7 +108,7 @@ _CLUSTER: dict[str, Command] = {
     "conclude": cluster.conclude,
     "conclude-job": cluster.conclude_job,
 }
-_GROUPS = {"data": _DATA, "mlperf": _MLPERF, "cluster": _CLUSTER}
+_GROUPS = {"data": _DATA, "mlperf": _MLPERF, "cluster": _CLUSTER, "config": _CONFIG}
 _COMMANDS: dict[str, Command] = {
     "train": train,
     "evaluate": evaluate,
@@ -105,9 +121,13 @@ _COMMANDS: dict[str, Command] = {
     "cluster": _group("cluster", "What run_and_time.sh and slurm/*.sh call", _CLUSTER),
     "verify": verify,
     "convert-checkpoints": convert_checkpoints,
+    "watch": watch,
+    "compare": compare,
     "report": report,
     "estimate": estimate,
     "parity": parity,
+    "config": _group("config", "Presets as text, their differences, their schema", _CONFIG),
+    "completion": completion,
     "doctor": doctor,
 }
 

@@ -42,6 +42,7 @@ def evaluate(
     from sd_perf.evaluation.evaluate import Wanted, evaluate_run, scores_table
     from sd_perf.runs.folder import read_run_config
     from sd_perf.runs.lock import EVALUATION_LOCK_NAME, RunLock
+    from sd_perf.sinks.feed import send_evaluation
 
     config = read_run_config(run)
     if num_prompts is not None:
@@ -58,6 +59,9 @@ def evaluate(
         if wait is None:
             world.on_main(lambda: writing.take(run))
         evaluate_run(run, config, world, tell, wanted)
+        # A run that trains sends its scores itself.
+        if world.is_main and config.logging.sinks and (wait is None or RunLock().is_free(run)):
+            send_evaluation(run, config, tell)
     if world.is_main:
         CONSOLE.print(scores_table(run))
     world.part()

@@ -19,6 +19,7 @@ def train(
     resume: bool = False,
     fresh: bool = False,
     dry_run: bool = False,
+    explain: bool = False,
     ranks: int = 1,
     target: TargetName = "here",
     json: bool = False,
@@ -34,15 +35,16 @@ def train(
             begin anew
         dry_run: print parameters, FLOPs, memory, batch arithmetic and kernels of the run, and exit;
             with resume or fresh, also refuse what the run folder does not allow
-        ranks: processes that the dry run counts with
+        explain: say in ten lines what the run will do and write, and exit
+        ranks: processes that the dry run and the explanation count with
         target: GPU that the dry run chooses kernels for
         json: print the dry run as JSON
     """
-    from sd_perf.runs.folder import settle_run
-
+    if explain:
+        return _explain(settings, ranks, resume=resume, fresh=fresh)
     if dry_run:
         if resume or fresh:  # what would refuse them is told now
-            settle_run(settings, resume=resume, fresh=fresh)
+            _require_start(settings, resume=resume, fresh=fresh)
         return _dry_run(settings, ranks, target, as_json=json)
     from sd_perf.distributed.world import is_overdue, start_world, stop_world
     from sd_perf.tools.estimate.out_of_memory import is_out_of_memory, out_of_memory
@@ -78,6 +80,23 @@ def _overdue(seconds: int) -> RankLostError:
         f"run.collective_seconds: a collective has not ended in {seconds} s, though no process of "
         "the run is gone or silent; look where each stands (py-spy dump), or raise it"
     )
+
+
+def _explain(settings: Config, ranks: int, *, resume: bool, fresh: bool) -> int:
+    from sd_perf.tools.explain import explain
+    from sd_perf.training.launch import require_allowed
+
+    require_between("--ranks", ranks, 1, MAX_RANKS)
+    require_allowed(settings)
+    lines = explain(settings, resume=resume, fresh=fresh, ranks=ranks)
+    print_plain(*(f"{what:8} {words}" for what, words in lines.items()))
+    return 0
+
+
+def _require_start(settings: Config, *, resume: bool, fresh: bool) -> None:
+    from sd_perf.runs.folder import settle_run
+
+    settle_run(settings, resume=resume, fresh=fresh)
 
 
 def _dry_run(settings: Config, ranks: int, target: str, as_json: bool) -> int:

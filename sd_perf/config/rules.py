@@ -23,17 +23,21 @@ class Rule(NamedTuple):
     holds: Callable[[Any], bool]
     right: str
     """values that can be used, in words that follow "it must be" """
+    schema: tuple[tuple[str, float], ...] = ()
+    """(key, limit) of the values, where a JSON schema can say them"""
 
 
 def at_most(limit: int) -> Rule:
     """A rule for integers: no more than this limit."""
-    return Rule(lambda value: value <= limit, f"at most {limit:,}")
+    return Rule(lambda value: value <= limit, f"at most {limit:,}", (("maximum", limit),))
 
 
-ONE = Rule(lambda value: value > 0, "at least 1")
-ZERO = Rule(lambda value: value >= 0, "0 or more")
+ONE = Rule(lambda value: value > 0, "at least 1", (("minimum", 1),))
+ZERO = Rule(lambda value: value >= 0, "0 or more", (("minimum", 0),))
 
-SEED = Rule(lambda seed: 0 <= seed < 2**63, "in [0, 2**63)")
+SEED = Rule(
+    lambda seed: 0 <= seed < 2**63, "in [0, 2**63)", (("minimum", 0), ("maximum", 2**63 - 1))
+)
 """rule of a seed: an int64 without sign"""
 Count = Annotated[int, ONE, at_most(1_000_000)]
 """of what is held in memory together: channels, tokens, samples of a batch"""
@@ -55,9 +59,12 @@ Timesteps = Annotated[int, ONE, at_most(100_000)]
 """of the diffusion: a table entry each; sinusoidal embeddings are of float32"""
 Pictures = Annotated[int, ONE, at_most(4096)]
 """pictures drawn at a time, each decoded to float32 pixels"""
-Positive = Annotated[float, Rule(lambda value: value > 0, "positive")]
-NotNegative = Annotated[float, Rule(lambda value: value >= 0, "0 or more")]
-Decay = Annotated[float, Rule(lambda value: 0 <= value < 1, "in [0, 1)")]
+Positive = Annotated[float, Rule(lambda value: value > 0, "positive", (("exclusiveMinimum", 0),))]
+NotNegative = Annotated[float, ZERO]
+Decay = Annotated[
+    float,
+    Rule(lambda value: 0 <= value < 1, "in [0, 1)", (("minimum", 0), ("exclusiveMaximum", 1))),
+]
 PathText = Annotated[
     str,
     Rule(lambda path: not path.startswith("~"), "a path without ~: write out the home folder"),

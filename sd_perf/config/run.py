@@ -53,6 +53,14 @@ class LoggingConfig(Section):
 
     every_steps: Steps = 10
     """optimizer steps between lines of metrics.jsonl and of the progress display"""
+    sinks: tuple[Literal["tensorboard", "wandb", "csv"], ...] = ()
+    """tools that get a copy of curves, scores and pictures while the run goes on"""
+    wandb_project: Annotated[str, Rule(bool, "a project's name")] = "sd-perf"
+    """project of Weights & Biases that the run is shown in"""
+    wandb_mode: Literal["online", "offline"] = "online"
+    """offline: keep its files in the run folder, for `wandb sync`"""
+    prometheus: PathText = ""
+    """file for Prometheus' node exporter (*.prom in its textfile directory); empty: none"""
 
 
 LogText = Annotated[

@@ -151,6 +151,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def run_length(manifest: Mapping[str, Any]) -> int | None:
+    """Length of a run in samples, whole steps; None where its manifest does not say."""
+    training = manifest["config"].get("training")
+    training = training if isinstance(training, dict) else {}
+    length, batch = training.get("max_samples"), training.get("global_batch_size")
+    if not (isinstance(length, int) and isinstance(batch, int) and batch > 0):
+        return None
+    return -(-length // batch) * batch
+
+
 def are_objects(value: Any) -> bool:
     """Whether a value from a JSON file is a list of objects."""
     return isinstance(value, list) and all(isinstance(item, dict) for item in value)

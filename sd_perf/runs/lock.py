@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from sd_perf.errors import UserError
-from sd_perf.files import one_line
+from sd_perf.files import one_line, opened_untrusted
 
 LOCK_NAME = ".lock"
 EVALUATION_LOCK_NAME = ".evaluation.lock"
@@ -58,8 +58,9 @@ class RunLock:
         try:
             self._take(folder)
         except BlockingIOError as error:
+            who = holder(folder, self._name) or "another process"
             raise UserError(
-                f"{folder}: is in use by {_holder(folder / self._name)}; wait for it or "
+                f"{folder}: is in use by {who}; wait for it or "
                 "stop it, or choose another run folder"
             ) from error
         except OSError as error:
@@ -120,11 +121,15 @@ def _is_same(file: int, directory: int, name: str) -> bool:
     return os.path.samestat(named, os.fstat(file))
 
 
-def _holder(path: Path) -> str:
-    """What the lock's file says, as one line of at most 200 characters that can be printed."""
+def holder(folder: Path, name: str = LOCK_NAME) -> str | None:
+    """Host, process and time that a folder's lock names; None where there is no lock.
+
+    A killed process leaves its lock's file behind. At most 200 characters that can be printed.
+    """
+    path = folder / name
     try:
-        with path.open("rb") as file:
+        with opened_untrusted(path) as file:
             text = file.read(200).decode(errors="replace").strip()
-    except OSError:
-        text = ""
-    return "".join(c if c.isprintable() else "?" for c in text) or "another process"
+    except UserError:
+        return None
+    return "".join(c if c.isprintable() else "?" for c in text) or None

@@ -41,7 +41,7 @@ _PACKAGES = (
     ("simplejpeg", "decoding of JPEG in less time", "pip install 'sd-perf[jpeg]'"),
     ("nvidia-dali-cuda130", "data.loader dali", "pip install 'sd-perf[dali]'"),
     ("onnxruntime", "autoencoders in .onnx files", "pip install 'sd-perf[onnx]'"),
-    ("matplotlib", "report", "pip install 'sd-perf[report]'"),
+    ("matplotlib", "report, compare", "pip install 'sd-perf[report]'"),
     ("mlperf-logging", "MLPerf logs, mlperf check", "pip install 'sd-perf[mlperf]'"),
     ("diffusers", "tests only: an independent UNet", "pip install 'sd-perf[dev]'"),
 )

@@ -30,7 +30,9 @@ from sd_perf.training.callbacks.data_wait import DataWaitWarning
 from sd_perf.training.callbacks.metrics import MetricsFile
 from sd_perf.training.callbacks.mlperf import MLPerfLogger
 from sd_perf.training.callbacks.progress import ProgressDisplay
+from sd_perf.training.callbacks.prometheus import PrometheusFile
 from sd_perf.training.callbacks.signals import StopOnSignal
+from sd_perf.training.callbacks.sinks import SendToSinks
 from sd_perf.training.kernels_table import kernels_table
 from sd_perf.training.memory import require_step_fits
 from sd_perf.training.trainer import Trainer
@@ -148,11 +150,23 @@ def default_callbacks(config: Config, console: TextConsole) -> list[Callback]:
 
     Signals come before checkpoints, so that the step that sees a signal saves. The MLPerf log comes
     before checkpoints, because a block ends with its last update, not when its state is copied.
-    Checkpoints come before the progress display, whose last table names the newest one.
+    Checkpoints come before the progress display, whose last table names the newest one. Sinks start
+    after metrics.jsonl, whose lines they catch up with, and before an MLPerf run's time begins.
     """
     log: list[Callback] = [] if config.mlperf.division == "none" else [MLPerfLogger(config)]
     shown = [ProgressDisplay(console), DataWaitWarning(console)]
-    return [StopOnSignal(), MetricsFile(), *log, Checkpointer(), *shown]
+    copies = _copies(config, console)
+    return [StopOnSignal(), MetricsFile(), *copies, *log, Checkpointer(), *shown]
+
+
+def _copies(config: Config, console: TextConsole) -> list[Callback]:
+    """What copies the run's state to other tools, as the section `logging` says."""
+    copies: list[Callback] = []
+    if config.logging.sinks:
+        copies.append(SendToSinks(lambda line: console.print(visible(line), soft_wrap=True)))
+    if config.logging.prometheus:
+        copies.append(PrometheusFile(Path(config.logging.prometheus)))
+    return copies
 
 
 def _parity_record(config: Config, console: TextConsole) -> dict[str, Any] | None:

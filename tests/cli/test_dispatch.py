@@ -58,7 +58,8 @@ def test_an_error_of_our_own_is_no_missing_package():
 def test_help_lists_every_command(sd_perf):
     code, output, _ = sd_perf("--help")
     running = "train evaluate sample score export data fetch mlperf cluster"
-    commands = f"{running} verify convert-checkpoints report estimate parity doctor"
+    looking = "watch compare report estimate parity config completion doctor"
+    commands = f"{running} verify convert-checkpoints {looking}"
     assert code == 0 and f"{{{','.join(commands.split())}}}" in output
     assert "sd-perf mlperf check" in output
 
@@ -67,7 +68,8 @@ MLPERF_COMMANDS = "check, rcp, score, system, package, convergence"
 
 
 @pytest.mark.parametrize(
-    ("group", "commands"), [("data", DATA_COMMANDS), ("mlperf", MLPERF_COMMANDS)]
+    ("group", "commands"),
+    [("data", DATA_COMMANDS), ("mlperf", MLPERF_COMMANDS), ("config", "show, diff, schema")],
 )
 def test_a_group_alone_names_its_commands(group, commands, sd_perf):
     code, _, errors = sd_perf(group)

@@ -282,7 +282,7 @@ def test_unwritable(config, folder):
 
 def test_full_disk_keeps_the_manifest(mount_tmpfs, make_config):
     config = make_config("disk/run")
-    folder = mount_tmpfs("size=4k") / "run"
+    folder = mount_tmpfs("size=8k") / "run"  # one manifest, of two pages, and no second one
     open_run(config, resume=False)
     before = (folder / "run_manifest.json").read_bytes()
     with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"):

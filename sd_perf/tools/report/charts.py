@@ -17,6 +17,17 @@ if TYPE_CHECKING:
 # Curve and points are one hue and differ in lightness alone: readable in any colour vision, and in
 # print.
 _CURVE, _POINTS, _TEXT, _GRID_LINES = "#0b5a94", "#9cc3e0", "#333333", "#dddddd"
+# Hues that differ in any colour vision (Okabe and Ito 2008), darkened for thin lines on white.
+_COLOURS = (
+    "#0b5a94",
+    "#c24e00",
+    "#00785a",
+    "#a34f85",
+    "#b37400",
+    "#2f8fc4",
+    "#1c1c1c",
+    "#7a7a00",
+)
 _FONTS = "-apple-system, 'Segoe UI', 'Helvetica Neue', Helvetica, Arial, 'DejaVu Sans', sans-serif"
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
@@ -67,6 +78,35 @@ class Panel:
     band: Band | None = None
 
 
+@dataclass(frozen=True)
+class Curve:
+    """One run's values over its position in samples."""
+
+    samples: Sequence[float]
+    values: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """One quantity of several runs, drawn over each other; `curve_style` tells which is which."""
+
+    label: str
+    """of the y axis, with unit"""
+    curves: Sequence[Curve | None]
+    """one per run; None where it has no values"""
+    marks: bool = False
+    """whether each point gets a mark; without, a curve is the running median of its points"""
+    logarithmic: bool = False
+    """whether the axis of samples is"""
+    from_zero: bool = False
+    """whether the y axis begins at 0"""
+
+
+def curve_style(number: int) -> tuple[str, str]:
+    """Colour and dashes ("solid", "dashed", "dotted") of the curve of a run of an overlay."""
+    return _COLOURS[number % len(_COLOURS)], ("solid", "dashed", "dotted")[number % 3]
+
+
 def median_window(count: int) -> int:
     """Points that a running median of `count` points spans: odd, a twentieth, at least 5."""
     return max(5, count // 20 | 1)
@@ -90,14 +130,14 @@ def running_median(values: Sequence[float] | np.ndarray) -> tuple[np.ndarray, np
     return indices, np.array(medians)
 
 
-def chart(panels: list[Panel], alt: str) -> str:
+def chart(panels: Sequence[Panel | Overlay], alt: str) -> str:
     """HTML of one image: the panels side by side, or one below the other on a narrow screen."""
     wide, narrow = _draw(panels, stacked=False), _draw(panels, stacked=True)
     source = f'<source media="(max-width: 620px)" srcset="{narrow}">'
     return f'<picture>{source}<img class="chart" src="{wide}" alt="{html.escape(alt)}"></picture>'
 
 
-def _draw(panels: list[Panel], stacked: bool) -> str:
+def _draw(panels: Sequence[Panel | Overlay], stacked: bool) -> str:
     """The figure as a data URI."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -108,7 +148,10 @@ def _draw(panels: list[Panel], stacked: bool) -> str:
         figure = Figure(figsize=size, layout="constrained")
         grid = figure.subplots(*((count, 1) if stacked else (1, count)), squeeze=False)
         for axes, panel in zip(grid.flat, panels, strict=True):
-            _draw_panel(axes, panel)
+            if isinstance(panel, Overlay):
+                _draw_overlay(axes, panel)
+            else:
+                _draw_panel(axes, panel)
         file = io.StringIO()
         nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
         figure.savefig(file, format="svg", dpi=200, metadata=nothing)
@@ -137,6 +180,24 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
     _draw_axes(axes, panel)
 
 
+def _draw_overlay(axes: Axes, overlay: Overlay) -> None:
+    highest = 1e-9
+    for number, curve in enumerate(overlay.curves):
+        if curve is None:
+            continue
+        samples, values = np.asarray(curve.samples, float), np.asarray(curve.values, float)
+        if not overlay.marks:
+            indices, values = running_median(values)
+            samples = samples[indices]
+        colour, dashes = curve_style(number)
+        marker = "o" if overlay.marks else ""
+        axes.plot(samples, values, color=colour, linestyle=dashes, linewidth=1.6, marker=marker)
+        highest = max(highest, float(values.max()))
+    if overlay.from_zero:
+        axes.set_ylim(bottom=0, top=1.15 * highest)
+    _draw_axes(axes, overlay)
+
+
 def _draw_cloud(axes: Axes, samples: np.ndarray, values: np.ndarray) -> None:
     """Every point, and the running median over them."""
     many = len(values) > _MANY
@@ -160,7 +221,7 @@ def _write_first_and_last(axes: Axes, samples: np.ndarray, values: np.ndarray) -
         axes.annotate(f"{values[i]:.3g}", (samples[i], values[i]), color=_TEXT, **offset)
 
 
-def _draw_axes(axes: Axes, panel: Panel) -> None:
+def _draw_axes(axes: Axes, panel: Panel | Overlay) -> None:
     from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
     axes.yaxis.set_major_locator(MaxNLocator(5))

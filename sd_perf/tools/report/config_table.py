@@ -25,16 +25,16 @@ def config_table(config: dict[str, Any]) -> str:
 
 
 def _row(key: str, value: Any, defaults: dict[str, Any]) -> str:
-    cells = f"<td>{escape(key)}</td><td>{escape(_in_words(value))}"
+    cells = f"<td>{escape(key)}</td><td>{escape(in_words(value))}"
     if key in defaults and defaults[key] == value:
         return f"<tr>{cells}</td></tr>"
     default = "unknown to this version"
     if key in defaults:
-        default = f"default {_in_words(defaults[key])}"
+        default = f"default {in_words(defaults[key])}"
     return f'<tr class="changed">{cells}<small>{escape(default)}</small></td></tr>'
 
 
-def _in_words(value: Any) -> str:
+def in_words(value: Any) -> str:
     """A config value as a person reads it."""
     if value is None:
         return "none"

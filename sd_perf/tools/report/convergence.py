@@ -29,7 +29,7 @@ from sd_perf.optional import optional
 from sd_perf.tools.html import document, figure, quiet
 from sd_perf.tools.report.charts import Band, Panel, chart
 from sd_perf.tools.report.run_contents import RunContents, as_dict, read_run
-from sd_perf.tools.report.scores import SCORES
+from sd_perf.tools.scores import SCORES
 
 PAGE = "convergence.html"
 

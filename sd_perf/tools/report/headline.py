@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from sd_perf.tools.report.run_contents import RunContents, as_dict
-from sd_perf.tools.report.scores import SCORES
+from sd_perf.tools.scores import SCORES
 
 _DAMAGED_SHOWN = 5
 

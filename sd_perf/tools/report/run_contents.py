@@ -10,7 +10,7 @@ from typing import Any
 from sd_perf.errors import UserError
 from sd_perf.files import RESTORE, read_json, require_shape
 from sd_perf.runs.checkpoints import CheckpointStore, position
-from sd_perf.runs.folder import read_manifest
+from sd_perf.runs.folder import read_manifest, run_length
 from sd_perf.runs.parity_record import RECORD_NAME, read_record
 from sd_perf.runs.scores import by_position, sort_out_lines
 
@@ -65,11 +65,7 @@ class RunContents:
     @property
     def total(self) -> int | None:
         """Length of the run in samples, whole steps; None where the manifest does not say."""
-        training = as_dict(self.manifest["config"].get("training"))
-        length, batch = training.get("max_samples"), training.get("global_batch_size")
-        if not (isinstance(length, int) and isinstance(batch, int) and batch):
-            return None
-        return -(-length // batch) * batch
+        return run_length(self.manifest)
 
 
 def read_run(folder: Path) -> RunContents:

@@ -15,18 +15,23 @@ from sd_perf.tools.report.config_table import config_table
 from sd_perf.tools.report.convergence import progress_of, with_bands
 from sd_perf.tools.report.pictures import newest_grid, progress_strip
 from sd_perf.tools.report.run_contents import RunContents, as_dict
-from sd_perf.tools.report.scores import SCORES
+from sd_perf.tools.scores import SCORES
 
 # The loss falls fastest at first. Once the last position is this many times the first one, a
 # linear axis squeezes that fall into its left edge.
 _LOGARITHMIC_FROM = 30
 
 
+def is_logarithmic(metrics: list[dict[str, Any]]) -> bool:
+    """Whether a run is so long that its axis of samples should be logarithmic."""
+    return metrics[-1]["samples"] >= _LOGARITHMIC_FROM * metrics[0]["samples"] > 0
+
+
 def _loss(run: RunContents) -> str:
     if not run.metrics:
         return quiet("No step is logged yet (metrics.jsonl).")
     positions, losses = _column(run.metrics, "samples"), _column(run.metrics, "loss")
-    logarithmic = positions[-1] >= _LOGARITHMIC_FROM * positions[0] > 0
+    logarithmic = is_logarithmic(run.metrics)
     panel = Panel("loss (mean squared error of v)", positions, losses, logarithmic=logarithmic)
     panels = with_bands([panel], progress_of(run))
     axis = ", logarithmic axis" if logarithmic else ""
