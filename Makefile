@@ -61,7 +61,7 @@ data/smoke/moments/00000.tar: | install
 test: install
 	$(PYTEST) -m "not slow and not slurm"
 
-test-slow: install .venv/triton-3.6/triton .venv/dali
+test-slow: install .venv/triton-3.6/triton .venv/large
 	$(PYTEST) -m "slow and not slurm"
 
 test-all: test test-slow
@@ -74,9 +74,9 @@ test-slurm: install
 .venv/triton-3.6/triton: | install
 	$(PIP) install --quiet --disable-pip-version-check --no-deps --target $(@D) triton==3.6.0
 
-# NVIDIA DALI: 0.3 GB to fetch and 0.6 GB installed, which its tests alone need; make test skips them.
-.venv/dali: | install
-	$(PIP) install --quiet --disable-pip-version-check --editable '.[dali]'
+# Large packages that few tests need: NVIDIA DALI (0.6 GB installed), TensorBoard and W&B (0.25 GB).
+.venv/large: | install
+	$(PIP) install --quiet --disable-pip-version-check --editable '.[dali,tensorboard,wandb]'
 	touch $@
 
 check: install

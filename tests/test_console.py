@@ -76,7 +76,10 @@ def test_letters_of_all_scripts_stay() -> None:
 @pytest.mark.parametrize(
     ("use", "where"),
     [
-        (r"rich\.console|rich\.markup|rich import print|\bConsole\(", ["console.py"]),
+        (
+            r"rich\.console import (?!Group\b)|rich\.markup|rich import print|\bConsole\(",
+            ["console.py"],
+        ),
         (r"from_markup|markup=True|\.render_markup", []),
         # a tag of rich in a string: "[bold]", "[/]", "[dim red]"
         (

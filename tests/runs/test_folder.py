@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import platform
@@ -282,8 +283,12 @@ def test_unwritable(config, folder):
 
 def test_full_disk_keeps_the_manifest(mount_tmpfs, make_config):
     config = make_config("disk/run")
-    folder = mount_tmpfs("size=8k") / "run"  # one manifest, of two pages, and no second one
+    disk = mount_tmpfs("size=64k")
+    folder = disk / "run"
     open_run(config, resume=False)
+    with contextlib.suppress(OSError), (disk / "all the rest").open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
     before = (folder / "run_manifest.json").read_bytes()
     with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"):
         open_run(config, resume=True)

@@ -10,6 +10,7 @@ from PIL import Image
 from sd_perf.sinks.sink import SinkRun
 from sd_perf.sinks.tensorboard import TensorBoardSink
 
+pytestmark = pytest.mark.slow
 pytest.importorskip("tensorboard", reason="needs pip install 'sd-perf[tensorboard]'")
 
 

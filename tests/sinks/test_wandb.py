@@ -12,6 +12,7 @@ from sd_perf.errors import UserError
 from sd_perf.sinks.sink import SinkRun
 from sd_perf.sinks.wandb import WandbSink
 
+pytestmark = pytest.mark.slow
 wandb = pytest.importorskip("wandb", reason="needs pip install 'sd-perf[wandb]'")
 
 
