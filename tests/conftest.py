@@ -34,7 +34,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as slow what `make test` leaves out of a `sampled` test's cases: it takes every nth."""
+    """Mark as slow what `make test` leaves out of a `sampled` test's cases: it takes every nth.
+
+    Tests marked `longest` come first, so that no worker is left alone with one at the end.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("longest") is None)
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
         if item.get_closest_marker("sampled"):

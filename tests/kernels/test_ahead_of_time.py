@@ -92,6 +92,7 @@ def test_an_op_for_hopper(op: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 @pytest.mark.parametrize("triton", VERSIONS)
 def test_all_ops_for_all_targets(triton: str, tmp_path: Path) -> None:
     # By the oldest Triton for one of the targets: all of them take a quarter of an hour.
