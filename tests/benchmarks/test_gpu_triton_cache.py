@@ -82,6 +82,7 @@ def test_the_key_holds_no_path(archive: Path, tmp_path: Path) -> None:
     assert count >= len(hits)
 
 
+@pytest.mark.slow
 def test_an_archive_holds_names_and_what_a_launch_needs(archive: Path) -> None:
     with tarfile.open(archive) as opened:
         names = opened.getnames()

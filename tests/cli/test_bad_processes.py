@@ -33,6 +33,7 @@ def test_two_processes_and_a_batch_that_does_not_divide(preset, run):
     assert not run.exists()
 
 
+@pytest.mark.slow
 def test_two_processes_and_a_bad_sample_on_the_second(preset, run, shards):
     """Position 5 is of the second step and the second rank; the first rank must not wait for it."""
     write_shards(shards, {SampleOrder(seed=0, num_samples=16).sample(5)})

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from sd_perf.training import launch
 from sd_perf.training.callbacks.base import Callback
 from tests.cli.bad_input import matches, newest
@@ -31,6 +33,7 @@ def stopped(sd_perf, monkeypatch, *options: object) -> str:
     return command
 
 
+@pytest.mark.slow
 def test_the_printed_command_in_a_shell(preset, tmp_path, sd_perf, monkeypatch):
     """Overrides are kept, names are quoted, and --fresh has become --resume."""
     run = tmp_path / "it's a $(touch pwned) run\n`touch pwned`"

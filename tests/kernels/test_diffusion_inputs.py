@@ -125,6 +125,7 @@ SWAPPED_TABLES = (
 )
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "fault",
     [

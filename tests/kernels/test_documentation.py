@@ -107,6 +107,7 @@ print(json.dumps(facts))
 """
 
 
+@pytest.mark.slow
 def test_the_documented_op_goes_through_the_whole_house(tmp_path: Path) -> None:
     write_op(tmp_path)
     smoke = ROOT / "configs/smoke.yaml"

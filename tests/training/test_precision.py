@@ -46,6 +46,7 @@ def losses(trainer: Any) -> list[float]:
     ]
 
 
+@pytest.mark.slow
 def test_fp8_trains_on_a_cpu(make_config, make_trainer):
     """Each of 10 losses is within 1 % of bfloat16's."""
     changes = {"model": FAST, "training": {"precision": "bf16", "max_samples": 40}}
@@ -88,6 +89,7 @@ def test_resumed_with_native_scales_is_bit_identical(make_config, make_trainer, 
     assert saved["delayed_scaling.history"].count_nonzero(0).min() >= 3
 
 
+@pytest.mark.slow
 def test_resumed_with_delayed_scales_is_bit_identical(on_h100, make_config, make_trainer):
     whole = make_trainer(make_config("whole", **DELAYED), [Checkpointer()])
     whole.fit()

@@ -151,6 +151,7 @@ def test_lines_after_the_checkpoint_are_set_aside(make_config, make_trainer, tmp
     assert later in (tmp_path / "run" / "metrics.superseded.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_accumulation_changes_rounding_only(make_config, make_trainer, whole_run):
     config = make_config("accumulated", training={**LENGTH, "accumulate_steps": 2})
     trainer = make_trainer(config, [Checkpointer()])
@@ -158,6 +159,7 @@ def test_accumulation_changes_rounding_only(make_config, make_trainer, whole_run
     assert relative_error(final_tensors(trainer.folder), whole_run) < 1e-5
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_and_resume_across(
     preset, tmp_path, whole_run, whole_folder, sd_perf
 ):
@@ -234,6 +236,7 @@ def test_signal_saves_and_leaves(number, preset, tmp_path, sd_perf):
     assert f"resuming at sample {samples:,}" in output
 
 
+@pytest.mark.slow
 def test_signal_to_one_rank_stops_both(preset, tmp_path):
     run = tmp_path / "run"
     process = start_train(preset, run, *ENDLESS, processes=2)

@@ -237,7 +237,7 @@ def test_zero1_is_refused_where_torch_compiles(make_config, make_trainer):
         build_step(unet, config, seed=0, world=ranks, text_encoder=None, ops=unet.ops)
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp8", "bf16", "fp32"])
 def test_what_is_done_once_changes_nothing(precision, make_config, make_trainer):
     """A rehearsed run is, bit for bit, the run that was not; so a resumed run may be, too."""

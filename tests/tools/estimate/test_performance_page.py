@@ -32,6 +32,7 @@ def test_the_documented_rates_of_submissions_are_those_of_the_model() -> None:
         assert f"{100 * (ours / float(published) - 1):.0f}" == error
 
 
+@pytest.mark.slow
 def test_the_documented_rates_of_several_gpus_are_those_of_the_model() -> None:
     rows = re.findall(r"\| (\d+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \|", PAGE)
     assert len(rows) == 4

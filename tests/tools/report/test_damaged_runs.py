@@ -53,7 +53,7 @@ def test_bad_file(tmp_path, name, content, sentence):
     assert not (run / "report.html").exists()
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("name", "line", "reason"),
     [
