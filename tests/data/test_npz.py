@@ -9,6 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 
+from sd_perf.data import npz as module
 from sd_perf.data.npz import read_npz
 
 
@@ -81,3 +82,37 @@ def test_what_is_refused_takes_no_memory(content):
         assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("shape", [(), (0,), (5,), (1, 8, 4, 4), (3, 2)])
+@pytest.mark.parametrize("dtype", ["<f2", "<f4", "<f8", "<i8", "|u1", "|b1"])
+def test_plain_headers_are_read_as_numpy_reads_them(dtype, shape, order, monkeypatch):
+    """... and by no parser of Python's, which is not safe in threads."""
+    stream = io.BytesIO()
+    np.save(stream, np.zeros(shape, dtype, order=order))
+    theirs = module._evaluated_header(stream.getvalue())
+    monkeypatch.setattr(module, "_evaluated_header", lambda _: pytest.fail("was evaluated"))
+    assert module.read_npy_header(stream.getvalue()) == theirs
+
+
+@pytest.mark.parametrize(
+    ("text", "taken"),
+    [
+        (b"{'descr': '<f4', 'fortran_order': False, 'shape': (5), }", False),
+        (b"{'descr': '<f4', 'fortran_order': False, 'shape': (05,), }", False),
+        (b"{'descr': '<f3', 'fortran_order': False, 'shape': (5,), }", False),
+        (b"{'shape': (5,), 'descr': '<f4', 'fortran_order': False}", True),
+        (b"{'descr': '>f4', 'fortran_order': False, 'shape': (5L,), }", True),
+    ],
+)
+def test_other_headers_are_numpys_to_judge(text, taken):
+    data = b"\x93NUMPY\x01\x00" + (len(text) + 1).to_bytes(2, "little") + text + b"\n"
+    if taken:
+        shape, is_fortran, dtype, offset = module.read_npy_header(data)
+        assert (shape, is_fortran, dtype.itemsize, offset) == ((5,), False, 4, len(data))
+    else:
+        with pytest.raises(ValueError):
+            module.read_npy_header(data)
+    with pytest.raises(ValueError):
+        module.read_npy_header(data.replace(b"\x01\x00", b"\x01\x00\xff", 1))
