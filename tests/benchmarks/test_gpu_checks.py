@@ -19,6 +19,8 @@ from benchmarks.network_checks import check_draws, check_precisions
 from benchmarks.training_checks import check_replay
 from tests.benchmarks.tiny import RECIPES, TINY, tiny_workload
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.implementation)
 def test_replays_that_do_the_same_are_green(recipe: Recipe) -> None:

@@ -49,6 +49,8 @@ from sd_perf.models.key_maps import to_diffusers
 from sd_perf.reference.unet import UNet
 from tests.benchmarks.tiny import SIZES, TINY
 
+pytestmark = pytest.mark.slow
+
 PLAIN_BF16 = replace(MASTERS, attention=SDPBackend.MATH)
 YARDSTICKS = (FP32, PLAIN_BF16, FAST_FP8.yardstick)
 ITERATIONS = 3

@@ -18,6 +18,8 @@ from benchmarks.gpu_parts import PARTS, RESTART, Item, Job, run_items
 from benchmarks.gpu_report import nothing_yet, read_findings
 from benchmarks.timing import Budget
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = ["kernels", "--batch", "2", "--rival-batch", "2", "--rehearse"]
 
 

@@ -60,6 +60,7 @@ def log(folder: Path) -> list[object]:
     return ["mlperf", "check", folder]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "case", [run_folder, config, pipe, long_name, control_characters, data, log]
 )
