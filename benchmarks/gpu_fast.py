@@ -94,7 +94,8 @@ FAST_BF16 = FastRecipe(
     torch.bfloat16,
     estimated_as="fused",
 )
-# As configs/recipes/h100x8_fp8.yaml trains: with scales of earlier steps, quantising is part of LayerNorm and GEGLU.
+# As configs/recipes/h100x8_fp8.yaml trains: with scales of earlier steps, LayerNorm and GEGLU
+# quantise what they write.
 _FP8_FEED_FORWARD = {"feed_forward": "fp8_native", "fp8_recipe": "delayed"}
 FAST_FP8 = replace(
     FAST_BF16,
