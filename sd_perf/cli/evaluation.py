@@ -128,8 +128,8 @@ def score(
 def sample(
     source: Path,
     prompt: tuple[str, ...],
-    autoencoder: Path,
     output: Path,
+    autoencoder: Path | None = None,
     steps: int | None = None,
     guidance_scale: float | None = None,
     seed: int = 0,
@@ -139,8 +139,9 @@ def sample(
     Args:
         source: run folder (its newest checkpoint) or one of its checkpoints
         prompt: one or more prompts
-        autoencoder: file that holds the decoder: .onnx, or .ckpt or .safetensors in LDM names
         output: folder for the PNG files
+        autoencoder: file that holds the decoder: .onnx, or .ckpt or .safetensors in LDM names
+            (default: the run's evaluation.autoencoder)
         steps: DDIM steps (default: the run's sampling.steps)
         guidance_scale: 1 is no guidance (default: the run's sampling.guidance_scale)
         seed: of the initial noise
