@@ -30,9 +30,10 @@ def draw_prompts(
     """Draw a picture per prompt and write each to a PNG in `output`; returns the paths.
 
     `source` is a run folder, which stands for its newest checkpoint, or one of its checkpoints.
-    `autoencoder` is the file of a decoder; None: the run's section `evaluation` names it. Where `steps` or `guidance_scale` is None, the run's
-    section `sampling` says. Draws on the GPU where there is one. UserError where there is no
-    prompt, where a file that is needed cannot be used, and where a picture exists already.
+    `autoencoder` is the file of a decoder; None takes the one that the run's section `evaluation`
+    names. Where `steps` or `guidance_scale` is None, the run's section `sampling` says. Draws on
+    the GPU where there is one. UserError where there is no prompt, where a file that is needed
+    cannot be used, and where a picture exists already.
     """
     if not prompts:
         raise UserError("--prompt: give one or more prompts")
