@@ -107,7 +107,7 @@ SPEED_ONLY = ("implementation", "activation_checkpointing", "compile")
 
 @dataclass(frozen=True)
 class DiffusionConfig(Section):
-    """Noise schedule (LDM's "linear", diffusers' "scaled_linear") and scale of the latents."""
+    """Noise schedule (LDM's "linear", diffusers' "scaled_linear"), target, scale of the latents."""
 
     section = "diffusion"
 
@@ -119,6 +119,9 @@ class DiffusionConfig(Section):
     """variance of the noise added at the last timestep"""
     latent_scale: Positive = 0.18215
     """latents = this x a sample of the autoencoder's moments"""
+    prediction: Literal["v", "epsilon"] = "v"
+    """what the UNet predicts; v: the benchmark's and published SD v2 of 768 pixels; epsilon: the
+    noise, as SD v2's 512-base"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

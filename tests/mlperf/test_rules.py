@@ -19,7 +19,13 @@ OTHERS = {
         "context_dim": 768,
         "num_res_blocks": 3,
     },
-    "diffusion": {"num_timesteps": 999, "beta_start": 1e-4, "beta_end": 0.02, "latent_scale": 1.0},
+    "diffusion": {
+        "num_timesteps": 999,
+        "beta_start": 1e-4,
+        "beta_end": 0.02,
+        "latent_scale": 1.0,
+        "prediction": "epsilon",
+    },
     "data": {
         "latent_size": 96,
         "context_tokens": 76,
