@@ -18,6 +18,7 @@ OTHERS = {
         "resblock_groups": 32,
         "context_dim": 768,
         "num_res_blocks": 3,
+        "init": "a.ckpt",
     },
     "diffusion": {
         "num_timesteps": 999,

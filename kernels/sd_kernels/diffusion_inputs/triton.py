@@ -222,13 +222,5 @@ def diffusion_inputs(
     streams = [int(timestep_stream), int(noise_stream), int(moments_stream)]
     # An op's integers are signed; the oracle takes the same 64 bits.
     signed_seed = (seed + 2**63) % 2**64 - 2**63
-    return diffusion_inputs_forward(
-        moments.detach(),
-        sample_indices,
-        *tables,
-        signed_seed,
-        latent_scale,
-        streams,
-        prediction == "epsilon",
-        dtype,
-    )
+    options = signed_seed, latent_scale, streams, prediction == "epsilon", dtype
+    return diffusion_inputs_forward(moments.detach(), sample_indices, *tables, *options)
