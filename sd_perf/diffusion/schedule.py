@@ -1,4 +1,4 @@
-"""The forward process: noise schedule, noising, v-target.
+"""The forward process: noise schedule, noising, target.
 
 Ho et al. 2020 (arXiv 2006.11239), section 2: beta_t is the variance added at timestep t, and
 alphas_cumprod_t (the paper's alpha bar) the product of 1 - beta up to t.
@@ -26,7 +26,7 @@ def make_alphas_cumprod(config: DiffusionConfig) -> torch.Tensor:
 
 
 class Schedule(torch.nn.Module):
-    """Noising and the v-target, with sqrt(alphas_cumprod) and sqrt(1 - alphas_cumprod) in float32.
+    """Noising and targets, with sqrt(alphas_cumprod) and sqrt(1 - alphas_cumprod) in float32.
 
     The buffers move with the module and are not part of its state dict.
     """
@@ -36,6 +36,7 @@ class Schedule(torch.nn.Module):
 
     def __init__(self, config: DiffusionConfig) -> None:
         super().__init__()
+        self.prediction = config.prediction
         alphas_cumprod = make_alphas_cumprod(config)
         # The roots are taken in float64 and rounded once.
         signal, sigma = alphas_cumprod.sqrt().float(), (1.0 - alphas_cumprod).sqrt().float()
@@ -57,6 +58,12 @@ class Schedule(torch.nn.Module):
         """
         signal, sigma = self._coefficients(timesteps)
         return signal * latents + sigma * noise
+
+    def target(
+        self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
+        """What the UNet is to predict, (B, C, H, W): v, or with epsilon the noise."""
+        return noise if self.prediction == "epsilon" else self.v_target(latents, noise, timesteps)
 
     def v_target(
         self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor

@@ -30,11 +30,12 @@ class FusedDiffusionStep(torch.nn.Module):
             "timestep_stream": int(Stream.TIMESTEP),
             "noise_stream": int(Stream.NOISE),
             "moments_stream": int(Stream.MOMENTS),
+            "prediction": config.diffusion.prediction,
             "dtype": torch.bfloat16 if config.training.precision == "bf16" else torch.float32,
         }
 
     def draw(self, moments: Tensor, sample_indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Noisy latents and v-target (B, C, H, W), timesteps (B,) int64.
+        """Noisy latents and target (B, C, H, W), timesteps (B,) int64.
 
         moments is (B, 2C, H, W) float32, sample_indices (B,) int64. The noisy latents have the
         training precision's dtype.
@@ -48,7 +49,7 @@ class FusedDiffusionStep(torch.nn.Module):
     def forward(
         self, unet: torch.nn.Module, moments: Tensor, context: Tensor, sample_indices: Tensor
     ) -> Tensor:
-        """Mean over the batch of the squared error of the v-prediction, a float32 scalar.
+        """Mean over the batch of the squared error of the prediction, a float32 scalar.
 
         context is (B, T, D); moments and sample_indices as in `draw`.
         """

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from sd_perf.config import SPEED_ONLY, Config, DiffusionConfig, UNetConfig
+from sd_perf.config import FIRST_WEIGHTS, SPEED_ONLY, Config, DiffusionConfig, UNetConfig
 from sd_perf.errors import ConfigError
 
 RULESET = "5.0.0"
@@ -69,6 +69,8 @@ for _section, _defaults, _rule in (
 ):
     names = [field.name for field in dataclasses.fields(_defaults) if field.name not in SPEED_ONLY]
     FIXED |= {f"{_section}.{name}": (getattr(_defaults, name), _rule) for name in names}
+for _name in FIRST_WEIGHTS:
+    FIXED[f"model.{_name}"] = (getattr(UNetConfig, _name), "training begins from random weights")
 
 PRECISIONS = ("fp64", "fp32", "tf32", "fp16", "bf16", "fp8")
 """number formats that the rules approve in advance"""
@@ -80,7 +82,7 @@ def violations(config: Config) -> Iterator[tuple[str, Any, str, str]]:
         section, name = key.split(".")
         value = getattr(getattr(config, section), name)
         if value != allowed:
-            yield key, value, "not set" if allowed is None else repr(allowed), rule
+            yield key, value, "not set" if allowed in (None, "") else repr(allowed), rule
     yield from _of_data(config)
     if config.training.precision not in PRECISIONS:
         yield (

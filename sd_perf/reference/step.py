@@ -1,7 +1,8 @@
 """The diffusion training step: draws, noising, prediction, loss.
 
-Rombach et al. 2022 (arXiv 2112.10752), equation 3, with the v-target of Salimans & Ho 2022 (arXiv
-2202.00512, section 4) in place of the noise. It is the oracle that the fast step is held to.
+Rombach et al. 2022 (arXiv 2112.10752), equation 3, where the UNet predicts the noise; by default it
+is the v-target of Salimans & Ho 2022 (arXiv 2202.00512, section 4) in place of it. It is the oracle
+that the fast step is held to.
 
 Shape letters: B samples, C latent channels, H and W latent rows and columns, T text tokens, D
 context channels.
@@ -65,12 +66,12 @@ class DiffusionStep(torch.nn.Module):
         context: torch.Tensor,
         sample_indices: torch.Tensor,
     ) -> torch.Tensor:
-        """Mean squared error of the v-prediction over all elements of the batch, a float32 scalar.
+        """Mean squared error of the prediction over all elements of the batch, a float32 scalar.
 
         `moments` is (B, 2C, H, W) float32, `context` (B, T, D), `sample_indices` (B,) int64.
         """
         latents, noise, timesteps = self.draw(moments, sample_indices)
         noisy = self.schedule.add_noise(latents, noise, timesteps)
-        target = self.schedule.v_target(latents, noise, timesteps)
+        target = self.schedule.target(latents, noise, timesteps)
         prediction = unet(noisy, timesteps, context)
         return F.mse_loss(prediction.float(), target)

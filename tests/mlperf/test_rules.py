@@ -18,8 +18,15 @@ OTHERS = {
         "resblock_groups": 32,
         "context_dim": 768,
         "num_res_blocks": 3,
+        "init": "a.ckpt",
     },
-    "diffusion": {"num_timesteps": 999, "beta_start": 1e-4, "beta_end": 0.02, "latent_scale": 1.0},
+    "diffusion": {
+        "num_timesteps": 999,
+        "beta_start": 1e-4,
+        "beta_end": 0.02,
+        "latent_scale": 1.0,
+        "prediction": "epsilon",
+    },
     "data": {
         "latent_size": 96,
         "context_tokens": 76,

@@ -60,7 +60,8 @@ def _ddim_latents(x: Tensor, config: DiffusionConfig, steps: int) -> list[Tensor
 
     Song et al. 2021, equation 12 with eta 0: x_prev = sqrt(a_prev) x0 + sqrt(1 - a_prev) noise.
     Predictions are v (Salimans & Ho 2022): x0 = sqrt(a) x - sqrt(1 - a) v and
-    noise = sqrt(a) v + sqrt(1 - a) x.
+    noise = sqrt(a) v + sqrt(1 - a) x; or the noise itself, and
+    x0 = (x - sqrt(1 - a) noise) / sqrt(a).
     """
     T = config.num_timesteps
     betas = (
@@ -72,6 +73,9 @@ def _ddim_latents(x: Tensor, config: DiffusionConfig, steps: int) -> list[Tensor
         alpha, v = alphas[t], _toy_prediction(x, t)
         x0 = alpha**0.5 * x - (1 - alpha) ** 0.5 * v
         noise = alpha**0.5 * v + (1 - alpha) ** 0.5 * x
+        if config.prediction == "epsilon":
+            noise = _toy_prediction(x, t)
+            x0 = (x - (1 - alpha) ** 0.5 * noise) / alpha**0.5
         x = alphas[previous] ** 0.5 * x0 + (1 - alphas[previous]) ** 0.5 * noise
         latents.append(x)
     return latents

@@ -66,7 +66,7 @@ def _compare_draws(case: ParityCase) -> Iterator[Comparison]:
     schedule, comparer = step.schedule, case.comparer("step", "float32")
     plain = [
         schedule.add_noise(latents, noise, timesteps),
-        schedule.v_target(latents, noise, timesteps),
+        schedule.target(latents, noise, timesteps),
     ]
     fused = FusedDiffusionStep(_trained_in("float32", case.config), SEED, case.ops).to(case.device)
     noisy, target, drawn = fused.draw(inputs.moments, inputs.sample_indices)
@@ -206,7 +206,7 @@ def _exact_step(case: ParityCase, config: Config, inputs: Inputs) -> list[Tensor
     step = DiffusionStep(config.diffusion, SEED).to(case.device)
     latents, noise, timesteps = step.draw(inputs.moments, inputs.sample_indices)
     noisy = step.schedule.add_noise(latents, noise, timesteps).double()
-    target = step.schedule.v_target(latents, noise, timesteps).double()
+    target = step.schedule.target(latents, noise, timesteps).double()
     loss = F.mse_loss(unet(noisy, timesteps, inputs.context.double()), target)
     loss.backward()
     grads = [[parameter.grad for parameter in unet.parameters() if parameter.grad is not None]]
