@@ -13,6 +13,7 @@ from sd_perf.config.rules import (
     ONE,
     Blocks,
     Count,
+    NotNegative,
     PathText,
     Positive,
     Rule,
@@ -119,6 +120,12 @@ class DiffusionConfig(Section):
     """variance of the noise added at the last timestep"""
     latent_scale: Positive = 0.18215
     """latents = this x a sample of the autoencoder's moments"""
+    offset_noise: NotNegative = 0.0
+    """standard deviation of noise that is one number per sample and channel, added to the noise of
+    training (usual: 0.05 to 0.1); 0: none"""
+    zero_terminal_snr: bool = False
+    """rescale the noise schedule so that its last timestep is noise alone; pictures are then drawn
+    from that timestep on"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -23,7 +23,7 @@ from sd_perf.models.weight_files import (
 )
 from sd_perf.reference.unet import UNet
 from sd_perf.runs.checkpoint_files import STATE_NAME, read_state, run_folder_of
-from sd_perf.runs.checkpoints import CheckpointStore, load_component
+from sd_perf.runs.checkpoints import CheckpointStore, load_weights
 from sd_perf.runs.folder import read_run_config, require_of_run
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
@@ -31,27 +31,35 @@ PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 
 
 def read_unet(
-    source: Path, groups: int | None = None
+    source: Path, groups: int | None = None, ema: bool = False
 ) -> tuple[dict[str, torch.Tensor], UNetConfig]:
     """UNet weights, under LDM's names, and their config.
 
     `source` is one of: a run folder, whose newest checkpoint is read; a checkpoint folder; a folder
     exported for diffusers; a weight file with LDM's names. A file without a config of its own must
     hold Stable Diffusion v2's UNet, of which `groups` says the GroupNorm groups in ResBlocks and
-    head: 16 in the benchmark's, 32 in the published one.
+    head: 16 in the benchmark's, 32 in the published one. `ema` takes the moving average of a run's
+    weights.
 
     Raises CheckpointError where the weights do not fit the config, where a file cannot tell its
     groups and `groups` does not, and where `groups` says otherwise than `source`.
     """
-    if source.suffix in (".safetensors", *PICKLES):
+    is_file = source.suffix in (".safetensors", *PICKLES)
+    is_diffusers = any((source / name).is_file() for name in ("unet/config.json", "config.json"))
+    if ema and (is_file or is_diffusers):
+        raise CheckpointError(
+            f"--ema: {source} is no run and no checkpoint, which alone keep an average beside the "
+            "weights; leave --ema out"
+        )
+    if is_file:
         state, config = _read_unet_file(source, groups)
-    elif (source / "unet" / "config.json").is_file() or (source / "config.json").is_file():
+    elif is_diffusers:
         state, config = read_diffusers_unet(source)
     else:
         source, run = newest_checkpoint(source)
         config = read_run_config(run).model
         require_of_run(source, read_state(source), run)
-        state = load_component(source, "model")
+        state = load_weights(source, ema)
     if groups not in (None, config.resblock_groups):
         raise CheckpointError(
             f"--groups: {groups} cannot be used, since {source} says {config.resblock_groups}; "

@@ -11,6 +11,7 @@ from itertools import islice
 import numpy as np
 
 from sd_perf.config import DataConfig
+from sd_perf.data.augmentation import draw_view
 from sd_perf.data.batch import Batch, LoaderOptions, Replacement
 from sd_perf.data.loaders.quick_rows import QuickRows
 from sd_perf.data.order import SampleOrder
@@ -122,11 +123,11 @@ class PortableLoader:
 
     def _good_sample(self, position: int) -> tuple[Sample, Replacement | None]:
         """The sample at a position, or the next good one of the order, with its `Replacement`."""
-        replacement = None
+        replacement, view = None, draw_view(self._config, self._options.seed, position)
         for candidate in range(position, position + self.num_samples):
             number = self._order.sample(candidate)
             try:
-                return self._reader.read(number), replacement
+                return self._reader.read(number, view), replacement
             except BadSampleError as error:
                 culprit = f"{self._index.folder}: sample {self._index.name(number)}: {error}"
                 if self._config.max_bad_samples == 0:
