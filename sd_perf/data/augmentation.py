@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 from sd_perf.config import DataConfig
@@ -22,14 +23,17 @@ from sd_perf.diffusion.randomness import Stream, philox
 _WORDS = 2.0**32
 
 
-def draw_view(config: DataConfig, seed: int, position: int) -> View:
-    """The view of the picture at a position, as data.random_flip and data.random_crop ask for."""
+def draw_views(config: DataConfig, seed: int, positions: np.ndarray) -> list[View]:
+    """The views of the pictures at positions (B,), by data.random_flip and data.random_crop."""
     if not (config.random_flip or config.random_crop):
-        return AS_IT_IS
-    flip, crop = philox(seed, Stream.VIEW, torch.tensor([position]), 2)[0].tolist()
-    # The upper bit is as good as any; a square's place has all 32.
-    is_flipped = config.random_flip and flip >= _WORDS / 2
-    return View(is_flipped, crop / _WORDS if config.random_crop else None)
+        return [AS_IT_IS] * len(positions)
+    words = philox(seed, Stream.VIEW, torch.from_numpy(positions), 2).tolist()
+    return [
+        View(
+            config.random_flip and flip >= _WORDS / 2, crop / _WORDS if config.random_crop else None
+        )
+        for flip, crop in words
+    ]
 
 
 def is_dropped(seed: int, positions: torch.Tensor, share: float) -> torch.Tensor:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sd_perf.config import Config, DataConfig
-from sd_perf.data.augmentation import CaptionDropout, draw_view, is_dropped
+from sd_perf.data.augmentation import CaptionDropout, draw_views, is_dropped
 from sd_perf.data.batch import LoaderOptions
 from sd_perf.data.images import load_picture
 from sd_perf.data.loaders.portable import PortableLoader
@@ -81,28 +81,25 @@ def test_crops_are_parts_of_the_whole_resized_picture(size, axis):
 
 def test_views_are_drawn_by_position():
     config = dataclasses.replace(config_of(Path("a")), random_flip=True, random_crop=True)
-    views = [draw_view(config, SEED, position) for position in range(400)]
-    assert views == [draw_view(config, SEED, position) for position in range(400)]
+    positions = np.arange(400)
+    views = draw_views(config, SEED, positions)
+    assert views[7::3] == draw_views(config, SEED, positions[7::3])
     flips, crops = (np.array(each) for each in zip(*map(dataclasses.astuple, views), strict=True))
     assert 150 < flips.sum() < 250 and abs(crops.mean() - 0.5) < 0.08
     assert 0 <= crops.min() < 0.05 and 0.95 < crops.max() < 1
     only = dataclasses.replace(config, random_crop=False)
-    assert [draw_view(only, SEED, position) for position in range(400)] == [
-        View(flip=bool(flip)) for flip in flips
-    ]
-    assert draw_view(config_of(Path("a")), SEED, 3) == View()
+    assert draw_views(only, SEED, positions) == [View(flip=bool(flip)) for flip in flips]
+    assert draw_views(config_of(Path("a")), SEED, positions[:2]) == [View(), View()]
 
 
 def test_a_raw_loader_sees_its_pictures_so(tmp_path):
     content = picture(0, size=(20, 30))
     folder = write(tmp_path, *[content] * 6, extension="png")
     config = config_of(folder, random_flip=True, random_crop=True, image_range="benchmark")
-    for position in (0, 6):
-        batch = loader(config).make(np.arange(position, position + 6))
-        for row, number in enumerate(batch.sample_indices.tolist()):
-            view = draw_view(config, SEED, number)
-            right = load_picture(content, 16, "benchmark", view=view)
-            assert torch.equal(batch.pixels[row], right)
+    positions = np.arange(6, 12)
+    pixels = loader(config).make(positions).pixels
+    for view, seen in zip(draw_views(config, SEED, positions), pixels, strict=True):
+        assert torch.equal(seen, load_picture(content, 16, "benchmark", view=view))
 
 
 @pytest.mark.parametrize(
