@@ -26,14 +26,16 @@ def draw_prompts(
     steps: int | None = None,
     guidance_scale: float | None = None,
     seed: int = 0,
+    ema: bool = False,
 ) -> list[Path]:
     """Draw a picture per prompt and write each to a PNG in `output`; returns the paths.
 
     `source` is a run folder, which stands for its newest checkpoint, or one of its checkpoints.
     `autoencoder` is the file of a decoder; None takes the one that the run's section `evaluation`
-    names. Where `steps` or `guidance_scale` is None, the run's section `sampling` says. Draws on
-    the GPU where there is one. UserError where there is no prompt, where a file that is needed
-    cannot be used, and where a picture exists already.
+    names. Where `steps` or `guidance_scale` is None, the run's section `sampling` says. `ema` draws
+    with the moving average of the weights. Draws on the GPU where there is one. UserError where
+    there is no prompt, where a file that is needed cannot be used, and where a picture exists
+    already.
     """
     if not prompts:
         raise UserError("--prompt: give one or more prompts")
@@ -49,7 +51,7 @@ def draw_prompts(
     decode = read_decoder(autoencoder or Path(config.evaluation.autoencoder))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     unet = build_sampling_unet(config, device)
-    load_into(unet, read_unet(checkpoint)[0], "the UNet", checkpoint)
+    load_into(unet, read_unet(checkpoint, ema=ema)[0], "the UNet", checkpoint)
     text_encoder = build_text_encoder(config, device)
     paths = picture_paths(prompts, output)
     drawn = generate(
