@@ -22,7 +22,7 @@ from rich.table import Table
 from sd_perf.config import Config, EvaluationConfig
 from sd_perf.data.images import write_png
 from sd_perf.data.prepare.captioned_images import load_captioned_image
-from sd_perf.data.prepare.raw_shards import read_images
+from sd_perf.data.prepare.image_folder import read_images
 from sd_perf.distributed.world import World
 from sd_perf.errors import CheckpointError
 from sd_perf.evaluation.evaluator import Evaluator, features_of, require_named
