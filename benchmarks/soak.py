@@ -46,7 +46,7 @@ from sd_perf.tools.results import Conditions
 NAME = "soak"
 PHASES = START_UP, STEP, WRITE, END = ("start-up", "step", "checkpoint write", "evaluation and end")
 AIMS = ("any moment", STEP, WRITE, END)
-MOST_KILLS_OF_A_RUN = 5
+MOST_KILLS_OF_A_RUN = 8
 SLURM_START = 20.0
 """seconds that Slurm, pre-flight and a second process of Python put before a run's own start"""
 
@@ -204,7 +204,7 @@ def killed_run(run: KilledRun, kills: int, rng: random.Random) -> list[dict[str,
         run.start()
     late = not wait(run.ended, RUN_SECONDS, poll=0.2)
     ended = Look.at(run.folder)
-    after = [*(row["superseded"] for row in rows[1:]), ended.superseded]
+    after = [row["superseded"] for row in rows[1:]] + [ended.superseded] * bool(rows)
     faults = [run.outcome()] if run.outcome() else []
     faults += ["did not end in time"] if late else []
     compared = run.world.equal(run.folder)

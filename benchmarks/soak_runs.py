@@ -17,7 +17,7 @@ from benchmarks.virtual_cluster import VirtualCluster
 from sd_perf.tools.results import REPOSITORY
 
 RANK, LAUNCHER, NODE = WAYS = ("rank", "launcher", "slurm-node")
-GONE_SECONDS = {RANK: 30.0, LAUNCHER: 5.0, NODE: 60.0}
+GONE_SECONDS = {RANK: 20.0, LAUNCHER: 5.0, NODE: 60.0}
 """after a kill, until what still lives counts as an orphan: ranks that lost one say so and leave,
 what lost its launcher has nothing to say"""
 RUN_SECONDS = 300.0

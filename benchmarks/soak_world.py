@@ -24,7 +24,7 @@ from sd_perf.tools.results import REPOSITORY
 
 BATCH = 8
 STEPS = 40
-STEPS_PER_CHECKPOINT = 8
+STEPS_PER_CHECKPOINT = 10
 PROCESSES = 2
 MARK = "SD_PERF_SOAK_RUN"
 """environment variable that all processes of a run have from its start"""
