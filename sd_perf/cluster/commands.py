@@ -149,7 +149,7 @@ def run(
     previous = {n: signal.signal(n, hand_on) for n in STOP_SIGNALS if n not in ignored}
     try:
         pipe = subprocess.PIPE if listen else None
-        ends_too = partial(end_with_parent, os.getpid())
+        ends_too = partial(end_with_parent, os.getpid())  # safe: this process has no threads
         words = list(command)
         started.append(subprocess.Popen(words, env=environment, stderr=pipe, preexec_fn=ends_too))
         for number in early:
