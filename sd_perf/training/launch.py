@@ -23,6 +23,7 @@ from sd_perf.fast.ops import Ops
 from sd_perf.mlperf.rules import require_closed
 from sd_perf.models.build import build_encoders, build_text_encoder, build_unet
 from sd_perf.models.first_weights import copy_first_weights, first_weights_record
+from sd_perf.runs.checkpoints import CheckpointStore
 from sd_perf.runs.folder import open_run, read_run_config, settle_run
 from sd_perf.runs.lock import RunLock
 from sd_perf.runs.parity_record import require_green

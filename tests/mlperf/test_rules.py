@@ -27,6 +27,7 @@ OTHERS = {
         "latent_scale": 1.0,
         "prediction": "epsilon",
         "offset_noise": 0.1,
+        "zero_terminal_snr": True,
     },
     "data": {
         "latent_size": 96,
