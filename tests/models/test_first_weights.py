@@ -16,6 +16,7 @@ from sd_perf.errors import CheckpointError, ConfigError, UserError
 from sd_perf.mlperf.rules import violations
 from sd_perf.models.diffusers_folder import export_diffusers
 from sd_perf.models.first_weights import first_weights_record, read_first_weights
+from sd_perf.models.readers import read_diffusion
 from sd_perf.models.weight_files import EMA_PREFIX, UNET_PREFIX, export_ldm
 from sd_perf.reference.unet import UNet
 from sd_perf.training.callbacks.checkpointer import Checkpointer
@@ -99,6 +100,17 @@ def test_schedulers_of_another_diffusion(pipeline, change, complaint):
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(UserError, match=complaint):
         read_first_weights(config_of(pipeline, prediction="epsilon"))
+
+
+def test_zero_terminal_snr_can_be_begun_and_is_then_kept(state, tmp_path):
+    zero = DiffusionConfig(zero_terminal_snr=True, offset_noise=0.1)
+    export_diffusers(state, UNIFORM, tmp_path / "without")
+    export_diffusers(state, UNIFORM, tmp_path / "with", diffusion=zero)
+    begun = replace(config_of(tmp_path / "without"), diffusion=zero)
+    assert same(read_first_weights(begun), state)
+    assert read_diffusion(tmp_path / "with") == replace(zero, offset_noise=0.0)
+    with pytest.raises(ConfigError, match=r"diffusion\.zero_terminal_snr: False .* with True"):
+        read_first_weights(config_of(tmp_path / "with"))
 
 
 def test_names_and_shapes_that_differ_are_told(state, tmp_path):
