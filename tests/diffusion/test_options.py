@@ -38,6 +38,7 @@ def model(x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor) -> to
     return torch.tanh(x + timesteps.view(-1, 1, 1, 1) / 1000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
 def test_min_snr_is_diffusers(gamma):
     define_missing_torchvision_ops()
