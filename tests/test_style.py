@@ -31,7 +31,7 @@ CODE_LINES = {
     "sd_perf/distributed": 500,
     "sd_perf/evaluation": 1300,
     "sd_perf/mlperf": 1750,
-    "sd_perf/tools": 5060,
+    "sd_perf/tools": 5080,
     "sd_perf": 2580,
     "kernels": 5850,
     "benchmarks": 5760,

@@ -13,7 +13,7 @@ import torch
 from sd_perf.config import Config
 from sd_perf.data.augmentation import is_dropped
 from sd_perf.data.prepare.encode import ShardEncoder
-from sd_perf.data.prepare.prepare_shards import prepare_shards
+from sd_perf.data.prepare.prepare_shards import prepare_shards, survey_images
 from sd_perf.data.prepare.scenes import write_scene_shards
 from sd_perf.data.shard_writer import ShardWriter
 from sd_perf.errors import CheckpointError, ConfigError
@@ -45,7 +45,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders raw, moments and encoded of the same pictures and captions."""
     folder = tmp_path_factory.mktemp("formats")
     write_scene_shards(folder / "raw", PICTURES, seed=0)
-    prepare_shards(config_of(folder, folder, "moments"), folder / "raw", AUTOENCODER)
+    moments = config_of(folder, folder, "moments")
+    prepare_shards(moments, survey_images(moments, folder / "raw"), AUTOENCODER)
     config = config_of(folder, folder, "encoded", context="precomputed")
     cpu = torch.device("cpu")
     ShardEncoder(config, folder / "raw", "raw", copy_text=False, device=cpu).run()
@@ -111,7 +112,7 @@ def test_photographs_of_another_autoencoder(real_data, tmp_path):
     encoder = real_data / "vaelight" / "VAEencoder.onnx"
     changes = {"autoencoder": str(encoder), "latent_size": 16}
     moments = config_of(tmp_path, tmp_path / "a", "moments", **changes)
-    prepare_shards(moments, tmp_path / "raw", encoder)
+    prepare_shards(moments, survey_images(moments, tmp_path / "raw"), encoder)
     raw = config_of(tmp_path, tmp_path / "b", "raw", **changes)
     np.testing.assert_allclose(losses(raw, steps=6), losses(moments, steps=6), rtol=1e-5, atol=0)
 
