@@ -95,7 +95,8 @@ def _rate(config: Config) -> str:
     if not optimizer.decay_steps:
         return f"{words}, then constant"
     end = config.learning_rate * optimizer.decay_end
-    return f"{words}, then falling to {end:.4g} in {optimizer.decay_steps:,}"
+    along = " along a cosine" if optimizer.decay_shape == "cosine" else ""
+    return f"{words}, then falling{along} to {end:.4g} in {optimizer.decay_steps:,}"
 
 
 def _machine(config: Config, ranks: int) -> str:
