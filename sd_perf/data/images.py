@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 import numpy as np
 import torch
 
-from sd_perf.data.resize import resize_and_crop
+from sd_perf.data.resize import AS_IT_IS, View, resize_and_crop
 from sd_perf.errors import DataError
 from sd_perf.files import one_line, opened_untrusted, written_aside
 from sd_perf.optional import optional
@@ -52,12 +52,14 @@ def load_image(
     fit: Literal["crop", "squash"] = "crop",
     upright: bool = True,
     max_pixels: int | None = None,
+    view: View = AS_IT_IS,
 ) -> torch.Tensor:
     """Load an image, by path or from a stream of its bytes, as (3, size, size) float32.
 
-    fit="crop" is the transform of the benchmark's training images: see `resize_and_crop`. Values
-    that the bicubic filter puts outside [0, 1] stay there. fit="squash" is that of the images
-    behind the benchmark's FID statistics: Pillow's bicubic resize to the square, in 8 bits.
+    fit="crop" is the transform of the benchmark's training images, in another `view` where one is
+    given: see `resize_and_crop`. Values that the bicubic filter puts outside [0, 1] stay there.
+    fit="squash" is that of the images behind the benchmark's FID statistics: Pillow's bicubic
+    resize to the square, in 8 bits.
 
     `upright` turns the image as its EXIF orientation says; the benchmark's decoder does not.
     Images of more than `max_pixels` (None: MAX_PIXELS) are refused. Transparent ones are laid on
@@ -68,7 +70,7 @@ def load_image(
     image = _decode(path, upright, max_pixels)
     if fit == "squash":
         image = image.resize((size, size), Image.Resampling.BICUBIC)
-    return resize_and_crop(np.array(image), size)
+    return resize_and_crop(np.array(image), size, view)
 
 
 def load_pixels(
@@ -98,6 +100,7 @@ def load_picture(
     *,
     upright: bool = False,
     max_pixels: int | None = None,
+    view: View = AS_IT_IS,
 ) -> torch.Tensor:
     """The pixels (3, size, size) float32 that the encoder gets, from the bytes of an image file.
 
@@ -107,9 +110,10 @@ def load_picture(
     """
     pixels = None if upright else _quick_jpeg(encoded, max_pixels)
     if pixels is None:
-        image = load_image(io.BytesIO(encoded), size, upright=upright, max_pixels=max_pixels)
+        options = {"upright": upright, "max_pixels": max_pixels, "view": view}
+        image = load_image(io.BytesIO(encoded), size, **options)
     else:
-        image = resize_and_crop(pixels, size)
+        image = resize_and_crop(pixels, size, view)
     return in_range(image, image_range)
 
 
