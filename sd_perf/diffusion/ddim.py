@@ -1,7 +1,8 @@
-"""DDIM sampling of a v-prediction model with classifier-free guidance.
+"""DDIM sampling with classifier-free guidance, of a UNet that predicts v or the noise.
 
 - DDIM with eta 0: Song et al. 2021 (arXiv 2010.02502), equation 12 with sigma_t = 0
 - v-prediction: Salimans & Ho 2022 (arXiv 2202.00512), section 4 and appendix D
+- noise (epsilon): Ho et al. 2020 (arXiv 2006.11239), equation 4, solved for the latents
 - guidance: Ho & Salimans 2022 (arXiv 2207.12598), equation 6
 
 The timesteps are the benchmark's: 1, 1 + stride, ... with stride num_timesteps // steps. The last
@@ -22,7 +23,16 @@ from sd_perf.config import DiffusionConfig
 from sd_perf.diffusion.schedule import make_alphas_cumprod
 
 Predictor = Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor]
-"""a UNet: noisy latents, timesteps and context to predictions of v"""
+"""a UNet: noisy latents, timesteps and context to predictions"""
+
+
+def trailing_timesteps(num_timesteps: int, steps: int) -> list[int]:
+    """Timesteps that begin at the last one: 999, 979, ..., 19 for 50 steps of 1000.
+
+    Lin et al. 2023 (arXiv 2305.08891), section 3.3 and table 2, "trailing": a schedule whose last
+    timestep is noise alone must be sampled from there.
+    """
+    return [round(num_timesteps * (steps - i) / steps) - 1 for i in range(steps)]
 
 
 def ddim_timesteps(num_timesteps: int, steps: int) -> list[int]:
@@ -50,7 +60,7 @@ def guidance_context(
 def guided_prediction(
     unet: Predictor, x: torch.Tensor, timesteps: torch.Tensor, context: Any, guidance_scale: float
 ) -> torch.Tensor:
-    """v_uncond + guidance_scale (v_cond - v_uncond), (B, C, H, W) float32.
+    """uncond + guidance_scale (cond - uncond) of the predictions, (B, C, H, W) float32.
 
     Ho & Salimans 2022, equation 6, with their w = guidance_scale - 1. Both predictions come from
     one call of the UNet on the context that `guidance_context` gives.
@@ -58,8 +68,21 @@ def guided_prediction(
     if guidance_scale == 1.0:
         return unet(x, timesteps, context).float()
     both = unet(torch.cat((x, x)), torch.cat((timesteps, timesteps)), context)
-    v_uncond, v_cond = both.float().chunk(2)
-    return v_uncond + guidance_scale * (v_cond - v_uncond)
+    uncond, cond = both.float().chunk(2)
+    return uncond + guidance_scale * (cond - uncond)
+
+
+def split_prediction(
+    x: torch.Tensor, predicted: torch.Tensor, alpha: float, prediction: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The latents and the noise, (B, C, H, W) each, that a prediction says noisy latents x are of.
+
+    `alpha` is alphas_cumprod at the timestep of x, `prediction` what is predicted: v or epsilon.
+    """
+    signal, sigma = alpha**0.5, (1 - alpha) ** 0.5
+    if prediction == "epsilon":
+        return (x - sigma * predicted) / signal, predicted
+    return signal * x - sigma * predicted, signal * predicted + sigma * x
 
 
 @torch.no_grad()
@@ -82,16 +105,16 @@ def ddim_sample(
     conditioning = project_text(guidance_context(context, uncond, guidance_scale))
     # On the host in float64, so that the coefficients of a step are plain Python numbers.
     alphas_cumprod = make_alphas_cumprod(config).tolist()
-    timesteps = ddim_timesteps(config.num_timesteps, steps)
+    spaced = trailing_timesteps if config.zero_terminal_snr else ddim_timesteps
+    timesteps = spaced(config.num_timesteps, steps)
     x = noise.float()
     for t, t_next in zip(timesteps, [*timesteps[1:], 0], strict=True):
-        signal, sigma = alphas_cumprod[t] ** 0.5, (1 - alphas_cumprod[t]) ** 0.5
         batch_t = torch.full((len(x),), t, dtype=torch.int64, device=x.device)
-        v = guided_prediction(unet, x, batch_t, conditioning, guidance_scale)
-        # The two predictions that v holds (Salimans & Ho 2022, section 4 and appendix D) ...
-        x_start = signal * x - sigma * v
-        predicted_noise = signal * v + sigma * x
-        # ... noised to the next timestep (Song et al. 2021, equation 12 with sigma_t = 0).
+        predicted = guided_prediction(unet, x, batch_t, conditioning, guidance_scale)
+        x_start, predicted_noise = split_prediction(
+            x, predicted, alphas_cumprod[t], config.prediction
+        )
+        # Noised to the next timestep (Song et al. 2021, equation 12 with sigma_t = 0).
         x = (
             alphas_cumprod[t_next] ** 0.5 * x_start
             + (1 - alphas_cumprod[t_next]) ** 0.5 * predicted_noise

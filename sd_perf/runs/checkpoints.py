@@ -255,7 +255,7 @@ def load_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, t
 
 
 def load_component(path: Path, component: str) -> dict[str, torch.Tensor]:
-    """The tensors of a component ("model", "exp_avg" or "exp_avg_sq"), unprefixed, on the CPU.
+    """The tensors of a component ("model", "exp_avg", ...), unprefixed, on the CPU.
 
     Raises CheckpointError where there are none, or the checkpoint is damaged. Only the files of the
     component are read.
@@ -266,3 +266,16 @@ def load_component(path: Path, component: str) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{path}: holds no {component}")
     tensors = read_tensors(path, state, names)
     return {name.removeprefix(f"{component}."): tensor for name, tensor in tensors.items()}
+
+
+def load_weights(path: Path, ema: bool = False) -> dict[str, torch.Tensor]:
+    """The UNet's weights in a checkpoint, or with `ema` their moving average, on the CPU.
+
+    Raises CheckpointError as `load_component` does, and where the run keeps no average.
+    """
+    if ema and not any(name.startswith("ema.") for name in read_state(path)["tensors"]):
+        raise CheckpointError(
+            f"{path}: holds no averaged weights, which training.ema_decay asks for; take the "
+            "weights themselves (without --ema; as model.init, with model.init_ema false)"
+        )
+    return load_component(path, "ema" if ema else "model")

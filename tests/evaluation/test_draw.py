@@ -87,4 +87,6 @@ def test_what_cannot_be_drawn(run, tmp_path):
         draw_prompts(run, [], AUTOENCODER, tmp_path / "pictures")
     with pytest.raises(ConfigError, match=r"^sampling\.steps: 2000 .* at most diffusion"):
         draw_prompts(run, PROMPTS, AUTOENCODER, tmp_path / "pictures", steps=2000)
+    with pytest.raises(UserError, match=r"^--autoencoder: give one; .* names none$"):
+        draw_prompts(run, PROMPTS, None, tmp_path / "pictures")
     assert not (tmp_path / "pictures").exists()
