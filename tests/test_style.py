@@ -28,7 +28,7 @@ CODE_LINES = {
     "sd_perf/sinks": 280,
     "sd_perf/training": 1720,
     "sd_perf/cluster": 1080,
-    "sd_perf/distributed": 500,
+    "sd_perf/distributed": 510,
     "sd_perf/evaluation": 1300,
     "sd_perf/mlperf": 1750,
     "sd_perf/tools": 5080,
