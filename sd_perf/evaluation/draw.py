@@ -11,7 +11,7 @@ import torch
 from sd_perf.config import SamplingConfig
 from sd_perf.errors import UserError
 from sd_perf.evaluation.generate import generate, picture_paths, save_pictures
-from sd_perf.models.build import build_sampling_unet, build_text_encoder
+from sd_perf.models.build import DTYPES, build_sampling_unet, build_text_encoder
 from sd_perf.models.readers import newest_checkpoint, read_decoder, read_unet
 from sd_perf.models.weight_files import load_into
 from sd_perf.runs.folder import read_run_config
@@ -46,7 +46,8 @@ def draw_prompts(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     unet = build_sampling_unet(config, device)
     load_into(unet, read_unet(checkpoint)[0], "the UNet", checkpoint)
-    decode, text_encoder = read_decoder(autoencoder), build_text_encoder(config, device)
+    decode = read_decoder(autoencoder, device, DTYPES[config.evaluation.precision])
+    text_encoder = build_text_encoder(config, device)
     paths = picture_paths(prompts, output)
     drawn = generate(
         unet, text_encoder, decode, prompts, config=config, seed=seed, source=checkpoint

@@ -54,10 +54,17 @@ def choose_ops(config: Config, target: Target | None = None) -> Ops | None:
 def build_sampling_unet(config: Config, device: torch.device) -> torch.nn.Module:
     """The UNet that draws pictures, wherever it was trained.
 
-    It computes without FP8 and on the kernels that this machine has.
+    It computes without FP8, in evaluation.precision, on the kernels that this machine has.
     """
-    here = replace(config, precision=PrecisionConfig(), kernels=KernelsConfig())
-    return build_unet(here, seed=0, device=device, ops=choose_ops(here)).eval()
+    precision = config.evaluation.precision
+    training = replace(config.training, precision=precision)  # what kernels are chosen by
+    here = replace(config, training=training, precision=PrecisionConfig(), kernels=KernelsConfig())
+    unet = build_unet(here, seed=0, device=device, ops=choose_ops(here)).eval()
+    return unet.to(DTYPES[precision])
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""by evaluation.precision"""
 
 
 def build_encoders(
