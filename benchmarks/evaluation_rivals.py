@@ -37,11 +37,11 @@ from benchmarks.pairs import in_turns, pair_row
 from sd_perf.config import Config, SamplingConfig, UNetConfig
 from sd_perf.data.images import write_png
 from sd_perf.errors import UserError
-from sd_perf.evaluation import evaluator
+from sd_perf.evaluation import score_folder as score_folder_module
 from sd_perf.evaluation.fid import FeatureStatistics
 from sd_perf.evaluation.generate import generate
 from sd_perf.evaluation.inception import FidInception, folded
-from sd_perf.evaluation.score_folder import Scoring, score_folder
+from sd_perf.evaluation.score_folder import Scoring
 from sd_perf.models.build import build_sampling_unet
 from sd_perf.models.key_maps import scheduler_config, to_diffusers
 from sd_perf.models.vae import AutoencoderConfig, AutoencoderKL
@@ -169,15 +169,13 @@ class Fid:
 
     def ours(self) -> float:
         """By `score_folder`, with the network in memory."""
-        read, evaluator_read = evaluator.read_features, lambda path, device: self.network
-        from sd_perf.evaluation import score_folder as module
-
-        module.read_features = evaluator_read  # type: ignore[assignment]
+        read = score_folder_module.read_features
+        score_folder_module.read_features = lambda path, device: self.network
         try:
             scoring = Scoring(Path("in memory"), self.statistics, threads=torch.get_num_threads())
-            found = score_folder(self.folder, scoring, CPU).fid
+            found = score_folder_module.score_folder(self.folder, scoring, CPU).fid
         finally:
-            module.read_features = read
+            score_folder_module.read_features = read
         assert found is not None
         return found
 
@@ -185,23 +183,13 @@ class Fid:
         """By pytorch-fid, with the same weights."""
         module = optional("pytorch_fid.inception", "the rival of FID is pytorch-fid", "dev")
         scores = optional("pytorch_fid.fid_score", "the rival of FID is pytorch-fid", "dev")
-        make = module.fid_inception_v3
-
-        def with_these_weights() -> Any:
-            network = module._inception_v3(num_classes=1008, aux_logits=False, weights=None)
-            for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b", "7c"):
-                kind = {"5": "A", "6": "C", "7": "E_1"}[name[0]] if name != "7c" else "E_2"
-                block = getattr(network, f"Mixed_{name}")
-                block.__class__ = getattr(module, f"FIDInception{kind}")
-            network.load_state_dict(self.state)
-            return network
-
-        module.fid_inception_v3 = with_these_weights
+        load = module.load_state_dict_from_url
+        module.load_state_dict_from_url = lambda *args, **options: self.state
         try:
             paths = [str(self.folder), str(self.statistics)]
             return float(scores.calculate_fid_given_paths(paths, 50, CPU, 2048, num_workers=0))
         finally:
-            module.fid_inception_v3 = make
+            module.load_state_dict_from_url = load
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
