@@ -1,7 +1,8 @@
-"""DDIM sampling of a v-prediction model with classifier-free guidance.
+"""DDIM sampling with classifier-free guidance, of a UNet that predicts v or the noise.
 
 - DDIM with eta 0: Song et al. 2021 (arXiv 2010.02502), equation 12 with sigma_t = 0
 - v-prediction: Salimans & Ho 2022 (arXiv 2202.00512), section 4 and appendix D
+- noise (epsilon): Ho et al. 2020 (arXiv 2006.11239), equation 4, solved for the latents
 - guidance: Ho & Salimans 2022 (arXiv 2207.12598), equation 6
 
 The timesteps are the benchmark's: 1, 1 + stride, ... with stride num_timesteps // steps. The last
@@ -23,7 +24,16 @@ from sd_perf.diffusion.schedule import make_alphas_cumprod
 Context = torch.Tensor | list[torch.Tensor]
 """text states (B, T, D), or keys and values (B, T, 2C) for each cross-attention of a UNet"""
 Predictor = Callable[[torch.Tensor, torch.Tensor, Context], torch.Tensor]
-"""a UNet: noisy latents, timesteps and context to predictions of v"""
+"""a UNet: noisy latents, timesteps and context to predictions"""
+
+
+def trailing_timesteps(num_timesteps: int, steps: int) -> list[int]:
+    """Timesteps that begin at the last one: 999, 979, ..., 19 for 50 steps of 1000.
+
+    Lin et al. 2023 (arXiv 2305.08891), section 3.3 and table 2, "trailing": a schedule whose last
+    timestep is noise alone must be sampled from there.
+    """
+    return [round(num_timesteps * (steps - i) / steps) - 1 for i in range(steps)]
 
 
 def ddim_timesteps(num_timesteps: int, steps: int) -> list[int]:
@@ -59,7 +69,7 @@ def guided_prediction(
     context: Context,
     guidance_scale: float,
 ) -> torch.Tensor:
-    """v_uncond + guidance_scale (v_cond - v_uncond), (B, C, H, W) float32.
+    """uncond + guidance_scale (cond - uncond) of the predictions, (B, C, H, W) float32.
 
     Ho & Salimans 2022, equation 6, with their w = guidance_scale - 1. Both predictions come from
     one call of the UNet on the context that `guidance_context` gives.
@@ -67,8 +77,21 @@ def guided_prediction(
     if guidance_scale == 1.0:
         return unet(x, timesteps, context).float()
     both = unet(torch.cat((x, x)), torch.cat((timesteps, timesteps)), context)
-    v_uncond, v_cond = both.float().chunk(2)
-    return v_uncond + guidance_scale * (v_cond - v_uncond)
+    uncond, cond = both.float().chunk(2)
+    return uncond + guidance_scale * (cond - uncond)
+
+
+def split_prediction(
+    x: torch.Tensor, predicted: torch.Tensor, alpha: float, prediction: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The latents and the noise, (B, C, H, W) each, that a prediction says noisy latents x are of.
+
+    `alpha` is alphas_cumprod at the timestep of x, `prediction` what is predicted: v or epsilon.
+    """
+    signal, sigma = alpha**0.5, (1 - alpha) ** 0.5
+    if prediction == "epsilon":
+        return (x - sigma * predicted) / signal, predicted
+    return signal * x - sigma * predicted, signal * predicted + sigma * x
 
 
 class Denoising:
@@ -91,11 +114,19 @@ class Denoising:
         self._unet, self._guidance_scale = unet, guidance_scale
         self.latents = torch.empty_like(noise, dtype=torch.float32)
         self._context = _empty_like(context)
-        timesteps = ddim_timesteps(config.num_timesteps, steps)
-        # Roots in float64, of which a step needs float32.
-        alphas = make_alphas_cumprod(config)[torch.tensor([timesteps, [*timesteps[1:], 0]])]
-        roots = torch.stack((alphas[0], 1 - alphas[0], alphas[1], 1 - alphas[1]), 1).sqrt()
-        self._coefficients = roots.to(noise.device, torch.float32)
+        spaced = trailing_timesteps if config.zero_terminal_snr else ddim_timesteps
+        timesteps = spaced(config.num_timesteps, steps)
+        alphas = make_alphas_cumprod(config)
+        x, predicted = torch.eye(2, dtype=torch.float64)  # as sums of themselves
+        rows = []
+        for t, t_next in zip(timesteps, [*timesteps[1:], 0], strict=True):
+            # Of x and of the prediction, in the latents and in the noise ...
+            both = split_prediction(x, predicted, float(alphas[t]), config.prediction)
+            # ... and of these two in the next x, at the next timestep.
+            following = torch.stack((alphas[t_next], 1 - alphas[t_next])).sqrt()
+            rows.append(torch.cat((*both, following)))
+        # Computed in float64; a step takes float32.
+        self._coefficients = torch.stack(rows).to(noise.device, torch.float32)
         self._timesteps = torch.tensor(timesteps, device=noise.device)
         self._number = torch.zeros(1, dtype=torch.int64, device=noise.device)
         self.fill(noise, context)
@@ -111,14 +142,12 @@ class Denoising:
         """Take the latents (B, C, H, W) float32 to the next timestep."""
         x = self.latents
         batch_t = self._timesteps.index_select(0, self._number).expand(len(x))
-        v = guided_prediction(self._unet, x, batch_t, self._context, self._guidance_scale)
-        coefficients = self._coefficients.index_select(0, self._number)[0]
-        signal, sigma, next_signal, next_sigma = coefficients.unbind()
-        # The two predictions that v holds (Salimans & Ho 2022, section 4 and appendix D) ...
-        x_start = signal * x - sigma * v
-        predicted_noise = signal * v + sigma * x
-        # ... noised to the next timestep (Song et al. 2021, equation 12 with sigma_t = 0).
-        x.copy_(next_signal * x_start + next_sigma * predicted_noise)
+        predicted = guided_prediction(self._unet, x, batch_t, self._context, self._guidance_scale)
+        row = self._coefficients.index_select(0, self._number)[0]
+        x_start = row[0] * x + row[1] * predicted
+        predicted_noise = row[2] * x + row[3] * predicted
+        # Noised to the next timestep (Song et al. 2021, equation 12 with sigma_t = 0).
+        x.copy_(row[4] * x_start + row[5] * predicted_noise)
         self._number += 1
 
 
