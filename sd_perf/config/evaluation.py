@@ -36,7 +36,7 @@ class EvaluationConfig(Section):
     """pictures drawn at a time"""
     precision: Literal["fp32", "bf16"] = "fp32"
     """of the UNet, the decoder and FID's Inception; bf16 is faster and shifts the scores a little:
-    docs/performance.md has the measured error"""
+    docs/benchmarks.md has the measured error"""
     autoencoder: PathText = ""
     """file of the decoder: .onnx, .ckpt or .safetensors"""
     features: PathText = ""
