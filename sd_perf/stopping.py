@@ -26,6 +26,8 @@ STOPPED = 75
 
 ONE_PRESS = 0.3
 """seconds in which signals are one request: a terminal and a wrapper may both deliver Ctrl-C"""
+_LOOK_AGAIN = 0.05
+"""seconds between two looks whether an import has ended"""
 
 
 class Stopped(KeyboardInterrupt):
@@ -46,6 +48,7 @@ class StopRequests:
         self._speaks = True
         self._defers = False
         self._raised = False
+        """whether `Stopped` was raised, or will be as soon as an import has ended"""
         self._last = 0.0
 
     def take(self, *, speaks: bool = True) -> None:
@@ -105,11 +108,26 @@ class StopRequests:
             self.received = signal.Signals(number)
             self._answer()
             if not self._defers:
-                self._raise(self.received)
+                self._raise_outside_imports(signal.SIGALRM, frame)
         elif number == signal.SIGINT and not is_same_press:
             if self._raised:
                 os._exit(CTRL_C)
             self._raise(signal.SIGINT)
+
+    def _raise_outside_imports(self, number: int, frame: FrameType | None) -> None:
+        """Raise `Stopped` now or, as the handler of an alarm, when no import is under way.
+
+        C code of numpy and torch drops an exception that it meets in an import, and what is half
+        imported cannot be imported again.
+        """
+        if self._defers or self.received is None:
+            return
+        self._raised = True
+        if _is_import(frame):
+            signal.signal(signal.SIGALRM, self._raise_outside_imports)
+            signal.setitimer(signal.ITIMER_REAL, _LOOK_AGAIN)
+        else:
+            self._raise(self.received)
 
     def _raise(self, number: signal.Signals) -> None:
         self._raised = True
@@ -127,6 +145,13 @@ class StopRequests:
         # Not through sys.stderr, which the signal may have interrupted.
         with contextlib.suppress(OSError):
             os.write(2, f"sd-perf: {words}\n".encode())
+
+
+def _is_import(frame: FrameType | None) -> bool:
+    """Whether a frame, or what has called it, is of Python's import system."""
+    while frame is not None and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
+        frame = frame.f_back
+    return frame is not None
 
 
 STOP = StopRequests()

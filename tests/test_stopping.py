@@ -42,6 +42,18 @@ def test_a_command_stops_at_once(number, stop, capfd):
     assert capfd.readouterr().err.startswith("sd-perf: stopped by ")
 
 
+def test_an_import_is_not_interrupted(stop, tmp_path, monkeypatch):
+    """An exception within numpy's would leave it half imported: an ImportError wherever it goes."""
+    module = "import signal\nsignal.raise_signal(signal.SIGTERM)\nimport time\ntime.sleep(0.2)\n"
+    (tmp_path / "interrupted.py").write_text(f"{module}complete = True\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    interrupted = __import__("interrupted")
+    assert interrupted.complete
+    with pytest.raises(Stopped) as stopped:
+        time.sleep(10)
+    assert stopped.value.exit_code == STOPPED
+
+
 def test_cleaning_up_is_not_disturbed(stop, capfd):
     with pytest.raises(Stopped):
         signal.raise_signal(signal.SIGTERM)

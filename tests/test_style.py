@@ -26,15 +26,15 @@ CODE_LINES = {
     "sd_perf/data": 3400,
     "sd_perf/runs": 1140,
     "sd_perf/sinks": 280,
-    "sd_perf/training": 1640,
+    "sd_perf/training": 1720,
     "sd_perf/cluster": 1080,
     "sd_perf/distributed": 500,
     "sd_perf/evaluation": 1300,
     "sd_perf/mlperf": 1750,
     "sd_perf/tools": 5060,
     "sd_perf": 2580,
-    "kernels": 5800,
-    "benchmarks": 5060,
+    "kernels": 5850,
+    "benchmarks": 5760,
 }
 """of each room; `sd_perf` is the command line, the config and the files beside the rooms"""
 COMMENTED = ("sd_perf/fast", "sd_perf/tools/estimate")

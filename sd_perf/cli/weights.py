@@ -14,6 +14,7 @@ def export(
     format: Literal["ldm", "diffusers"] = "ldm",
     groups: Literal[16, 32] | None = None,
     dtype: Literal["float32", "float16", "bfloat16"] | None = None,
+    ema: bool = False,
 ) -> int:
     """Write the UNet's weights for other tools.
 
@@ -26,12 +27,13 @@ def export(
         groups: GroupNorm groups in ResBlocks and head, where source is a weight file that does not
             tell: 32 in published Stable Diffusion v2, 16 in the benchmark's network
         dtype: number format of the written weights; none: as they are stored
+        ema: the moving average of the weights, which training.ema_decay keeps
     """
     from sd_perf.models.diffusers_folder import export_diffusers
     from sd_perf.models.readers import read_diffusion, read_unet
     from sd_perf.models.weight_files import export_ldm, in_dtype
 
-    (state, model), diffusion = read_unet(source, groups), read_diffusion(source)
+    (state, model), diffusion = read_unet(source, groups, ema), read_diffusion(source)
     if dtype is not None:
         state = in_dtype(state, dtype, source)
     if format == "ldm":

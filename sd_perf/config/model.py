@@ -13,6 +13,7 @@ from sd_perf.config.rules import (
     ONE,
     Blocks,
     Count,
+    NotNegative,
     PathText,
     Positive,
     Rule,
@@ -131,11 +132,20 @@ class DiffusionConfig(Section):
     prediction: Literal["v", "epsilon"] = "v"
     """what the UNet predicts; v: the benchmark's and published SD v2 of 768 pixels; epsilon: the
     noise, as SD v2's 512-base"""
+    offset_noise: NotNegative = 0.0
+    """standard deviation of noise that is one number per sample and channel, added to the noise of
+    training (usual: 0.05 to 0.1); 0: none"""
+    zero_terminal_snr: bool = False
+    """rescale the noise schedule so that its last timestep is noise alone; pictures are then drawn
+    from that timestep on"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         in_order = 0 < self.beta_start <= self.beta_end < 1
         self.require(in_order, "beta_start", f"positive and at most beta_end ({self.beta_end})")
+        has_target = self.prediction == "v" or not self.zero_terminal_snr
+        right = "false with diffusion.prediction epsilon, which tells no latents from noise alone"
+        self.require(has_target, "zero_terminal_snr", right)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,15 @@ Predictor = Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor]
 """a UNet: noisy latents, timesteps and context to predictions"""
 
 
+def trailing_timesteps(num_timesteps: int, steps: int) -> list[int]:
+    """Timesteps that begin at the last one: 999, 979, ..., 19 for 50 steps of 1000.
+
+    Lin et al. 2023 (arXiv 2305.08891), section 3.3 and table 2, "trailing": a schedule whose last
+    timestep is noise alone must be sampled from there.
+    """
+    return [round(num_timesteps * (steps - i) / steps) - 1 for i in range(steps)]
+
+
 def ddim_timesteps(num_timesteps: int, steps: int) -> list[int]:
     """Timesteps from the noisiest to the cleanest: 981, 961, ..., 1 for 50 steps of 1000.
 
@@ -96,7 +105,8 @@ def ddim_sample(
     conditioning = project_text(guidance_context(context, uncond, guidance_scale))
     # On the host in float64, so that the coefficients of a step are plain Python numbers.
     alphas_cumprod = make_alphas_cumprod(config).tolist()
-    timesteps = ddim_timesteps(config.num_timesteps, steps)
+    spaced = trailing_timesteps if config.zero_terminal_snr else ddim_timesteps
+    timesteps = spaced(config.num_timesteps, steps)
     x = noise.float()
     for t, t_next in zip(timesteps, [*timesteps[1:], 0], strict=True):
         batch_t = torch.full((len(x),), t, dtype=torch.int64, device=x.device)

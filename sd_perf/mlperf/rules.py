@@ -25,6 +25,7 @@ CLIP_TARGET = 0.15
 
 _OPTIMIZER = "AdamW's constants are fixed; free are learning rate, warm-up steps and batch size"
 _SCHEDULE = "the schedule is the reference's: linear from 1e-6 of the rate, then constant"
+_PLAIN_TRAINING = "the reference trains without it, and scores the weights themselves"
 _SAMPLER = "checkpoints are scored on pictures of 50 DDIM steps with guidance 8"
 _TARGET = (
     "a run has converged at FID 90 or less and CLIP score 0.15 or more, both at one checkpoint"
@@ -36,6 +37,9 @@ FIXED: dict[str, tuple[Any, str]] = {
     "data.context_tokens": (77, "the text states are those of the reference, 77 tokens"),
     "data.allow_empty_captions": (True, _DATA),
     "data.max_bad_samples": (0, _DATA),
+    "data.drop_captions": (0.0, _DATA),
+    "data.random_flip": (False, _DATA),
+    "data.random_crop": (False, _DATA),
     "text_encoder.model": ("ViT-H-14", "the text encoder is the reference's, frozen"),
     "optimizer.beta_1": (0.9, _OPTIMIZER),
     "optimizer.beta_2": (0.999, _OPTIMIZER),
@@ -43,10 +47,13 @@ FIXED: dict[str, tuple[Any, str]] = {
     "optimizer.weight_decay": (0.01, _OPTIMIZER),
     "optimizer.warmup_start": (1e-6, _SCHEDULE),
     "optimizer.decay_steps": (0, _SCHEDULE),
+    "optimizer.decay_shape": ("linear", _SCHEDULE),
     "training.seed": (
         None,
         "seeds come from the clock or the system's entropy, anew for every run",
     ),
+    "training.ema_decay": (0.0, _PLAIN_TRAINING),
+    "training.min_snr_gamma": (0.0, _PLAIN_TRAINING),
     "checkpoint.keep": (None, "every checkpoint up to the first that passes may have to be scored"),
     "sampling.steps": (50, _SAMPLER),
     "sampling.guidance_scale": (8.0, _SAMPLER),

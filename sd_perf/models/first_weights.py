@@ -18,6 +18,9 @@ from sd_perf.models.weight_files import require_fit
 from sd_perf.reference.unet import UNet
 from sd_perf.runs.checkpoint_files import STATE_NAME
 
+_LEARNED = ("num_timesteps", "beta_start", "beta_end", "latent_scale", "prediction")
+"""fields of DiffusionConfig that weights know; the others may be another in a second training"""
+
 
 def read_first_weights(config: Config) -> dict[str, torch.Tensor]:
     """The UNet's weights in model.init, by name, on the CPU, in the dtypes they are stored in.
@@ -31,7 +34,8 @@ def read_first_weights(config: Config) -> dict[str, torch.Tensor]:
     own = (*SPEED_ONLY, *FIRST_WEIGHTS)
     told = {} if network is None else {k: v for k, v in vars(network).items() if k not in own}
     _require_same("model", told, config.model, source)
-    _require_same("diffusion", told_diffusion(source), config.diffusion, source)
+    told = {k: v for k, v in told_diffusion(source).items() if k in _LEARNED}
+    _require_same("diffusion", told, config.diffusion, source)
     with torch.device("meta"):  # names and shapes only, no memory
         unet = UNet(config.model.network)
     require_fit(unet, state, "the UNet", source)

@@ -138,11 +138,11 @@ def scheduler_config(config: DiffusionConfig) -> dict[str, Any]:
         "clip_sample": False,
         "num_train_timesteps": config.num_timesteps,
         "prediction_type": PREDICTION_TYPES[config.prediction],
-        "rescale_betas_zero_snr": False,
+        "rescale_betas_zero_snr": config.zero_terminal_snr,
         "set_alpha_to_one": False,
         "steps_offset": 1,
         "thresholding": False,
-        "timestep_spacing": "leading",
+        "timestep_spacing": "trailing" if config.zero_terminal_snr else "leading",
         "trained_betas": None,
     }
 

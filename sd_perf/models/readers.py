@@ -28,7 +28,7 @@ from sd_perf.models.weight_files import (
 )
 from sd_perf.reference.unet import UNet
 from sd_perf.runs.checkpoint_files import STATE_NAME, read_state, run_folder_of
-from sd_perf.runs.checkpoints import CheckpointStore, load_component
+from sd_perf.runs.checkpoints import CheckpointStore, load_weights
 from sd_perf.runs.folder import read_run_config, require_of_run
 
 _NO_EMA = "take the weights themselves (without --ema; as model.init, with model.init_ema false)"
@@ -82,10 +82,8 @@ def find_unet(source: Path, ema: bool) -> tuple[dict[str, torch.Tensor], UNetCon
             raise CheckpointError(f"{averaged}: no such folder of a UNet; {_NO_EMA}")
         return read_diffusers_unet(averaged if ema else source)
     source, run = newest_checkpoint(source)
-    require_of_run(source, state := read_state(source), run)
-    if ema and not any(name.startswith("ema.") for name in state["tensors"]):
-        raise CheckpointError(f"{source}: holds no averaged weights; {_NO_EMA}")
-    return load_component(source, "ema" if ema else "model"), read_run_config(run).model
+    require_of_run(source, read_state(source), run)
+    return load_weights(source, ema), read_run_config(run).model
 
 
 def is_weight_file(source: Path) -> bool:

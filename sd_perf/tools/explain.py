@@ -112,7 +112,8 @@ def _machine(config: Config, ranks: int) -> str:
 
 
 def _saves(config: Config) -> str:
-    each = _CHECKPOINT_BYTES * architecture(config).parameters
+    average = 4 if config.training.ema_decay else 0
+    each = (_CHECKPOINT_BYTES + average) * architecture(config).parameters
     every, keep = config.steps_of(config.checkpoint.every_samples), config.checkpoint.keep
     count = -(-config.steps_of(config.training.max_samples) // every)
     kept = count if keep is None else min(keep, count)

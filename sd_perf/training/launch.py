@@ -14,12 +14,14 @@ from sd_kernels.selection import Choice
 from sd_kernels.spec import Target
 from sd_perf.config import Config
 from sd_perf.console import TextConsole
+from sd_perf.data.augmentation import CaptionDropout
+from sd_perf.data.batch import Loader
 from sd_perf.data.loaders.build_loader import build_loader
 from sd_perf.distributed.world import World
 from sd_perf.fast.choice import choose_kernels, require_used, used_ops
 from sd_perf.fast.ops import Ops
 from sd_perf.mlperf.rules import require_closed
-from sd_perf.models.build import build_encoders, build_unet
+from sd_perf.models.build import build_encoders, build_text_encoder, build_unet
 from sd_perf.models.first_weights import copy_first_weights, first_weights_record
 from sd_perf.runs.checkpoints import CheckpointStore
 from sd_perf.runs.folder import open_run, read_run_config, settle_run
@@ -143,8 +145,11 @@ def build_trainer(
     seed = config.training.seed
     if seed is None:
         raise ValueError("the config's seed must be settled (sd_perf.runs.folder.open_run)")
-    loader = build_loader(config, seed, world)
+    loader: Loader = build_loader(config, seed, world)
     text_encoder, image_encoder = world.together(lambda: build_encoders(config, world.device))
+    if config.data.drop_captions:
+        empty = world.together(lambda: _empty_states(config, world))
+        loader = CaptionDropout(loader, seed, config.data.drop_captions, empty)
     ops = Ops.chosen(choices) if config.model.implementation == "fast" else None
     unet = build_unet(config, seed=seed, device=world.device, ops=ops)
     if config.model.init and begins:
@@ -159,6 +164,17 @@ def build_trainer(
         ops=ops,
     )
     return Trainer(config, world, step=step, loader=loader, callbacks=callbacks)
+
+
+def _empty_states(config: Config, world: World) -> torch.Tensor | None:
+    """The empty caption's text states (T, D) on the CPU, where batches hold text states."""
+    if config.encodes_text:
+        return None
+    with torch.no_grad():
+        states = build_text_encoder(config, world.device)([""])[0].float().cpu()
+    right = f"{len(states)}, the tokens of {config.text_encoder.model}"
+    config.data.require(len(states) == config.data.context_tokens, "context_tokens", right)
+    return states
 
 
 def default_callbacks(config: Config, console: TextConsole) -> list[Callback]:

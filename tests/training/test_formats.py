@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sd_perf.config import Config
+from sd_perf.data.augmentation import is_dropped
 from sd_perf.data.prepare.encode import ShardEncoder
 from sd_perf.data.prepare.prepare_shards import prepare_shards
 from sd_perf.data.prepare.scenes import write_scene_shards
@@ -70,6 +71,23 @@ def test_losses_of_the_three_formats(shards, tmp_path, implementation):
     encoded = run("encoded", "precomputed")
     assert (encoded != moments).any()
     np.testing.assert_allclose(encoded, moments, rtol=2e-4, atol=0)
+
+
+def test_dropped_captions_are_the_same_in_every_format(shards, tmp_path):
+    """Encoded in the step, or read as states in whose place those of the empty caption stand."""
+
+    def states(format: str, context: str, share: float) -> torch.Tensor:
+        folder = tmp_path / f"{format}_{share}"
+        changes = {"context": context, "drop_captions": share}
+        trainer = small_trainer(config_of(shards, folder, format, **changes))
+        batches = trainer.loader.batches(0)
+        return torch.cat([trainer.step.context(next(batches)).float() for _ in range(STEPS)])
+
+    dropped = states("moments", "open_clip", 0.5)
+    changed = (dropped != states("moments", "open_clip", 0.0)).flatten(1).any(dim=1)
+    assert torch.equal(changed, is_dropped(0, torch.arange(2 * STEPS), 0.5)) and changed.any()
+    encoded = states("encoded", "precomputed", 0.5)
+    torch.testing.assert_close(encoded, dropped, rtol=2**-10, atol=1e-4)
 
 
 def test_the_range_of_pixels_matters(shards, tmp_path):

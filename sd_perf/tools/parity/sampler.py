@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from sd_perf.config import DiffusionConfig
-from sd_perf.diffusion.ddim import ddim_sample, ddim_timesteps
+from sd_perf.diffusion.ddim import ddim_sample, ddim_timesteps, trailing_timesteps
+from sd_perf.diffusion.schedule import with_zero_terminal_snr
 from sd_perf.tools.parity.comparison import Comparison
 from sd_perf.tools.parity.parity_case import SEED, ParityCase
 
@@ -67,8 +68,10 @@ def _ddim_latents(x: Tensor, config: DiffusionConfig, steps: int) -> list[Tensor
     betas = (
         torch.linspace(config.beta_start**0.5, config.beta_end**0.5, T, dtype=torch.float64) ** 2
     )
-    alphas = (1 - betas).cumprod(0).tolist()
-    timesteps, latents = ddim_timesteps(T, steps), [x]
+    product, spaced = (1 - betas).cumprod(0), ddim_timesteps
+    if config.zero_terminal_snr:
+        product, spaced = with_zero_terminal_snr(product), trailing_timesteps
+    alphas, timesteps, latents = product.tolist(), spaced(T, steps), [x]
     for t, previous in zip(timesteps, [*timesteps[1:], 0], strict=True):
         alpha, v = alphas[t], _toy_prediction(x, t)
         x0 = alpha**0.5 * x - (1 - alpha) ** 0.5 * v
