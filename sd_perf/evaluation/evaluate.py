@@ -23,12 +23,13 @@ from sd_perf.config import Config, EvaluationConfig
 from sd_perf.data.images import write_png
 from sd_perf.data.prepare.captioned_images import load_captioned_image
 from sd_perf.data.prepare.image_folder import read_images
+from sd_perf.data.threads import map_ahead
 from sd_perf.distributed.world import World
 from sd_perf.errors import CheckpointError
 from sd_perf.evaluation.evaluator import Evaluator, features_of, require_named
 from sd_perf.evaluation.fid import FeatureStatistics
 from sd_perf.evaluation.generate import numbered_paths, save_pictures
-from sd_perf.evaluation.measured import MAKE_ROOM, Keeper
+from sd_perf.evaluation.measured import MAKE_ROOM, Keeper, Measured
 from sd_perf.files import disk_errors, json_lines, write_json, write_text
 from sd_perf.mlperf.compliance import check_log
 from sd_perf.mlperf.log import LOG_NAME, MLPerfLog, logged_scores, read_log
@@ -278,11 +279,20 @@ def _draw(
     def draw() -> None:
         weights = load_weights(checkpoint, wanted.ema)
         batches = evaluator.draw(weights, seed, starts, source=checkpoint)
+
+        def measured(drawn: tuple[int, torch.Tensor]) -> Measured:
+            start, batch = drawn
+            if wanted.pictures is not None:
+                save_pictures(batch, numbered_paths(wanted.pictures, start, len(batch)))
+            return evaluator.measure(start, batch)
+
+        drawn = zip(starts, batches, strict=True)
+        # A GPU draws the next batch meanwhile; on a CPU both would want the same cores.
+        beside = world.device.type == "cuda"
+        parts = map_ahead(measured, drawn, threads=1, ahead=1) if beside else map(measured, drawn)
         try:
-            for start, batch in zip(starts, batches, strict=True):
-                if wanted.pictures is not None:
-                    save_pictures(batch, numbered_paths(wanted.pictures, start, len(batch)))
-                keeper.add(evaluator.measure(start, batch))
+            for part in parts:
+                keeper.add(part)
         finally:  # what a signal stops is kept, too
             keeper.flush()
 

@@ -58,14 +58,19 @@ def _taken_once(picture: Picture, first: CaptionedImage) -> Picture:
     sample = picture.sample
     if (sample.path, sample.place) == (first.path, first.place):
         return picture
-    fault = f"{sample.where}: has the same bytes as {first.where}"
+    earlier = first.path if first.place is None else first.where
+    fault = sample.said_of(f"{_name(sample)} has the same bytes as {earlier}")
     return replace(picture, pixels=None, kind=DUPLICATE, fault=fault)
+
+
+def _name(sample: CaptionedImage) -> str:
+    """An image as a sentence calls it."""
+    return str(sample.path) if sample.place is None else "the image"
 
 
 def _read(framing: Framing, item: tuple[int, CaptionedImage]) -> Picture:
     number, sample = item
-    is_file = sample.place is None
-    name = str(sample.path) if is_file else "the image"
+    is_file, name = sample.place is None, _name(sample)
     try:
         with opened_image(sample) as file:
             digest = hashlib.file_digest(file, "sha256").digest()

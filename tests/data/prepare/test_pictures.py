@@ -26,11 +26,11 @@ def named(*paths: Path) -> list[CaptionedImage]:
 
 def test_random_crops_lie_along_the_longer_side():
     """The same number, the same place; together they reach from end to end."""
-    cuts = [Framing(16, "random", seed=7).apply(RAMP, number) * 255 for number in range(100)]
+    cuts = [Framing(16, "random", seed=7).apply(RAMP, number) * 255 for number in range(40)]
     lefts = [round(float(cut[0, 0, 0])) for cut in cuts]
     for left, cut in zip(lefts, cuts, strict=True):
         torch.testing.assert_close(cut[0, 0], torch.arange(left, left + 16.0))
-    assert min(lefts) < 4 and max(lefts) > 76 and 30 < sum(lefts) / 100 < 50
+    assert min(lefts) < 10 and max(lefts) > 70 and 30 < sum(lefts) / 40 < 50
     again = Framing(16, "random", seed=7).apply(RAMP, 5)
     other = Framing(16, "random", seed=8).apply(RAMP, 5)
     assert torch.equal(again * 255, cuts[5]) and not torch.equal(other * 255, cuts[5])
@@ -59,7 +59,7 @@ def test_pictures_in_their_order(tmp_path):
     kinds = ["", "duplicate", "", "unreadable", "unreadable", "too small"]
     assert [picture.kind for picture in found] == kinds
     assert [picture.sample.path for picture in found] == paths
-    assert found[1].fault == f"{paths[1]}: has the same bytes as {paths[0]}"
+    assert found[1].fault == f"{paths[1]} has the same bytes as {paths[0]}"
     assert found[5].fault.startswith(f"{paths[5]} has 4x4 pixels")
     assert torch.equal(found[2].pixels, load_image(paths[0], 16))
 
