@@ -36,7 +36,7 @@ from sd_perf.config import Config, DataConfig, DiffusionConfig, UNetConfig
 from sd_perf.data.batch import Batch, LoaderOptions
 from sd_perf.data.images import load_image
 from sd_perf.data.loaders.portable import PortableLoader
-from sd_perf.data.prepare.captioned_images import read_captioned_images
+from sd_perf.data.prepare.image_folder import read_images
 from sd_perf.data.shard_writer import ShardWriter
 from sd_perf.diffusion.ddim import ddim_sample
 from sd_perf.diffusion.randomness import Stream, normal
@@ -131,7 +131,7 @@ def encode_photographs(images_dir: Path, shards: Path, sizes: Sizes, stages: Sta
 
     DataError where there are fewer than `PHOTOGRAPHS` with captions.
     """
-    samples = read_captioned_images(images_dir)[:PHOTOGRAPHS]
+    samples = read_images(images_dir)[:PHOTOGRAPHS]
     if len(samples) < PHOTOGRAPHS:
         raise DataError(
             f"{images_dir} has {len(samples)} captioned photographs; {PHOTOGRAPHS} are needed"

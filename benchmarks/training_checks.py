@@ -190,7 +190,7 @@ def check_inputs(workload: FastWorkload, name: str) -> list[Check]:
     noisy, target, timesteps = workload.trained.diffusion.draw(*samples)
     latents, noise, right = workload.diffusion.draw(*samples)
     right_noisy = schedule.add_noise(latents, noise, right)
-    target_error = relative_error(target, schedule.v_target(latents, noise, right))
+    target_error = relative_error(target, schedule.target(latents, noise, right))
     noisy_error = relative_error(noisy, right_noisy)
     rounding = relative_error(right_noisy.to(noisy.dtype), right_noisy)
     unlike, check = differing([timesteps], [right]), _checks_of(name)

@@ -36,6 +36,15 @@ def end_with_parent(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def end_with_torchrun() -> None:
+    """Where torchrun started this process, have it end with torchrun, even by kill -9 (on Linux).
+
+    A rank that outlives its launcher trains on unseen, and keeps its run folder locked.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent(os.getppid())
+
+
 @contextlib.contextmanager
 def child(module: str, *arguments: str, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
     """Run a module in a process of its own that ends with the block at the latest.

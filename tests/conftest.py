@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +20,14 @@ torch.set_num_threads(1)
 if not torch.cuda.is_available():
     # Read when triton is first imported: kernels then run in its interpreter, on CPU tensors.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# nohup and a shell's background jobs ignore these, which the commands under test would inherit.
+for _number, _handler in (
+    (signal.SIGHUP, lambda *_: None),
+    (signal.SIGINT, signal.default_int_handler),
+):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 
 @pytest.fixture(scope="session")

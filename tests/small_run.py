@@ -17,6 +17,7 @@ from sd_perf.config import Config
 from sd_perf.distributed.world import start_world
 from sd_perf.fast.choice import choose_kernels
 from sd_perf.presets import config_from_dict
+from sd_perf.runs.checkpoints import CheckpointStore
 from sd_perf.runs.folder import open_run
 from sd_perf.training.launch import build_trainer
 from sd_perf.training.trainer import Trainer
@@ -56,9 +57,10 @@ def small_config(folder: Path, **changes: dict) -> Config:
 def small_trainer(config: Config, callbacks: list | None = None, resume: bool = False) -> Trainer:
     """A trainer in this process, at sample 0 or at the newest checkpoint."""
     settled, choices = open_run(config, resume=resume), choose_kernels(config, Target.here())
-    trainer = build_trainer(settled, start_world("cpu"), choices, callbacks or [])
-    newest = trainer.store.newest()
-    if resume and newest:
+    newest = CheckpointStore(Path(config.run.dir) / "checkpoints").newest() if resume else None
+    world = start_world("cpu")
+    trainer = build_trainer(settled, world, choices, callbacks or [], newest is None)
+    if newest:
         trainer.load(newest)
     return trainer
 

@@ -24,9 +24,18 @@ if __name__ == "__main__":
         print(process.pid, *pool._processes, flush=True)
         time.sleep(600)
 """
+LAUNCHER = """
+import os, subprocess, sys
+from sd_perf.cluster.commands import run
+rank = {**os.environ, "TORCHELASTIC_RUN_ID": "as torchrun sets it"}
+subprocess.Popen([sys.executable, "sleeper.py", "rank"], env=rank)
+run([sys.executable, "sleeper.py", "run"])
+"""
 SLEEPER = """
-import sys, time
-print(*sys.argv[1:], flush=True)
+import os, sys, time
+from sd_perf.children import end_with_torchrun
+end_with_torchrun()
+print(*sys.argv[1:], *([] if sys.argv[1] == "ready" else [os.getpid()]), flush=True)
 time.sleep(600)
 """
 
@@ -35,6 +44,7 @@ time.sleep(600)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with the modules of this file."""
     (tmp_path / "parent.py").write_text(PARENT)
+    (tmp_path / "launcher.py").write_text(LAUNCHER)
     (tmp_path / "sleeper.py").write_text(SLEEPER)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -49,13 +59,16 @@ def is_alive(process: int) -> bool:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the system call is Linux's")
-def test_children_end_with_a_killed_parent(here):
-    parent = subprocess.Popen([sys.executable, "parent.py"], stdout=subprocess.PIPE, text=True)
+@pytest.mark.parametrize(
+    ("script", "said", "count"), [("parent.py", {"ready"}, 3), ("launcher.py", {"rank", "run"}, 2)]
+)
+def test_children_end_with_a_killed_parent(script, said, count, here):
+    parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
     with parent:
-        lines = [parent.stdout.readline() for _ in range(2)]
-        assert "ready\n" in lines
-        children = [int(word) for line in lines for word in line.split() if word != "ready"]
-        assert len(children) == 3 and all(map(is_alive, children))
+        words = "".join(parent.stdout.readline() for _ in range(2)).split()
+        assert said < set(words)
+        children = [int(word) for word in words if word.isdigit()]
+        assert len(children) == count and all(map(is_alive, children))
         parent.kill()
         end = time.monotonic() + 60
         while any(map(is_alive, children)):

@@ -7,12 +7,23 @@ from pathlib import Path
 
 import pytest
 
+from scripts import error_page
+from sd_perf.stopping import CTRL_C, STOPPED
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")])
 HISTORY = ROOT / "docs/decisions.md"
 """says what was so when it was decided; an entry is not edited when a file moves"""
 PATH = re.compile(r"`((?:sd_perf|kernels|benchmarks|tests|configs|scripts|docs|assets)/[\w./]*)`")
 EXAMPLES = ("squared_relu",)
+LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)#([^)\s]+)\)")
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page, as GitHub makes them of its headings."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    titles = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -24,6 +35,41 @@ def test_paths_exist(page: Path) -> None:
         named = {path for path in PATH.findall(text) if not any(word in path for word in EXAMPLES)}
         missing += [path for path in named if not (ROOT / path).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_anchors_exist(page: Path) -> None:
+    """Anchors of other pages, and of the page itself."""
+    for name, anchor in LINK.findall(page.read_text(encoding="utf-8")):
+        target = page.parent / name if name else page
+        assert anchor in headings(target), f"{name}#{anchor}"
+
+
+def test_commands_besides_sd_perf_exist() -> None:
+    """`make TARGET`, `python -m benchmarks.NAME` and scripts, as the pages have them in code."""
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES if page != HISTORY)
+    blocks = re.findall(r"^```.*?^```|`[^`\n]+`", text, re.M | re.S)
+    code = "\n".join(block.strip("`") for block in blocks)
+    targets = set(re.findall(r"^(?:\$ )?make ([a-z][a-z-]+)\b(?!/)", code, re.M))
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert targets and targets <= set(re.findall(r"^([a-z-]+):", makefile, re.M))
+    modules = set(re.findall(r"-m benchmarks\.([a-z]\w*)", code))
+    assert modules and all((ROOT / f"benchmarks/{name}.py").exists() for name in modules)
+    scripts = set(re.findall(r"(?:\./|python )((?:scripts|slurm)/[\w./-]+|run_and_time\.sh)", code))
+    assert scripts and not [name for name in scripts if not (ROOT / name).exists()]
+
+
+def test_the_page_of_errors_is_current() -> None:
+    """`python scripts/error_page.py` writes it anew."""
+    page = error_page.PAGE.read_text(encoding="utf-8")
+    assert error_page.updated(page) == page
+    assert "### Run folders and checkpoints" in page and "move this checkpoint away" in page
+
+
+def test_every_exit_code_has_a_remedy() -> None:
+    codes = {code for code, _ in error_page.kinds().values()} | {STOPPED, CTRL_C}
+    assert codes < error_page.CODES.keys()
+    assert {"UserError", "KernelError", "CheckpointError"} < error_page.kinds().keys()
 
 
 def test_the_index_lists_every_page() -> None:

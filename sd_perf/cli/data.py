@@ -4,7 +4,7 @@ read."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from sd_perf.cli.console import LOCAL_RANK, PLACE, print_plain
 from sd_perf.cli.options import (
@@ -16,49 +16,102 @@ from sd_perf.cli.options import (
     require_option,
     require_seed,
 )
+from sd_perf.cli.progress import progress
+from sd_perf.config import Config
 from sd_perf.distributed.launcher import MAX_RANKS
+from sd_perf.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sd_perf.data.prepare.prepare_shards import Survey
+
+_FAULTS = 20
+"""pictures that cannot be used and are named by a dry run, at most"""
 
 
 def prepare(
     config: Path,
     settings: Settings,
     images: Path,
-    autoencoder: Path,
+    autoencoder: Path | None = None,
     captions: Path | None = None,
+    caption_column: str = "",
+    crop: Literal["center", "random", "none"] = "center",
+    small: Literal["refuse", "enlarge"] = "refuse",
+    background: str = "white",
     captions_per_image: int = 1,
     samples_per_shard: int = 1000,
+    dry_run: bool = False,
 ) -> int:
     """Make moments shards (and text states, where data.context is precomputed) from a folder of
     captioned images.
 
-    The shards go to data.path; the images are resized to 8 x data.latent_size pixels.
+    The shards go to data.path, with a contact_sheet.html of what training will see; the images are
+    resized to 8 x data.latent_size pixels. Of equal files the first is taken.
 
     Args:
         config: YAML preset of the run that will train on the shards
         settings: fields of the preset
-        images: folder of images with a captions.jsonl, or of raw shards (*.tar of .jpg, .txt,
-            .json)
+        images: folder of images, nested or not, with a table of captions (captions.jsonl,
+            metadata.jsonl, .csv, .tsv) or a .txt beside each, or of raw shards (*.tar)
         autoencoder: file that holds the encoder: .onnx, or .ckpt or .safetensors in LDM names
-        captions: captions.jsonl with `file` and `captions` (default: in the images' folder or its
-            parent)
+            (default: data.autoencoder)
+        captions: table of file names and captions (.jsonl, .csv, .tsv; default: found in the
+            images' folder, or captions.jsonl beside it), or folder of .txt files
+        caption_column: the table's column of captions (default: captions, caption, text or prompt)
+        crop: the square taken of each image: its middle, a random one, or none, which refuses
+            images that are not square
+        small: refuse or enlarge images with a side below the square's
+        background: colour under transparent images, a name or #rrggbb
         captions_per_image: samples made of each image, one per caption
         samples_per_shard: samples per tar file
+        dry_run: read and count, write nothing; exits 1 where the images would be refused
     """
-    from sd_perf.data.prepare.prepare_shards import prepare_shards
+    from sd_perf.data.prepare.prepare_shards import prepare_shards, survey_images
+    from sd_perf.tools.contact_sheet import write_contact_sheet
 
     require_between("--captions-per-image", captions_per_image, 1, MAX_SAMPLES)
     fits = 1 <= samples_per_shard <= 10_000
     require_option("--samples-per-shard", samples_per_shard, fits, "1 to 10000")
-    count, pixels = prepare_shards(
-        settings,
-        images,
-        autoencoder,
-        captions=captions,
-        captions_per_image=captions_per_image,
-        samples_per_shard=samples_per_shard,
-    )
-    print_plain(f"{count} samples of {pixels}x{pixels} pixels -> {settings.data.path}")
+    options = {"crop": crop, "small": small, "background": background}
+    survey = survey_images(settings, images, captions, caption_column, **options)
+    if dry_run:
+        return _count(survey, settings)
+    encoder = _autoencoder(autoencoder, settings)
+    with progress("pictures") as report:
+        numbers = captions_per_image, samples_per_shard
+        count = prepare_shards(settings, survey, encoder, *numbers, progress=report)
+    sheet, side = Path(settings.data.path) / "contact_sheet.html", survey.framing.size
+    write_contact_sheet(survey.examples, images, sheet)
+    print_plain(*survey.lines(), f"what training will see -> {sheet}")
+    print_plain(f"{count} samples of {side}x{side} pixels -> {settings.data.path}")
     return 0
+
+
+def _autoencoder(named: Path | None, settings: Config) -> Path:
+    """The file of the encoder, from the option or the preset."""
+    if named is None and not settings.data.autoencoder:
+        raise ConfigError(
+            "--autoencoder names no file, and neither does data.autoencoder; name the file of an "
+            "encoder, or count the pictures by --dry-run"
+        )
+    return named or Path(settings.data.autoencoder)
+
+
+def _count(survey: Survey, settings: Config) -> int:
+    """Read the pictures and print what is found; 1 where `data prepare` would refuse them."""
+    with progress("pictures") as report:
+        for _ in survey.pictures(settings.data.workers, report):
+            pass
+    print_plain(*survey.lines())
+    for fault in survey.bad[:_FAULTS]:
+        print_plain(f"cannot be used: {fault}")
+    limit, bad = settings.data.max_bad_samples, len(survey.bad)
+    if refused := bad > limit:
+        print_plain(
+            f"data prepare would refuse the folder: {bad:,} pictures cannot be used, more than "
+            f"data.max_bad_samples ({limit:,})"
+        )
+    return int(refused)
 
 
 def encode(

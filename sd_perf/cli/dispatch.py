@@ -14,6 +14,7 @@ from typing import Literal
 
 import tyro
 
+from sd_perf.children import end_with_torchrun
 from sd_perf.cli import cluster, config, mlperf
 from sd_perf.cli.checkpoints import convert_checkpoints, verify
 from sd_perf.cli.completion import completion_script
@@ -142,6 +143,8 @@ def main(arguments: list[str] | None = None) -> None:
     Signals are handled from here to the end of the process. A program that gives `arguments` gets
     its own handlers and streams back.
     """
+    if arguments is None:
+        end_with_torchrun()
     STOP.take(speaks=RANK == 0)
     output = LossyOutput()
     output.take()

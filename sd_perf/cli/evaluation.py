@@ -20,6 +20,7 @@ def evaluate(
     keep_pictures: Path | None = None,
     until_passed: bool = False,
     wait: float | None = None,
+    ema: bool = False,
 ) -> int:
     """Score the checkpoints of a run that have no scores yet: FID, CLIP score; adds them to the
     MLPerf log.
@@ -35,6 +36,7 @@ def evaluate(
         until_passed: stop after the first checkpoint that passes both targets
         wait: score checkpoints of a run that is under way as they come, and end with it, or when
             none came and nobody trained for so many minutes
+        ema: score the average of the weights (training.ema_decay), into scores_ema.jsonl alone
     """
     import torch
 
@@ -49,7 +51,7 @@ def evaluate(
         require_between("--num-prompts", num_prompts, 2, config.evaluation.num_prompts)
     if wait is not None and not 0 < wait < MAX_WAIT_MINUTES:
         raise UserError(f"--wait: {wait} cannot be used; it is minutes, above 0 and below 100,000")
-    wanted = Wanted(checkpoint, num_prompts, until_passed, wait, keep_pictures)
+    wanted = Wanted(checkpoint, num_prompts, until_passed, wait, keep_pictures, ema)
     world = start_world("auto", config.run.join_seconds, config.run.silence_seconds)
     if config.training.cpu_threads is not None:
         torch.set_num_threads(config.training.cpu_threads)
@@ -60,10 +62,11 @@ def evaluate(
             world.on_main(lambda: writing.take(run))
         evaluate_run(run, config, world, tell, wanted)
         # A run that trains sends its scores itself.
-        if world.is_main and config.logging.sinks and (wait is None or RunLock().is_free(run)):
+        sends = world.is_main and config.logging.sinks and not ema
+        if sends and (wait is None or RunLock().is_free(run)):
             send_evaluation(run, config, tell)
     if world.is_main:
-        CONSOLE.print(scores_table(run))
+        CONSOLE.print(scores_table(run, ema))
     world.part()
     stop_world(world)
     return 0
@@ -128,22 +131,25 @@ def score(
 def sample(
     source: Path,
     prompt: tuple[str, ...],
-    autoencoder: Path,
     output: Path,
+    autoencoder: Path | None = None,
     steps: int | None = None,
     guidance_scale: float | None = None,
     seed: int = 0,
+    ema: bool = False,
 ) -> int:
     """Draw pictures from prompts with the weights of a run (DDIM).
 
     Args:
         source: run folder (its newest checkpoint) or one of its checkpoints
         prompt: one or more prompts
-        autoencoder: file that holds the decoder: .onnx, or .ckpt or .safetensors in LDM names
         output: folder for the PNG files
+        autoencoder: file that holds the decoder: .onnx, or .ckpt or .safetensors in LDM names
+            (default: the run's evaluation.autoencoder)
         steps: DDIM steps (default: the run's sampling.steps)
         guidance_scale: 1 is no guidance (default: the run's sampling.guidance_scale)
         seed: of the initial noise
+        ema: draw with the moving average of the weights, which training.ema_decay keeps
     """
     from sd_perf.evaluation.draw import draw_prompts
 
@@ -156,6 +162,7 @@ def sample(
         steps=steps,
         guidance_scale=guidance_scale,
         seed=seed,
+        ema=ema,
     )
     print_plain(*paths)
     return 0

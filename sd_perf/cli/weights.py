@@ -13,6 +13,7 @@ def export(
     output: Path,
     format: Literal["ldm", "diffusers"] = "ldm",
     groups: Literal[16, 32] | None = None,
+    ema: bool = False,
 ) -> int:
     """Write the UNet's weights for other tools.
 
@@ -24,12 +25,13 @@ def export(
             folder with unet/ and scheduler/
         groups: GroupNorm groups in ResBlocks and head, where source is a weight file that does not
             tell: 32 in published Stable Diffusion v2, 16 in the benchmark's network
+        ema: the moving average of the weights, which training.ema_decay keeps
     """
     from sd_perf.models.diffusers_folder import export_diffusers
     from sd_perf.models.readers import read_diffusion, read_unet
     from sd_perf.models.weight_files import export_ldm
 
-    state, model = read_unet(source, groups)
+    state, model = read_unet(source, groups, ema)
     if format == "ldm":
         export_ldm(state, output, {"sd_perf.source": str(source)}, model)
     else:

@@ -11,9 +11,11 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
+from sd_perf.children import end_with_parent
 from sd_perf.config import Config
 from sd_perf.errors import UserError
 from sd_perf.stopping import STOP_SIGNALS
@@ -131,8 +133,8 @@ def run(
     """Run a command to its end; returns its exit code, 128 + number where a signal ended it.
 
     Signals that ask this process to stop are handed on to the command and otherwise ignored: it
-    answers them in its own way, and its exit code tells. `listen` gets each line of its stderr,
-    too.
+    answers them in its own way, and its exit code tells. It ends with this process, even by
+    kill -9. `listen` gets each line of its stderr, too.
     """
     started: list[subprocess.Popen[bytes]] = []
     early: list[int] = []
@@ -147,7 +149,9 @@ def run(
     previous = {n: signal.signal(n, hand_on) for n in STOP_SIGNALS if n not in ignored}
     try:
         pipe = subprocess.PIPE if listen else None
-        started.append(subprocess.Popen(list(command), env=environment, stderr=pipe))
+        ends_too = partial(end_with_parent, os.getpid())  # safe: this process has no threads
+        words = list(command)
+        started.append(subprocess.Popen(words, env=environment, stderr=pipe, preexec_fn=ends_too))
         for number in early:
             started[0].send_signal(number)
         for line in started[0].stderr or ():

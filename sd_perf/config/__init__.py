@@ -10,6 +10,7 @@ from sd_perf.config.data import DataConfig
 from sd_perf.config.evaluation import EvaluationConfig, SamplingConfig
 from sd_perf.config.kernels import KernelsConfig
 from sd_perf.config.model import (
+    FIRST_WEIGHTS,
     LINEAR_LAYERS,
     SPEED_ONLY,
     Arithmetic,
@@ -32,6 +33,7 @@ from sd_perf.config.run import CheckpointConfig, LoggingConfig, MLPerfConfig, Ru
 from sd_perf.config.training import OptimizerConfig, TrainingConfig
 
 __all__ = [
+    "FIRST_WEIGHTS",
     "LINEAR_LAYERS",
     "SEED",
     "SPEED_ONLY",

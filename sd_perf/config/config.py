@@ -39,6 +39,12 @@ class Config:
         self.text_encoder.require(
             not self.encodes_text or bool(self.text_encoder.weights), "weights", right
         )
+        right = (
+            "0, or text_encoder.weights the file that made the shards' text states: with "
+            "data.context precomputed it gives those of the empty caption"
+        )
+        has_empty = self.encodes_text or bool(self.text_encoder.weights)
+        self.data.require(has_empty or not self.data.drop_captions, "drop_captions", right)
         timesteps = self.diffusion.num_timesteps
         right = f"at most diffusion.num_timesteps ({timesteps})"
         self.sampling.require(self.sampling.steps <= timesteps, "steps", right)

@@ -9,6 +9,7 @@ from sd_perf.config.rules import (
     ONE,
     Count,
     PathText,
+    Rule,
     SamplesOrNone,
     Section,
     Side,
@@ -54,6 +55,12 @@ class DataConfig(Section):
     """take samples whose caption is empty, as the benchmark does"""
     max_caption_bytes: Count = 4096
     """longest caption taken, bytes of UTF-8"""
+    drop_captions: Annotated[float, Rule(lambda share: 0 <= share <= 1, "between 0 and 1")] = 0.0
+    """share of samples, drawn anew in every epoch, whose caption is left out (usual: 0.1)"""
+    random_flip: bool = False
+    """exchange left and right of half of the pictures, drawn anew in every epoch (raw only)"""
+    random_crop: bool = False
+    """cut the square out anywhere along the longer side, drawn anew in every epoch (raw only)"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,3 +73,10 @@ class DataConfig(Section):
         self.require(is_raw or self.loader == "portable", "loader", right)
         right = "open_clip, since raw shards hold no text states; `data encode` makes such that do"
         self.require(not is_raw or self.context == "open_clip", "context", right)
+        right = "0, since synthetic samples have no captions"
+        self.require(self.format != "synthetic" or not self.drop_captions, "drop_captions", right)
+        for name in ("random_flip", "random_crop"):
+            right = f"false, since data.format is {self.format!r}, whose pictures are encoded"
+            right = "false with data.loader dali" if is_raw else right
+            can_change = is_raw and self.loader == "portable"
+            self.require(can_change or not getattr(self, name), name, right)

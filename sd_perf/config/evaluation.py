@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from sd_perf.config.rules import Count, NotNegative, PathText, Pictures, Rule, Section, at_most
 
@@ -34,6 +34,9 @@ class EvaluationConfig(Section):
     """prompts drawn, from the top of the file"""
     batch_size: Pictures = 32
     """pictures drawn at a time"""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """of the UNet, the decoder and FID's Inception; bf16 is faster and shifts the scores a little:
+    docs/benchmarks.md has the measured error"""
     autoencoder: PathText = ""
     """file of the decoder: .onnx, .ckpt or .safetensors"""
     features: PathText = ""

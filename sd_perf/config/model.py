@@ -13,6 +13,7 @@ from sd_perf.config.rules import (
     ONE,
     Blocks,
     Count,
+    NotNegative,
     PathText,
     Positive,
     Rule,
@@ -56,12 +57,18 @@ class UNetConfig(Section):
     """recompute each block in the backward pass to save memory (fast only)"""
     compile: bool = False
     """torch.compile the code between the operators, as one graph (fast only)"""
+    init: PathText = ""
+    """begin from the UNet in this LDM .ckpt or .safetensors, diffusers folder or run; empty: random
+    weights"""
+    init_ema: bool = False
+    """begin from the averaged weights that init holds beside the others"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("activation_checkpointing", "compile"):
             right = f"false, since model.implementation is {self.implementation!r}"
             self.require(self.implementation == "fast" or not getattr(self, name), name, right)
+        self.require(bool(self.init) or not self.init_ema, "init_ema", "false without model.init")
         same = self.out_channels == self.in_channels
         self.require(same, "out_channels", f"model.in_channels ({self.in_channels})")
         positive = bool(self.channel_mult) and min(self.channel_mult) > 0
@@ -78,8 +85,9 @@ class UNetConfig(Section):
 
     @property
     def network(self) -> UNetConfig:
-        """This config with the fields that change speed alone at their defaults (plain)."""
-        return replace(self, **{name: getattr(UNetConfig, name) for name in SPEED_ONLY})
+        """The network alone: fields of speed (plain) and of first weights at their defaults."""
+        others = (*SPEED_ONLY, *FIRST_WEIGHTS)
+        return replace(self, **{name: getattr(UNetConfig, name) for name in others})
 
     @property
     def transformer_channels(self) -> tuple[int, ...]:
@@ -103,11 +111,13 @@ class UNetConfig(Section):
 
 SPEED_ONLY = ("implementation", "activation_checkpointing", "compile")
 """fields of UNetConfig that change how fast the network is computed, not what it computes"""
+FIRST_WEIGHTS = ("init", "init_ema")
+"""fields of UNetConfig that say where its first weights come from"""
 
 
 @dataclass(frozen=True)
 class DiffusionConfig(Section):
-    """Noise schedule (LDM's "linear", diffusers' "scaled_linear") and scale of the latents."""
+    """Noise schedule (LDM's "linear", diffusers' "scaled_linear"), target, scale of the latents."""
 
     section = "diffusion"
 
@@ -119,11 +129,23 @@ class DiffusionConfig(Section):
     """variance of the noise added at the last timestep"""
     latent_scale: Positive = 0.18215
     """latents = this x a sample of the autoencoder's moments"""
+    prediction: Literal["v", "epsilon"] = "v"
+    """what the UNet predicts; v: the benchmark's and published SD v2 of 768 pixels; epsilon: the
+    noise, as SD v2's 512-base"""
+    offset_noise: NotNegative = 0.0
+    """standard deviation of noise that is one number per sample and channel, added to the noise of
+    training (usual: 0.05 to 0.1); 0: none"""
+    zero_terminal_snr: bool = False
+    """rescale the noise schedule so that its last timestep is noise alone; pictures are then drawn
+    from that timestep on"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         in_order = 0 < self.beta_start <= self.beta_end < 1
         self.require(in_order, "beta_start", f"positive and at most beta_end ({self.beta_end})")
+        has_target = self.prediction == "v" or not self.zero_terminal_snr
+        right = "false with diffusion.prediction epsilon, which tells no latents from noise alone"
+        self.require(has_target, "zero_terminal_snr", right)
 
 
 @dataclass(frozen=True)

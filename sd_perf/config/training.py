@@ -32,7 +32,9 @@ class OptimizerConfig(Section):
     warmup_start: Annotated[float, Rule(lambda part: 0 <= part <= 1, "between 0 and 1")] = 1e-6
     """fraction of the full rate at the first step"""
     decay_steps: StepsOrNone = 0
-    """optimizer steps after warm-up in which the rate falls linearly; 0: it stays constant"""
+    """optimizer steps after warm-up in which the rate falls; 0: it stays constant"""
+    decay_shape: Literal["linear", "cosine"] = "linear"
+    """how the rate falls: along a line, or along half a period of the cosine"""
     decay_end: Annotated[float, Rule(lambda part: 0 < part <= 1, "positive and at most 1")] = 0.01
     """fraction of the full rate that is left after decay_steps, and then kept"""
     beta_1: Decay = 0.9
@@ -74,5 +76,10 @@ class TrainingConfig(Section):
     strategy: Literal["auto", "ddp", "zero1"] = "auto"
     """of several ranks with the fast network; ddp: each updates all weights; zero1: each updates
     a share and keeps only that share's moments; auto: zero1, but ddp with model.compile"""
+    min_snr_gamma: NotNegative = 0.0
+    """weigh each sample's loss by its timestep, min-SNR with this gamma (usual: 5); 0: all alike"""
+    ema_decay: Decay = 0.0
+    """decay of the moving average of the weights that checkpoints keep beside them; it grows to
+    this as 1 - steps^(-2/3); 0: no average"""
     deterministic: bool = False
     """deterministic GPU algorithms and kernels, slower (CPU runs always are)"""

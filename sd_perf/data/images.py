@@ -5,6 +5,7 @@ Shape letters: H and W rows and columns, pixels.
 
 from __future__ import annotations
 
+import functools
 import io
 import warnings
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 import numpy as np
 import torch
 
-from sd_perf.data.resize import resize_and_crop
+from sd_perf.data.resize import AS_IT_IS, View, resize_and_crop
 from sd_perf.errors import DataError
 from sd_perf.files import one_line, opened_untrusted, written_aside
 from sd_perf.optional import optional
@@ -34,8 +35,14 @@ MAX_ASPECT = 32
 ImageRange = Literal["benchmark", "correct"]
 """pixels that the autoencoder's encoder gets: [0, 1], which the benchmark's data were made from by
 mistake and which its targets rest on, or [-1, 1], which autoencoders are trained on"""
-_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""formats that are decoded; some others of Pillow's start programs"""
+_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TIFF", "WEBP")
+"""formats that are decoded, where Pillow was built with them; some others of its start programs"""
+PICTURE_SUFFIXES = (
+    *(".avif", ".bmp", ".gif", ".heic", ".heif", ".j2k", ".jp2", ".jpeg", ".jpg", ".jxl"),
+    *(".pgm", ".png", ".ppm", ".qoi", ".tif", ".tiff", ".webp"),
+)
+"""ends of the names of pictures, in lower case, also of some that are not decoded (HEIC, JPEG XL):
+who has such shall be told so"""
 
 
 def load_image(
@@ -45,12 +52,14 @@ def load_image(
     fit: Literal["crop", "squash"] = "crop",
     upright: bool = True,
     max_pixels: int | None = None,
+    view: View = AS_IT_IS,
 ) -> torch.Tensor:
     """Load an image, by path or from a stream of its bytes, as (3, size, size) float32.
 
-    fit="crop" is the transform of the benchmark's training images: see `resize_and_crop`. Values
-    that the bicubic filter puts outside [0, 1] stay there. fit="squash" is that of the images
-    behind the benchmark's FID statistics: Pillow's bicubic resize to the square, in 8 bits.
+    fit="crop" is the transform of the benchmark's training images, in another `view` where one is
+    given: see `resize_and_crop`. Values that the bicubic filter puts outside [0, 1] stay there.
+    fit="squash" is that of the images behind the benchmark's FID statistics: Pillow's bicubic
+    resize to the square, in 8 bits.
 
     `upright` turns the image as its EXIF orientation says; the benchmark's decoder does not.
     Images of more than `max_pixels` (None: MAX_PIXELS) are refused. Transparent ones are laid on
@@ -61,7 +70,27 @@ def load_image(
     image = _decode(path, upright, max_pixels)
     if fit == "squash":
         image = image.resize((size, size), Image.Resampling.BICUBIC)
-    return resize_and_crop(np.array(image), size)
+    return resize_and_crop(np.array(image), size, view)
+
+
+def load_pixels(
+    file: BinaryIO, name: str, *, upright: bool = True, background: str = "white"
+) -> np.ndarray:
+    """The pixels (H, W, 3) uint8 of an image as it is, from a stream of its bytes.
+
+    Transparent ones are laid on `background`, a colour as Pillow's ImageColor names it. `upright`
+    and the errors, which begin with `name`, are those of `load_image`.
+    """
+    return np.array(_decode_stream(file, name, upright, None, background))
+
+
+def is_colour(name: str) -> bool:
+    """Whether Pillow knows a colour, opaque, by this name or code (#rrggbb)."""
+    ImageColor = optional("PIL.ImageColor", "images need Pillow", "images")
+    try:
+        return len(ImageColor.getrgb(name)) == 3
+    except ValueError:
+        return False
 
 
 def load_picture(
@@ -71,6 +100,7 @@ def load_picture(
     *,
     upright: bool = False,
     max_pixels: int | None = None,
+    view: View = AS_IT_IS,
 ) -> torch.Tensor:
     """The pixels (3, size, size) float32 that the encoder gets, from the bytes of an image file.
 
@@ -80,9 +110,10 @@ def load_picture(
     """
     pixels = None if upright else _quick_jpeg(encoded, max_pixels)
     if pixels is None:
-        image = load_image(io.BytesIO(encoded), size, upright=upright, max_pixels=max_pixels)
+        file = io.BytesIO(encoded)
+        image = load_image(file, size, upright=upright, max_pixels=max_pixels, view=view)
     else:
-        image = resize_and_crop(pixels, size)
+        image = resize_and_crop(pixels, size, view)
     return in_range(image, image_range)
 
 
@@ -117,20 +148,23 @@ def _decode(path: str | Path | BinaryIO, upright: bool, max_pixels: int | None) 
     return _decode_stream(path, "the image", upright, max_pixels)
 
 
-def _decode_stream(file: BinaryIO, name: str, upright: bool, max_pixels: int | None) -> Any:
+def _decode_stream(
+    file: BinaryIO, name: str, upright: bool, max_pixels: int | None, background: str = "white"
+) -> Any:
     ImageOps = optional("PIL.ImageOps", "images need Pillow", "images")
     try:
         image = decode_image(file, max_pixels)
         format = image.format  # turning makes a copy without it
-        return _to_rgb(ImageOps.exif_transpose(image) if upright else image, format or "", name)
+        turned = ImageOps.exif_transpose(image) if upright else image
+        return _to_rgb(turned, format or "", name, background)
     except ValueError as error:
         raise DataError(
             f"{name} cannot be decoded as an image ({one_line(error)}); mend or remove it"
         ) from error
 
 
-def _to_rgb(image: Any, format: str, name: str) -> Any:
-    """A Pillow image of any mode in RGB: 16-bit grey scaled to 8 bits, transparency on white.
+def _to_rgb(image: Any, format: str, name: str, background: str) -> Any:
+    """A Pillow image of any mode in RGB: 16-bit grey scaled to 8 bits, transparency on a colour.
 
     Pillow's own conversion clips 16-bit and float grey at 255, and shows the colours that a
     transparent image hides.
@@ -149,8 +183,8 @@ def _to_rgb(image: Any, format: str, name: str) -> Any:
         )
     if not transparent:
         return image if image.mode == "RGB" else image.convert("RGB")
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    ground = Image.new("RGBA", image.size, background)
+    return Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
 
 
 def decode_image(file: BinaryIO, max_pixels: int | None = None) -> PIL.Image.Image:
@@ -163,7 +197,7 @@ def decode_image(file: BinaryIO, max_pixels: int | None = None) -> PIL.Image.Ima
     try:
         # Pillow warns of images beyond its own limit, which is above ours
         with warnings.catch_warnings(action="ignore"):
-            image = Image.open(file, formats=_FORMATS)
+            image = Image.open(file, formats=_formats())
         width, height = image.size
         _require_size(width, height, max_pixels)
         image.load()
@@ -171,6 +205,14 @@ def decode_image(file: BinaryIO, max_pixels: int | None = None) -> PIL.Image.Ima
         # Pillow names an object in memory after "cannot identify image file".
         raise ValueError(one_line(error).partition(" <_io")[0]) from error
     return image
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of _FORMATS that this Pillow knows."""
+    Image = optional("PIL.Image", "images need Pillow", "images")
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
 def has_plain_pixels(file: BinaryIO) -> bool:

@@ -10,47 +10,68 @@ Shape letters: H and W rows and columns of the image, pixels.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 
-def resize_and_crop(pixels: np.ndarray, size: int) -> torch.Tensor:
-    """Resize the shorter side of an image (H, W, 3) uint8 to `size` and crop its centre.
+@dataclass(frozen=True)
+class View:
+    """What is seen of a picture."""
+
+    flip: bool = False
+    """left and right exchanged"""
+    crop: float | None = None
+    """where along its longer side the square is cut out, in [0, 1); None: in the centre"""
+
+
+AS_IT_IS = View()
+"""the benchmark's: the centre"""
+
+
+def resize_and_crop(pixels: np.ndarray, size: int, view: View = AS_IT_IS) -> torch.Tensor:
+    """Resize the shorter side of an image (H, W, 3) uint8 to `size` and crop a square.
 
     Returns (3, size, size) float32, perhaps not contiguous: bytes divided by 255, nothing rounded
-    or clipped. The longer side is rounded down, and the crop's offset is half the surplus, rounded
-    to the nearest even number.
+    or clipped. The longer side is rounded down, and the offset of a crop in the centre is half the
+    surplus, rounded to the nearest even number.
     """
+    square = _square(pixels, size, view.crop)
+    return square.flip(-1) if view.flip else square
+
+
+def _square(pixels: np.ndarray, size: int, place: float | None) -> torch.Tensor:
+    """`resize_and_crop` without a flip; `place` is `View.crop`."""
     image, short = torch.from_numpy(pixels), min(pixels.shape[:2])
     height, width = (side * size // short for side in pixels.shape[:2])
     if short == size:
-        top, left = _offset(height, size), _offset(width, size)
+        top, left = _offset(height, size, place), _offset(width, size, place)
         kept = image[top : top + size, left : left + size]
         return kept.permute(2, 0, 1).contiguous().float() / 255
-    top, rows = _band(pixels.shape[0], height, size)
-    left, columns = _band(pixels.shape[1], width, size)
+    top, rows = _band(pixels.shape[0], height, size, _offset(height, size, place))
+    left, columns = _band(pixels.shape[1], width, size, _offset(width, size, place))
     kept = image[top : top + rows.shape[1], left : left + columns.shape[1]]
     across = torch.sparse.mm(columns, kept.permute(1, 2, 0).contiguous().float().flatten(1))
     down = across.view(size, 3, -1).permute(2, 1, 0).contiguous()
     return torch.sparse.mm(rows, down.flatten(1)).view(size, 3, size).permute(1, 0, 2)
 
 
-def _offset(side: int, size: int) -> int:
-    return round((side - size) / 2)
+def _offset(side: int, size: int, place: float | None) -> int:
+    """Where the crop begins: in the middle, or any of side - size + 1 places alike often."""
+    return round((side - size) / 2) if place is None else int(place * (side - size + 1))
 
 
 @functools.lru_cache(maxsize=256)
-def _band(length: int, new: int, size: int) -> tuple[int, torch.Tensor]:
-    """The rows (size, kept) of a resize from `length` to `new` that a centre crop keeps, and the
-    first of the `kept` places they read.
+def _band(length: int, new: int, size: int, first: int) -> tuple[int, torch.Tensor]:
+    """The rows (size, kept) of a resize from `length` to `new` that a crop from `first` on keeps,
+    and the first of the `kept` places they read.
 
     Sparse float32, in torch's own arithmetic (UpSampleKernel.cpp, bicubic with a = -0.5); divided
     by the square root of 255, since an image goes through two.
     """
     scale = np.float32(length) / np.float32(new)
     wide = max(scale, np.float32(1))
-    first = _offset(new, size)
     centers = (float(scale) * (np.arange(first, first + size) + 0.5)).astype(np.float32)
     begins = np.maximum((centers - 2 * wide + np.float32(0.5)).astype(np.int64), 0)
     ends = np.minimum((centers + 2 * wide + np.float32(0.5)).astype(np.int64), length)

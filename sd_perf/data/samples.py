@@ -22,6 +22,7 @@ from sd_perf.data.encoded import require_fits
 from sd_perf.data.formats import MAX_IMAGE_BYTES
 from sd_perf.data.images import ImageRange, load_picture
 from sd_perf.data.npz import MAX_HEADER_BYTES, read_npy_header
+from sd_perf.data.resize import AS_IT_IS, View
 from sd_perf.data.shards import ShardIndex
 from sd_perf.errors import BadSampleError, DataError
 from sd_perf.models.vae import PIXELS_PER_LATENT
@@ -99,10 +100,12 @@ def parse_halves(data: bytes, what: str, shape: tuple[int, ...]) -> np.ndarray:
     return np.frombuffer(data, "<f2").reshape(shape)
 
 
-def parse_picture(data: bytes, size: int, image_range: ImageRange) -> np.ndarray:
+def parse_picture(
+    data: bytes, size: int, image_range: ImageRange, view: View = AS_IT_IS
+) -> np.ndarray:
     """Pixels (3, size, size) float32 from the bytes of an image file; see `load_picture`."""
     try:
-        return load_picture(data, size, image_range).numpy()
+        return load_picture(data, size, image_range, view=view).numpy()
     except DataError as error:
         raise BadSampleError(str(error).removesuffix("; mend or remove it")) from error
 
@@ -226,14 +229,15 @@ class SampleReader:
             )
         return data, stored
 
-    def read(self, sample: int) -> Sample:
-        """Read and decode a sample. BadSampleError, with the bare reason, for unusable bytes.
+    def read(self, sample: int, view: View = AS_IT_IS) -> Sample:
+        """Read and decode a sample, its picture in this view.
 
-        Never reads more of a part than the config lets it have.
+        BadSampleError, with the bare reason, for unusable bytes. Never reads more of a part than
+        the config lets it have.
         """
         row = self._index.samples[sample]
         is_raw = self._index.format == "raw"
-        pixels = self._pixels(row) if is_raw else None
+        pixels = self._pixels(row, view) if is_raw else None
         moments = None if is_raw else self._moments(row)
         caption = self._caption(row)
         context = self._context(row) if self._config.context == "precomputed" else None
@@ -253,9 +257,9 @@ class SampleReader:
             raise BadSampleError(f"picture has {size:,} bytes, more than {MAX_IMAGE_BYTES:,}")
         return self._part(row, "picture", MAX_IMAGE_BYTES)[0]
 
-    def _pixels(self, row: np.void) -> np.ndarray:
+    def _pixels(self, row: np.void, view: View) -> np.ndarray:
         side = PIXELS_PER_LATENT * self._config.latent_size
-        return parse_picture(self._picture(row), side, self._config.image_range)
+        return parse_picture(self._picture(row), side, self._config.image_range, view)
 
     def _moments(self, row: np.void) -> np.ndarray:
         channels, side = self._in_channels, self._config.latent_size

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from sd_perf.config import Config
-from sd_perf.data.images import load_image
 from sd_perf.data.laion.convert import RECORDS
-from sd_perf.data.prepare.captioned_images import load_captioned_image, read_captioned_images
+from sd_perf.data.prepare.captioned_images import CaptionedImage, load_captioned_image
+from sd_perf.data.prepare.image_folder import find_pictures, has_captions, read_images
 from sd_perf.data.samples import SampleReader
 from sd_perf.data.shards import ShardIndex, find_shards, scan_shard
 from sd_perf.data.verify import find_format, fitted
@@ -27,8 +27,6 @@ from sd_perf.files import read_json
 from sd_perf.models.vae import PIXELS_PER_LATENT
 from sd_perf.optional import optional
 
-_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
-"""of pictures in a folder without captions"""
 _SPREAD = 3.0
 """latents from minus to plus this many standard deviations are black to white in false colours"""
 
@@ -64,7 +62,7 @@ def examples(
         return
     config = config if has_preset else fitted(folder, format, config)
     shards = find_shards(folder, format)
-    chosen = _spread(shards, num)
+    chosen = spread(shards, num)
     each = [len(part) for part in np.array_split(np.arange(num), len(chosen))]
     for path, count in zip(chosen, each, strict=True):
         try:
@@ -76,11 +74,11 @@ def examples(
             yield Example(path.name, "", b"", str(error))
             continue
         image_range = _image_range(folder, config)
-        for number in _spread(range(len(index)), count):
+        for number in spread(range(len(index)), count):
             yield _example(index, reader, number, decoder, image_range)
 
 
-def _spread(items: Any, num: int) -> list[Any]:
+def spread(items: Any, num: int) -> list[Any]:
     """Up to `num` of the items, evenly spread."""
     places = np.linspace(0, len(items) - 1, min(num, len(items))).round().astype(int)
     return [items[place] for place in places]
@@ -108,7 +106,7 @@ def _example(
         mean = torch.from_numpy(sample.moments[: len(sample.moments) // 2].astype(np.float32))
         picture, remark = _seen(mean, decoder, image_range)
     side = "x".join(map(str, picture.shape[1:]))
-    return Example(name, sample.caption, _jpeg(picture), f"{side} pixels{remark}")
+    return Example(name, sample.caption, to_jpeg(picture), f"{side} pixels{remark}")
 
 
 def _seen(
@@ -127,27 +125,26 @@ def _seen(
 
 
 def _pictures(folder: Path, config: Config, num: int) -> Iterator[Example]:
-    """Pictures of a folder, with captions where it has a captions.jsonl."""
+    """Pictures of a folder, with their captions where it has any."""
     size = PIXELS_PER_LATENT * config.data.latent_size
-    captioned = any((path / "captions.jsonl").is_file() for path in (folder, folder.parent))
-    items: list[Any] = (
-        list(read_captioned_images(folder, allow_empty=True))
-        if captioned
-        else sorted(path for path in folder.glob("*") if path.suffix.lower() in _EXTENSIONS)
+    images = (
+        read_images(folder, allow_empty=True)
+        if has_captions(folder)
+        else [CaptionedImage(path, ("",), str(path)) for path in find_pictures(folder)]
     )
-    if not items:
+    if not images:
         raise DataError(f"{folder}: holds neither shards nor pictures; name another folder")
-    for item in _spread(items, num):
-        path, caption = (item.path, item.captions[0]) if captioned else (item, "")
+    for image in spread(images, num):
+        name, caption = image.path.name, image.captions[0]
         try:
-            picture = load_captioned_image(item, size) if captioned else load_image(path, size)
+            picture = load_captioned_image(image, size)
         except DataError as error:
-            yield Example(path.name, caption, b"", str(error))
+            yield Example(name, caption, b"", str(error))
             continue
-        yield Example(path.name, caption, _jpeg(picture), f"cut to {size}x{size} pixels")
+        yield Example(name, caption, to_jpeg(picture), f"cut to {size}x{size} pixels")
 
 
-def _jpeg(picture: torch.Tensor) -> bytes:
+def to_jpeg(picture: torch.Tensor) -> bytes:
     """A picture (3, P, P), cut off to [0, 1], as the bytes of a JPEG file."""
     Image = optional("PIL.Image", "images need Pillow", "images")
     pixels = (picture.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)

@@ -16,7 +16,7 @@ from sd_perf.data.digests import digest
 from sd_perf.data.laion.convert import RECORDS
 from sd_perf.data.npz import MAX_HEADER_BYTES, read_npy_header
 from sd_perf.data.prepare.captioned_images import CaptionedImage, load_captioned_image
-from sd_perf.data.prepare.raw_shards import read_images
+from sd_perf.data.prepare.image_folder import read_images
 from sd_perf.data.samples import SampleReader
 from sd_perf.data.shards import ShardIndex, find_files, find_shards, group_by_key, scan_shard
 from sd_perf.errors import DataError

@@ -31,3 +31,9 @@ class Stream(IntEnum):
     """order of the samples in an epoch"""
     SYNTHETIC = 5
     """synthetic moments and context"""
+    OFFSET = 6
+    """noise per channel, added to NOISE where diffusion.offset_noise asks for it"""
+    CAPTION = 7
+    """whether a training step leaves out the caption"""
+    VIEW = 8
+    """flip and crop of a picture"""

@@ -88,6 +88,10 @@ class Watchdog:
         """
         try:
             yield
+        except RankLostError:  # it has been named
+            STOP.hold()
+            self._handled.set()
+            raise
         except RuntimeError as error:
             STOP.hold()  # torchrun sends SIGTERM to all that are left
             if not self._is_lost.wait(_PATIENCE):

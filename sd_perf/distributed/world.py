@@ -43,6 +43,10 @@ class World:
         if self.watchdog is not None:
             self.watchdog.release()
 
+    def lost(self) -> str:
+        """Which rank is gone or silent, in words; empty while all are there."""
+        return self.watchdog.lost if self.watchdog else ""
+
     @contextlib.contextmanager
     def losses_named(self, what_is_kept: Callable[[], str]) -> Iterator[None]:
         """RankLostError, naming the rank, for an error in the block that a lost rank caused.

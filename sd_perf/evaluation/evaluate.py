@@ -22,22 +22,23 @@ from rich.table import Table
 from sd_perf.config import Config, EvaluationConfig
 from sd_perf.data.images import write_png
 from sd_perf.data.prepare.captioned_images import load_captioned_image
-from sd_perf.data.prepare.raw_shards import read_images
+from sd_perf.data.prepare.image_folder import read_images
+from sd_perf.data.threads import map_ahead
 from sd_perf.distributed.world import World
 from sd_perf.errors import CheckpointError
 from sd_perf.evaluation.evaluator import Evaluator, features_of, require_named
 from sd_perf.evaluation.fid import FeatureStatistics
 from sd_perf.evaluation.generate import numbered_paths, save_pictures
-from sd_perf.evaluation.measured import MAKE_ROOM, Keeper
+from sd_perf.evaluation.measured import MAKE_ROOM, Keeper, Measured
 from sd_perf.files import disk_errors, json_lines, write_json, write_text
 from sd_perf.mlperf.compliance import check_log
 from sd_perf.mlperf.log import LOG_NAME, MLPerfLog, logged_scores, read_log
 from sd_perf.models.vae import PIXELS_PER_LATENT
 from sd_perf.runs.checkpoint_files import read_state
-from sd_perf.runs.checkpoints import CheckpointStore, load_component, position
+from sd_perf.runs.checkpoints import CheckpointStore, load_weights, position
 from sd_perf.runs.folder import require_of_run
 from sd_perf.runs.lock import RunLock
-from sd_perf.runs.scores import read_json_lines, read_scores
+from sd_perf.runs.scores import read_json_lines, read_scores, scores_path
 from sd_perf.visible import visible
 
 GRID_COLUMNS = 8
@@ -106,6 +107,8 @@ class Wanted:
     """wait so long for another checkpoint of a run that is under way"""
     pictures: Path | None = None
     """folder for all pictures, as PNGs named by their place among the prompts"""
+    ema: bool = False
+    """score the moving average of the weights: scores_ema.jsonl, samples_ema, and no MLPerf log"""
 
 
 def evaluate_run(
@@ -139,7 +142,7 @@ def evaluate_run(
         if not world.on_main(waiting.goes_on):
             break
         time.sleep(POLL_SECONDS)
-    if wanted.num_prompts is None:
+    if wanted.num_prompts is None and not wanted.ema:
         world.on_main(lambda: _conclude(run, config))
 
 
@@ -159,7 +162,7 @@ class Waiting:
         minutes, config = self._wanted.wait_minutes, self._config
         if minutes is None:
             return False
-        scores = read_scores(self._run, KEYS)
+        scores = read_scores(self._run, KEYS, self._wanted.ema)
         if self._wanted.until_passed and any(_passes(line, config.evaluation) for line in scores):
             return False
         newest = max(_checkpoints(self._run), default=0)
@@ -189,7 +192,7 @@ def _due(run: Path, config: Config, wanted: Wanted) -> list[tuple[int, Path]]:
         )
     if not checkpoints and wanted.wait_minutes is None:
         raise CheckpointError(f"{run}: holds no complete checkpoint to evaluate")
-    scores = read_scores(run, KEYS)
+    scores = read_scores(run, KEYS, wanted.ema)
     if wanted.until_passed and any(_passes(line, config.evaluation) for line in scores):
         return []
     done = set() if wanted.num_prompts else {line["samples"] for line in scores}
@@ -219,8 +222,10 @@ def _evaluate(
     name = f"samples_{samples:010d}"
     if wanted.num_prompts is not None:
         name += f"_first_{wanted.num_prompts}"
+    if wanted.ema:
+        name, state = f"{name}_ema", f"{state} ema"
     keeper = Keeper(run / "evaluation" / name, of=evaluator.identity(state))
-    _draw(evaluator, world, keeper, checkpoint, wanted.pictures, tell)
+    _draw(evaluator, world, keeper, checkpoint, wanted, tell)
 
     def conclude() -> dict[str, Any]:
         measured = keeper.complete(len(evaluator.prompts), tell)
@@ -231,8 +236,13 @@ def _evaluate(
             "stop_ms": int(1000 * time.time()),
         }
         if wanted.num_prompts is None:
-            write_grid(measured.grid / 255, evaluator.prompts, run / "samples", samples)
-            _record(run, config, scores, log=wanted.wait_minutes is None)
+            write_grid(
+                measured.grid / 255,
+                evaluator.prompts,
+                run / f"samples{'_ema' * wanted.ema}",
+                samples,
+            )
+            _record(run, config, scores, wanted)
         keeper.clear()
         return scores
 
@@ -251,7 +261,7 @@ def _draw(
     world: World,
     keeper: Keeper,
     checkpoint: Path,
-    pictures: Path | None,
+    wanted: Wanted,
     tell: Callable[[str], None],
 ) -> None:
     """Draw and measure what is not kept yet, each rank every so many-th batch of it."""
@@ -267,26 +277,35 @@ def _draw(
     seed = evaluator.config.training.seed or 0
 
     def draw() -> None:
-        weights = load_component(checkpoint, "model")
+        weights = load_weights(checkpoint, wanted.ema)
         batches = evaluator.draw(weights, seed, starts, source=checkpoint)
+
+        def measured(drawn: tuple[int, torch.Tensor]) -> Measured:
+            start, batch = drawn
+            if wanted.pictures is not None:
+                save_pictures(batch, numbered_paths(wanted.pictures, start, len(batch)))
+            return evaluator.measure(start, batch)
+
+        drawn = zip(starts, batches, strict=True)
+        # A GPU draws the next batch meanwhile; on a CPU both would want the same cores.
+        beside = world.device.type == "cuda"
+        parts = map_ahead(measured, drawn, threads=1, ahead=1) if beside else map(measured, drawn)
         try:
-            for start, batch in zip(starts, batches, strict=True):
-                if pictures is not None:
-                    save_pictures(batch, numbered_paths(pictures, start, len(batch)))
-                keeper.add(evaluator.measure(start, batch))
+            for part in parts:
+                keeper.add(part)
         finally:  # what a signal stops is kept, too
             keeper.flush()
 
     world.together(draw)
 
 
-def _record(run: Path, config: Config, scores: dict[str, Any], log: bool) -> None:
-    """Add scores to scores.jsonl and, with `log`, to the MLPerf log."""
-    path = run / "scores.jsonl"
+def _record(run: Path, config: Config, scores: dict[str, Any], wanted: Wanted) -> None:
+    """Add scores to their file and, where they are a finished run's, to the MLPerf log."""
+    path = scores_path(run, wanted.ema)
     with disk_errors(path, MAKE_ROOM):
         lines, _ = read_json_lines(path, KEYS)
         write_text(path, json_lines([*lines, scores]))
-    if log:
+    if wanted.wait_minutes is None and not wanted.ema:
         _log_evaluations(run, config)
 
 
@@ -322,9 +341,9 @@ def _conclude(run: Path, config: Config) -> None:
     write_json(run / "mlperf_verdict.json", facts)
 
 
-def scores_table(run: Path) -> Table:
-    """All scores of a run, as a table for the terminal."""
-    lines = read_scores(run, KEYS)
+def scores_table(run: Path, ema: bool = False) -> Table:
+    """All scores of a run, or of the average of its weights, as a table for the terminal."""
+    lines = read_scores(run, KEYS, ema)
     judged = any("judge" in line for line in lines)
     columns = [
         "samples",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from sd_perf.data.prepare.captioned_images import read_captioned_images
+from sd_perf.data.prepare.image_folder import read_images
 from sd_perf.data.threads import map_ahead
 from sd_perf.errors import DataError
 from sd_perf.evaluation.clip_score import ClipScorer
@@ -109,7 +109,7 @@ def _pictures_and_captions(folder: Path, captions: Path | None) -> tuple[list[Pa
     if captions.suffix == ".tsv":
         paths = find_pictures(folder)
         return paths, read_prompts(captions, len(paths))
-    images = read_captioned_images(folder, captions)
+    images = read_images(folder, captions)
     return [image.path for image in images], [image.captions[0] for image in images]
 
 

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from sd_perf.config import SPEED_ONLY, Config, DiffusionConfig, UNetConfig
+from sd_perf.config import FIRST_WEIGHTS, SPEED_ONLY, Config, DiffusionConfig, UNetConfig
 from sd_perf.errors import ConfigError
 
 RULESET = "5.0.0"
@@ -25,6 +25,7 @@ CLIP_TARGET = 0.15
 
 _OPTIMIZER = "AdamW's constants are fixed; free are learning rate, warm-up steps and batch size"
 _SCHEDULE = "the schedule is the reference's: linear from 1e-6 of the rate, then constant"
+_PLAIN_TRAINING = "the reference trains without it, and scores the weights themselves"
 _SAMPLER = "checkpoints are scored on pictures of 50 DDIM steps with guidance 8"
 _TARGET = (
     "a run has converged at FID 90 or less and CLIP score 0.15 or more, both at one checkpoint"
@@ -36,6 +37,9 @@ FIXED: dict[str, tuple[Any, str]] = {
     "data.context_tokens": (77, "the text states are those of the reference, 77 tokens"),
     "data.allow_empty_captions": (True, _DATA),
     "data.max_bad_samples": (0, _DATA),
+    "data.drop_captions": (0.0, _DATA),
+    "data.random_flip": (False, _DATA),
+    "data.random_crop": (False, _DATA),
     "text_encoder.model": ("ViT-H-14", "the text encoder is the reference's, frozen"),
     "optimizer.beta_1": (0.9, _OPTIMIZER),
     "optimizer.beta_2": (0.999, _OPTIMIZER),
@@ -43,10 +47,13 @@ FIXED: dict[str, tuple[Any, str]] = {
     "optimizer.weight_decay": (0.01, _OPTIMIZER),
     "optimizer.warmup_start": (1e-6, _SCHEDULE),
     "optimizer.decay_steps": (0, _SCHEDULE),
+    "optimizer.decay_shape": ("linear", _SCHEDULE),
     "training.seed": (
         None,
         "seeds come from the clock or the system's entropy, anew for every run",
     ),
+    "training.ema_decay": (0.0, _PLAIN_TRAINING),
+    "training.min_snr_gamma": (0.0, _PLAIN_TRAINING),
     "checkpoint.keep": (None, "every checkpoint up to the first that passes may have to be scored"),
     "sampling.steps": (50, _SAMPLER),
     "sampling.guidance_scale": (8.0, _SAMPLER),
@@ -69,6 +76,8 @@ for _section, _defaults, _rule in (
 ):
     names = [field.name for field in dataclasses.fields(_defaults) if field.name not in SPEED_ONLY]
     FIXED |= {f"{_section}.{name}": (getattr(_defaults, name), _rule) for name in names}
+for _name in FIRST_WEIGHTS:
+    FIXED[f"model.{_name}"] = (getattr(UNetConfig, _name), "training begins from random weights")
 
 PRECISIONS = ("fp64", "fp32", "tf32", "fp16", "bf16", "fp8")
 """number formats that the rules approve in advance"""
@@ -80,7 +89,7 @@ def violations(config: Config) -> Iterator[tuple[str, Any, str, str]]:
         section, name = key.split(".")
         value = getattr(getattr(config, section), name)
         if value != allowed:
-            yield key, value, "not set" if allowed is None else repr(allowed), rule
+            yield key, value, "not set" if allowed in (None, "") else repr(allowed), rule
     yield from _of_data(config)
     if config.training.precision not in PRECISIONS:
         yield (

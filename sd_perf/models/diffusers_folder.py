@@ -12,8 +12,9 @@ from torch import Tensor
 
 from sd_perf.config import DiffusionConfig, UNetConfig
 from sd_perf.errors import CheckpointError, ConfigError
-from sd_perf.files import parse_json, read_untrusted
+from sd_perf.files import misfit, parse_json, read_untrusted
 from sd_perf.models.key_maps import (
+    PREDICTION_TYPES,
     diffusers_unet_config,
     from_diffusers,
     scheduler_config,
@@ -30,6 +31,19 @@ WEIGHTS = "diffusion_pytorch_model"
 """file name of a diffusers model's weights, without suffix"""
 
 
+SCHEDULER = {
+    "num_train_timesteps": "num_timesteps",
+    "beta_start": "beta_start",
+    "beta_end": "beta_end",
+}
+"""fields of a diffusers scheduler's config: those of DiffusionConfig that say the same"""
+
+
+def is_diffusers_folder(path: Path) -> bool:
+    """Whether a folder is a pipeline of diffusers, or a UNet of one."""
+    return any((path / name).is_file() for name in ("config.json", "unet/config.json"))
+
+
 def read_diffusers_unet(folder: str | Path) -> tuple[dict[str, Tensor], UNetConfig]:
     """Weights, under LDM's names, and config of a diffusers UNet.
 
@@ -40,15 +54,47 @@ def read_diffusers_unet(folder: str | Path) -> tuple[dict[str, Tensor], UNetConf
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         folder = folder / "unet"
-    path = folder / "config.json"
+    config = _unet_config(_read_config(path := folder / "config.json"), path)
+    return from_diffusers(_read_weights(folder), config), config
+
+
+def read_scheduler(folder: Path) -> dict[str, Any]:
+    """Fields of DiffusionConfig that the scheduler of a diffusers pipeline tells; empty without it.
+
+    `folder` is the pipeline's or that of its UNet. Raises CheckpointError for a scheduler of
+    another noise schedule than `make_alphas_cumprod`, or of a prediction that is no v or epsilon.
+    """
+    found = (root / "scheduler" / "scheduler_config.json" for root in (folder, folder.parent))
+    path = next((path for path in found if path.is_file()), None)
+    if path is None:
+        return {}
+    entries, numbers = _read_config(path), dict.fromkeys(SCHEDULER, (int, float))
+    fault = misfit(entries, {f"{name}?": kinds for name, kinds in numbers.items()})
+    # diffusers leaves out what is its default.
+    predicted = entries.get("prediction_type", "epsilon")
+    ours = {theirs: ours for ours, theirs in PREDICTION_TYPES.items()}
+    if not fault and (betas := entries.get("beta_schedule", "linear")) != "scaled_linear":
+        fault = f"beta_schedule is {betas!r}, and this trainer has 'scaled_linear'"
+    if not fault and predicted not in ours:
+        fault = f"prediction_type is {predicted!r}, and this trainer has {' and '.join(ours)}"
+    if fault:
+        raise CheckpointError(f"{path}: cannot be used ({fault}); take other weights")
+    told = {mine: entries[theirs] for theirs, mine in SCHEDULER.items() if theirs in entries}
+    rescaled = entries.get("rescale_betas_zero_snr") is True
+    return {**told, "prediction": ours[predicted], "zero_terminal_snr": rescaled}
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """The entries of a config of diffusers; CheckpointError where there are none."""
     try:
         entries = parse_json(read_untrusted(path, kind=CheckpointError))
+        if fault := misfit(entries, {}):
+            raise ValueError(fault)
     except ValueError as error:
         raise CheckpointError(
             f"{path}: cannot be read as a diffusers config ({reason(error)})"
         ) from error
-    config = _unet_config(entries, path)
-    return from_diffusers(_read_weights(folder), config), config
+    return entries
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

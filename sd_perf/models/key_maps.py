@@ -20,6 +20,9 @@ from sd_perf.config import DiffusionConfig, UNetConfig
 from sd_perf.errors import CheckpointError, ConfigError
 from sd_perf.models.vae import AutoencoderConfig
 
+PREDICTION_TYPES = {"v": "v_prediction", "epsilon": "epsilon"}
+"""what a UNet predicts, in this trainer's config: in that of a diffusers scheduler"""
+
 _UNET_RES_BLOCK = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
@@ -134,12 +137,12 @@ def scheduler_config(config: DiffusionConfig) -> dict[str, Any]:
         "beta_start": config.beta_start,
         "clip_sample": False,
         "num_train_timesteps": config.num_timesteps,
-        "prediction_type": "v_prediction",
-        "rescale_betas_zero_snr": False,
+        "prediction_type": PREDICTION_TYPES[config.prediction],
+        "rescale_betas_zero_snr": config.zero_terminal_snr,
         "set_alpha_to_one": False,
         "steps_offset": 1,
         "thresholding": False,
-        "timestep_spacing": "leading",
+        "timestep_spacing": "trailing" if config.zero_terminal_snr else "leading",
         "trained_betas": None,
     }
 

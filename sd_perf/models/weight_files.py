@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sd_perf.config import UNetConfig
+from sd_perf.config import FIRST_WEIGHTS, DiffusionConfig, UNetConfig
 from sd_perf.errors import CheckpointError, ConfigError
 from sd_perf.files import disk_errors, misfit, one_line, parse_json, quoted, written_aside
 from sd_perf.optional import optional
@@ -30,13 +30,19 @@ M = TypeVar("M", bound=nn.Module)
 UNET_PREFIX = "model.diffusion_model."
 PREFIXES = {"unet": UNET_PREFIX, "vae": "first_stage_model.", "text": "cond_stage_model.model."}
 """component: prefix of its weights' names in an LDM checkpoint"""
-FIRST_WEIGHTS = {
+TELLTALES = {
     "unet": ("input_blocks.0.0.weight",),
     "vae": ("encoder.conv_in.weight", "decoder.conv_in.weight"),
 }
 """component: weights that tell a file of this component alone, whose names have no prefix"""
+EMA_PREFIX = "model_ema.diffusion_model"
+"""how names of the UNet's averaged weights begin in an LDM checkpoint; the rest has no dots"""
 UNET_CONFIG = "sd_perf.unet_config"
 """entry of a .safetensors file's metadata: the UNet's config as JSON"""
+
+PREDICTION = "modelspec.prediction_type"
+"""entry of a .safetensors file's metadata: v or epsilon (Stability AI's ModelSpec, which others
+write and read, too)"""
 
 INERT_GLOBALS = (
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
@@ -101,7 +107,7 @@ def split_components(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]
     schedule, are left out. A file of the UNet or of the autoencoder alone, whose names have no
     prefix, is that component.
     """
-    for component, names in FIRST_WEIGHTS.items():
+    for component, names in TELLTALES.items():
         if any(name in state for name in names):
             own = _without_training(state) if component == "vae" else dict(state)
             return {**{other: {} for other in PREFIXES}, component: own}
@@ -113,6 +119,15 @@ def split_components(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]
         }
         for component, prefix in PREFIXES.items()
     }
+
+
+def averaged_unet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The averaged weights of the UNet in an LDM checkpoint; empty where it has none.
+
+    LDM's `LitEma` (`ldm/modules/ema.py`) keeps them under the names of the others without dots.
+    """
+    names = {name: EMA_PREFIX + name.replace(".", "") for name in split_components(state)["unet"]}
+    return {name: state[theirs] for name, theirs in names.items() if theirs in state}
 
 
 def _without_training(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -159,7 +174,9 @@ def require_fit(
         "missing": [name for name in own if name not in state],
         "unexpected": [name for name in state if name not in own],
         "of another shape": [
-            name for name in own if name in state and state[name].shape != own[name].shape
+            f"{name}, {tuple(state[name].shape)} there and {tuple(own[name].shape)} in it"
+            for name in own
+            if name in state and state[name].shape != own[name].shape
         ],
     }
     found = [
@@ -210,18 +227,26 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
+def safetensors_metadata(path: Path) -> dict[str, str]:
+    """The text that a .safetensors file holds beside its tensors; CheckpointError for no such file.
+
+    The file's header alone is read.
+    """
+    safetensors = _safetensors()
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read as safetensors ({reason(error)})") from error
+
+
 def safetensors_config(path: Path, kind: type[T], entry: str = "config") -> T | None:
     """The config (a dataclass) in a .safetensors file: JSON under `entry` in its metadata.
 
     None where the metadata has no such entry. Raises CheckpointError for a file that cannot be
     read, and for metadata that is not a config of this kind.
     """
-    safetensors = _safetensors()
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(entry)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read as safetensors ({reason(error)})") from error
+    text = safetensors_metadata(path).get(entry)
     if text is None:
         return None
     try:
@@ -259,15 +284,19 @@ def export_ldm(
     path: str | Path,
     metadata: Mapping[str, str],
     config: UNetConfig | None = None,
+    diffusion: DiffusionConfig | None = None,
 ) -> None:
     """Write the UNet's weights as safetensors under the names of an LDM checkpoint.
 
     `metadata` is text to store in the file. The config is stored there, too, since shapes do not
-    tell the groups of GroupNorms. Raises CheckpointError where `path` exists or cannot be
-    written.
+    tell the groups of GroupNorms, and what `diffusion` has the UNet predict. Raises CheckpointError
+    where `path` exists or cannot be written.
     """
     if config is not None:
-        metadata = {**metadata, UNET_CONFIG: json.dumps(vars(config.network))}
+        network = {key: it for key, it in vars(config.network).items() if key not in FIRST_WEIGHTS}
+        metadata = {**metadata, UNET_CONFIG: json.dumps(network)}
+    if diffusion is not None:
+        metadata = {**metadata, PREDICTION: diffusion.prediction}
     with new_path(Path(path)) as draft:
         save_safetensors(
             {UNET_PREFIX + name: value for name, value in unet_state.items()}, draft, metadata

@@ -1,7 +1,8 @@
 """The diffusion training step: draws, noising, prediction, loss.
 
-Rombach et al. 2022 (arXiv 2112.10752), equation 3, with the v-target of Salimans & Ho 2022 (arXiv
-2202.00512, section 4) in place of the noise. It is the oracle that the fast step is held to.
+Rombach et al. 2022 (arXiv 2112.10752), equation 3, where the UNet predicts the noise; by default it
+is the v-target of Salimans & Ho 2022 (arXiv 2202.00512, section 4) in place of it. It is the oracle
+that the fast step is held to.
 
 Shape letters: B samples, C latent channels, H and W latent rows and columns, T text tokens, D
 context channels.
@@ -30,6 +31,17 @@ def sample_latents(moments: torch.Tensor, noise: torch.Tensor, latent_scale: flo
     return latent_scale * (mean + std * noise)
 
 
+def offset_noise(
+    config: DiffusionConfig, seed: int, sample_indices: torch.Tensor, channels: int
+) -> torch.Tensor:
+    """Noise (B, C, 1, 1) float32 that shifts the mean of a sample's channels.
+
+    diffusion.offset_noise x a standard normal (Guttenberg, "Diffusion with Offset Noise", 2023).
+    """
+    shifts = normal(seed, Stream.OFFSET, sample_indices, channels)
+    return config.offset_noise * shifts[:, :, None, None]
+
+
 class DiffusionStep(torch.nn.Module):
     """The loss of one micro-batch. Holds the noise schedule and no weights.
 
@@ -37,11 +49,12 @@ class DiffusionStep(torch.nn.Module):
     the rank or the batch that it is in.
     """
 
-    def __init__(self, config: DiffusionConfig, seed: int) -> None:
+    def __init__(self, config: DiffusionConfig, seed: int, min_snr_gamma: float = 0.0) -> None:
+        """`min_snr_gamma` is that of the config's section training."""
         super().__init__()
         self.config = config
         self.seed = seed
-        self.schedule = Schedule(config)
+        self.schedule = Schedule(config, min_snr_gamma)
 
     def draw(self, moments: torch.Tensor, sample_indices: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Latents and noise, (B, C, H, W) float32, and timesteps (B,) int64 of the samples.
@@ -53,6 +66,8 @@ class DiffusionStep(torch.nn.Module):
         shape, num = (batch, channels, height, width), channels * height * width
         posterior_noise = normal(self.seed, Stream.MOMENTS, sample_indices, num).view(shape)
         noise = normal(self.seed, Stream.NOISE, sample_indices, num).view(shape)
+        if self.config.offset_noise:
+            noise = noise + offset_noise(self.config, self.seed, sample_indices, channels)
         timesteps = uniform_integers(
             self.seed, Stream.TIMESTEP, sample_indices, self.config.num_timesteps
         )
@@ -65,12 +80,14 @@ class DiffusionStep(torch.nn.Module):
         context: torch.Tensor,
         sample_indices: torch.Tensor,
     ) -> torch.Tensor:
-        """Mean squared error of the v-prediction over all elements of the batch, a float32 scalar.
+        """Mean squared error of the prediction over all elements of the batch, a float32 scalar.
+
+        With min-SNR weighting each sample's squared error is times its timestep's weight.
 
         `moments` is (B, 2C, H, W) float32, `context` (B, T, D), `sample_indices` (B,) int64.
         """
         latents, noise, timesteps = self.draw(moments, sample_indices)
         noisy = self.schedule.add_noise(latents, noise, timesteps)
-        target = self.schedule.v_target(latents, noise, timesteps)
+        target = self.schedule.target(latents, noise, timesteps)
         prediction = unet(noisy, timesteps, context)
-        return F.mse_loss(prediction.float(), target)
+        return F.mse_loss(*self.schedule.weighed(prediction.float(), target, timesteps))

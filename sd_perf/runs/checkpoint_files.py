@@ -1,7 +1,7 @@
 """The files of one checkpoint: tensors as safetensors, everything else in `state.json`.
 
 A checkpoint folder holds one file `<component>_<rank>_of_<count>.safetensors` per component
-("model", "exp_avg", "exp_avg_sq", "precision_state") and rank that wrote. A tensor is named
+("model", "exp_avg", "exp_avg_sq", "ema", "precision_state") and rank that wrote. A tensor is named
 `<component>.<name>`. It lies whole in one file, or in pieces in several: those of ranks that each
 hold a part of the optimizer's state. `state.json` has the state of training, the size and SHA-256
 of every file, shape, dtype and place of every tensor, and the SHA-256 of itself. Nothing is ever

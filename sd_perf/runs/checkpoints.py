@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from sd_perf.drafts import ASIDE, remove_leftovers
-from sd_perf.errors import CheckpointError
+from sd_perf.errors import CheckpointError, RankLostError
 from sd_perf.files import (
     first_error,
     flush,
@@ -52,15 +52,21 @@ class CheckpointStore:
     """The `checkpoints` folder of one run.
 
     `keep` is how many checkpoints stay; None keeps all. `writer` is (rank, ranks) of those that
-    write: rank 0 of 1, unless all ranks hold a part of the state.
+    write: rank 0 of 1, unless all ranks hold a part of the state. `lost` says which of them is
+    gone, in words; empty while all are there.
     """
 
     def __init__(
-        self, folder: Path, keep: int | None = None, writer: tuple[int, int] = (0, 1)
+        self,
+        folder: Path,
+        keep: int | None = None,
+        writer: tuple[int, int] = (0, 1),
+        lost: Callable[[], str] = str,
     ) -> None:
         self.folder = folder
         self.keep = keep
         self.rank, self.ranks = writer
+        self._lost = lost
         self._host = HostCopy()
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
@@ -123,7 +129,8 @@ class CheckpointStore:
         return path
 
     def wait(self) -> None:
-        """Block until the write under way is done; raises CheckpointError where it failed."""
+        """Block until the write under way is done; raises CheckpointError where it failed, and
+        RankLostError where another rank's part will not come."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -132,6 +139,8 @@ class CheckpointStore:
     def raise_failure(self) -> None:
         """CheckpointError where the last write failed; does not block."""
         failure, self._failure = self._failure, None
+        if isinstance(failure, RankLostError):
+            raise RankLostError(f"{failure}; {self.newest_in_words()}")
         if failure is not None:
             why = one_line(first_error(failure))
             raise CheckpointError(
@@ -181,13 +190,28 @@ class CheckpointStore:
         write_json(_report(draft, self.rank), written)
         if self.rank:
             return
-        parts = [_wait_for_part(draft, rank) for rank in range(self.ranks)]
+        parts = [self._wait_for_part(draft, rank) for rank in range(self.ranks)]
         write_state(draft, state, *parts)
         for rank in range(self.ranks):
             _report(draft, rank).unlink()
         flush(draft)
         draft.replace(path)
         flush(path.parent)
+
+    def _wait_for_part(self, draft: Path, rank: int) -> dict[str, Any]:
+        """What a rank wrote, when it has; CheckpointError where it failed or is silent for too
+        long, RankLostError where a rank is gone."""
+        end = time.monotonic() + PEER_SECONDS
+        while not _report(draft, rank).exists():
+            if lost := self._lost():
+                raise RankLostError(lost)
+            if time.monotonic() > end:
+                raise CheckpointError(f"rank {rank} wrote nothing in {PEER_SECONDS:.0f} s")
+            time.sleep(0.02)
+        part = read_json(_report(draft, rank))
+        if "failed" in part:
+            raise CheckpointError(f"rank {rank} could not write its part: {part['failed']}")
+        return part
 
     def _drop_old(self) -> None:
         """Delete all but the newest `keep` checkpoints."""
@@ -199,19 +223,6 @@ class CheckpointStore:
 def _report(draft: Path, rank: int) -> Path:
     """The file in which a rank tells what it wrote, or that it failed."""
     return draft / f"rank_{rank:05d}.json"
-
-
-def _wait_for_part(draft: Path, rank: int) -> dict[str, Any]:
-    """What a rank wrote, when it has; CheckpointError where it failed or is silent for too long."""
-    end = time.monotonic() + PEER_SECONDS
-    while not _report(draft, rank).exists():
-        if time.monotonic() > end:
-            raise CheckpointError(f"rank {rank} wrote nothing in {PEER_SECONDS:.0f} s")
-        time.sleep(0.02)
-    part = read_json(_report(draft, rank))
-    if "failed" in part:
-        raise CheckpointError(f"rank {rank} could not write its part: {part['failed']}")
-    return part
 
 
 def position(path: Path) -> int:
@@ -244,7 +255,7 @@ def load_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, t
 
 
 def load_component(path: Path, component: str) -> dict[str, torch.Tensor]:
-    """The tensors of a component ("model", "exp_avg" or "exp_avg_sq"), unprefixed, on the CPU.
+    """The tensors of a component ("model", "exp_avg", ...), unprefixed, on the CPU.
 
     Raises CheckpointError where there are none, or the checkpoint is damaged. Only the files of the
     component are read.
@@ -255,3 +266,16 @@ def load_component(path: Path, component: str) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{path}: holds no {component}")
     tensors = read_tensors(path, state, names)
     return {name.removeprefix(f"{component}."): tensor for name, tensor in tensors.items()}
+
+
+def load_weights(path: Path, ema: bool = False) -> dict[str, torch.Tensor]:
+    """The UNet's weights in a checkpoint, or with `ema` their moving average, on the CPU.
+
+    Raises CheckpointError as `load_component` does, and where the run keeps no average.
+    """
+    if ema and not any(name.startswith("ema.") for name in read_state(path)["tensors"]):
+        raise CheckpointError(
+            f"{path}: holds no averaged weights, which training.ema_decay asks for; take the "
+            "weights themselves (without --ema; as model.init, with model.init_ema false)"
+        )
+    return load_component(path, "ema" if ema else "model")

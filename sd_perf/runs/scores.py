@@ -1,7 +1,8 @@
 """The scores of a run, and how its files of JSON lines are read.
 
 `scores.jsonl` has one JSON object per evaluated checkpoint: `samples` (its position), `fid`,
-`clip`, `n` (pictures) and, in the tiny world, the judge's shares.
+`clip`, `n` (pictures) and, in the tiny world, the judge's shares. `scores_ema.jsonl` has the same
+of the average of the weights, `training.ema_decay`.
 """
 
 from __future__ import annotations
@@ -30,13 +31,20 @@ class JsonLines:
     """whether the last line is incomplete, as a killed process leaves it; it is in neither list"""
 
 
-def read_scores(folder: Path, keys: tuple[str, ...] = _WHOLE) -> list[dict[str, Any]]:
-    """The lines of a run's `scores.jsonl`, by ascending position; [] where there is no file.
+def scores_path(folder: Path, ema: bool = False) -> Path:
+    """The file of a run's scores, those of its weights or, with `ema`, of their average."""
+    return folder / ("scores_ema.jsonl" if ema else "scores.jsonl")
+
+
+def read_scores(
+    folder: Path, keys: tuple[str, ...] = _WHOLE, ema: bool = False
+) -> list[dict[str, Any]]:
+    """The lines of a run's `scores_path`, by ascending position; [] where there is no file.
 
     Where a position was evaluated more than once, the last line counts. Raises UserError for a line
     without a number for one of `keys`.
     """
-    lines, _ = read_json_lines(folder / "scores.jsonl", keys)
+    lines, _ = read_json_lines(scores_path(folder, ema), keys)
     return by_position(lines)
 
 

@@ -14,6 +14,7 @@ from sd_perf.data.shards import find_shards
 from sd_perf.errors import DataError, UserError
 from sd_perf.fast.architecture import architecture
 from sd_perf.fast.choice import choose_kernels, used_ops
+from sd_perf.models.first_weights import first_weights_in_words
 from sd_perf.runs.checkpoints import CheckpointStore, position
 from sd_perf.runs.folder import settle_run
 from sd_perf.sinks.feed import RECORD_NAME
@@ -59,12 +60,10 @@ def _run(config: Config, resume: bool, fresh: bool) -> str:
 
 
 def _network(config: Config) -> str:
-    seed = config.training.seed
-    weights = f"random weights of {'a random seed' if seed is None else f'seed {seed}'}"
     implementation, precision = config.model.implementation, config.training.precision
     return (
         f"UNet of {architecture(config).parameters:,} parameters, {implementation} in {precision}, "
-        f"from {weights}"
+        f"predicts {config.diffusion.prediction}, from {first_weights_in_words(config)}"
     )
 
 
@@ -96,7 +95,8 @@ def _rate(config: Config) -> str:
     if not optimizer.decay_steps:
         return f"{words}, then constant"
     end = config.learning_rate * optimizer.decay_end
-    return f"{words}, then falling to {end:.4g} in {optimizer.decay_steps:,}"
+    along = " along a cosine" if optimizer.decay_shape == "cosine" else ""
+    return f"{words}, then falling{along} to {end:.4g} in {optimizer.decay_steps:,}"
 
 
 def _machine(config: Config, ranks: int) -> str:
@@ -113,7 +113,8 @@ def _machine(config: Config, ranks: int) -> str:
 
 
 def _saves(config: Config) -> str:
-    each = _CHECKPOINT_BYTES * architecture(config).parameters
+    average = 4 if config.training.ema_decay else 0
+    each = (_CHECKPOINT_BYTES + average) * architecture(config).parameters
     every, keep = config.steps_of(config.checkpoint.every_samples), config.checkpoint.keep
     count = -(-config.steps_of(config.training.max_samples) // every)
     kept = count if keep is None else min(keep, count)
@@ -135,6 +136,8 @@ def _writes(config: Config) -> str:
     ]
     if config.model.implementation == "fast":
         names.append("kernels.json")
+    if config.model.init:
+        names.append("init.json")
     if config.mlperf.division != "none":
         names.append(f"result_0.txt (MLPerf log, {config.mlperf.division} division)")
     if config.logging.sinks:

@@ -13,13 +13,13 @@ from sd_kernels.adamw.reference import join_master
 from sd_perf.config import Config
 from sd_perf.data.batch import Batch, Replacement
 from sd_perf.distributed.world import World
+from sd_perf.fast.graph import WARM_UP_PASSES, Runner
 from sd_perf.fast.linear import load_precision_state, precision_state
 from sd_perf.fast.ops import Ops
 from sd_perf.fast.unet import FastUNet
 from sd_perf.models.build import ImageEncoder, TextEncoder
 from sd_perf.runs.checkpoint_files import Piece
 from sd_perf.training.flat import fill_part
-from sd_perf.training.graph import WARM_UP_PASSES, Runner
 from sd_perf.training.iteration import Iteration
 from sd_perf.training.static_batches import Inputs
 from sd_perf.training.step import State, TrainStep
@@ -62,6 +62,8 @@ class FastStep(TrainStep):
             iteration.batches.fill(micro_step, inputs)
         iteration.optimizer.learning_rate.fill_(self.learning_rate(step_index))
         iteration.optimizer.step_number.fill_(step_index + 1)
+        if iteration.ema:
+            iteration.ema.begin(step_index)
         self.runner.run()
         if self.world.device.type == "cuda":
             # Blocking: a thread that waits for it leaves the core to the loader.
@@ -92,11 +94,17 @@ class FastStep(TrainStep):
         load_precision_state(self.unet, saved)
 
     def buffers(self) -> dict[str, torch.Tensor]:
-        flat, optimizer = self.iteration.flat, self.iteration.optimizer
+        flat = self.iteration.flat
         buffers = {f"weights.{number}": share for number, share in enumerate(flat.shares())}
         if flat.remainders is not None:
             buffers["remainders"] = flat.remainders
-        return {**buffers, "exp_avg": optimizer.exp_avg, "exp_avg_sq": optimizer.exp_avg_sq}
+        return buffers | self._float32_buffers()
+
+    def _float32_buffers(self) -> dict[str, torch.Tensor]:
+        """The buffers (M,) of moments and, where there is one, of the average, by component."""
+        optimizer, ema = self.iteration.optimizer, self.iteration.ema
+        moments = {"exp_avg": optimizer.exp_avg, "exp_avg_sq": optimizer.exp_avg_sq}
+        return moments | ({"ema": ema.average} if ema else {})
 
     def named(self, buffers: Mapping[str, torch.Tensor]) -> State:
         shares = [buffers[f"weights.{i}"] for i in range(len(self.iteration.flat.buckets))]
@@ -106,8 +114,9 @@ class FastStep(TrainStep):
             # bytes a parameter.
             rest = self._by_name("model", buffers["remainders"])
             weights = {name: _joined(weights[name], rest[name]) for name in weights}
-        moments = [self._by_name(name, buffers[name]) for name in ("exp_avg", "exp_avg_sq")]
-        return weights | moments[0] | moments[1]
+        for component in self._float32_buffers():
+            weights |= self._by_name(component, buffers[component])
+        return weights
 
     def _by_name(self, component: str, buffer: torch.Tensor) -> State:
         """The tensors in a buffer (M,) by checkpoint name; pieces where state is divided."""
@@ -120,10 +129,10 @@ class FastStep(TrainStep):
         }
 
     def restore(self, tensors: Mapping[str, torch.Tensor], steps: int) -> None:
-        flat, optimizer = self.iteration.flat, self.iteration.optimizer
+        flat = self.iteration.flat
         flat.set_masters({name: tensors[f"model.{name}"] for name in flat.parameters})
-        for component in ("exp_avg", "exp_avg_sq"):
-            for name, part in flat.parts(getattr(optimizer, component)).items():
+        for component, buffer in self._float32_buffers().items():
+            for name, part in flat.parts(buffer).items():
                 parameter, stored = flat.parameters[name], tensors[f"{component}.{name}"]
                 fill_part(part, torch.empty_like(parameter, dtype=torch.float32).copy_(stored))
 

@@ -21,6 +21,7 @@ from sd_perf.fast.linear import amax_buffer, update_scales
 from sd_perf.fast.ops import Ops
 from sd_perf.fast.step import FusedDiffusionStep
 from sd_perf.fast.unet import FastUNet
+from sd_perf.training.ema import FlatEma
 from sd_perf.training.flat import Bucket, FlatParameters
 from sd_perf.training.optimizer import FlatAdamW
 from sd_perf.training.static_batches import StaticBatches
@@ -56,6 +57,7 @@ class Iteration:
             share=self.strategy.share,
         )
         self.optimizer = FlatAdamW(self.flat, config.optimizer, ops.adamw)
+        self.ema = FlatEma(self.flat, training.ema_decay) if training.ema_decay else None
         self.diffusion = FusedDiffusionStep(config, seed, ops).to(world.device)
         self.batches = StaticBatches(config, world)
         self.loss = torch.zeros((), device=world.device)
@@ -71,6 +73,8 @@ class Iteration:
             if handle := handles[bucket.begin]:
                 handle.wait()
             self.optimizer.step(bucket)
+            if self.ema:
+                self.ema.update(bucket)
         self._set_scales(shared)
 
     def accumulate_gradients(self) -> Mapping[int, Handle | None]:
@@ -118,6 +122,8 @@ class Iteration:
                     handle.wait()
             self._set_scales(self._share_magnitudes())
         self.optimizer.try_on_scratch()
+        if self.ema:
+            self.ema.try_on_scratch()
         self.loss.zero_()
         self._poison.zero_()
 

@@ -14,12 +14,16 @@ from sd_kernels.selection import Choice
 from sd_kernels.spec import Target
 from sd_perf.config import Config
 from sd_perf.console import TextConsole
+from sd_perf.data.augmentation import CaptionDropout
+from sd_perf.data.batch import Loader
 from sd_perf.data.loaders.build_loader import build_loader
 from sd_perf.distributed.world import World
 from sd_perf.fast.choice import choose_kernels, require_used, used_ops
 from sd_perf.fast.ops import Ops
 from sd_perf.mlperf.rules import require_closed
-from sd_perf.models.build import build_encoders, build_unet
+from sd_perf.models.build import build_encoders, build_text_encoder, build_unet
+from sd_perf.models.first_weights import copy_first_weights, first_weights_record
+from sd_perf.runs.checkpoints import CheckpointStore
 from sd_perf.runs.folder import open_run, read_run_config, settle_run
 from sd_perf.runs.lock import RunLock
 from sd_perf.runs.parity_record import require_green
@@ -69,8 +73,10 @@ def _launch(
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if settled.training.cpu_threads is not None:
         torch.set_num_threads(settled.training.cpu_threads)
-    trainer = build_trainer(settled, world, choices, default_callbacks(config, console))
-    newest = world.on_main(trainer.store.newest) if resume else None
+    checkpoints = CheckpointStore(Path(settled.run.dir) / "checkpoints")
+    newest = world.on_main(checkpoints.newest) if resume else None
+    begins = newest is None
+    trainer = build_trainer(settled, world, choices, default_callbacks(config, console), begins)
     if newest is not None:
         world.together(lambda: trainer.load(newest))
     elif resume:
@@ -85,6 +91,9 @@ def _launch(
     if kernels:
         console.print(*kernels_table(target.name, kernels), sep="\n")
     records = {"kernels.json": list(kernels.values()), "parity.json": parity}
+    if settled.model.init and begins:
+        records["init.json"] = world.on_main(lambda: first_weights_record(settled))
+        console.print(f"begins from {visible(settled.model.init)}", soft_wrap=True)
     world.on_main(lambda: open_run(settled, resume=resume, fresh=fresh, records=records, lock=lock))
     # Convolutions have the same shapes for the whole run, so cuDNN may try its algorithms once per
     # shape. A deterministic run takes the algorithm that cuDNN's heuristics choose.
@@ -123,16 +132,28 @@ def require_allowed(config: Config) -> None:
 
 
 def build_trainer(
-    config: Config, world: World, choices: dict[str, Choice], callbacks: list[Callback]
+    config: Config,
+    world: World,
+    choices: dict[str, Choice],
+    callbacks: list[Callback],
+    begins: bool = True,
 ) -> Trainer:
-    """A trainer at sample 0, for a config whose seed is settled, with these kernels."""
+    """A trainer at sample 0, for a config whose seed is settled, with these kernels.
+
+    Where the run `begins` here, and does not go on from a checkpoint, model.init is read.
+    """
     seed = config.training.seed
     if seed is None:
         raise ValueError("the config's seed must be settled (sd_perf.runs.folder.open_run)")
-    loader = build_loader(config, seed, world)
+    loader: Loader = build_loader(config, seed, world)
     text_encoder, image_encoder = world.together(lambda: build_encoders(config, world.device))
+    if config.data.drop_captions:
+        empty = world.together(lambda: _empty_states(config, world))
+        loader = CaptionDropout(loader, seed, config.data.drop_captions, empty)
     ops = Ops.chosen(choices) if config.model.implementation == "fast" else None
     unet = build_unet(config, seed=seed, device=world.device, ops=ops)
+    if config.model.init and begins:
+        world.together(lambda: copy_first_weights(unet, config))
     step = build_step(
         unet,
         config,
@@ -143,6 +164,17 @@ def build_trainer(
         ops=ops,
     )
     return Trainer(config, world, step=step, loader=loader, callbacks=callbacks)
+
+
+def _empty_states(config: Config, world: World) -> torch.Tensor | None:
+    """The empty caption's text states (T, D) on the CPU, where batches hold text states."""
+    if config.encodes_text:
+        return None
+    with torch.no_grad():
+        states = build_text_encoder(config, world.device)([""])[0].float().cpu()
+    right = f"{len(states)}, the tokens of {config.text_encoder.model}"
+    config.data.require(len(states) == config.data.context_tokens, "context_tokens", right)
+    return states
 
 
 def default_callbacks(config: Config, console: TextConsole) -> list[Callback]:

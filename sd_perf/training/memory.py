@@ -36,7 +36,9 @@ def least_bytes(config: Config, world_size: int) -> int:
 
 
 def state_bytes(config: Config, world_size: int) -> dict[str, int]:
-    """Bytes that weights, gradients and moments of AdamW take on each rank, without padding.
+    """Bytes that weights, gradients, AdamW's moments and the average take on each rank.
+
+    Padding is not counted. There is an average where training.ema_decay asks for one.
 
     In precision bf16 the fast network's weights are bfloat16 with 16-bit remainders, and its
     gradients bfloat16, unless micro-batches are summed. The plain network's are all float32.
@@ -47,8 +49,10 @@ def state_bytes(config: Config, world_size: int) -> dict[str, int]:
     is_divided = is_fast and training.strategy != "ddp"
     share = parameters // (world_size if is_divided else 1)
     sums_in_16_bits = is_split and training.accumulate_steps == 1
+    ema = {"ema": 4 * share} if training.ema_decay else {}
     return {
         "weights": 2 * parameters + 2 * share if is_split else 4 * parameters,
         "gradients": (2 if sums_in_16_bits else 4) * parameters,
         "adamw_moments": 8 * share,
+        **ema,
     }

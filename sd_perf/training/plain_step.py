@@ -11,9 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 from sd_perf.config import Config
 from sd_perf.data.batch import Batch, Replacement
 from sd_perf.distributed.world import World
+from sd_perf.fast.graph import WARM_UP_PASSES
 from sd_perf.models.build import ImageEncoder, TextEncoder
 from sd_perf.reference.step import DiffusionStep
-from sd_perf.training.graph import WARM_UP_PASSES
+from sd_perf.training.ema import PlainEma
 from sd_perf.training.optimizer import build_optimizer, optimizer_tensors, set_step_count
 from sd_perf.training.static_batches import Inputs
 from sd_perf.training.step import State, TrainStep
@@ -34,7 +35,10 @@ class PlainStep(TrainStep):
         super().__init__(unet, config, world, text_encoder, image_encoder)
         self.seed = seed
         self.optimizer = build_optimizer(unet, config)
-        self.diffusion = DiffusionStep(config.diffusion, seed).to(world.device)
+        decay = config.training.ema_decay
+        self.ema = PlainEma(unet, decay) if decay else None
+        self.diffusion = DiffusionStep(config.diffusion, seed, config.training.min_snr_gamma)
+        self.diffusion.to(world.device)
         self.parallel: torch.nn.Module = unet
         if world.size > 1:
             devices = [world.device] if world.device.type == "cuda" else None
@@ -61,6 +65,8 @@ class PlainStep(TrainStep):
         self.optimizer.param_groups[0]["lr"] = self.learning_rate(step_index)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
+        if self.ema:
+            self.ema.update(step_index)
         return mean_loss, replacements
 
     def _loss(self, inputs: Inputs) -> torch.Tensor:
@@ -92,7 +98,8 @@ class PlainStep(TrainStep):
         model = {
             f"model.{name}": parameter.data for name, parameter in self.unet.named_parameters()
         }
-        return model | optimizer_tensors(self.unet, self.optimizer)
+        ema = self.ema.tensors() if self.ema else {}
+        return model | optimizer_tensors(self.unet, self.optimizer) | ema
 
     def named(self, buffers: Mapping[str, torch.Tensor]) -> State:
         return dict(buffers)

@@ -41,6 +41,8 @@ class TrainStep(ABC):
     ) -> None:
         self.unet, self.config, self.world = unet, config, world
         self.text_encoder, self.image_encoder = text_encoder, image_encoder
+        ema = ("ema",) if config.training.ema_decay else ()
+        self.components = ("model", "exp_avg", "exp_avg_sq", *ema)
 
     @abstractmethod
     def __call__(
@@ -68,7 +70,7 @@ class TrainStep(ABC):
     def named(self, buffers: Mapping[str, torch.Tensor]) -> State:
         """Float32 weights and moments of every parameter, from what `buffers` gave or copies of it.
 
-        Their names are `model.<name>`, `exp_avg.<name>` and `exp_avg_sq.<name>`.
+        Their names are `<component>.<name>`, of the components in `components`.
         """
 
     def state(self) -> State:
@@ -89,7 +91,7 @@ class TrainStep(ABC):
             f"{component}.{name}": torch.empty_like(
                 parameter, dtype=torch.float32, device="meta", memory_format=torch.preserve_format
             )
-            for component in ("model", "exp_avg", "exp_avg_sq")
+            for component in self.components
             for name, parameter in self.unet.named_parameters()
         }
 

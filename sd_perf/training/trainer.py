@@ -80,7 +80,9 @@ class Trainer:
         self.seed = config.training.seed
         self.folder = Path(config.run.dir)
         writer = (world.rank, world.size) if step.divides_state else (0, 1)
-        self.store = CheckpointStore(self.folder / "checkpoints", config.checkpoint.keep, writer)
+        self.store = CheckpointStore(
+            self.folder / "checkpoints", config.checkpoint.keep, writer, world.lost
+        )
         self.loader = loader
         self.callbacks = callbacks
         self.step = step

@@ -16,7 +16,7 @@ import pytest
 
 from sd_perf.data.formats import MAX_IMAGE_BYTES
 from sd_perf.data.images import MAX_PIXELS, load_image
-from sd_perf.data.prepare.captioned_images import read_captioned_images
+from sd_perf.data.prepare.image_folder import read_images
 from sd_perf.data.prepare.raw_shards import read_raw_shards
 from sd_perf.data.samples import SampleReader
 from sd_perf.data.shards import INDEX_NAME, ShardIndex
@@ -198,7 +198,7 @@ def test_a_captions_file_names_pictures_of_its_folder(tmp_path, file, reason):
     lines = [{"file": "a.png", "caption": "x"}, {"file": file, "caption": "x"}]
     (images / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(DataError, match=rf"captions\.jsonl line 2 names .*{reason}") as error:
-        read_captioned_images(images)
+        read_images(images)
     assert len(str(error.value)) < 900
 
 
@@ -215,7 +215,7 @@ def test_a_captions_file_names_pictures_of_its_folder(tmp_path, file, reason):
 def test_hostile_lines_of_captions(tmp_path, line, reason):
     (tmp_path / "captions.jsonl").write_bytes(line)
     with pytest.raises(DataError, match=reason) as error:
-        read_captioned_images(tmp_path)
+        read_images(tmp_path)
     assert len(str(error.value)) < 900
 
 

@@ -57,7 +57,12 @@ def small_run(folder: Path) -> Config:
             config.text_encoder, model=asset["clip_model"], weights=asset["clip_weights"]
         ),
         training=replace(
-            config.training, global_batch_size=16, max_samples=64, device="cpu", cpu_threads=1
+            config.training,
+            global_batch_size=16,
+            max_samples=64,
+            device="cpu",
+            cpu_threads=1,
+            ema_decay=0.9,
         ),
         checkpoint=replace(config.checkpoint, every_samples=32),
         logging=replace(config.logging, every_steps=1),

@@ -22,6 +22,7 @@ from sd_perf.errors import CheckpointError
 from sd_perf.evaluation import evaluate, measured
 from sd_perf.evaluation.evaluate import Wanted, evaluate_run
 from sd_perf.evaluation.evaluator import Evaluator
+from sd_perf.runs.checkpoints import load_component
 from sd_perf.runs.lock import RunLock
 from sd_perf.runs.scores import read_scores
 from sd_perf.stopping import Stopped
@@ -121,6 +122,24 @@ def test_a_first_look_is_not_recorded(run):
     assert told.startswith("64 samples: FID") and "(n = 4)" in told
     assert not (folder / "scores.jsonl").exists()
     assert (folder / "result_0.txt").read_bytes() == before
+
+
+def test_scores_of_the_average_stand_apart(run, monkeypatch):
+    folder, settings = run
+    before, drawn, draw = (folder / "result_0.txt").read_bytes(), [], Evaluator.draw
+
+    def noted(self, weights, *arguments, **options):
+        drawn.append(weights)
+        return draw(self, weights, *arguments, **options)
+
+    monkeypatch.setattr(Evaluator, "draw", noted)
+    whole(folder, settings, Wanted(checkpoint=64, ema=True))
+    average = load_component(folder / "checkpoints" / "samples_0000000064", "ema")
+    assert all(torch.equal(drawn[0][name], average[name]) for name in average)
+    assert [line["samples"] for line in read_scores(folder, ema=True)] == [64]
+    assert not (folder / "scores.jsonl").exists()
+    assert (folder / "result_0.txt").read_bytes() == before
+    assert len(list((folder / "samples_ema").glob("*.png"))) == 1
 
 
 def test_the_checkpoint_that_is_wanted(run):

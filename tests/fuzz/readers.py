@@ -22,7 +22,8 @@ from sd_perf.console import TextConsole
 from sd_perf.data.encoded import new_layout
 from sd_perf.data.images import load_image
 from sd_perf.data.npz import read_npz
-from sd_perf.data.prepare.captioned_images import load_captioned_image, read_captioned_images
+from sd_perf.data.prepare.captioned_images import load_captioned_image
+from sd_perf.data.prepare.image_folder import read_images
 from sd_perf.data.prepare.raw_shards import read_raw_shards
 from sd_perf.data.samples import SampleReader, parse_caption, parse_context, parse_moments
 from sd_perf.data.shards import INDEX_NAME, ShardIndex
@@ -86,7 +87,7 @@ def _run(name: str) -> Reader:
 def _captions(folder: Path, content: bytes) -> None:
     (folder / "a.png").touch()
     (folder / "captions.jsonl").write_bytes(content)
-    read_captioned_images(folder)
+    read_images(folder)
 
 
 def _image(folder: Path, content: bytes) -> None:

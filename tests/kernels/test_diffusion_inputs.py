@@ -58,19 +58,20 @@ def test_any_split_gives_the_same_draws(device: str) -> None:
             assert torch.equal(ours, all_rows[rows])
 
 
-def test_the_trainer_s_plain_step_is_the_reference(device: str) -> None:
-    config, seed = DiffusionConfig(), 7
+@pytest.mark.parametrize("prediction", ["v", "epsilon"])
+def test_the_trainer_s_plain_step_is_the_reference(prediction: Any, device: str) -> None:
+    config, seed = DiffusionConfig(prediction=prediction), 7
     step = DiffusionStep(config, seed).to(device)
     case = RAGGED
     inputs = SPEC.inputs(case, Inputs(case, torch.float32, device))
     schedule = step.schedule
     inputs |= {name: getattr(schedule, name) for name in inputs if name.startswith("sqrt_")}
-    inputs |= {"seed": seed, "latent_scale": config.latent_scale}
+    inputs |= {"seed": seed, "latent_scale": config.latent_scale, "prediction": prediction}
     inputs |= {f"{name.lower()}_stream": Stream[name] for name in ("TIMESTEP", "NOISE", "MOMENTS")}
     latents, noise, timesteps = step.draw(inputs["moments"], inputs["sample_indices"])
     expected = (
         schedule.add_noise(latents, noise, timesteps),
-        schedule.v_target(latents, noise, timesteps),
+        schedule.target(latents, noise, timesteps),
         timesteps,
     )
     for plain, ours, value in zip(
@@ -188,6 +189,7 @@ def test_planted_faults_are_red(fault: list[tuple[str, str]]) -> None:
         ({"sqrt_alphas_cumprod": torch.ones(10)}, "tables .* takes two"),
         ({"sqrt_alphas_cumprod": torch.ones(1000).half()}, "float16"),
         ({"dtype": torch.float64}, "dtype torch.float64"),
+        ({"prediction": "x"}, "prediction 'x'"),
     ],
 )
 def test_bad_input_is_one_sentence(change: dict[str, Any], words: str) -> None:

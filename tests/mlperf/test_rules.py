@@ -18,13 +18,23 @@ OTHERS = {
         "resblock_groups": 32,
         "context_dim": 768,
         "num_res_blocks": 3,
+        "init": "a.ckpt",
     },
-    "diffusion": {"num_timesteps": 999, "beta_start": 1e-4, "beta_end": 0.02, "latent_scale": 1.0},
+    "diffusion": {
+        "num_timesteps": 999,
+        "beta_start": 1e-4,
+        "beta_end": 0.02,
+        "latent_scale": 1.0,
+        "prediction": "epsilon",
+        "offset_noise": 0.1,
+        "zero_terminal_snr": True,
+    },
     "data": {
         "latent_size": 96,
         "context_tokens": 76,
         "allow_empty_captions": False,
         "max_bad_samples": 1,
+        "drop_captions": 0.1,
     },
     "text_encoder": {"model": "ViT-L-14", "weights": "random"},
     "optimizer": {
@@ -34,8 +44,9 @@ OTHERS = {
         "weight_decay": 0.0,
         "warmup_start": 0.0,
         "decay_steps": 1000,
+        "decay_shape": "cosine",
     },
-    "training": {"seed": 0, "max_samples": 1_000_000},
+    "training": {"seed": 0, "max_samples": 1_000_000, "ema_decay": 0.999, "min_snr_gamma": 5.0},
     "checkpoint": {"every_samples": 256_000, "keep": 2},
     "sampling": {"steps": 20, "guidance_scale": 7.5},
     "mlperf": {"caches_cleared": False},
@@ -104,6 +115,12 @@ def test_the_range_of_pixels_is_the_references(closed, format):
     data = {"format": format, "autoencoder": "a.ckpt", "image_range": "correct"}
     assert [key for key, *_ in violations(closed(data=data))] == ["data.image_range"]
     require_closed(closed(data={**data, "image_range": "benchmark"}))
+
+
+@pytest.mark.parametrize("name", ["random_flip", "random_crop"])
+def test_pictures_are_seen_as_they_are(closed, name):
+    raw = {"format": "raw", "autoencoder": "a.ckpt", "image_range": "benchmark", name: True}
+    assert [key for key, *_ in violations(closed(data=raw))] == [f"data.{name}"]
 
 
 def test_cadence_follows_the_batch(closed):

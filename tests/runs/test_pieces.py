@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from sd_perf.errors import CheckpointError
+from sd_perf.errors import CheckpointError, RankLostError
 from sd_perf.runs.checkpoint_files import Piece
 from sd_perf.runs.checkpoints import CheckpointStore, load_component, load_tensors
 from tests.runs.test_checkpoints import reseal, training_state
@@ -61,6 +61,15 @@ def test_a_rank_that_cannot_write_its_part(tmp_path, monkeypatch):
     assert ranks[0].newest() is None
     ranks[0].begin()
     assert not any(tmp_path.iterdir())
+
+
+def test_a_rank_that_is_gone_is_not_waited_for(tmp_path):
+    gone = "rank 1 on here is gone"
+    store = CheckpointStore(tmp_path, writer=(0, 2), lost=lambda: gone)
+    save(store, (7,))
+    with pytest.raises(RankLostError, match=f"{gone}; there is no complete checkpoint yet"):
+        store.wait()
+    assert store.newest() is None
 
 
 def test_a_rank_that_is_silent(tmp_path, monkeypatch):

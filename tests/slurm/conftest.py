@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,8 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks.virtual_cluster import VirtualCluster
 from sd_perf.cli import main
-from tests.slurm.virtual_cluster import PROGRAMS, VirtualCluster
+from sd_perf.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,13 +68,11 @@ def write_preset(folder: Path, name: str, **changes: dict) -> Path:
 
 @pytest.fixture(scope="session")
 def cluster(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VirtualCluster]:
-    if os.geteuid() != 0:
-        pytest.skip("needs root: Slurm's daemons change users, and a folder is hidden on a node")
-    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-    if not (shutil.which("apt-get") or all(shutil.which(name, path=path) for name in PROGRAMS)):
-        pytest.skip("needs Slurm and munge, or apt-get to fetch them")
     cluster = VirtualCluster(tmp_path_factory.mktemp("slurm"))
-    cluster.up(hidden=world / "only_n1")
+    try:
+        cluster.up(hidden=world / "only_n1")
+    except UserError as missing:
+        pytest.skip(str(missing))
     yield cluster
     cluster.down()
 

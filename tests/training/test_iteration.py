@@ -41,7 +41,15 @@ DELAYED = {"linear": "fp8_native", "fp8_recipe": "delayed"}
 @pytest.mark.parametrize(("accumulate", "precision"), [(1, {}), (2, {}), (1, DELAYED)])
 def test_it_never_asks_the_host(accumulate, precision, make_config, make_trainer):
     training = {"precision": "bf16", "accumulate_steps": accumulate}
-    trainer = make_trainer(make_config(model=FAST, training=training, precision=precision))
+    # Training options that compute in the iteration: see docs/training_options.md.
+    options = {"ema_decay": 0.9, "min_snr_gamma": 5.0} if accumulate > 1 else {}
+    config = make_config(
+        model=FAST,
+        training=training | options,
+        precision=precision,
+        diffusion={"offset_noise": 0.1 if options else 0.0},
+    )
+    trainer = make_trainer(config)
     iteration = fast_step(trainer).iteration
     iteration()
     with Seen() as seen:
@@ -58,7 +66,9 @@ def _names_of(call) -> list[str]:
 
 
 def test_inputs_and_state_stay_where_they_are(make_config, make_trainer):
-    trainer = make_trainer(make_config(model=FAST, training={"accumulate_steps": 2}))
+    trainer = make_trainer(
+        make_config(model=FAST, training={"accumulate_steps": 2, "ema_decay": 0.9})
+    )
     step = fast_step(trainer)
 
     def addresses() -> list[int]:
@@ -67,6 +77,8 @@ def test_inputs_and_state_stay_where_they_are(make_config, make_trainer):
         optimizer = iteration.optimizer
         state = [iteration.flat.weights, iteration.flat.grads, optimizer.exp_avg, iteration.loss]
         numbers = [optimizer.learning_rate, optimizer.step_number]
+        assert iteration.ema is not None
+        numbers += [iteration.ema.average, iteration.ema.rate]
         parameters = list(step.unet.parameters())
         return [t.data_ptr() for t in (*inputs, *state, *numbers, *parameters)]
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from sd_perf.config import Config, OptimizerConfig
+from sd_perf.models.torchvision_schemas import define_missing_torchvision_ops
 from sd_perf.training.learning_rate import learning_rate
 
 
@@ -50,3 +52,24 @@ def test_decay_without_warm_up():
     config = OptimizerConfig(warmup_steps=0, decay_steps=4, decay_end=0.2)
     rates = [learning_rate(config, 1.0, step) for step in range(6)]
     assert rates == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2, 0.2])
+
+
+def test_cosine_is_diffusers():
+    define_missing_torchvision_ops()
+    from diffusers.optimization import get_cosine_schedule_with_warmup
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-3)
+    theirs = get_cosine_schedule_with_warmup(optimizer, 10, 50).lr_lambdas[0]
+    # Theirs begins at 0 and ends at 0, which a rate here cannot be.
+    config = OptimizerConfig(
+        warmup_steps=10, warmup_start=0, decay_steps=40, decay_end=1e-30, decay_shape="cosine"
+    )
+    for step in range(51):
+        right = pytest.approx(2e-3 * theirs(step), abs=1e-15)
+        assert learning_rate(config, 2e-3, step) == right
+
+
+def test_cosine_ends_at_a_rate_that_is_kept():
+    config = OptimizerConfig(warmup_steps=0, decay_steps=4, decay_end=0.2, decay_shape="cosine")
+    rates = [learning_rate(config, 1.0, step) for step in (0, 2, 4, 400)]
+    assert rates == pytest.approx([1.0, 0.6, 0.2, 0.2])

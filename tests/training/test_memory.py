@@ -30,5 +30,7 @@ def test_state_of_stable_diffusion():
     assert sum(state_bytes(fast, 1).values()) == 14 * N
     divided = {"weights": 2 * N + 2 * (N // 8), "gradients": 2 * N, "adamw_moments": 8 * (N // 8)}
     assert state_bytes(fast, 8) == divided
+    averaged = replace(fast, training=replace(fast.training, ema_decay=0.9999))
+    assert state_bytes(averaged, 8) == {**divided, "ema": 4 * (N // 8)}
     summed = replace(fast, training=replace(fast.training, accumulate_steps=2, strategy="ddp"))
     assert state_bytes(summed, 8) == {"weights": 4 * N, "gradients": 4 * N, "adamw_moments": 8 * N}

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sd_perf.runs.checkpoint_files import read_state
 from sd_perf.runs.checkpoints import CheckpointStore, load_component
 from sd_perf.training.callbacks.base import Callback
 from sd_perf.training.callbacks.checkpointer import Checkpointer
@@ -38,9 +39,14 @@ def final_tensors(run: Path) -> dict[str, torch.Tensor]:
     assert newest is not None
     return {
         part + name: tensor
-        for part in ("model", "exp_avg", "exp_avg_sq")
+        for part in ("model", "exp_avg", "exp_avg_sq", *_average(newest))
         for name, tensor in load_component(newest, part).items()
     }
+
+
+def _average(checkpoint: Path) -> tuple[str, ...]:
+    """The component of the moving average, where the checkpoint has one."""
+    return ("ema",) * any(name.startswith("ema.") for name in read_state(checkpoint)["tensors"])
 
 
 def assert_bit_identical(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
@@ -51,7 +57,7 @@ def assert_bit_identical(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor])
 
 def relative_error(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     """Largest |a - b| / |b| (Euclidean norms) over the weight tensors."""
-    weights = [name for name in a if name.startswith("model") and b[name].any()]
+    weights = [name for name in a if name.startswith(("model", "ema")) and b[name].any()]
     return max(((a[name] - b[name]).norm() / b[name].norm()).item() for name in weights)
 
 

@@ -64,6 +64,7 @@ def changes(strategy: str, accumulate: int = 1, steps: int = STEPS) -> dict[str,
         "max_samples": steps * BATCH,
         "strategy": strategy,
         "accumulate_steps": accumulate,
+        "ema_decay": 0.9,
     }
     return {
         "model": {"implementation": "fast"},

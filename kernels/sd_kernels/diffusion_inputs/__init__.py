@@ -1,4 +1,4 @@
-"""What the UNet is trained on: draws, latents from the autoencoder's moments, noising, v-target."""
+"""What the UNet is trained on: draws, latents from the autoencoder's moments, noising, target."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ OPTIONS = {
     "timestep_stream": 0,
     "noise_stream": 1,
     "moments_stream": 2,
+    "prediction": "v",
 }
 
 
@@ -44,10 +45,14 @@ def _small(
     W: int,
     C: int = 4,
     seed: int = 1,
+    prediction: str = "v",
     extras: Extras = USUAL,
     **draw: Any,
 ) -> Case:
-    shape, options = {"B": B, "C": C, "H": H, "W": W}, {**OPTIONS, "seed": seed}
+    shape, options = (
+        {"B": B, "C": C, "H": H, "W": W},
+        {**OPTIONS, "seed": seed, "prediction": prediction},
+    )
     return Case(name, shape, options, Draw(**draw), extras)
 
 
@@ -76,7 +81,7 @@ def _work(case: Case, dtype: torch.dtype) -> Work:
 
 SPEC = OpSpec(
     name="diffusion_inputs",
-    summary="draws, latents from moments, noising and v-target",
+    summary="draws, latents from moments, noising and target",
     backends=(
         Backend("triton", f"{__name__}.triton", ours=True, capability=(8, 0)),
         Backend("reference", f"{__name__}.reference"),
@@ -90,6 +95,7 @@ SPEC = OpSpec(
         _small("bfloat16 moments", 2, 16, 16, extras=Extras(torch.bfloat16), mean=-2.3, std=0.5),
         _small("float16 moments", 2, 3, 4, extras=Extras(torch.float16), mean=-2.3, std=0.5),
         _small("eight channels", 2, 6, 6, C=8),
+        _small("noise as target", 2, 5, 12, prediction="epsilon"),
     ),
     inputs=_inputs,
     work=_work,

@@ -21,14 +21,16 @@ def diffusion_inputs(
     timestep_stream: int,
     noise_stream: int,
     moments_stream: int,
+    prediction: str,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Noised latents, v-target (B, C, H, W) and timesteps (B,) int64 of B samples.
+    """Noised latents, target (B, C, H, W) and timesteps (B,) int64 of B samples.
 
     `moments` (B, 2C, H, W) are the autoencoder's: mean, then log-variance, which is clamped to
     [-30, 20]. `sample_indices` (B,) int64 say which samples these are. The tables (T,) float32 hold
     sqrt(alphas_cumprod) and sqrt(1 - alphas_cumprod). Noised latents have `dtype`, the target is
-    float32; both are channels-last. Draws depend on (seed, index, stream) alone; see `philox`.
+    float32; both are channels-last. `prediction` says which target: "v", or "epsilon" for the noise
+    that the latents were noised with. Draws depend on (seed, index, stream) alone; see `philox`.
 
     Sources: Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models" (2022)
     for latents; Ho et al., "Denoising Diffusion Probabilistic Models" (2020), eq. 4, for noising;
@@ -45,5 +47,6 @@ def diffusion_inputs(
     signal = sqrt_alphas_cumprod[timesteps].view(-1, 1, 1, 1)
     sigma = sqrt_one_minus_alphas_cumprod[timesteps].view(-1, 1, 1, 1)
     noisy = (signal * latents + sigma * noise).to(dtype, memory_format=torch.channels_last)
-    target = (signal * noise - sigma * latents).contiguous(memory_format=torch.channels_last)
+    target = noise if prediction == "epsilon" else signal * noise - sigma * latents
+    target = target.contiguous(memory_format=torch.channels_last)
     return noisy, target, timesteps

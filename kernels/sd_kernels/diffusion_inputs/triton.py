@@ -1,4 +1,4 @@
-"""Random draws, latents, noising and v-target in one pass: reads moments, writes the results.
+"""Random draws, latents, noising and target in one pass: reads moments, writes the results.
 
 Random numbers never touch memory. One Philox call gives four words, and these the normals of four
 adjacent pixels of one channel, so a thread draws the numbers of the elements that it reads. Moments
@@ -80,7 +80,7 @@ def _normals(seed, blocks, stream, low, high):
 def diffusion_inputs_kernel(
     moments, sample_indices, signals, sigmas, noisy, target, timesteps, seed: tl.int64,
     latent_scale: tl.float32, TIMESTEP: tl.constexpr, NOISE: tl.constexpr, MOMENTS: tl.constexpr,
-    T: tl.constexpr, HW: tl.constexpr, C: tl.constexpr, PIXELS: tl.constexpr,
+    EPSILON: tl.constexpr, T: tl.constexpr, HW: tl.constexpr, C: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
     # One axis for both, since the others of a grid end at 65,535.
     TILES: tl.constexpr = (HW + PIXELS - 1) // PIXELS
@@ -113,9 +113,10 @@ def diffusion_inputs_kernel(
     # Ho et al. (2020), eq. 4.
     x = tl.reshape(tl.trans(signal * latents + sigma * noise), (C * PIXELS,))
     tl.store(noisy + sample * (C * HW) + written, x, mask=inside)
-    # Salimans and Ho (2022), section 4.
-    v = tl.reshape(tl.trans(signal * noise - sigma * latents), (C * PIXELS,))
-    tl.store(target + sample * (C * HW) + written, v, mask=inside)
+    # The noise itself, or v: Salimans and Ho (2022), section 4.
+    aim = noise if EPSILON else signal * noise - sigma * latents
+    aim = tl.reshape(tl.trans(aim), (C * PIXELS,))
+    tl.store(target + sample * (C * HW) + written, aim, mask=inside)
 
 
 @torch.library.custom_op("sd_kernels::diffusion_inputs_forward", mutates_args=())
@@ -127,6 +128,7 @@ def diffusion_inputs_forward(
     seed: int,
     latent_scale: float,
     streams: list[int],
+    is_epsilon: bool,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`diffusion_inputs` with `streams` (timestep, noise, moments) and a signed 64-bit seed."""
@@ -139,7 +141,7 @@ def diffusion_inputs_forward(
         (triton.cdiv(H * W, pixels) * B,),
         *(moments, sample_indices, signals, sigmas, noisy, target, timesteps, seed, latent_scale),
         **dict(zip(("TIMESTEP", "NOISE", "MOMENTS"), streams, strict=True)),
-        **{"T": len(signals), "HW": H * W, "C": C, "PIXELS": pixels},
+        **{"EPSILON": is_epsilon, "T": len(signals), "HW": H * W, "C": C, "PIXELS": pixels},
     )
     return rounded(noisy, dtype).permute(0, 3, 1, 2), target.permute(0, 3, 1, 2), timesteps
 
@@ -153,6 +155,7 @@ def _(
     seed: int,
     latent_scale: float,
     streams: list[int],
+    is_epsilon: bool,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     B, C, H, W = moments.shape[0], moments.shape[1] // 2, *moments.shape[2:]
@@ -174,6 +177,7 @@ def diffusion_inputs(
     timestep_stream: int,
     noise_stream: int,
     moments_stream: int,
+    prediction: str,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `reference.diffusion_inputs`; not differentiable.
@@ -183,6 +187,7 @@ def diffusion_inputs(
     """
     op, tables = "diffusion_inputs", (sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod)
     require_floating(op, moments, *tables)
+    require(prediction in ("v", "epsilon"), op, f"prediction {prediction!r}", "v or epsilon")
     require(dtype in FLOATING, op, f"dtype {dtype}", "float32, bfloat16 or float16")
     shape = tuple(moments.shape)
     fits = (
@@ -217,5 +222,5 @@ def diffusion_inputs(
     streams = [int(timestep_stream), int(noise_stream), int(moments_stream)]
     # An op's integers are signed; the oracle takes the same 64 bits.
     signed_seed = (seed + 2**63) % 2**64 - 2**63
-    arguments = moments.detach(), sample_indices, *tables, signed_seed, latent_scale, streams, dtype
-    return diffusion_inputs_forward(*arguments)
+    options = signed_seed, latent_scale, streams, prediction == "epsilon", dtype
+    return diffusion_inputs_forward(moments.detach(), sample_indices, *tables, *options)

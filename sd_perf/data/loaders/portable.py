@@ -11,9 +11,11 @@ from itertools import islice
 import numpy as np
 
 from sd_perf.config import DataConfig
+from sd_perf.data.augmentation import draw_views
 from sd_perf.data.batch import Batch, LoaderOptions, Replacement
 from sd_perf.data.loaders.quick_rows import QuickRows
 from sd_perf.data.order import SampleOrder
+from sd_perf.data.resize import View
 from sd_perf.data.samples import Sample, SampleReader
 from sd_perf.data.shards import ShardIndex
 from sd_perf.data.usage import Stopwatch, Usage
@@ -93,8 +95,10 @@ class PortableLoader:
         parts = {"moments": batch.moments, "picture": batch.pixels, "context": batch.context}
         arrays = {part: tensor.numpy() for part, tensor in parts.items() if tensor is not None}
         self._announce(positions, arrays)
+        views = draw_views(self._config, self._options.seed, positions)
         for row, position in enumerate(positions.tolist()):
-            self._fill(batch, position, {part: array[row] for part, array in arrays.items()})
+            parts = {part: array[row] for part, array in arrays.items()}
+            self._fill(batch, position, views[row], parts)
         return batch
 
     def _announce(self, positions: np.ndarray, parts: Iterable[str]) -> None:
@@ -107,12 +111,12 @@ class PortableLoader:
                 place = int(row[f"{part}_offset"]), min(int(row[f"{part}_size"]), _READ_AHEAD)
                 os.posix_fadvise(self.descriptors[row["shard"]], *place, os.POSIX_FADV_WILLNEED)
 
-    def _fill(self, batch: Batch, position: int, parts: dict[str, np.ndarray]) -> None:
+    def _fill(self, batch: Batch, position: int, view: View, parts: dict[str, np.ndarray]) -> None:
         """Fill the row of a batch that these arrays are with the sample at a position."""
         number = self._order.sample(position)
         caption = self._quick.read(number, parts) if self._quick else None
         if caption is None:
-            sample, replacement = self._good_sample(position)
+            sample, replacement = self._good_sample(position, view)
             caption = sample.caption
             for part, array in parts.items():
                 array[:] = sample.pixels if part == "picture" else getattr(sample, part)
@@ -120,13 +124,16 @@ class PortableLoader:
                 batch.replacements.append(replacement)
         batch.captions.append(caption)
 
-    def _good_sample(self, position: int) -> tuple[Sample, Replacement | None]:
-        """The sample at a position, or the next good one of the order, with its `Replacement`."""
+    def _good_sample(self, position: int, view: View) -> tuple[Sample, Replacement | None]:
+        """The sample at a position, or the next good one of the order, with its `Replacement`.
+
+        It is seen in the view that was drawn for the position.
+        """
         replacement = None
         for candidate in range(position, position + self.num_samples):
             number = self._order.sample(candidate)
             try:
-                return self._reader.read(number), replacement
+                return self._reader.read(number, view), replacement
             except BadSampleError as error:
                 culprit = f"{self._index.folder}: sample {self._index.name(number)}: {error}"
                 if self._config.max_bad_samples == 0:

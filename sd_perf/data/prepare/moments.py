@@ -6,14 +6,15 @@ Shape letters: B images or captions, T text tokens, D context channels.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from sd_perf.data.images import ImageRange, in_range
-from sd_perf.data.prepare.captioned_images import CaptionedImage, load_captioned_image
+from sd_perf.data.prepare.captioned_images import CaptionedImage
+from sd_perf.data.prepare.pictures import DUPLICATE, Picture
 from sd_perf.data.shard_writer import ShardWriter
 from sd_perf.errors import DataError
 from sd_perf.files import disk_errors, json_lines, write_text
@@ -27,7 +28,7 @@ _NAMED = 1000
 
 
 def prepare_moments(
-    samples: Sequence[CaptionedImage],
+    pictures: Iterable[Picture],
     encoder: Callable[[torch.Tensor], torch.Tensor],
     folder: str | Path,
     size: int,
@@ -39,31 +40,27 @@ def prepare_moments(
     batch_size: int = 8,
     max_bad_samples: int = 0,
 ) -> int:
-    """Encode images into moments shards in `folder`; returns the number of samples written.
+    """Encode pictures into moments shards in `folder`; returns the number of samples written.
 
+    pictures: those of `read_pictures`, of `size` rows and columns.
     encoder: images (B, 3, size, size) float32 -> moments (B, 8, size/8, size/8), unscaled.
-    size: rows and columns of the images, pixels.
     text_encoder: B captions -> text states (B, T, D), stored as float16; None stores none.
     image_range: range of the images given to the encoder; see `sd_perf.data.images.ImageRange`.
     captions_per_image: each image becomes one sample per caption, for that many of its captions.
     batch_size: images per call of the encoder.
-    max_bad_samples: images that cannot be decoded and may be left out. Each that is left out is
-    listed in `bad_images.jsonl` in `folder`, with its place and what is wrong.
+    max_bad_samples: pictures that cannot be used and may be left out. They and duplicates, of which
+    any number is left out, are listed in `bad_images.jsonl` in `folder`, with what is wrong.
 
-    Raises DataError where more images cannot be decoded, naming all of them, and for encoder output
+    Raises DataError where more pictures cannot be used, naming all of them, and for encoder output
     that has another shape or is not finite.
     """
     _require_options(size, captions_per_image, batch_size)
-    bad: list[str] = []
+    left_out: list[Picture] = []
+    pictures = iter(pictures)
     with ShardWriter(folder, samples_per_shard) as writer:
-        for start in range(0, len(samples), batch_size):
-            batch, decoded = _load(samples[start : start + batch_size], size, bad)
-            if len(bad) > max_bad_samples:  # nothing will be kept; find the other bad ones
-                _load(samples[start + batch_size :], size, bad, keep=False)
-                raise DataError(_too_many(bad, max_bad_samples))
-            if not batch:
-                continue
-            images = in_range(torch.stack(decoded), image_range)
+        while batch := _next_batch(pictures, batch_size, left_out, max_bad_samples):
+            images = in_range(torch.stack([pixels for _, pixels in batch]), image_range)
+            samples = [sample for sample, _ in batch]
             moments = encoder(images).float().cpu()
             side = size // PIXELS_PER_LATENT
             right = (len(batch), 8, side, side)
@@ -71,15 +68,37 @@ def prepare_moments(
                 moments,
                 right_shape=tuple(moments.shape) == right,
                 what=f"encoder (want {right})",
-                samples=batch,
+                samples=samples,
             )
-            for sample, values in zip(batch, moments.numpy(), strict=True):
+            for sample, values in zip(samples, moments.numpy(), strict=True):
                 captions = list(sample.captions[:captions_per_image])
                 _write(writer, sample, values, captions, text_encoder)
-            _log.info("%d of %d images encoded", start + len(batch), len(samples))
-        if bad:
-            _list_bad(bad, Path(folder))
+        if left_out:
+            _list_left_out(left_out, Path(folder))
         return writer.num_samples
+
+
+def _next_batch(
+    pictures: Iterator[Picture], batch_size: int, left_out: list[Picture], max_bad: int
+) -> list[tuple[CaptionedImage, torch.Tensor]]:
+    """The next usable pictures; others go to `left_out`. DataError past max_bad bad ones."""
+    batch = []
+    for picture in pictures:
+        if picture.pixels is None:
+            left_out.append(picture)
+        else:
+            batch.append((picture.sample, picture.pixels))
+        if len(bad := _bad(left_out)) > max_bad:  # nothing will be kept; find the other bad ones
+            bad += _bad(pictures)
+            raise DataError(_too_many(bad, max_bad))
+        if len(batch) == batch_size:
+            break
+    return batch
+
+
+def _bad(pictures: Iterable[Picture]) -> list[str]:
+    """What is wrong with those that cannot be used, but for duplicates."""
+    return [picture.fault for picture in pictures if picture.kind not in ("", DUPLICATE)]
 
 
 def _require_options(size: int, captions_per_image: int, batch_size: int) -> None:
@@ -99,26 +118,6 @@ def _require_options(size: int, captions_per_image: int, batch_size: int) -> Non
     )
 
 
-def _load(
-    samples: Sequence[CaptionedImage], size: int, bad: list[str], keep: bool = True
-) -> tuple[list[CaptionedImage], list[torch.Tensor]]:
-    """The samples whose images can be decoded, with the images; the errors of others go to `bad`.
-
-    With keep False the images are looked at and dropped, so that any number fits in memory.
-    """
-    good, images = [], []
-    for sample in samples:
-        try:
-            image = load_captioned_image(sample, size)
-        except DataError as error:
-            bad.append(str(error))
-            continue
-        if keep:
-            good.append(sample)
-            images.append(image)
-    return good, images
-
-
 def _too_many(bad: list[str], allowed: int) -> str:
     images = "1 image" if len(bad) == 1 else f"{len(bad)} images"
     more = f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
@@ -128,12 +127,12 @@ def _too_many(bad: list[str], allowed: int) -> str:
     )
 
 
-def _list_bad(bad: list[str], folder: Path) -> None:
-    """Write the images that were left out to a file beside the shards, and warn."""
+def _list_left_out(pictures: list[Picture], folder: Path) -> None:
+    """Write the pictures that were left out to a file beside the shards, and warn."""
     path = folder / "bad_images.jsonl"
     with disk_errors(path, "make room there", DataError):
-        write_text(path, json_lines({"error": error} for error in bad))
-    _log.warning("%d images left out, listed in %s", len(bad), path)
+        write_text(path, json_lines({"error": picture.fault} for picture in pictures))
+    _log.warning("%d images left out, listed in %s", len(pictures), path)
 
 
 def _write(

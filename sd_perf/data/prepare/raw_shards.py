@@ -9,27 +9,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from sd_perf.data.formats import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES
-from sd_perf.data.prepare.captioned_images import (
-    MAX_CAPTION_BYTES,
-    CaptionedImage,
-    read_captioned_images,
-)
+from sd_perf.data.prepare.captioned_images import MAX_CAPTION_BYTES, CaptionedImage
 from sd_perf.data.samples import parse_caption, require_caption_size
 from sd_perf.data.shards import find_files, group_by_key
 from sd_perf.errors import BadSampleError, DataError
-
-
-def read_images(
-    folder: Path, captions: Path | None = None, allow_empty: bool = False
-) -> list[CaptionedImage]:
-    """Captioned images of a folder, from its raw shards or its captions file.
-
-    The raw shards are read where the folder has *.tar files and no captions file is given. Raises
-    DataError as `read_raw_shards` and `read_captioned_images` do.
-    """
-    if captions is None and find_files(folder):
-        return read_raw_shards(folder, allow_empty=allow_empty)
-    return read_captioned_images(folder, captions or "", allow_empty=allow_empty)
 
 
 def read_raw_shards(folder: str | Path, allow_empty: bool = False) -> list[CaptionedImage]:

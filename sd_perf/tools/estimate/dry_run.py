@@ -17,6 +17,7 @@ from sd_perf.config import LINEAR_LAYERS, Config
 from sd_perf.data.batch import Batch, LoaderOptions
 from sd_perf.fast.architecture import architecture
 from sd_perf.fast.choice import choose_kernels, target_named, used_ops
+from sd_perf.models.first_weights import first_weights_in_words
 from sd_perf.reference.unet import UNet
 from sd_perf.tools.estimate.eager import plain
 from sd_perf.tools.estimate.fused import saved_activations
@@ -50,6 +51,8 @@ def dry_run(config: Config, world_size: int, target: str = "here") -> dict[str, 
     }
     batch = config.training.global_batch_size
     return {
+        "begins_from": first_weights_in_words(config),
+        "predicts": config.diffusion.prediction,
         "parameters": parameters,
         "tensors": len(list(unet.parameters())),
         "gflops_forward": round(flops_forward / 1e9, 1),
@@ -78,6 +81,8 @@ def as_table(facts: dict[str, Any]) -> Table:
     """The facts of `dry_run` for the terminal."""
     memory, batch = facts["memory_bytes"], facts["batch"]
     table = Table(show_header=False, title="dry run", title_justify="left")
+    table.add_row("begins from", facts["begins_from"])
+    table.add_row("predicts", facts["predicts"])
     table.add_row("parameters", f"{facts['parameters']:,} in {facts['tensors']} tensors")
     table.add_row("forward", f"{facts['gflops_forward']:,.1f} GFLOP per sample")
     table.add_row("forward + backward", f"{facts['gflops_forward_backward']:,.1f} GFLOP per sample")

@@ -139,7 +139,8 @@ def predict(config: Config, gpu: str, batch: int, ranks: int = 1, nodes: int = 1
             for kernel in fused(unet, batch)
         ],
     }
-    held = _held(unet, batch, shares, cluster.gpus_per_node, eager_saved)
+    has_ema = config.training.ema_decay > 0
+    held = _held(unet, batch, shares, cluster.gpus_per_node, eager_saved, has_ema)
     figures = {
         name: _figures(
             recipe,
@@ -167,11 +168,19 @@ def predict(config: Config, gpu: str, batch: int, ranks: int = 1, nodes: int = 1
 
 
 def _held(
-    unet: Architecture, batch: int, shares: int, gpus_per_node: int, eager_saved: float
+    unet: Architecture,
+    batch: int,
+    shares: int,
+    gpus_per_node: int,
+    eager_saved: float,
+    has_ema: bool,
 ) -> dict[str, dict[str, float]]:
-    """Bytes that live through a step, by recipe; `shares` divide AdamW's state of `fused`."""
+    """Bytes that live through a step, by recipe; `shares` divide AdamW's state of `fused`.
+
+    With `has_ema` they hold the moving average of the weights, too.
+    """
     N = unet.parameters
-    return {
+    held: dict[str, dict[str, float]] = {
         # Autocast keeps its weights in float32 and, for the step, in bfloat16.
         "plain": {
             "weights": (4 + 2) * N,
@@ -197,6 +206,11 @@ def _held(
             "activations": saved_activations(unet, batch),
         },
     }
+    if has_ema:
+        divided = {"plain": 1, "submission": gpus_per_node, "fused": shares}
+        for recipe, ranks in divided.items():
+            held[recipe]["ema"] = 4 * N / ranks
+    return held
 
 
 def _installed(

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from sd_perf.config import DiffusionConfig
-from sd_perf.diffusion.ddim import ddim_sample, ddim_timesteps
+from sd_perf.diffusion.ddim import ddim_sample, ddim_timesteps, trailing_timesteps
+from sd_perf.diffusion.schedule import with_zero_terminal_snr
 from sd_perf.tools.parity.comparison import Comparison
 from sd_perf.tools.parity.parity_case import SEED, ParityCase
 
@@ -31,7 +32,7 @@ def compare_sampler(case: ParityCase) -> Iterator[Comparison]:
     latents: list[Tensor] = []
 
     def model(x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
-        latents.append(x)
+        latents.append(x.clone())  # the sampler writes the next latents over them
         return _toy_prediction(x, timesteps[0].item())
 
     latents.append(ddim_sample(model, noise, text, text[:1], config, steps, guidance_scale=1.0))
@@ -60,18 +61,24 @@ def _ddim_latents(x: Tensor, config: DiffusionConfig, steps: int) -> list[Tensor
 
     Song et al. 2021, equation 12 with eta 0: x_prev = sqrt(a_prev) x0 + sqrt(1 - a_prev) noise.
     Predictions are v (Salimans & Ho 2022): x0 = sqrt(a) x - sqrt(1 - a) v and
-    noise = sqrt(a) v + sqrt(1 - a) x.
+    noise = sqrt(a) v + sqrt(1 - a) x; or the noise itself, and
+    x0 = (x - sqrt(1 - a) noise) / sqrt(a).
     """
     T = config.num_timesteps
     betas = (
         torch.linspace(config.beta_start**0.5, config.beta_end**0.5, T, dtype=torch.float64) ** 2
     )
-    alphas = (1 - betas).cumprod(0).tolist()
-    timesteps, latents = ddim_timesteps(T, steps), [x]
+    product, spaced = (1 - betas).cumprod(0), ddim_timesteps
+    if config.zero_terminal_snr:
+        product, spaced = with_zero_terminal_snr(product), trailing_timesteps
+    alphas, timesteps, latents = product.tolist(), spaced(T, steps), [x]
     for t, previous in zip(timesteps, [*timesteps[1:], 0], strict=True):
         alpha, v = alphas[t], _toy_prediction(x, t)
         x0 = alpha**0.5 * x - (1 - alpha) ** 0.5 * v
         noise = alpha**0.5 * v + (1 - alpha) ** 0.5 * x
+        if config.prediction == "epsilon":
+            noise = _toy_prediction(x, t)
+            x0 = (x - (1 - alpha) ** 0.5 * noise) / alpha**0.5
         x = alphas[previous] ** 0.5 * x0 + (1 - alphas[previous]) ** 0.5 * noise
         latents.append(x)
     return latents

@@ -61,12 +61,12 @@ def _inputs(case: ParityCase) -> Inputs:
 
 def _compare_draws(case: ParityCase) -> Iterator[Comparison]:
     """The fused draws against those of the plain step; the fused loss and its gradient."""
-    inputs, step = _inputs(case), DiffusionStep(case.config.diffusion, SEED).to(case.device)
+    inputs, step = _inputs(case), _diffusion(case.config).to(case.device)
     latents, noise, timesteps = step.draw(inputs.moments, inputs.sample_indices)
     schedule, comparer = step.schedule, case.comparer("step", "float32")
     plain = [
         schedule.add_noise(latents, noise, timesteps),
-        schedule.v_target(latents, noise, timesteps),
+        schedule.target(latents, noise, timesteps),
     ]
     fused = FusedDiffusionStep(_trained_in("float32", case.config), SEED, case.ops).to(case.device)
     noisy, target, drawn = fused.draw(inputs.moments, inputs.sample_indices)
@@ -101,7 +101,7 @@ def _share(different: Tensor) -> float:
 
 def _compare_noise_of_ranks(case: ParityCase) -> Comparison:
     """The noise of a batch must not depend on how its samples are divided over ranks."""
-    step = DiffusionStep(case.config.diffusion, SEED).to(case.device)
+    step = _diffusion(case.config).to(case.device)
     shape = 2 * case.config.model.in_channels, case.side, case.side
 
     def noise(rank: int, ranks: int) -> Tensor:
@@ -203,12 +203,18 @@ def _exact_step(case: ParityCase, config: Config, inputs: Inputs) -> list[Tensor
     """Loss and changes in float64, but for the draws, which are float32 by definition."""
     unet = case.plain_network(torch.float64)
     start = [parameter.detach().float() for parameter in unet.parameters()]
-    step = DiffusionStep(config.diffusion, SEED).to(case.device)
+    step = _diffusion(config).to(case.device)
     latents, noise, timesteps = step.draw(inputs.moments, inputs.sample_indices)
     noisy = step.schedule.add_noise(latents, noise, timesteps).double()
-    target = step.schedule.v_target(latents, noise, timesteps).double()
-    loss = F.mse_loss(unet(noisy, timesteps, inputs.context.double()), target)
+    target = step.schedule.target(latents, noise, timesteps).double()
+    predicted = unet(noisy, timesteps, inputs.context.double())
+    loss = F.mse_loss(*step.schedule.weighed(predicted, target, timesteps))
     loss.backward()
     grads = [[parameter.grad for parameter in unet.parameters() if parameter.grad is not None]]
     rate = learning_rate(config.optimizer, config.learning_rate, step=0)
     return [loss.detach(), *textbook_changes(config, start, grads, rate)]
+
+
+def _diffusion(config: Config) -> DiffusionStep:
+    """The plain diffusion step of a config."""
+    return DiffusionStep(config.diffusion, SEED, config.training.min_snr_gamma)

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from sd_perf.config import SPEED_ONLY, UNetConfig
+from sd_perf.config import FIRST_WEIGHTS, SPEED_ONLY, UNetConfig
 from sd_perf.errors import DataError
 from sd_perf.files import disk_errors, misfit, write_text
 from sd_perf.mlperf.log import logged_scores, scan_log
@@ -68,6 +68,8 @@ def _other_world(config: dict[str, Any]) -> str:
     for name, value in vars(UNetConfig()).items():
         theirs = model.get(name, value)
         theirs = tuple(theirs) if isinstance(theirs, list) else theirs
+        if name in FIRST_WEIGHTS and theirs:
+            return f"it began from other weights than random ones (model.{name} is {theirs})"
         if name not in SPEED_ONLY and theirs != value:
             return f"its network is not the benchmark's (model.{name} is {theirs}, not {value})"
     if as_dict(config.get("data")).get("format") == "synthetic":

@@ -76,13 +76,14 @@ class ProgressDisplay(Callback):
 
     def _summary(self, trainer: TrainerView) -> Table:
         tenth = max(1, len(self._losses) // 10)
+        steps = "logged step" if tenth == 1 else f"mean of {tenth} logged steps"
         seconds = time.monotonic() - self._start_time
         samples = trainer.samples - self._start_samples
         rows = {
             "samples": f"{trainer.samples:,}"
             + (f" ({samples:,} of them now)" if self._start_samples else ""),
-            f"loss, first {tenth} logged steps": f"{sum(self._losses[:tenth]) / tenth:.4f}",
-            f"loss, last {tenth} logged steps": f"{sum(self._losses[-tenth:]) / tenth:.4f}",
+            "loss at first": f"{sum(self._losses[:tenth]) / tenth:.4f} ({steps})",
+            "loss at last": f"{sum(self._losses[-tenth:]) / tenth:.4f} ({steps})",
             "time": f"{_clock(seconds)} ({samples / seconds:.1f} samples/s, checkpoints included)",
             "newest checkpoint": visible(trainer.store.newest()),
         }

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from sd_perf.data.prepare.captioned_images import read_captioned_images
+from sd_perf.data.prepare.image_folder import read_images
 from sd_perf.errors import DataError
 
 
 def test_reading_captions(photographs):
-    images = read_captioned_images(photographs)
+    images = read_images(photographs)
     assert [image.path.name for image in images] == ["a.png", "b.jpg", "c.png"]
     assert images[1].captions == ("picture 1", "other words for 1")
     assert images[1].metadata == {"file": "b.jpg", "width": 30, "flickr_url": "u"}
     inside = photographs / "captions.jsonl"
     inside.write_text('{"file": "c.png", "caption": "one"}\n\n')
-    assert [image.captions for image in read_captioned_images(photographs)] == [("one",)]
-    assert len(read_captioned_images(photographs, photographs.parent / "captions.jsonl")) == 3
+    assert [image.captions for image in read_images(photographs)] == [("one",)]
+    assert len(read_images(photographs, photographs.parent / "captions.jsonl")) == 3
 
 
 @pytest.mark.parametrize(
@@ -49,18 +49,18 @@ def test_bad_lines(photographs, line, message):
     file = photographs / "captions.jsonl"
     file.write_bytes(b'{"file": "a.png", "caption": "x"}\n' + line)
     with pytest.raises(DataError, match=message) as error:
-        read_captioned_images(photographs)
+        read_images(photographs)
     assert str(file) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_bad_folders(tmp_path):
     with pytest.raises(DataError, match="not a folder"):
-        read_captioned_images(tmp_path / "absent")
+        read_images(tmp_path / "absent")
     (tmp_path / "images").mkdir()
     with pytest.raises(DataError, match=r"has no captions\.jsonl"):
-        read_captioned_images(tmp_path / "images")
+        read_images(tmp_path / "images")
     with pytest.raises(DataError, match="cannot be read"):
-        read_captioned_images(tmp_path, tmp_path / "absent.jsonl")
+        read_images(tmp_path, tmp_path / "absent.jsonl")
     (tmp_path / "captions.jsonl").write_text("\n")
     with pytest.raises(DataError, match="no lines"):
-        read_captioned_images(tmp_path)
+        read_images(tmp_path)

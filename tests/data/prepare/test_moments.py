@@ -13,8 +13,10 @@ from sd_perf.config import DataConfig
 from sd_perf.data.batch import LoaderOptions
 from sd_perf.data.images import load_image
 from sd_perf.data.loaders.portable import PortableLoader
-from sd_perf.data.prepare.captioned_images import read_captioned_images
+from sd_perf.data.prepare.framing import Framing
+from sd_perf.data.prepare.image_folder import read_images
 from sd_perf.data.prepare.moments import prepare_moments
+from sd_perf.data.prepare.pictures import read_pictures
 from sd_perf.data.shards import ShardIndex
 from sd_perf.errors import DataError
 from sd_perf.models.onnx_autoencoder import OnnxDecoder, OnnxEncoder
@@ -32,6 +34,11 @@ def text_encoder(captions: list[str]) -> torch.Tensor:
     return torch.tensor([[[float(len(caption))] * 4] * 3 for caption in captions])
 
 
+def prepare(samples, encoder, folder: Path, size: int, **options) -> int:
+    pictures = read_pictures(samples, Framing(size), threads=2)
+    return prepare_moments(pictures, encoder, folder, size, **options)
+
+
 def batch_of(folder: Path, size: int, count: int, **fields):
     config = DataConfig(
         path=str(folder), latent_size=size // 8, **{"context": "open_clip", **fields}
@@ -41,8 +48,8 @@ def batch_of(folder: Path, size: int, count: int, **fields):
 
 
 def test_moments_of_photographs(photographs, tmp_path):
-    samples = read_captioned_images(photographs)
-    assert prepare_moments(samples, encoder, tmp_path / "out", 16, batch_size=2) == 3
+    samples = read_images(photographs)
+    assert prepare(samples, encoder, tmp_path / "out", 16, batch_size=2) == 3
     batch = batch_of(tmp_path / "out", 16, 3)
     for moments, caption in zip(batch.moments, batch.captions, strict=True):
         number = int(caption.removeprefix("picture "))
@@ -55,13 +62,10 @@ def test_moments_of_photographs(photographs, tmp_path):
 
 
 def test_the_benchmarks_pixel_range_and_more_captions(photographs, tmp_path):
-    samples = read_captioned_images(photographs)
+    samples = read_images(photographs)
     options = {"image_range": "benchmark", "captions_per_image": 2, "samples_per_shard": 4}
     assert (
-        prepare_moments(
-            samples, encoder, tmp_path / "out", 16, text_encoder=text_encoder, **options
-        )
-        == 6
+        prepare(samples, encoder, tmp_path / "out", 16, text_encoder=text_encoder, **options) == 6
     )
     batch = batch_of(tmp_path / "out", 16, 6, context="precomputed", context_tokens=3)
     assert sorted(batch.captions) == sorted(
@@ -76,21 +80,19 @@ def test_undecodable_image(photographs, tmp_path):
     content = (photographs / "b.jpg").read_bytes()
     for damaged in (b"no picture", content[: len(content) // 2], b""):
         (photographs / "b.jpg").write_bytes(damaged)
-        samples = read_captioned_images(photographs)
+        samples = read_images(photographs)
         with pytest.raises(DataError, match=r"captions\.jsonl line 2: .*b\.jpg cannot be decoded"):
-            prepare_moments(samples, encoder, tmp_path / "out", 16)
+            prepare(samples, encoder, tmp_path / "out", 16)
     assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_all_bad_images_are_named_at_once(photographs, tmp_path):
     for name in ("a.png", "b.jpg"):
         (photographs / name).write_bytes(b"no picture")
-    samples = read_captioned_images(photographs)
+    samples = read_images(photographs)
     for limit in (0, 1):
         with pytest.raises(DataError, match=rf"^2 images .*_samples \({limit}\); ") as info:
-            prepare_moments(
-                samples, encoder, tmp_path / "out", 16, batch_size=1, max_bad_samples=limit
-            )
+            prepare(samples, encoder, tmp_path / "out", 16, batch_size=1, max_bad_samples=limit)
         assert all(f"line {number}: " in str(info.value) for number in (1, 2))
         assert list((tmp_path / "out").iterdir()) == []
 
@@ -99,9 +101,9 @@ def test_all_bad_images_are_named_at_once(photographs, tmp_path):
 def test_bad_images_are_left_out_up_to_the_limit(photographs, tmp_path, batch_size):
     (photographs / "b.jpg").write_bytes(b"no picture")
     (photographs / "a.png").write_bytes(b"")
-    samples = read_captioned_images(photographs)
+    samples = read_images(photographs)
     options = {"batch_size": batch_size, "max_bad_samples": 2}
-    assert prepare_moments(samples, encoder, tmp_path / "out", 16, **options) == 1
+    assert prepare(samples, encoder, tmp_path / "out", 16, **options) == 1
     listed = (tmp_path / "out" / "bad_images.jsonl").read_text().splitlines()
     errors = [json.loads(line)["error"] for line in listed]
     assert [name in error for name, error in zip(("a.png", "b.jpg"), errors, strict=True)] == [1, 1]
@@ -131,7 +133,7 @@ def test_bad_images_are_left_out_up_to_the_limit(photographs, tmp_path, batch_si
 def test_unusable_encoders_and_options(photographs, tmp_path, options, message):
     options = {"encoder": encoder, "size": 16, **options}
     with pytest.raises(DataError, match=message):
-        prepare_moments(read_captioned_images(photographs), folder=tmp_path / "out", **options)
+        prepare(read_images(photographs), folder=tmp_path / "out", **options)
     assert not list(tmp_path.glob("out/*"))
 
 
@@ -140,8 +142,8 @@ def test_photographs_through_a_real_autoencoder(real_data, tmp_path):
     models = {path.name.lower(): path for path in (real_data / "vaelight").glob("*.onnx")}
     encode = OnnxEncoder(models["vaeencoder.onnx"], threads=1)
     decode = OnnxDecoder(models["vaepreview.onnx"], threads=1)
-    samples = read_captioned_images(real_data / "coco_ccby" / "images")[:6]
-    assert prepare_moments(samples, encode, tmp_path / "out", 256, samples_per_shard=4) == 6
+    samples = read_images(real_data / "coco_ccby" / "images")[:6]
+    assert prepare(samples, encode, tmp_path / "out", 256, samples_per_shard=4) == 6
     batch = batch_of(tmp_path / "out", 256, 6)
     pictures = {sample.captions[0]: load_image(sample.path, 256) * 2 - 1 for sample in samples}
     images = torch.stack([pictures[caption] for caption in batch.captions])

@@ -13,7 +13,7 @@ import torch
 
 from sd_perf.config import Config, DataConfig, TextEncoderConfig, UNetConfig
 from sd_perf.data.images import load_image
-from sd_perf.data.prepare.prepare_shards import prepare_shards
+from sd_perf.data.prepare.prepare_shards import prepare_shards, survey_images
 from sd_perf.data.prepare.scenes import write_scenes
 from sd_perf.errors import ConfigError, DataError
 from sd_perf.models.build import build_text_encoder
@@ -49,9 +49,13 @@ def config_of(shards: Path, **changes: object) -> Config:
     return Config(model=model, data=dataclasses.replace(data, **changes), text_encoder=TEXT)
 
 
+def prepare(config: Config, images: Path, **options: object) -> int:
+    return prepare_shards(config, survey_images(config, images), AUTOENCODER, **options)
+
+
 def test_moments_and_files(scenes, tmp_path):
     config = config_of(tmp_path / "shards")
-    assert prepare_shards(config, scenes, AUTOENCODER, samples_per_shard=2) == (3, 64)
+    assert prepare(config, scenes, samples_per_shard=2) == 3
     assert len(list((tmp_path / "shards").glob("*.tar"))) == 2
     images = torch.stack([load_image(scenes / f"{i:06d}.png", 64) for i in range(3)])
     expected = read_encoder(AUTOENCODER)(2 * images - 1).numpy()
@@ -63,7 +67,7 @@ def test_the_benchmarks_pixel_range(scenes, tmp_path):
     config = config_of(tmp_path / "shards")
     data = dataclasses.replace(config.data, image_range="benchmark")
     config = dataclasses.replace(config, data=data)
-    prepare_shards(config, scenes, AUTOENCODER)
+    prepare(config, scenes)
     images = torch.stack([load_image(scenes / f"{i:06d}.png", 64) for i in range(3)])
     expected = read_encoder(AUTOENCODER)(images).numpy()
     moments = read_arrays(tmp_path / "shards", "npy").reshape(expected.shape)
@@ -73,14 +77,14 @@ def test_the_benchmarks_pixel_range(scenes, tmp_path):
 def test_bad_pictures_up_to_the_limit_of_the_config(scenes, tmp_path):
     (scenes / "000001.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"^1 image cannot be used, .*000001\.png cannot be dec"):
-        prepare_shards(config_of(tmp_path / "shards"), scenes, AUTOENCODER)
+        prepare(config_of(tmp_path / "shards"), scenes)
     config = config_of(tmp_path / "shards", max_bad_samples=1)
-    assert prepare_shards(config, scenes, AUTOENCODER) == (2, 64)
+    assert prepare(config, scenes) == 2
 
 
 def test_text_states_where_they_are_precomputed(scenes, tmp_path):
     config = config_of(tmp_path / "shards", context="precomputed")
-    prepare_shards(config, scenes, AUTOENCODER)
+    prepare(config, scenes)
     states = read_arrays(tmp_path / "shards", "context.npy")
     empty = build_text_encoder(config, torch.device("cpu"))([""]).half().numpy()
     np.testing.assert_allclose(states[0], empty[0], rtol=2e-3, atol=2e-3)
@@ -90,4 +94,4 @@ def test_text_states_where_they_are_precomputed(scenes, tmp_path):
 def test_no_folder_to_write_to(scenes):
     config = Config(data=DataConfig(format="synthetic"))
     with pytest.raises(ConfigError, match=r"^data\.path: '' .* the folder to write the shards to$"):
-        prepare_shards(config, scenes, AUTOENCODER)
+        prepare(config, scenes)

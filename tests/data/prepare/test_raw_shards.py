@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 from sd_perf.data.images import load_image
-from sd_perf.data.prepare.captioned_images import load_captioned_image, read_captioned_images
-from sd_perf.data.prepare.raw_shards import read_images, read_raw_shards
+from sd_perf.data.prepare.captioned_images import load_captioned_image
+from sd_perf.data.prepare.image_folder import read_images
+from sd_perf.data.prepare.raw_shards import read_raw_shards
 from sd_perf.data.prepare.scenes import write_scene_shards, write_scenes
 from sd_perf.data.shard_writer import ShardWriter
 from sd_perf.errors import DataError
@@ -31,7 +32,7 @@ def write(folder, **files: bytes):
 def test_shards_hold_what_the_folder_holds(tmp_path):
     write_scenes(tmp_path / "folder", 6, seed=4, uncaptioned_every=3)
     write_scene_shards(tmp_path / "shards", 6, seed=4, uncaptioned_every=3)
-    folder = read_captioned_images(tmp_path / "folder", allow_empty=True)
+    folder = read_images(tmp_path / "folder", allow_empty=True)
     shards = read_raw_shards(tmp_path / "shards", allow_empty=True)
     assert [image.captions for image in shards] == [image.captions for image in folder]
     assert shards[0].captions == ("",) and shards[1].captions != ("",)
@@ -68,8 +69,11 @@ def test_a_folder_is_read_as_what_it_holds(tmp_path):
     write_scenes(tmp_path, 2, seed=4)
     assert [image.place for image in read_images(tmp_path)] == [None, None]
     write_scene_shards(tmp_path, 3, seed=4)
-    assert all(image.place for image in read_images(tmp_path)) and len(read_images(tmp_path)) == 3
+    with pytest.raises(DataError, match=r"in two places, raw shards \(\*\.tar\) and .*captions\.j"):
+        read_images(tmp_path)
     assert len(read_images(tmp_path, tmp_path / "captions.jsonl")) == 2
+    (tmp_path / "captions.jsonl").unlink()
+    assert all(image.place for image in read_images(tmp_path)) and len(read_images(tmp_path)) == 3
 
 
 def test_no_shards(tmp_path):

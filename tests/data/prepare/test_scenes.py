@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sd_perf.data.images import load_image
-from sd_perf.data.prepare.captioned_images import read_captioned_images
+from sd_perf.data.prepare.image_folder import read_images
 from sd_perf.data.prepare.scenes import (
     BACKGROUND,
     COLOURS,
@@ -67,7 +67,7 @@ def test_pictures_show_the_colours_of_their_captions():
 def test_written_scenes_are_read_as_photographs_are(tmp_path):
     pytest.importorskip("PIL", reason="needs Pillow")
     write_scenes(tmp_path / "scenes", 5, seed=7)
-    images = read_captioned_images(tmp_path / "scenes")
+    images = read_images(tmp_path / "scenes")
     assert [image.captions for image in images] == [
         (render(7, index).caption,) for index in range(5)
     ]
@@ -93,7 +93,7 @@ def test_captions_are_short():
 def test_scenes_without_captions(tmp_path):
     pytest.importorskip("PIL", reason="needs Pillow")
     write_scenes(tmp_path, 4, seed=7, uncaptioned_every=2)
-    images = read_captioned_images(tmp_path, allow_empty=True)
+    images = read_images(tmp_path, allow_empty=True)
     assert [image.captions[0] for image in images] == [
         "",
         render(7, 1).caption,
@@ -101,4 +101,4 @@ def test_scenes_without_captions(tmp_path):
         render(7, 3).caption,
     ]
     with pytest.raises(DataError, match=r"line 1 .*caption is empty"):
-        read_captioned_images(tmp_path)
+        read_images(tmp_path)

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
+from sd_perf.errors import UserError
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo", "squeue")
 PACKAGES = ("slurm-wlm", "munge")
@@ -79,7 +79,8 @@ class VirtualCluster:
         self._plugins = ""
 
     def up(self, hidden: Path) -> None:
-        """Start all. On n2 the folder `hidden` is empty."""
+        """Start all. On n2 the folder `hidden` is empty. UserError where this cannot be."""
+        require_root_and_programs()
         self._find_programs()
         for name in ("munge", "state", "log", "spool.n1", "spool.n2"):
             (self.folder / name).mkdir(parents=True, mode=0o700)
@@ -136,7 +137,8 @@ class VirtualCluster:
             text=True,
             timeout=120,
         )
-        assert done.returncode == code, (command, done.returncode, done.stdout, done.stderr)
+        if done.returncode != code:
+            raise RuntimeError((command, done.returncode, done.stdout, done.stderr))
         return done.stdout + done.stderr
 
     def states(self) -> set[str]:
@@ -150,7 +152,8 @@ class VirtualCluster:
     def wait(self, condition: Callable[[], bool], what: str, seconds: float) -> None:
         end = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < end, f"not within {seconds:g} s: {what}\n{self.logs()}"
+            if time.monotonic() > end:
+                raise TimeoutError(f"not within {seconds:g} s: {what}\n{self.logs()}")
             time.sleep(0.2)
 
     def logs(self) -> str:
@@ -160,7 +163,7 @@ class VirtualCluster:
 
     def _find_programs(self) -> None:
         """Take Slurm's programs from PATH, else from packages unpacked below this folder."""
-        path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+        path = _path()
         if not all(shutil.which(name, path=path) for name in PROGRAMS):
             root = unpack_packages(self.folder / "packages")
             path = f"{root}/usr/sbin:{root}/usr/bin:{path}"
@@ -169,6 +172,20 @@ class VirtualCluster:
             self.environment["LD_LIBRARY_PATH"] = ":".join([*libraries, str(plugins)])
             self._plugins = f"PluginDir={plugins}"
         self.environment["PATH"] = path
+
+
+def require_root_and_programs() -> None:
+    """UserError where no Slurm can be started on this machine."""
+    if os.geteuid() != 0:
+        raise UserError(
+            "needs root: Slurm's daemons change users, and a folder is hidden on a node"
+        )
+    if not (shutil.which("apt-get") or all(shutil.which(name, path=_path()) for name in PROGRAMS)):
+        raise UserError("needs Slurm and munge, or apt-get to fetch them")
+
+
+def _path() -> str:
+    return f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
 def unpack_packages(folder: Path) -> Path:
@@ -180,7 +197,7 @@ def unpack_packages(folder: Path) -> Path:
     subprocess.run(["apt-get", "update"], capture_output=True)
     done = subprocess.run([*fetch, *options, *PACKAGES], capture_output=True, text=True)
     if done.returncode:
-        pytest.skip(f"needs Slurm and munge, which apt-get does not get: {done.stderr[-200:]}")
+        raise UserError(f"needs Slurm and munge, which apt-get does not get: {done.stderr[-200:]}")
     for package in archives.glob("*.deb"):
         subprocess.run(["dpkg-deb", "--extract", str(package), str(root)], check=True)
     for link in root.glob("usr/*bin/*-wlm"):  # Debian's alternatives would make these names
