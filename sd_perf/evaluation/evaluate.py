@@ -30,7 +30,7 @@ from sd_perf.evaluation.evaluator import Evaluator, features_of, require_named
 from sd_perf.evaluation.fid import FeatureStatistics
 from sd_perf.evaluation.generate import numbered_paths, save_pictures
 from sd_perf.evaluation.measured import MAKE_ROOM, Keeper, Measured
-from sd_perf.files import disk_errors, json_lines, write_json, write_text
+from sd_perf.files import disk_errors, json_lines, read_json, write_json, write_text
 from sd_perf.mlperf.compliance import check_log
 from sd_perf.mlperf.log import LOG_NAME, MLPerfLog, logged_scores, read_log
 from sd_perf.models.vae import PIXELS_PER_LATENT
@@ -74,6 +74,11 @@ def write_statistics(images: Path, config: Config) -> int:
     return len(samples)
 
 
+def grid_path(folder: Path, samples: int) -> Path:
+    """The PNG of pictures drawn at a position of the run."""
+    return folder / f"samples_{samples:010d}.png"
+
+
 def write_grid(pictures: torch.Tensor, prompts: list[str], folder: Path, samples: int) -> Path:
     """Write pictures (B, 3, H, W) as one PNG grid, and a JSON of the same name with the prompts.
 
@@ -83,7 +88,7 @@ def write_grid(pictures: torch.Tensor, prompts: list[str], folder: Path, samples
     shown = pictures[: len(pictures) // columns * columns]
     # (rows, columns, 3, H, W) -> (3, rows, H, columns, W) -> (3, rows H, columns W)
     grid = shown.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
-    path = folder / f"samples_{samples:010d}.png"
+    path = grid_path(folder, samples)
     with disk_errors(path, MAKE_ROOM):
         folder.mkdir(parents=True, exist_ok=True)
         write_png(grid, path)
@@ -236,17 +241,20 @@ def _evaluate(
             "stop_ms": int(1000 * time.time()),
         }
         if wanted.num_prompts is None:
-            write_grid(
-                measured.grid / 255,
-                evaluator.prompts,
-                run / f"samples{'_ema' * wanted.ema}",
-                samples,
-            )
+            folder = run / f"samples{'_ema' * wanted.ema}"
+            if not _shows_own_prompts(folder, samples, evaluator.prompts):
+                write_grid(measured.grid / 255, evaluator.prompts, folder, samples)
             _record(run, config, scores, wanted)
         keeper.clear()
         return scores
 
     return world.on_main(conclude)
+
+
+def _shows_own_prompts(folder: Path, samples: int, prompts: list[str]) -> bool:
+    """Whether training drew a grid of sampling.prompts there: other prompts than the first ones."""
+    drawn = read_json(grid_path(folder, samples).with_suffix(".json"))
+    return isinstance(drawn, dict) and drawn.get("prompts") != prompts[: len(drawn["prompts"])]
 
 
 def _state_of(checkpoint: Path, run: Path) -> str:

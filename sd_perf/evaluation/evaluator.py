@@ -64,7 +64,8 @@ class Evaluator:
         `weights` is that of the checkpoint.
         """
         config = self.config
-        parts = (weights, self.prompts, asdict(config.sampling), asdict(config.evaluation))
+        drawn = {"steps": config.sampling.steps, "guidance_scale": config.sampling.guidance_scale}
+        parts = (weights, self.prompts, drawn, asdict(config.evaluation))
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def starts(self) -> range:

@@ -42,6 +42,9 @@ _PACKAGES = (
     ("nvidia-dali-cuda130", "data.loader dali", "pip install 'sd-perf[dali]'"),
     ("onnxruntime", "autoencoders in .onnx files", "pip install 'sd-perf[onnx]'"),
     ("matplotlib", "report, compare", "pip install 'sd-perf[report]'"),
+    ("tensorboard", "logging.sinks", "pip install 'sd-perf[tensorboard]'"),
+    ("wandb", "logging.sinks", "pip install 'sd-perf[wandb]'"),
+    ("prometheus-client", "logging.prometheus", "pip install 'sd-perf[prometheus]'"),
     ("mlperf-logging", "MLPerf logs, mlperf check", "pip install 'sd-perf[mlperf]'"),
     ("diffusers", "tests only: an independent UNet", "pip install 'sd-perf[dev]'"),
 )
@@ -162,12 +165,12 @@ def _facts(report: dict[str, Any]) -> Table:
         if row["version"]
     ]
     table.add_row("packages", Text("  ").join(there))
-    for row in report["packages"]:
-        if not row["version"]:
-            table.add_row(
-                styled("red", "missing"),
-                f"{row['package']} ({row['needed_for']}): {row['install']}",
-            )
+    absent = (row for row in report["packages"] if not row["version"])
+    for purpose, rows in groupby(absent, key=lambda row: row["needed_for"]):
+        names, commands = zip(*((row["package"], row["install"]) for row in rows), strict=True)
+        words = f"{', '.join(names)} ({purpose}): {commands[0]}"
+        words += "".join(f" {command.removeprefix('pip install ')}" for command in commands[1:])
+        table.add_row(styled("red", "missing"), words)
     return table
 
 
@@ -227,4 +230,4 @@ def _adapted(kernels: list[dict[str, Any]]) -> Iterable[Any]:
     for (package, installed), users in packages.items():
         state = f"{installed} is installed" if installed else "not installed"
         table.add_row(", ".join(users), f"signature bound to {package}; {state}")
-    return ["", table] if table.row_count else []
+    return [table] if table.row_count else []

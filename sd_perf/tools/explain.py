@@ -140,6 +140,10 @@ def _writes(config: Config) -> str:
         names.append("init.json")
     if config.mlperf.division != "none":
         names.append(f"result_0.txt (MLPerf log, {config.mlperf.division} division)")
+    if config.sampling.every_samples:
+        names.append(f"samples/ (pictures every {config.sampling.every_samples:,} samples)")
+    if config.profile.steps:
+        names.append(f"profile/ (of steps {config.profile.steps})")
     if config.logging.sinks:
         names.append(RECORD_NAME)
     return f"to {config.run.dir}: {', '.join(names)}"

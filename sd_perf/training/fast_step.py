@@ -81,6 +81,10 @@ class FastStep(TrainStep):
         elif is_cuda or self.config.model.compile:
             self.rehearse()
 
+    def gather_weights(self) -> None:
+        # The next iteration begins with the same: nothing it computes with changes.
+        self.iteration.gather_weights()
+
     def close(self) -> None:
         self.runner.close()
 

@@ -91,6 +91,9 @@ class PlainStep(TrainStep):
             self._loss(inputs).backward()
         self.optimizer.zero_grad(set_to_none=False)
 
+    def gather_weights(self) -> None:
+        pass  # every rank updates all
+
     def close(self) -> None:
         pass
 
