@@ -72,8 +72,9 @@ def prepare(
     require_between("--captions-per-image", captions_per_image, 1, MAX_SAMPLES)
     fits = 1 <= samples_per_shard <= 10_000
     require_option("--samples-per-shard", samples_per_shard, fits, "1 to 10000")
-    options = {"crop": crop, "small": small, "background": background}
-    survey = survey_images(settings, images, captions, caption_column, **options)
+    survey = survey_images(
+        settings, images, captions, caption_column, crop=crop, small=small, background=background
+    )
     if dry_run:
         return _count(survey, settings)
     encoder = _autoencoder(autoencoder, settings)
