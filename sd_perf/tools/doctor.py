@@ -143,12 +143,12 @@ def screen(report: dict[str, Any]) -> Iterable[Any]:
     yield _facts(report)
     target = report["target"]
     declared = ", as declared" if target["declared"] else ""
-    yield Text.assemble(styled("bold", f"kernels on {target['name']}"), declared)
+    more = "; sd-perf doctor --json: every reason, how to get each package"
+    yield Text.assemble(
+        styled("bold", f"kernels on {target['name']}"), declared, styled("dim", more)
+    )
     yield _kernels_table(report["kernels"])
     yield from _adapted(report["kernels"])
-    yield styled(
-        "dim", "sd-perf doctor --json has every reason in full, and how to get each package"
-    )
 
 
 def _facts(report: dict[str, Any]) -> Table:
