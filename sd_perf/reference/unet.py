@@ -101,8 +101,9 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor, context: Tensor | KeysValues) -> Tensor:
+        queries = self.to_q(x)  # first: gradients of self-attention's x are summed in this order
         keys, values = context if isinstance(context, tuple) else self.keys_values(context)
-        q, k, v = (self.heads(t) for t in (self.to_q(x), keys, values))
+        q, k, v = (self.heads(t) for t in (queries, keys, values))
         attended = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(D)) v
         return self.to_out(attended.transpose(1, 2).flatten(2))
 
