@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import torch
 
@@ -53,7 +53,7 @@ def check_caption(caption: object, *, where: str, allow_empty: bool) -> None:
 
 
 @contextmanager
-def opened_image(sample: CaptionedImage) -> Iterator[BinaryIO]:
+def opened_image(sample: CaptionedImage) -> Iterator[io.BufferedReader | io.BytesIO]:
     """The bytes of a captioned image, from its file or its raw shard, for a block."""
     with opened_untrusted(sample.path, "mend or remove it", DataError) as file:
         if sample.place is None:

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from sd_perf.data.resize import resize_and_crop
-from sd_perf.errors import DataError
 
 Crop = Literal["center", "random", "none"]
 """the part of a picture that is taken: its middle, one drawn along its longer side, or all of it,
@@ -18,7 +17,7 @@ Small = Literal["refuse", "enlarge"]
 """what becomes of pictures whose shorter side is below the square's"""
 
 
-class FramingError(DataError):
+class FramingError(ValueError):
     """A picture that is not taken as it is: `kind` says why, in short.
 
     The message goes on from the picture's name.

@@ -42,7 +42,8 @@ def read_images(
     folder: str | Path, captions: str | Path | None = None, allow_empty: bool = False
 ) -> list[CaptionedImage]:
     """The captioned images of a folder; see `read_folder`."""
-    return read_folder(Path(folder), captions and Path(captions), allow_empty=allow_empty).images
+    table = Path(captions) if captions else None
+    return read_folder(Path(folder), table, allow_empty=allow_empty).images
 
 
 def read_folder(

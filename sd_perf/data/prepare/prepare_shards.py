@@ -109,7 +109,7 @@ def survey_images(
     allow_empty = config.data.allow_empty_captions
     folder = read_folder(images, captions, column=caption_column, allow_empty=allow_empty)
     pixels = PIXELS_PER_LATENT * config.data.latent_size
-    return Survey(folder, Framing(pixels, crop, small, background, config.training.seed))
+    return Survey(folder, Framing(pixels, crop, small, background, config.training.seed or 0))
 
 
 def prepare_shards(
