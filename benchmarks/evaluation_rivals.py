@@ -100,8 +100,11 @@ class Drawing:
     def ours(self, precision: str = "fp32") -> torch.Tensor:
         """Pictures (B, 3, H, W) in [0, 1]."""
         prompts = ["a caption"] * self.batch
-        options = {"config": self.config, "seed": 0, "batch_size": self.batch}
-        return next(generate(self.unets[precision], self.text, self.decode, prompts, **options))
+        unet, config = self.unets[precision], self.config
+        drawn = generate(
+            unet, self.text, self.decode, prompts, config=config, seed=0, batch_size=self.batch
+        )
+        return next(drawn)
 
     def theirs(self) -> Any:
         """The pipeline's pictures of the same text states."""
@@ -137,14 +140,14 @@ def pipeline_of(unet: UNet, autoencoder: AutoencoderKL, config: Config) -> Any:
         scaling_factor=config.diffusion.latent_scale,
     ).eval()
     vae.load_state_dict(to_diffusers(autoencoder.state_dict(), sizes))
-    pipeline = StableDiffusionPipeline(
+    pipeline: Any = StableDiffusionPipeline(
         vae=vae,
-        text_encoder=None,  # type: ignore[arg-type]
-        tokenizer=None,  # type: ignore[arg-type]
-        unet=other,  # type: ignore[arg-type]
+        text_encoder=None,
+        tokenizer=None,
+        unet=other,
         scheduler=DDIMScheduler.from_config(scheduler_config(config.diffusion)),
-        safety_checker=None,  # type: ignore[arg-type]
-        feature_extractor=None,  # type: ignore[arg-type]
+        safety_checker=None,
+        feature_extractor=None,
         requires_safety_checker=False,
     )
     pipeline.set_progress_bar_config(disable=True)
@@ -220,14 +223,15 @@ def measure(options: argparse.Namespace) -> int:
             report.add(row, **details)
 
     for part in (part for part in options.parts if part != "fid"):
-        conditions["batch"] = 2 if part == "100m" or options.tiny else 16
-        drawing = Drawing(config_of(part, options.tiny), conditions["batch"])
+        batch = 2 if part == "100m" or options.tiny else 16
+        conditions["batch"] = batch
+        drawing = Drawing(config_of(part, options.tiny), batch)
         exact, rounded = drawing.ours(), drawing.ours("bf16")
         levels = {
             "mean": 255 * (exact - rounded).abs().mean().item(),
             "largest": 255 * (exact - rounded).abs().max().item(),
         }
-        sides = {
+        sides: dict[str, Callable[[], object]] = {
             OURS: drawing.ours,
             f"{OURS}, bfloat16 UNet": partial(drawing.ours, "bf16"),
             PIPELINE: drawing.theirs,
@@ -238,8 +242,11 @@ def measure(options: argparse.Namespace) -> int:
             fid = Fid(Path(folder), options.pictures, side=256)
             values = {"ours": fid.ours(), "pytorch-fid": fid.theirs()}
             conditions["batch"] = 50
-            sides = {"sd-perf score": fid.ours, "pytorch-fid": fid.theirs}
-            add(f"FID of {options.pictures} PNGs", sides, FID=values)
+            scorers: dict[str, Callable[[], object]] = {
+                "sd-perf score": fid.ours,
+                "pytorch-fid": fid.theirs,
+            }
+            add(f"FID of {options.pictures} PNGs", scorers, FID=values)
     return 0
 
 

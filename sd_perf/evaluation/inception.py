@@ -243,6 +243,6 @@ def folded(network: FidInception) -> FidInception:
     """
     for module in network.modules():
         if isinstance(module, ConvNorm):
-            module.conv = fuse_conv_bn_eval(module.conv, module.bn)
+            module.conv = fuse_conv_bn_eval(module.conv, module.bn)  # type: ignore[arg-type]
             module.bn = nn.Identity()
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -51,12 +51,12 @@ def read_unet(
     groups and `groups` does not, and where `groups` says otherwise than `source`.
     """
     state, config = find_unet(source, ema)
-    if config is None and groups is None:
-        raise CheckpointError(
-            f"{source}: does not tell the GroupNorm groups of its ResBlocks; add --groups 32 for a "
-            "published Stable Diffusion v2, --groups 16 for the benchmark's network"
-        )
     if config is None:
+        if groups is None:
+            raise CheckpointError(
+                f"{source}: does not tell the GroupNorm groups of its ResBlocks; add --groups 32 "
+                "for a published Stable Diffusion v2, --groups 16 for the benchmark's network"
+            )
         config = UNetConfig(resblock_groups=groups)
     if groups not in (None, config.resblock_groups):
         raise CheckpointError(

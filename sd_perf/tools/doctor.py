@@ -166,10 +166,11 @@ def _facts(report: dict[str, Any]) -> Table:
     ]
     table.add_row("packages", Text("  ").join(there))
     absent = (row for row in report["packages"] if not row["version"])
-    for purpose, rows in groupby(absent, key=lambda row: row["needed_for"]):
-        names, commands = zip(*((row["package"], row["install"]) for row in rows), strict=True)
-        words = f"{', '.join(names)} ({purpose}): {commands[0]}"
-        words += "".join(f" {command.removeprefix('pip install ')}" for command in commands[1:])
+    for purpose, group in groupby(absent, key=lambda row: row["needed_for"]):
+        rows = list(group)
+        first, *others = (row["install"] for row in rows)
+        words = f"{', '.join(row['package'] for row in rows)} ({purpose}): {first}"
+        words += "".join(f" {other.removeprefix('pip install ')}" for other in others)
         table.add_row(styled("red", "missing"), words)
     return table
 
