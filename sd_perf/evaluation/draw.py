@@ -49,10 +49,10 @@ def draw_prompts(
     if autoencoder is None and not config.evaluation.autoencoder:
         raise UserError(f"--autoencoder: give one; evaluation.autoencoder of {run} names none")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    file = autoencoder or Path(config.evaluation.autoencoder)
-    decode = read_decoder(file, device, DTYPES[config.evaluation.precision])
     unet = build_sampling_unet(config, device)
     load_into(unet, read_unet(checkpoint, ema=ema)[0], "the UNet", checkpoint)
+    file = autoencoder or Path(config.evaluation.autoencoder)
+    decode = read_decoder(file, device, DTYPES[config.evaluation.precision])
     text_encoder = build_text_encoder(config, device)
     paths = picture_paths(prompts, output)
     drawn = generate(

@@ -11,7 +11,7 @@ from sd_perf.config import Config
 from sd_perf.evaluation.evaluate import GRID_COLUMNS, grid_path, write_grid
 from sd_perf.evaluation.generate import generate
 from sd_perf.evaluation.prompts import read_prompts
-from sd_perf.models.build import build_sampling_unet, build_text_encoder
+from sd_perf.models.build import DTYPES, build_sampling_unet, build_text_encoder
 from sd_perf.models.readers import read_decoder
 
 
@@ -37,7 +37,8 @@ class FixedPrompts:
         few = min(GRID_COLUMNS, options.num_prompts)
         self.prompts = list(config.sampling.prompts) or read_prompts(Path(options.prompts), few)
         with torch.random.fork_rng():  # what the libraries draw is none of the training's
-            self._decode = read_decoder(Path(options.autoencoder))
+            dtype = DTYPES[options.precision]
+            self._decode = read_decoder(Path(options.autoencoder), device, dtype)
             self._text_encoder = build_text_encoder(config, device)
             self._unet = build_sampling_unet(config, device)
 

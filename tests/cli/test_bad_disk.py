@@ -66,7 +66,7 @@ def test_disk_full_in_a_checkpoint(processes, mount_tmpfs, preset, sd_perf, refu
 
 
 def test_disk_full_in_the_metrics(mount_tmpfs, preset, refused):
-    run = mount_tmpfs("size=12k") / "run"
+    run = mount_tmpfs("size=20k") / "run"
     options = [
         "--training.max-samples",
         2000,

@@ -23,7 +23,7 @@ def test_ten_lines(preset: Path, tmp_path: Path, sd_perf) -> None:
     told = lines_of(output)
     for name, words in {
         "run": f"a new one in {tmp_path / 'run'}",
-        "network": "plain in fp32, from random weights of seed 0",
+        "network": "plain in fp32, predicts v, from random weights of seed 0",
         "data": "synthetic: drawn from the seed",
         "steps": "50 of 4 samples (1 x 1 micro-batches of 4), 200 samples in all",
         "rate": "0.0004 after 10 steps, then constant",

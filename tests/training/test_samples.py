@@ -81,7 +81,8 @@ def test_training_is_the_same_to_the_last_bit(config) -> None:
     }
     pictures = [np.asarray(Image.open(path)) for path in grids]
     assert all(picture.shape == (64, 192, 3) for picture in pictures)
-    assert all((one != next).any() for one, next in itertools.pairwise(pictures))
+    # The learning rate is still rising: the first step changes no picture by a level.
+    assert all((one != next).any() for one, next in itertools.pairwise(pictures[1:]))
     with (drawn / "pictures.csv").open() as file:
         sent = list(csv.DictReader(file))
     assert [int(row["samples"]) for row in sent] == [0, 4, 8, 12, 16]
