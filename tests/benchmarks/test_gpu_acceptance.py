@@ -291,6 +291,7 @@ def test_the_parts_are_in_the_order_of_their_worth() -> None:
     assert all(each.aim <= each.most and each.item_most <= each.most for each in PARTS)
 
 
+@pytest.mark.slow
 def test_the_command_rehearses_itself(tmp_path: Path) -> None:
     """The command and one real part, each in its own process."""
     command = [sys.executable, "-m", "benchmarks.gpu_acceptance", "--output", str(tmp_path)]
@@ -377,6 +378,7 @@ assert kernel_speed.parse([]) and kernel_cases.plan(kernel_speed.GPUS["h100"].ta
 """
 
 
+@pytest.mark.slow
 def test_torch_triton_and_numpy_are_enough() -> None:
     command = [sys.executable, "-E", "-c", BLOCKED_IMPORTS]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

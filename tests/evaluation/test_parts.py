@@ -89,6 +89,7 @@ def test_what_was_drawn_before_a_stop_is_not_drawn_again(run, monkeypatch):
     assert len(list((folder / "pictures").glob("*.png"))) == settings.evaluation.num_prompts
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("damage", ["bit", "cut", "other"])
 def test_damaged_parts_are_drawn_again(run, damage, monkeypatch):
     folder, settings = run

@@ -121,6 +121,7 @@ def test_initial_weights_are_the_plain_ones() -> None:
         assert torch.equal(value, plain[name]), name
 
 
+@pytest.mark.slow
 def test_is_no_further_off_in_bfloat16() -> None:
     plain, fast = randomised(UNet(TINY)), built(TINY, KernelsConfig())
     fast.load_state_dict(plain.state_dict())

@@ -49,6 +49,7 @@ def test_the_documented_op_is_right(documented: OpSpec, device: str) -> None:
             assert all(verdict.ok for verdict in verdicts), "\n".join(map(str, verdicts))
 
 
+@pytest.mark.slow
 def test_the_documented_op_compiles_for_hopper(tmp_path: Path) -> None:
     write_op(tmp_path)
     script = (

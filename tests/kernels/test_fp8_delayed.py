@@ -61,6 +61,7 @@ def assert_transposed(transposed: torch.Tensor, numbers: torch.Tensor) -> None:
     assert not transposed[:, rows:].float().any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", DELAYED, ids=lambda case: case.name)
 def test_each_slot_records_its_tensor(case: Case) -> None:
     """What the kernels record is what the reference records, and a second pass changes nothing."""

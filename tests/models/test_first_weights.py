@@ -160,6 +160,7 @@ def test_a_run_begins_from_another_and_resumes_without_it(
         make_trainer(other)
 
 
+@pytest.mark.slow
 def test_the_command_says_where_it_begins(tmp_path, preset, capsys):  # noqa: F811
     def said(*options: str) -> str:
         with pytest.raises(SystemExit) as left:

@@ -157,6 +157,7 @@ def callbacks() -> list[Callback]:
     return [MetricsFile(), SendToSinks(pytest.fail), Checkpointer()]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_short_has_the_curves_of_one_that_was_not(
     make_config, make_trainer
 ) -> None:

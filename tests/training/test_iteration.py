@@ -65,6 +65,7 @@ def _names_of(call) -> list[str]:
     return seen.names
 
 
+@pytest.mark.slow
 def test_inputs_and_state_stay_where_they_are(make_config, make_trainer):
     trainer = make_trainer(
         make_config(model=FAST, training={"accumulate_steps": 2, "ema_decay": 0.9})
@@ -147,6 +148,7 @@ class Log(Callback):
         self.seen.append((trainer.samples, metrics["samples"], metrics["loss"]))
 
 
+@pytest.mark.slow
 def test_a_late_loss_is_logged_with_its_own_step(make_config, make_trainer, monkeypatch):
     """As on a GPU: read two steps later, at the end at once, and before a checkpoint."""
     training, checkpoint = {"max_samples": 48}, {"every_samples": 24}

@@ -35,6 +35,7 @@ def test_convolutions_are_tuned_unless_the_run_is_deterministic(
     assert seen == [(not deterministic, False)] and torch.backends.cudnn.benchmark is False
 
 
+@pytest.mark.slow
 def test_threads_are_kept_unless_given(make_config, capsys):
     """A run's sums depend on its threads, so a resumed run takes those of its manifest."""
     world, console, before = start_world("cpu"), TextConsole(width=100), torch.get_num_threads()

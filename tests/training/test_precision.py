@@ -66,7 +66,7 @@ def test_fp8_trains_on_a_cpu(make_config, make_trainer):
     assert runs["fp8_native-current"] != runs["fp8_native-delayed"]
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("again", [True, False], ids=["recomputed", ""])
 def test_resumed_with_native_scales_is_bit_identical(make_config, make_trainer, again):
     changes = {

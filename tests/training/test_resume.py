@@ -75,7 +75,7 @@ def whole_run(whole_folder) -> dict[str, torch.Tensor]:
     return final_tensors(whole_folder)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("stop", [1, 10, 13, 19])
 def test_resumed_run_is_bit_identical(stop, make_config, make_trainer, whole_run, whole_folder):
     config = make_config("stopped", training=LENGTH)
@@ -96,6 +96,7 @@ def test_resumed_run_is_bit_identical(stop, make_config, make_trainer, whole_run
     assert stopped == whole
 
 
+@pytest.mark.slow
 def test_a_decay_does_not_move_when_the_run_is_made_longer(make_config, make_trainer):
     optimizer = {"warmup_steps": 2, "decay_steps": 6}
     long = make_config("long", optimizer=optimizer, training={"max_samples": 32})
@@ -131,6 +132,7 @@ def test_a_run_of_the_fast_unet_resumes_bit_identically(make_config, make_traine
     )
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("implementations", [["fast", "plain"], ["plain", "fast"]], ids="-".join)
 def test_checkpoints_pass_between_implementations(
     implementations, make_config, make_trainer, whole_run
@@ -142,6 +144,7 @@ def test_checkpoints_pass_between_implementations(
     assert 0 < error < 1e-5
 
 
+@pytest.mark.slow
 def test_lines_after_the_checkpoint_are_set_aside(make_config, make_trainer, tmp_path):
     config = make_config("run")
     make_trainer(config, [StopAt(10), MetricsFile(), Checkpointer()]).fit()

@@ -166,6 +166,7 @@ def test_kept_bytes_of_a_transformer_by_hand() -> None:
     )
 
 
+@pytest.mark.slow
 def test_directions() -> None:
     for recipe in RECIPES:
         rate = {

@@ -212,6 +212,7 @@ def test_layers_in_fp8_are_refused() -> None:
         ledger(fp8, "h100", 2)
 
 
+@pytest.mark.slow
 def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [
         "estimate",

@@ -25,6 +25,7 @@ def test_a_step_that_does_not_fit(error, preset, refused, monkeypatch):
     assert "--training.accumulate-steps 2 " in told
 
 
+@pytest.mark.slow
 def test_the_batch_that_fits_grows_with_memory(make_config):
     config = make_config()
     sizes = [largest_micro_batch(config, 1, size * 2**20) for size in (1, 100, 200)]

@@ -226,7 +226,7 @@ FAULTS: dict[str, tuple[Level, Where, str, Plant]] = {
 }
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_red_at_its_level_and_named(
     fault: str, monkeypatch: pytest.MonkeyPatch
