@@ -90,7 +90,7 @@ class Parts:
     def __init__(self, config: Config, device: torch.device, prompts: list[str]) -> None:
         scores = config.evaluation
         self.config, self.device, self.prompts = config, device, prompts
-        self.decode = read_decoder(Path(scores.autoencoder))
+        self.decode = read_decoder(Path(scores.autoencoder), device)
         self.text_encoder = build_text_encoder(config, device)
         self.unet = build_sampling_unet(config, device)
         self.features = read_features(Path(scores.features), device)

@@ -16,12 +16,12 @@ from sd_kernels.spec import Target
 from sd_perf.config import Config, UNetConfig
 from sd_perf.distributed.world import World
 from sd_perf.fast.choice import choose_kernels
+from sd_perf.fast.graph import WARM_UP_PASSES, Runner
 from sd_perf.fast.linear import load_precision_state, precision_state
 from sd_perf.fast.ops import Op, Ops, Wrap
 from sd_perf.fast.unet import FastUNet
 from sd_perf.models.build import build_unet
 from sd_perf.reference.unet import UNet
-from sd_perf.training.graph import WARM_UP_PASSES, Runner
 from sd_perf.training.iteration import Iteration
 
 

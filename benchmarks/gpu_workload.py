@@ -18,11 +18,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sd_perf.config import Config, DiffusionConfig, UNetConfig
 from sd_perf.data.loaders.synthetic import draw_inputs
+from sd_perf.fast.graph import capture
 from sd_perf.models.key_maps import diffusers_unet_config
 from sd_perf.models.torchvision_schemas import define_missing_torchvision_ops
 from sd_perf.reference.step import DiffusionStep
 from sd_perf.reference.unet import UNet
-from sd_perf.training.graph import capture
 from sd_perf.training.optimizer import build_optimizer
 
 

@@ -146,22 +146,23 @@ def never_killed(world: World) -> None:
     begun = time.monotonic()
     try:
         run.start()
-        marks = []
-        for position in (1, world.end):
-            wait(lambda p=position: run.ended() or Look.at(run.folder).trained >= p, RUN_SECONDS)
-            marks.append(time.monotonic() - begun)
+        first = begun + seconds_to(run, 1)
+        last = first + seconds_to(run, world.end)
         wait(run.ended, RUN_SECONDS)
     finally:
         run.sweep()
     if run.outcome() or Look.at(run.folder).saved != world.end:
         raise UserError(f"the run that nothing kills fails: {run.last_words()}; see {run.log}")
-    first, last = marks
-    world.start_up, world.training, world.rest = (
-        first,
-        last - first,
-        time.monotonic() - begun - last,
-    )
+    world.start_up, world.training = first - begun, last - first
+    world.rest = time.monotonic() - last
     run.folder.rename(world.reference)
+
+
+def seconds_to(run: KilledRun, position: int) -> float:
+    """Wait until a run has logged a position, or has ended; the seconds that it took."""
+    begun = time.monotonic()
+    wait(lambda: run.ended() or Look.at(run.folder).trained >= position, RUN_SECONDS)
+    return time.monotonic() - begun
 
 
 def kill_all(

@@ -140,6 +140,8 @@ def _sentences() -> Iterator[str]:
             for row in sentences(tree, names, {**shared, **dict(_constants(tree))})
         }
     )
+    if unknown := {row[0] for row in rows} - ROOMS.keys():
+        raise ValueError(f"rooms without a title in ROOMS: {', '.join(sorted(unknown))}")
     for room, title in ROOMS.items():
         ours = [row[1:] for row in rows if row[0] == room]
         if ours:

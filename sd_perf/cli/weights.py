@@ -13,6 +13,7 @@ def export(
     output: Path,
     format: Literal["ldm", "diffusers"] = "ldm",
     groups: Literal[16, 32] | None = None,
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None,
     ema: bool = False,
 ) -> int:
     """Write the UNet's weights for other tools.
@@ -25,16 +26,19 @@ def export(
             folder with unet/ and scheduler/
         groups: GroupNorm groups in ResBlocks and head, where source is a weight file that does not
             tell: 32 in published Stable Diffusion v2, 16 in the benchmark's network
+        dtype: number format of the written weights; none: as they are stored
         ema: the moving average of the weights, which training.ema_decay keeps
     """
     from sd_perf.models.diffusers_folder import export_diffusers
     from sd_perf.models.readers import read_diffusion, read_unet
-    from sd_perf.models.weight_files import export_ldm
+    from sd_perf.models.weight_files import export_ldm, in_dtype
 
-    state, model = read_unet(source, groups, ema)
+    (state, model), diffusion = read_unet(source, groups, ema), read_diffusion(source)
+    if dtype is not None:
+        state = in_dtype(state, dtype, source)
     if format == "ldm":
-        export_ldm(state, output, {"sd_perf.source": str(source)}, model)
+        export_ldm(state, output, {"sd_perf.source": str(source)}, model, diffusion)
     else:
-        export_diffusers(state, model, output, diffusion=read_diffusion(source))
+        export_diffusers(state, model, output, diffusion=diffusion)
     print_plain(f"{len(state)} tensors of {source} -> {output}")
     return 0

@@ -29,7 +29,13 @@ from sd_perf.config.rules import (
     Samples,
     Section,
 )
-from sd_perf.config.run import CheckpointConfig, LoggingConfig, MLPerfConfig, RunConfig
+from sd_perf.config.run import (
+    CheckpointConfig,
+    LoggingConfig,
+    MLPerfConfig,
+    ProfileConfig,
+    RunConfig,
+)
 from sd_perf.config.training import OptimizerConfig, TrainingConfig
 
 __all__ = [
@@ -52,6 +58,7 @@ __all__ = [
     "OptimizerConfig",
     "Positive",
     "PrecisionConfig",
+    "ProfileConfig",
     "Rule",
     "RunConfig",
     "Samples",

@@ -8,7 +8,13 @@ from sd_perf.config.data import DataConfig
 from sd_perf.config.evaluation import EvaluationConfig, SamplingConfig
 from sd_perf.config.kernels import KernelsConfig
 from sd_perf.config.model import DiffusionConfig, PrecisionConfig, TextEncoderConfig, UNetConfig
-from sd_perf.config.run import CheckpointConfig, LoggingConfig, MLPerfConfig, RunConfig
+from sd_perf.config.run import (
+    CheckpointConfig,
+    LoggingConfig,
+    MLPerfConfig,
+    ProfileConfig,
+    RunConfig,
+)
 from sd_perf.config.training import OptimizerConfig, TrainingConfig
 
 
@@ -26,6 +32,7 @@ class Config:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     mlperf: MLPerfConfig = field(default_factory=MLPerfConfig)

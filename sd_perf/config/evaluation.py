@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
-from sd_perf.config.rules import Count, NotNegative, PathText, Pictures, Rule, Section, at_most
+from sd_perf.config.rules import (
+    Count,
+    NotNegative,
+    PathText,
+    Pictures,
+    Rule,
+    Section,
+    at_most,
+)
 
 
 @dataclass(frozen=True)
@@ -18,6 +26,19 @@ class SamplingConfig(Section):
     """DDIM steps"""
     guidance_scale: NotNegative = 8.0
     """1 is no guidance"""
+    every_samples: Annotated[
+        int | None,
+        Rule(lambda samples: samples > 0, "at least 1, or none to draw none"),
+        at_most(10**12),
+    ] = None
+    """distance between grids of fixed prompts drawn while training, samples (rounded up to whole
+    steps); none: no pictures. The time counts as training's"""
+    prompts: Annotated[
+        tuple[str, ...],
+        Rule(lambda prompts: len(prompts) <= 64, "at most 64 prompts"),
+        Rule(lambda prompts: all(map(str.strip, prompts)), "prompts that are not empty"),
+    ] = ()
+    """prompts of these grids; none: the first 8 of evaluation.prompts"""
 
 
 @dataclass(frozen=True)
@@ -34,6 +55,9 @@ class EvaluationConfig(Section):
     """prompts drawn, from the top of the file"""
     batch_size: Pictures = 32
     """pictures drawn at a time"""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """of the UNet, the decoder and FID's Inception; bf16 is faster and shifts the scores a little:
+    docs/benchmarks.md has the measured error"""
     autoencoder: PathText = ""
     """file of the decoder: .onnx, .ckpt or .safetensors"""
     features: PathText = ""

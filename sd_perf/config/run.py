@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -61,6 +62,34 @@ class LoggingConfig(Section):
     """offline: keep its files in the run folder, for `wandb sync`"""
     prometheus: PathText = ""
     """file for Prometheus' node exporter (*.prom in its textfile directory); empty: none"""
+
+
+def _is_range(steps: str) -> bool:
+    """Whether the text is empty, or A:B with A < B <= A + 1000. A step takes megabytes of trace."""
+    found = re.fullmatch(r"(\d{1,9}):(\d{1,9})", steps, re.ASCII)
+    return not steps or (found is not None and 0 < int(found[2]) - int(found[1]) <= 1000)
+
+
+@dataclass(frozen=True)
+class ProfileConfig(Section):
+    """Which steps are recorded operator by operator, to `profile/` in the run folder."""
+
+    section = "profile"
+
+    steps: Annotated[
+        str,
+        Rule(
+            _is_range,
+            "A:B, the first step, counted from 0, and the one after the last, at most 1000 later",
+        ),
+    ] = ""
+    """steps A to B-1 of the run, as A:B, counted from 0; these are slower; empty: none"""
+
+    @property
+    def first_and_end(self) -> tuple[int, int]:
+        """A and B; ValueError where no steps are wanted."""
+        first, end = self.steps.split(":")
+        return int(first), int(end)
 
 
 LogText = Annotated[

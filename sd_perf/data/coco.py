@@ -181,11 +181,13 @@ def _resize(source: Path, target: Path, draft: Path, size: int) -> str:
 
 def _is_resized(Image: Any, path: Path, size: int) -> bool:
     """Whether a file is a JPEG of this size up to its end."""
+    if not path.is_file():  # a FIFO would be waited for
+        return False
     try:
         with path.open("rb") as file:
             file.seek(-len(_END_OF_JPEG), io.SEEK_END)
             whole = file.read() == _END_OF_JPEG
             file.seek(0)
             return whole and Image.open(file, formats=["JPEG"]).size == (size, size)
-    except OSError:  # absent, empty, or no JPEG: it is written anew
+    except (OSError, Image.DecompressionBombError):  # empty, no JPEG: it is written anew
         return False

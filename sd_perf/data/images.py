@@ -110,8 +110,8 @@ def load_picture(
     """
     pixels = None if upright else _quick_jpeg(encoded, max_pixels)
     if pixels is None:
-        options = {"upright": upright, "max_pixels": max_pixels, "view": view}
-        image = load_image(io.BytesIO(encoded), size, **options)
+        file = io.BytesIO(encoded)
+        image = load_image(file, size, upright=upright, max_pixels=max_pixels, view=view)
     else:
         image = resize_and_crop(pixels, size, view)
     return in_range(image, image_range)

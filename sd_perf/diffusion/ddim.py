@@ -15,14 +15,15 @@ channels.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from sd_perf.config import DiffusionConfig
 from sd_perf.diffusion.schedule import make_alphas_cumprod
 
-Predictor = Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor]
+Context = torch.Tensor | list[torch.Tensor]
+"""text states (B, T, D), or keys and values (B, T, 2C) for each cross-attention of a UNet"""
+Predictor = Callable[[torch.Tensor, torch.Tensor, Context], torch.Tensor]
 """a UNet: noisy latents, timesteps and context to predictions"""
 
 
@@ -47,18 +48,26 @@ def ddim_timesteps(num_timesteps: int, steps: int) -> list[int]:
     return [min(1 + stride * i, num_timesteps - 1) for i in reversed(range(steps))]
 
 
-def guidance_context(
-    context: torch.Tensor, uncond: torch.Tensor, guidance_scale: float
-) -> torch.Tensor:
-    """The context of a guided prediction: [uncond, context] (2B, T, D).
+def guidance_context(context: Context, uncond: Context, guidance_scale: float) -> Context:
+    """The context of a guided prediction: [uncond, context], twice the batch, of every tensor.
 
-    With guidance_scale 1 there is no guidance, and it is context (B, T, D) alone.
+    `context` is (B, T, D), or a list of such; `uncond` is the same for one caption. With
+    guidance_scale 1 there is no guidance, and it is context alone.
     """
-    return context if guidance_scale == 1.0 else torch.cat((uncond.expand_as(context), context))
+    if guidance_scale == 1.0:
+        return context
+    if isinstance(context, list):
+        return [torch.cat((u.expand_as(c), c)) for u, c in zip(uncond, context, strict=True)]
+    assert isinstance(uncond, torch.Tensor)
+    return torch.cat((uncond.expand_as(context), context))
 
 
 def guided_prediction(
-    unet: Predictor, x: torch.Tensor, timesteps: torch.Tensor, context: Any, guidance_scale: float
+    unet: Predictor,
+    x: torch.Tensor,
+    timesteps: torch.Tensor,
+    context: Context,
+    guidance_scale: float,
 ) -> torch.Tensor:
     """uncond + guidance_scale (cond - uncond) of the predictions, (B, C, H, W) float32.
 
@@ -85,38 +94,90 @@ def split_prediction(
     return signal * x - sigma * predicted, signal * predicted + sigma * x
 
 
+class Denoising:
+    """The DDIM steps of one batch, on tensors of fixed place: `fill`, then `step` so many times.
+
+    A step reads its number, timestep and coefficients from the device, and the host reads nothing.
+    So steps may be queued without waiting, and one of them may be recorded as a CUDA graph.
+    """
+
+    def __init__(
+        self,
+        unet: Predictor,
+        noise: torch.Tensor,
+        context: Context,
+        config: DiffusionConfig,
+        steps: int,
+        guidance_scale: float,
+    ) -> None:
+        """`noise` (B, C, H, W) and `context`, from `guidance_context`, give shapes and device."""
+        self._unet, self._guidance_scale = unet, guidance_scale
+        self.latents = torch.empty_like(noise, dtype=torch.float32)
+        self._context = _empty_like(context)
+        spaced = trailing_timesteps if config.zero_terminal_snr else ddim_timesteps
+        timesteps = spaced(config.num_timesteps, steps)
+        alphas = make_alphas_cumprod(config)
+        x, predicted = torch.eye(2, dtype=torch.float64)  # as sums of themselves
+        rows = []
+        for t, t_next in zip(timesteps, [*timesteps[1:], 0], strict=True):
+            # Of x and of the prediction, in the latents and in the noise ...
+            both = split_prediction(x, predicted, float(alphas[t]), config.prediction)
+            # ... and of these two in the next x, at the next timestep.
+            following = torch.stack((alphas[t_next], 1 - alphas[t_next])).sqrt()
+            rows.append(torch.cat((*both, following)))
+        # Computed in float64; a step takes float32.
+        self._coefficients = torch.stack(rows).to(noise.device, torch.float32)
+        self._timesteps = torch.tensor(timesteps, device=noise.device)
+        self._number = torch.zeros(1, dtype=torch.int64, device=noise.device)
+        self.fill(noise, context)
+
+    def fill(self, noise: torch.Tensor, context: Context) -> None:
+        """Begin with this noise and context, of the same shapes."""
+        self.latents.copy_(noise)
+        for place, given in zip(_tensors(self._context), _tensors(context), strict=True):
+            place.copy_(given)
+        self._number.zero_()
+
+    def step(self) -> None:
+        """Take the latents (B, C, H, W) float32 to the next timestep."""
+        x = self.latents
+        batch_t = self._timesteps.index_select(0, self._number).expand(len(x))
+        predicted = guided_prediction(self._unet, x, batch_t, self._context, self._guidance_scale)
+        row = self._coefficients.index_select(0, self._number)[0]
+        x_start = row[0] * x + row[1] * predicted
+        predicted_noise = row[2] * x + row[3] * predicted
+        # Noised to the next timestep (Song et al. 2021, equation 12 with sigma_t = 0).
+        x.copy_(row[4] * x_start + row[5] * predicted_noise)
+        self._number += 1
+
+
+def _tensors(context: Context) -> list[torch.Tensor]:
+    return context if isinstance(context, list) else [context]
+
+
+def _empty_like(context: Context) -> Context:
+    if isinstance(context, list):
+        return [torch.empty_like(each) for each in context]
+    return torch.empty_like(context)
+
+
 @torch.no_grad()
 def ddim_sample(
     unet: Predictor,
     noise: torch.Tensor,
-    context: torch.Tensor,
-    uncond: torch.Tensor,
+    context: Context,
+    uncond: Context,
     config: DiffusionConfig,
     steps: int = 50,
     guidance_scale: float = 8.0,
-    project_text: Callable[[torch.Tensor], Any] = lambda text: text,
 ) -> torch.Tensor:
     """Draw latents (B, C, H, W) float32, scaled as in training, from noise (B, C, H, W).
 
     `context` holds the text states (B, T, D) of the captions, `uncond` those of the empty caption
-    (1, T, D). `project_text` is applied once to the context before it goes to every UNet call: a
-    network may compute there what does not depend on the timestep.
+    (1, T, D); or both what the UNet's `project_text` makes of them, for all steps at once.
     """
-    conditioning = project_text(guidance_context(context, uncond, guidance_scale))
-    # On the host in float64, so that the coefficients of a step are plain Python numbers.
-    alphas_cumprod = make_alphas_cumprod(config).tolist()
-    spaced = trailing_timesteps if config.zero_terminal_snr else ddim_timesteps
-    timesteps = spaced(config.num_timesteps, steps)
-    x = noise.float()
-    for t, t_next in zip(timesteps, [*timesteps[1:], 0], strict=True):
-        batch_t = torch.full((len(x),), t, dtype=torch.int64, device=x.device)
-        predicted = guided_prediction(unet, x, batch_t, conditioning, guidance_scale)
-        x_start, predicted_noise = split_prediction(
-            x, predicted, alphas_cumprod[t], config.prediction
-        )
-        # Noised to the next timestep (Song et al. 2021, equation 12 with sigma_t = 0).
-        x = (
-            alphas_cumprod[t_next] ** 0.5 * x_start
-            + (1 - alphas_cumprod[t_next]) ** 0.5 * predicted_noise
-        )
-    return x
+    both = guidance_context(context, uncond, guidance_scale)
+    denoising = Denoising(unet, noise, both, config, steps, guidance_scale)
+    for _ in range(steps):
+        denoising.step()
+    return denoising.latents

@@ -11,7 +11,7 @@ import torch
 from sd_perf.config import SamplingConfig
 from sd_perf.errors import UserError
 from sd_perf.evaluation.generate import generate, picture_paths, save_pictures
-from sd_perf.models.build import build_sampling_unet, build_text_encoder
+from sd_perf.models.build import DTYPES, build_sampling_unet, build_text_encoder
 from sd_perf.models.readers import newest_checkpoint, read_decoder, read_unet
 from sd_perf.models.weight_files import load_into
 from sd_perf.runs.folder import read_run_config
@@ -48,8 +48,9 @@ def draw_prompts(
     config = dataclasses.replace(config, sampling=sampling)
     if autoencoder is None and not config.evaluation.autoencoder:
         raise UserError(f"--autoencoder: give one; evaluation.autoencoder of {run} names none")
-    decode = read_decoder(autoencoder or Path(config.evaluation.autoencoder))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    file = autoencoder or Path(config.evaluation.autoencoder)
+    decode = read_decoder(file, device, DTYPES[config.evaluation.precision])
     unet = build_sampling_unet(config, device)
     load_into(unet, read_unet(checkpoint, ema=ema)[0], "the UNet", checkpoint)
     text_encoder = build_text_encoder(config, device)

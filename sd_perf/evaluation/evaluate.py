@@ -23,13 +23,14 @@ from sd_perf.config import Config, EvaluationConfig
 from sd_perf.data.images import write_png
 from sd_perf.data.prepare.captioned_images import load_captioned_image
 from sd_perf.data.prepare.image_folder import read_images
+from sd_perf.data.threads import map_ahead
 from sd_perf.distributed.world import World
 from sd_perf.errors import CheckpointError
 from sd_perf.evaluation.evaluator import Evaluator, features_of, require_named
 from sd_perf.evaluation.fid import FeatureStatistics
 from sd_perf.evaluation.generate import numbered_paths, save_pictures
-from sd_perf.evaluation.measured import MAKE_ROOM, Keeper
-from sd_perf.files import disk_errors, json_lines, write_json, write_text
+from sd_perf.evaluation.measured import MAKE_ROOM, Keeper, Measured
+from sd_perf.files import disk_errors, json_lines, read_json, write_json, write_text
 from sd_perf.mlperf.compliance import check_log
 from sd_perf.mlperf.log import LOG_NAME, MLPerfLog, logged_scores, read_log
 from sd_perf.models.vae import PIXELS_PER_LATENT
@@ -73,6 +74,11 @@ def write_statistics(images: Path, config: Config) -> int:
     return len(samples)
 
 
+def grid_path(folder: Path, samples: int) -> Path:
+    """The PNG of pictures drawn at a position of the run."""
+    return folder / f"samples_{samples:010d}.png"
+
+
 def write_grid(pictures: torch.Tensor, prompts: list[str], folder: Path, samples: int) -> Path:
     """Write pictures (B, 3, H, W) as one PNG grid, and a JSON of the same name with the prompts.
 
@@ -82,7 +88,7 @@ def write_grid(pictures: torch.Tensor, prompts: list[str], folder: Path, samples
     shown = pictures[: len(pictures) // columns * columns]
     # (rows, columns, 3, H, W) -> (3, rows, H, columns, W) -> (3, rows H, columns W)
     grid = shown.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
-    path = folder / f"samples_{samples:010d}.png"
+    path = grid_path(folder, samples)
     with disk_errors(path, MAKE_ROOM):
         folder.mkdir(parents=True, exist_ok=True)
         write_png(grid, path)
@@ -235,17 +241,20 @@ def _evaluate(
             "stop_ms": int(1000 * time.time()),
         }
         if wanted.num_prompts is None:
-            write_grid(
-                measured.grid / 255,
-                evaluator.prompts,
-                run / f"samples{'_ema' * wanted.ema}",
-                samples,
-            )
+            folder = run / f"samples{'_ema' * wanted.ema}"
+            if not _shows_own_prompts(folder, samples, evaluator.prompts):
+                write_grid(measured.grid / 255, evaluator.prompts, folder, samples)
             _record(run, config, scores, wanted)
         keeper.clear()
         return scores
 
     return world.on_main(conclude)
+
+
+def _shows_own_prompts(folder: Path, samples: int, prompts: list[str]) -> bool:
+    """Whether training drew a grid of sampling.prompts there: other prompts than the first ones."""
+    drawn = read_json(grid_path(folder, samples).with_suffix(".json"))
+    return isinstance(drawn, dict) and drawn.get("prompts") != prompts[: len(drawn["prompts"])]
 
 
 def _state_of(checkpoint: Path, run: Path) -> str:
@@ -278,11 +287,20 @@ def _draw(
     def draw() -> None:
         weights = load_weights(checkpoint, wanted.ema)
         batches = evaluator.draw(weights, seed, starts, source=checkpoint)
+
+        def measured(drawn: tuple[int, torch.Tensor]) -> Measured:
+            start, batch = drawn
+            if wanted.pictures is not None:
+                save_pictures(batch, numbered_paths(wanted.pictures, start, len(batch)))
+            return evaluator.measure(start, batch)
+
+        drawn = zip(starts, batches, strict=True)
+        # A GPU draws the next batch meanwhile; on a CPU both would want the same cores.
+        beside = world.device.type == "cuda"
+        parts = map_ahead(measured, drawn, threads=1, ahead=1) if beside else map(measured, drawn)
         try:
-            for start, batch in zip(starts, batches, strict=True):
-                if wanted.pictures is not None:
-                    save_pictures(batch, numbered_paths(wanted.pictures, start, len(batch)))
-                keeper.add(evaluator.measure(start, batch))
+            for part in parts:
+                keeper.add(part)
         finally:  # what a signal stops is kept, too
             keeper.flush()
 

@@ -24,7 +24,7 @@ from sd_perf.evaluation.inception import FidInception, read_inception
 from sd_perf.evaluation.judge import describe, judge_shares
 from sd_perf.evaluation.measured import GRID, Measured
 from sd_perf.evaluation.prompts import read_prompts
-from sd_perf.models.build import build_sampling_unet, build_text_encoder
+from sd_perf.models.build import DTYPES, build_sampling_unet, build_text_encoder
 from sd_perf.models.readers import read_decoder
 from sd_perf.models.vae import PIXELS_PER_LATENT
 
@@ -42,7 +42,8 @@ class Evaluator:
         self.config = config
         self.device = device
         self.prompts = read_prompts(Path(options.prompts), options.num_prompts)
-        self.decode = read_decoder(Path(options.autoencoder))
+        dtype = DTYPES[options.precision]
+        self.decode = read_decoder(Path(options.autoencoder), device, dtype)
         self.features = features_of(config, device)
         self.real = Gaussian.load_npz(Path(options.statistics))
         # Told here, since the distance is computed only after all pictures are drawn.
@@ -63,7 +64,8 @@ class Evaluator:
         `weights` is that of the checkpoint.
         """
         config = self.config
-        parts = (weights, self.prompts, asdict(config.sampling), asdict(config.evaluation))
+        drawn = {"steps": config.sampling.steps, "guidance_scale": config.sampling.guidance_scale}
+        parts = (weights, self.prompts, drawn, asdict(config.evaluation))
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def starts(self) -> range:
@@ -145,6 +147,8 @@ def read_features(path: Path, device: torch.device) -> FeatureNet | FidInception
 def features_of(config: Config, device: torch.device) -> FeatureNet | FidInception:
     """`read_features` of evaluation.features; DataError where it takes pictures of another size."""
     network = read_features(Path(config.evaluation.features), device)
+    if isinstance(network, FidInception):
+        network = network.to(DTYPES[config.evaluation.precision])
     pixels = PIXELS_PER_LATENT * config.data.latent_size
     if isinstance(network, FeatureNet) and network.config.image_size != pixels:
         size = network.config.image_size

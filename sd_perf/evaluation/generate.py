@@ -13,10 +13,10 @@ import torch
 
 from sd_perf.config import Config
 from sd_perf.data.images import write_png
-from sd_perf.diffusion.ddim import ddim_sample
+from sd_perf.diffusion.ddim import Predictor
 from sd_perf.diffusion.randomness import Stream, normal
 from sd_perf.errors import CheckpointError, UserError
-from sd_perf.fast.unet import FastUNet
+from sd_perf.evaluation.sampler import Sampler
 from sd_perf.files import disk_errors
 from sd_perf.memory import require_memory
 from sd_perf.models.vae import PIXELS_PER_LATENT
@@ -54,27 +54,24 @@ def generate(
         f"drawing {batch_size} pictures of {pixels}x{pixels} pixels at a time",
         "draw fewer (evaluation.batch_size), or train on a smaller data.latent_size",
     )
-    uncond = text_encoder([""])
-    # The fast UNet projects the context to keys and values once, not at every DDIM step.
-    once: dict[str, Any] = {"project_text": unet.project_text} if isinstance(unet, FastUNet) else {}
+    dtype, predict = next(unet.parameters()).dtype, _in_dtype_of_weights(unet)
+    project: Any = unet.project_text  # of both UNets
+    sampler, uncond = Sampler(predict, config), project(text_encoder([""]).to(dtype))
     for start in range(0, len(prompts), batch_size) if starts is None else starts:
         batch = prompts[start : start + batch_size]
         indices = torch.arange(start, start + len(batch), device=device)
         noise = normal(seed, Stream.SAMPLER, indices, channels * size * size)
-        latents = ddim_sample(
-            unet,
-            noise.view(-1, channels, size, size),
-            context=text_encoder(batch),
-            uncond=uncond,
-            config=config.diffusion,
-            steps=config.sampling.steps,
-            guidance_scale=config.sampling.guidance_scale,
-            **once,
-        )
+        context = project(text_encoder(batch).to(dtype))
+        latents = sampler(noise.view(-1, channels, size, size), context, uncond)
         _require_finite(latents, "latents", source)
         images = decode(latents / config.diffusion.latent_scale)
         _require_finite(images, "pictures", source)
         yield ((images + 1) / 2).clamp(0, 1).float().cpu()
+
+
+def _in_dtype_of_weights(unet: torch.nn.Module) -> Predictor:
+    dtype = next(unet.parameters()).dtype
+    return lambda x, timesteps, context: unet(x.to(dtype), timesteps, context)
 
 
 def _require_finite(values: torch.Tensor, what: str, source: object) -> None:

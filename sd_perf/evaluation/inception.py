@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import fuse_conv_bn_eval
 
 from sd_perf.errors import CheckpointError
 from sd_perf.files import one_line
@@ -59,7 +60,7 @@ class ConvNorm(nn.Module):
     def __init__(self, in_channels: int, conv: Conv) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_channels, *conv, bias=False)
-        self.bn = nn.BatchNorm2d(conv.channels, eps=1e-3)
+        self.bn: nn.Module = nn.BatchNorm2d(conv.channels, eps=1e-3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.relu(self.bn(self.conv(x)), inplace=True)
@@ -164,7 +165,8 @@ def _shrink_7() -> Mixed:
 class FidInception(nn.Module):
     """Images (B, 3, H, W) of any size, float in [0, 1] -> features (B, 2048); always in eval mode.
 
-    Raises ValueError for values outside [0, 1].
+    Convolutions are in the dtype of the weights; features are float32. Raises ValueError for values
+    outside [0, 1].
     """
 
     num_features = NUM_FEATURES
@@ -195,11 +197,14 @@ class FidInception(nn.Module):
         if not ((images >= 0) & (images <= 1)).all():  # also false for NaN
             raise ValueError("images must be in [0, 1]")
         x = F.interpolate(images, (299, 299), mode="bilinear", align_corners=False)
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(2 * x - 1)))
+        # oneDNN and tensor cores both want NHWC; the layers below keep it.
+        x = (2 * x - 1).contiguous(memory_format=torch.channels_last)
+        x = x.to(self.Conv2d_1a_3x3.conv.weight.dtype)
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, stride=2)))
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(F.max_pool2d(x, 3, stride=2))))
         x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))))
-        return self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x))).mean((2, 3))
+        return self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x))).float().mean((2, 3))
 
 
 def read_inception(path: Path, sha1: str | None = WEIGHTS_SHA1) -> FidInception:
@@ -227,4 +232,17 @@ def read_inception(path: Path, sha1: str | None = WEIGHTS_SHA1) -> FidInception:
         raise CheckpointError(f"{path}: not a file of weights ({one_line(error)})") from error
     network = FidInception()
     load_into(network, state, "FID's Inception v3", path)
-    return network.requires_grad_(False)
+    return folded(network.requires_grad_(False))
+
+
+def folded(network: FidInception) -> FidInception:
+    """The network with its BatchNorms in the convolutions, channels-last; it gives the same.
+
+    A frozen BatchNorm is a scale and a shift of each channel, which weight and bias of the
+    convolution before it can hold.
+    """
+    for module in network.modules():
+        if isinstance(module, ConvNorm):
+            module.conv = fuse_conv_bn_eval(module.conv, module.bn)  # type: ignore[arg-type]
+            module.bn = nn.Identity()
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -54,10 +54,19 @@ def choose_ops(config: Config, target: Target | None = None) -> Ops | None:
 def build_sampling_unet(config: Config, device: torch.device) -> torch.nn.Module:
     """The UNet that draws pictures, wherever it was trained.
 
-    It computes without FP8 and on the kernels that this machine has.
+    It computes without FP8, in evaluation.precision, on the kernels that this machine has.
     """
-    here = replace(config, precision=PrecisionConfig(), kernels=KernelsConfig())
-    return build_unet(here, seed=0, device=device, ops=choose_ops(here)).eval()
+    precision = config.evaluation.precision
+    training = replace(config.training, precision=precision)  # what kernels are chosen by
+    here = replace(config, training=training, precision=PrecisionConfig(), kernels=KernelsConfig())
+    # On a CPU the plain network is the faster one: its matmuls and convolutions add their biases.
+    ops = None if device.type == "cpu" else choose_ops(here)
+    unet = build_unet(here, seed=0, device=device, ops=ops).eval()
+    return unet.to(DTYPES[precision])
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""by evaluation.precision"""
 
 
 def build_encoders(

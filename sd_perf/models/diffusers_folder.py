@@ -80,7 +80,8 @@ def read_scheduler(folder: Path) -> dict[str, Any]:
     if fault:
         raise CheckpointError(f"{path}: cannot be used ({fault}); take other weights")
     told = {mine: entries[theirs] for theirs, mine in SCHEDULER.items() if theirs in entries}
-    return {**told, "prediction": ours[predicted]}
+    rescaled = entries.get("rescale_betas_zero_snr") is True
+    return {**told, "prediction": ours[predicted], "zero_terminal_snr": rescaled}
 
 
 def _read_config(path: Path) -> dict[str, Any]:

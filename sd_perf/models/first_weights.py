@@ -31,7 +31,13 @@ def read_first_weights(config: Config) -> dict[str, torch.Tensor]:
     own = (*SPEED_ONLY, *FIRST_WEIGHTS)
     told = {} if network is None else {k: v for k, v in vars(network).items() if k not in own}
     _require_same("model", told, config.model, source)
-    _require_same("diffusion", told_diffusion(source), config.diffusion, source)
+    diffusion = told_diffusion(source)
+    # Ways of training that weights may be begun without. Who has learned to draw from noise alone
+    # goes on so.
+    diffusion.pop("offset_noise", None)
+    if not diffusion.get("zero_terminal_snr"):
+        diffusion.pop("zero_terminal_snr", None)
+    _require_same("diffusion", diffusion, config.diffusion, source)
     with torch.device("meta"):  # names and shapes only, no memory
         unet = UNet(config.model.network)
     require_fit(unet, state, "the UNet", source)

@@ -51,12 +51,12 @@ def read_unet(
     groups and `groups` does not, and where `groups` says otherwise than `source`.
     """
     state, config = find_unet(source, ema)
-    if config is None and groups is None:
-        raise CheckpointError(
-            f"{source}: does not tell the GroupNorm groups of its ResBlocks; add --groups 32 for a "
-            "published Stable Diffusion v2, --groups 16 for the benchmark's network"
-        )
     if config is None:
+        if groups is None:
+            raise CheckpointError(
+                f"{source}: does not tell the GroupNorm groups of its ResBlocks; add --groups 32 "
+                "for a published Stable Diffusion v2, --groups 16 for the benchmark's network"
+            )
         config = UNetConfig(resblock_groups=groups)
     if groups not in (None, config.resblock_groups):
         raise CheckpointError(
@@ -188,11 +188,24 @@ def read_encoder(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
     return torch.no_grad()(read_autoencoder(path).encode)
 
 
-def read_decoder(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+def read_decoder(
+    path: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Callable[[torch.Tensor], torch.Tensor]:
     """The decoder in an .onnx file, or in a file that `read_autoencoder` takes.
 
-    It is a function from unscaled latents (B, 4, H/8, W/8) to images (B, 3, H, W) in [-1, 1].
+    It is a function from unscaled latents (B, 4, H/8, W/8) to images (B, 3, H, W) float32 in
+    [-1, 1]. It computes on the device, channels-last, in `dtype`; an .onnx file is run on the CPU,
+    in its own.
     """
     if path.suffix == ".onnx":
-        return OnnxDecoder(path)
-    return torch.no_grad()(read_autoencoder(path).decode)
+        onnx = OnnxDecoder(path)
+        return lambda latents: onnx(latents.cpu())
+    layout = torch.channels_last
+    autoencoder = read_autoencoder(path).to(device, dtype, memory_format=layout)  # type: ignore[call-overload]
+
+    @torch.no_grad()
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        z = latents.to(device, dtype).contiguous(memory_format=layout)
+        return autoencoder.decode(z).float().contiguous()
+
+    return decode

@@ -303,6 +303,20 @@ def export_ldm(
         )
 
 
+def in_dtype(state: Mapping[str, Tensor], dtype: str, source: Path) -> dict[str, Tensor]:
+    """The weights in the number format of this name, such as float16.
+
+    Raises CheckpointError where a finite weight is beyond its largest number.
+    """
+    cast = {name: value.to(getattr(torch, dtype)) for name, value in state.items()}
+    for name, value in cast.items():
+        if (value.isinf() & state[name].isfinite()).any():
+            raise CheckpointError(
+                f"{source}: {name} has values beyond the range of {dtype}; give another --dtype"
+            )
+    return cast
+
+
 @contextmanager
 def new_path(target: Path) -> Iterator[Path]:
     """`written_aside` for a path that must not exist; errors of the disk become CheckpointError."""

@@ -13,6 +13,8 @@ attention head, E channels of the time embedding (4 x model_channels).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from itertools import repeat
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,7 @@ from sd_perf.config import UNetConfig
 
 MAX_PERIOD = 10_000
 """longest wavelength of the time embedding, in units of 2 pi timesteps"""
+KeysValues = tuple[Tensor, Tensor]
 
 
 def sinusoidal_embedding(timesteps: Tensor, dim: int) -> Tensor:
@@ -86,6 +89,7 @@ class Attention(nn.Module):
     """Multi-head attention: x (B, L, C), context (B, L', C') -> (B, L, C).
 
     Rombach et al. 2022, section 3.3. Nothing is masked: padding tokens are attended like others.
+    The context may be given as its `keys_values`.
     """
 
     def __init__(self, channels: int, context_channels: int, head_channels: int) -> None:
@@ -96,10 +100,16 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_channels, channels, bias=False)
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        q, k, v = (self.heads(t) for t in (self.to_q(x), self.to_k(context), self.to_v(context)))
+    def forward(self, x: Tensor, context: Tensor | KeysValues) -> Tensor:
+        queries = self.to_q(x)  # first: gradients of self-attention's x are summed in this order
+        keys, values = context if isinstance(context, tuple) else self.keys_values(context)
+        q, k, v = (self.heads(t) for t in (queries, keys, values))
         attended = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(D)) v
         return self.to_out(attended.transpose(1, 2).flatten(2))
+
+    def keys_values(self, context: Tensor) -> KeysValues:
+        """Keys and values of a context (B, L', C'), (B, L', C) each."""
+        return self.to_k(context), self.to_v(context)
 
     def heads(self, x: Tensor) -> Tensor:
         """Split channels into heads: (B, L, C) -> (B, C / D, L, D)."""
@@ -151,7 +161,7 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(channels, eps=1e-5)
         self.norm3 = nn.LayerNorm(channels, eps=1e-5)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | KeysValues) -> Tensor:
         h = self.norm1(x)
         x = x + self.attn1(h, h)
         x = x + self.attn2(self.norm2(x), context)
@@ -173,7 +183,7 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out = zeroed(nn.Linear(channels, channels))
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | KeysValues) -> Tensor:
         tokens = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # (B, L = H*W, C)
         for block in self.transformer_blocks:
             tokens = block(tokens, context)
@@ -203,14 +213,14 @@ class Upsample(nn.Module):
 
 
 class Stage(nn.ModuleList):
-    """Layers in sequence. ResBlocks also get the time embedding, transformers the context."""
+    """Layers in sequence. ResBlocks also get the time embedding, transformers the next context."""
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, contexts: Iterator[Tensor | KeysValues]) -> Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb)
             elif isinstance(layer, SpatialTransformer):
-                x = layer(x, context)
+                x = layer(x, next(contexts))
             else:
                 x = layer(x)
         return x
@@ -285,22 +295,35 @@ class UNet(nn.Module):
             zeroed(conv3x3(channels, config.out_channels)),
         )
 
-    def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+    def project_text(self, context: Tensor) -> list[Tensor]:
+        """Keys beside values (B, L, 2C) for each transformer, from context (B, L, context_dim).
+
+        They depend on the context alone, so that a sampler computes them once for all its steps.
+        """
+        attentions = [b.attn2 for b in self.modules() if isinstance(b, TransformerBlock)]
+        return [torch.cat(attention.keys_values(context), dim=-1) for attention in attentions]
+
+    def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor | list[Tensor]) -> Tensor:
         """Predict v (Salimans & Ho 2022, arXiv 2202.00512, section 4) from noisy latents.
 
         latents: (B, in_channels, H, W); H and W are multiples of `config.downsampling`.
         timesteps: (B,) int64.
-        context: text states (B, L, context_dim).
+        context: text states (B, L, context_dim), or what `project_text` made of them.
 
         Returns (B, out_channels, H, W) in the dtype of the weights, or autocast's.
         """
         features = sinusoidal_embedding(timesteps, self.config.model_channels)
         emb = self.time_embed(features.to(latents.dtype))
+        contexts: Iterator[Tensor | KeysValues]
+        if isinstance(context, list):
+            contexts = iter([(kv.chunk(2, dim=-1)[0], kv.chunk(2, dim=-1)[1]) for kv in context])
+        else:
+            contexts = repeat(context)
         h, skips = latents, []
         for stage in self.input_blocks:
-            h = stage(h, emb, context)
+            h = stage(h, emb, contexts)
             skips.append(h)
-        h = self.middle_block(h, emb, context)
+        h = self.middle_block(h, emb, contexts)
         for stage in self.output_blocks:
-            h = stage(torch.cat([h, skips.pop()], dim=1), emb, context)
+            h = stage(torch.cat([h, skips.pop()], dim=1), emb, contexts)
         return self.out(h)

@@ -39,6 +39,7 @@ from sd_perf.visible import visible
 _FREE_KEYS = (
     "run.",
     "logging.",
+    "profile.",
     "checkpoint.",
     "sampling.",
     "evaluation.",

@@ -42,6 +42,9 @@ _PACKAGES = (
     ("nvidia-dali-cuda130", "data.loader dali", "pip install 'sd-perf[dali]'"),
     ("onnxruntime", "autoencoders in .onnx files", "pip install 'sd-perf[onnx]'"),
     ("matplotlib", "report, compare", "pip install 'sd-perf[report]'"),
+    ("tensorboard", "logging.sinks", "pip install 'sd-perf[tensorboard]'"),
+    ("wandb", "logging.sinks", "pip install 'sd-perf[wandb]'"),
+    ("prometheus-client", "logging.prometheus", "pip install 'sd-perf[prometheus]'"),
     ("mlperf-logging", "MLPerf logs, mlperf check", "pip install 'sd-perf[mlperf]'"),
     ("diffusers", "tests only: an independent UNet", "pip install 'sd-perf[dev]'"),
 )
@@ -140,12 +143,12 @@ def screen(report: dict[str, Any]) -> Iterable[Any]:
     yield _facts(report)
     target = report["target"]
     declared = ", as declared" if target["declared"] else ""
-    yield Text.assemble(styled("bold", f"kernels on {target['name']}"), declared)
+    more = "; sd-perf doctor --json: every reason, how to get each package"
+    yield Text.assemble(
+        styled("bold", f"kernels on {target['name']}"), declared, styled("dim", more)
+    )
     yield _kernels_table(report["kernels"])
     yield from _adapted(report["kernels"])
-    yield styled(
-        "dim", "sd-perf doctor --json has every reason in full, and how to get each package"
-    )
 
 
 def _facts(report: dict[str, Any]) -> Table:
@@ -162,12 +165,13 @@ def _facts(report: dict[str, Any]) -> Table:
         if row["version"]
     ]
     table.add_row("packages", Text("  ").join(there))
-    for row in report["packages"]:
-        if not row["version"]:
-            table.add_row(
-                styled("red", "missing"),
-                f"{row['package']} ({row['needed_for']}): {row['install']}",
-            )
+    absent = (row for row in report["packages"] if not row["version"])
+    for purpose, group in groupby(absent, key=lambda row: row["needed_for"]):
+        rows = list(group)
+        first, *others = (row["install"] for row in rows)
+        words = f"{', '.join(row['package'] for row in rows)} ({purpose}): {first}"
+        words += "".join(f" {other.removeprefix('pip install ')}" for other in others)
+        table.add_row(styled("red", "missing"), words)
     return table
 
 
@@ -227,4 +231,4 @@ def _adapted(kernels: list[dict[str, Any]]) -> Iterable[Any]:
     for (package, installed), users in packages.items():
         state = f"{installed} is installed" if installed else "not installed"
         table.add_row(", ".join(users), f"signature bound to {package}; {state}")
-    return ["", table] if table.row_count else []
+    return [table] if table.row_count else []

@@ -95,7 +95,8 @@ def _rate(config: Config) -> str:
     if not optimizer.decay_steps:
         return f"{words}, then constant"
     end = config.learning_rate * optimizer.decay_end
-    return f"{words}, then falling to {end:.4g} in {optimizer.decay_steps:,}"
+    along = " along a cosine" if optimizer.decay_shape == "cosine" else ""
+    return f"{words}, then falling{along} to {end:.4g} in {optimizer.decay_steps:,}"
 
 
 def _machine(config: Config, ranks: int) -> str:
@@ -139,6 +140,10 @@ def _writes(config: Config) -> str:
         names.append("init.json")
     if config.mlperf.division != "none":
         names.append(f"result_0.txt (MLPerf log, {config.mlperf.division} division)")
+    if config.sampling.every_samples:
+        names.append(f"samples/ (pictures every {config.sampling.every_samples:,} samples)")
+    if config.profile.steps:
+        names.append(f"profile/ (of steps {config.profile.steps})")
     if config.logging.sinks:
         names.append(RECORD_NAME)
     return f"to {config.run.dir}: {', '.join(names)}"

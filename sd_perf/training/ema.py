@@ -6,8 +6,6 @@ grows with the steps (`decay_of_step`), so that the first weights are soon forgo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -42,7 +40,7 @@ class PlainEma:
         rate = 1.0 - decay_of_step(self.limit, step)
         torch._foreach_lerp_([*self._averages.values()], [*self._weights.values()], rate)
 
-    def tensors(self) -> Mapping[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """The averages as `ema.<name>`, not copied."""
         return {f"ema.{name}": average for name, average in self._averages.items()}
 

@@ -13,13 +13,13 @@ from sd_kernels.adamw.reference import join_master
 from sd_perf.config import Config
 from sd_perf.data.batch import Batch, Replacement
 from sd_perf.distributed.world import World
+from sd_perf.fast.graph import WARM_UP_PASSES, Runner
 from sd_perf.fast.linear import load_precision_state, precision_state
 from sd_perf.fast.ops import Ops
 from sd_perf.fast.unet import FastUNet
 from sd_perf.models.build import ImageEncoder, TextEncoder
 from sd_perf.runs.checkpoint_files import Piece
 from sd_perf.training.flat import fill_part
-from sd_perf.training.graph import WARM_UP_PASSES, Runner
 from sd_perf.training.iteration import Iteration
 from sd_perf.training.static_batches import Inputs
 from sd_perf.training.step import State, TrainStep
@@ -80,6 +80,10 @@ class FastStep(TrainStep):
             self.world.together(self.runner.capture)
         elif is_cuda or self.config.model.compile:
             self.rehearse()
+
+    def gather_weights(self) -> None:
+        # The next iteration begins with the same: nothing it computes with changes.
+        self.iteration.gather_weights()
 
     def close(self) -> None:
         self.runner.close()

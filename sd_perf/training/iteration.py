@@ -110,6 +110,12 @@ class Iteration:
             shared.wait()
         update_scales(self.unet)
 
+    def gather_weights(self) -> None:
+        """Fill all weights from the shares of all ranks now; all must call it."""
+        for bucket in self.flat.buckets:
+            if handle := self.strategy.gather(self.flat.weights[bucket.all]):
+                handle.wait()
+
     def rehearse(self, passes: int) -> None:
         """Everything once or more, with weights and moments as they were at the end.
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from sd_perf.data.augmentation import CaptionDropout
 from sd_perf.data.batch import Loader
 from sd_perf.data.loaders.build_loader import build_loader
 from sd_perf.distributed.world import World
+from sd_perf.evaluation.fixed_prompts import FixedPrompts
 from sd_perf.fast.choice import choose_kernels, require_used, used_ops
 from sd_perf.fast.ops import Ops
 from sd_perf.mlperf.rules import require_closed
@@ -33,8 +36,10 @@ from sd_perf.training.callbacks.checkpointer import Checkpointer
 from sd_perf.training.callbacks.data_wait import DataWaitWarning
 from sd_perf.training.callbacks.metrics import MetricsFile
 from sd_perf.training.callbacks.mlperf import MLPerfLogger
+from sd_perf.training.callbacks.profile import ProfileSteps, named_in_profile
 from sd_perf.training.callbacks.progress import ProgressDisplay
 from sd_perf.training.callbacks.prometheus import PrometheusFile
+from sd_perf.training.callbacks.samples import DrawSamples
 from sd_perf.training.callbacks.signals import StopOnSignal
 from sd_perf.training.callbacks.sinks import SendToSinks
 from sd_perf.training.kernels_table import kernels_table
@@ -73,10 +78,12 @@ def _launch(
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if settled.training.cpu_threads is not None:
         torch.set_num_threads(settled.training.cpu_threads)
+    pictures = world.together(lambda: _pictures(settled, world))
+    callbacks = default_callbacks(config, console, pictures)
     checkpoints = CheckpointStore(Path(settled.run.dir) / "checkpoints")
     newest = world.on_main(checkpoints.newest) if resume else None
     begins = newest is None
-    trainer = build_trainer(settled, world, choices, default_callbacks(config, console), begins)
+    trainer = build_trainer(settled, world, choices, callbacks, begins)
     if newest is not None:
         world.together(lambda: trainer.load(newest))
     elif resume:
@@ -150,7 +157,10 @@ def build_trainer(
     if config.data.drop_captions:
         empty = world.together(lambda: _empty_states(config, world))
         loader = CaptionDropout(loader, seed, config.data.drop_captions, empty)
-    ops = Ops.chosen(choices) if config.model.implementation == "fast" else None
+    # Ranges by name would break a graph of torch.compile.
+    is_named = config.profile.steps and not config.model.compile
+    wrap = named_in_profile if is_named else None
+    ops = Ops.chosen(choices, wrap) if config.model.implementation == "fast" else None
     unet = build_unet(config, seed=seed, device=world.device, ops=ops)
     if config.model.init and begins:
         world.together(lambda: copy_first_weights(unet, config))
@@ -177,25 +187,42 @@ def _empty_states(config: Config, world: World) -> torch.Tensor | None:
     return states
 
 
-def default_callbacks(config: Config, console: TextConsole) -> list[Callback]:
+def _pictures(config: Config, world: World) -> FixedPrompts | None:
+    """What the main rank draws with while it trains, where sampling.every_samples says so."""
+    wanted = world.is_main and config.sampling.every_samples is not None
+    return FixedPrompts(config, world.device) if wanted else None
+
+
+def default_callbacks(
+    config: Config, console: TextConsole, pictures: FixedPrompts | None = None
+) -> list[Callback]:
     """The callbacks of every run, in an order that matters.
 
     Signals come before checkpoints, so that the step that sees a signal saves. The MLPerf log comes
     before checkpoints, because a block ends with its last update, not when its state is copied.
     Checkpoints come before the progress display, whose last table names the newest one. Sinks start
-    after metrics.jsonl, whose lines they catch up with, and before an MLPerf run's time begins.
+    after metrics.jsonl, whose lines they catch up with, and before an MLPerf run's time begins;
+    what draws pictures comes before the sinks that take them. A profile begins and ends with the
+    step itself, so it comes first.
     """
     log: list[Callback] = [] if config.mlperf.division == "none" else [MLPerfLogger(config)]
     shown = [ProgressDisplay(console), DataWaitWarning(console)]
-    copies = _copies(config, console)
-    return [StopOnSignal(), MetricsFile(), *copies, *log, Checkpointer(), *shown]
+    tell = partial(_tell, console)
+    profiled = [ProfileSteps(tell)] if config.profile.steps else []
+    drawn = [DrawSamples(pictures, tell)] if config.sampling.every_samples is not None else []
+    first = [*profiled, StopOnSignal(), MetricsFile()]
+    return [*first, *drawn, *_copies(config, tell), *log, Checkpointer(), *shown]
 
 
-def _copies(config: Config, console: TextConsole) -> list[Callback]:
+def _tell(console: TextConsole, line: str) -> None:
+    console.print(visible(line), soft_wrap=True)
+
+
+def _copies(config: Config, tell: Callable[[str], None]) -> list[Callback]:
     """What copies the run's state to other tools, as the section `logging` says."""
     copies: list[Callback] = []
     if config.logging.sinks:
-        copies.append(SendToSinks(lambda line: console.print(visible(line), soft_wrap=True)))
+        copies.append(SendToSinks(tell))
     if config.logging.prometheus:
         copies.append(PrometheusFile(Path(config.logging.prometheus)))
     return copies

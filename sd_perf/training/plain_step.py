@@ -11,10 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 from sd_perf.config import Config
 from sd_perf.data.batch import Batch, Replacement
 from sd_perf.distributed.world import World
+from sd_perf.fast.graph import WARM_UP_PASSES
 from sd_perf.models.build import ImageEncoder, TextEncoder
 from sd_perf.reference.step import DiffusionStep
 from sd_perf.training.ema import PlainEma
-from sd_perf.training.graph import WARM_UP_PASSES
 from sd_perf.training.optimizer import build_optimizer, optimizer_tensors, set_step_count
 from sd_perf.training.static_batches import Inputs
 from sd_perf.training.step import State, TrainStep
@@ -90,6 +90,9 @@ class PlainStep(TrainStep):
         for _ in range(WARM_UP_PASSES):
             self._loss(inputs).backward()
         self.optimizer.zero_grad(set_to_none=False)
+
+    def gather_weights(self) -> None:
+        pass  # every rank updates all
 
     def close(self) -> None:
         pass

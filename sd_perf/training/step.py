@@ -78,6 +78,10 @@ class TrainStep(ABC):
         return self.named(self.buffers())
 
     @abstractmethod
+    def gather_weights(self) -> None:
+        """Make the network's weights whole on this rank, where ranks update parts of them."""
+
+    @abstractmethod
     def close(self) -> None:
         """Give back what the device holds beside tensors."""
 

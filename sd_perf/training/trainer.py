@@ -166,6 +166,11 @@ class Trainer:
         self.world.on_main(lambda: self._stop_past_limits(loss, replaced))
         return loss
 
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The network's weights by name, as it computes with them; called by all ranks."""
+        self.step.gather_weights()
+        return dict(self.unet.named_parameters())
+
     def save(self) -> Path:
         """Begin to write a checkpoint, called by all ranks; returns its path.
 

@@ -24,6 +24,7 @@ COMMANDS = {
     "data_index": [],
     "conversion": [],
     "evaluation": [],
+    "evaluation_rivals": [],
     "kernels": ["--ops", "geglu", "residual_add"],
     "cpu_comparisons": [],
     "scaling": ["--minutes", "0.001", *QUICK],
@@ -34,6 +35,7 @@ PACKAGES = {
     "conversion": "PIL",
     "evaluation": "open_clip",
     "cpu_comparisons": "diffusers",
+    "evaluation_rivals": "transformers",
 }
 
 

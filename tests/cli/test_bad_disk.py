@@ -88,7 +88,7 @@ def test_disk_full_in_the_metrics(mount_tmpfs, preset, refused):
 def test_pictures_are_not_overwritten(tmp_path, run, refused, sd_perf, monkeypatch):
     """The autoencoder alone is made up. The second time is refused before anything is drawn."""
     monkeypatch.setattr(
-        "sd_perf.evaluation.draw.read_decoder", lambda path: lambda latents: latents[:, :3].tanh()
+        "sd_perf.evaluation.draw.read_decoder", lambda *given: lambda latents: latents[:, :3].tanh()
     )
     text = {"text_encoder": {"model": TEXT_TINY, "weights": "random"}, "sampling": {"steps": 2}}
     preset = write_preset(tmp_path / "text.yaml", **text, model={"context_dim": 128})

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from sd_perf.data.coco import Caption, read_coco_captions, split, split_and_resize, tsv
+from sd_perf.data.coco import Caption, _is_resized, read_coco_captions, split, split_and_resize, tsv
 from sd_perf.errors import DataError
 
 Image = pytest.importorskip("PIL.Image", reason="needs Pillow")
@@ -124,3 +125,17 @@ def test_more_pictures_than_there_are():
     assert len(split(captions, 4)) == 4
     with pytest.raises(DataError, match=r"--num-samples: 5 .* of 4 pictures"):
         split(captions, 5)
+
+
+def test_a_target_that_is_no_picture(tmp_path):
+    """A FIFO is not waited for, and a header of billions of pixels is not a finished picture."""
+    Image = pytest.importorskip("PIL.Image")
+    path = tmp_path / "a.jpg"
+    Image.new("RGB", (8, 8)).save(path)
+    whole = path.read_bytes()
+    size = whole.index(b"\xff\xc0") + 5
+    path.write_bytes(whole[:size] + b"\xff\xd0\xff\xd0" + whole[size + 4 :])
+    assert not _is_resized(Image, path, 8)
+    path.unlink()
+    os.mkfifo(path)
+    assert not _is_resized(Image, path, 8)

@@ -76,7 +76,7 @@ def test_pictures(options, sampling, run, tmp_path):
 def test_no_picture_of_nan(run, tmp_path, monkeypatch):
     state, model = draw.read_unet(run)
     spoilt = {**state, "out.2.bias": torch.full_like(state["out.2.bias"], float("nan"))}
-    monkeypatch.setattr(draw, "read_unet", lambda source: (spoilt, model))
+    monkeypatch.setattr(draw, "read_unet", lambda source, ema: (spoilt, model))
     with pytest.raises(CheckpointError, match=r"samples_\d+: 2 of 2 latents .* NaN or infinite"):
         draw_prompts(run, PROMPTS, AUTOENCODER, tmp_path / "pictures")
     assert not list(tmp_path.glob("pictures/*"))

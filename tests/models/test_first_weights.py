@@ -16,7 +16,8 @@ from sd_perf.errors import CheckpointError, ConfigError, UserError
 from sd_perf.mlperf.rules import violations
 from sd_perf.models.diffusers_folder import export_diffusers
 from sd_perf.models.first_weights import first_weights_record, read_first_weights
-from sd_perf.models.weight_files import EMA_PREFIX, UNET_PREFIX, export_ldm
+from sd_perf.models.readers import read_diffusion
+from sd_perf.models.weight_files import EMA_PREFIX, UNET_PREFIX, export_ldm, in_dtype
 from sd_perf.reference.unet import UNet
 from sd_perf.training.callbacks.checkpointer import Checkpointer
 from tests.models.test_weight_files import MIXED, UNIFORM, build, same
@@ -101,6 +102,17 @@ def test_schedulers_of_another_diffusion(pipeline, change, complaint):
         read_first_weights(config_of(pipeline, prediction="epsilon"))
 
 
+def test_zero_terminal_snr_can_be_begun_and_is_then_kept(state, tmp_path):
+    zero = DiffusionConfig(zero_terminal_snr=True, offset_noise=0.1)
+    export_diffusers(state, UNIFORM, tmp_path / "without")
+    export_diffusers(state, UNIFORM, tmp_path / "with", diffusion=zero)
+    begun = replace(config_of(tmp_path / "without"), diffusion=zero)
+    assert same(read_first_weights(begun), state)
+    assert read_diffusion(tmp_path / "with") == replace(zero, offset_noise=0.0)
+    with pytest.raises(ConfigError, match=r"diffusion\.zero_terminal_snr: False .* with True"):
+        read_first_weights(config_of(tmp_path / "with"))
+
+
 def test_names_and_shapes_that_differ_are_told(state, tmp_path):
     changed = {**state, "out.2.bias": torch.zeros(3), "more": torch.zeros(1)}
     del changed["out.0.bias"]
@@ -177,6 +189,18 @@ def test_the_command_says_where_it_begins(tmp_path, preset, capsys):  # noqa: F8
     torch.save({"input_blocks.0.0.weight": torch.zeros(1)}, tmp_path / "a.ckpt")
     refusal = said("--model.init", str(tmp_path / "a.ckpt"), "--dry-run")
     assert refusal[0] == "2" and "missing" in refusal
+
+
+def test_exported_in_another_dtype_it_is_still_of_its_run(state, tmp_path, pipeline):
+    for form, name in (("ldm", "a.safetensors"), ("diffusers", "folder")):
+        command = ["export", "--source", str(pipeline), "--format", form, "--dtype", "float16"]
+        with pytest.raises(SystemExit) as left:
+            main([*command, "--output", str(tmp_path / name)])
+        assert left.value.code == 0
+        read = read_first_weights(config_of(tmp_path / name, prediction="epsilon"))
+        assert same(read, {name: value.half() for name, value in state.items()})
+    with pytest.raises(CheckpointError, match=r"x has values beyond the range of float16"):
+        in_dtype({"x": torch.tensor(1e6)}, "float16", tmp_path)
 
 
 def test_closed_division_begins_from_random_weights():

@@ -84,6 +84,16 @@ def test_the_package_of_the_log_is_listed() -> None:
     assert "mlperf-logging" in {row["package"] for row in examine("here")["packages"]}
 
 
+def test_packages_of_the_sinks_are_listed_with_what_they_enable() -> None:
+    rows = {row["package"]: row for row in examine("here")["packages"]}
+    for package, key in {
+        "tensorboard": "logging.sinks",
+        "wandb": "logging.sinks",
+        "prometheus-client": "logging.prometheus",
+    }.items():
+        assert rows[package]["needed_for"] == key and "sd-perf[" in rows[package]["install"]
+
+
 def test_no_hardware_without_a_result(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "absent"):
         report = examine("h100", folder)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from sd_kernels.adamw.reference import split_master
 from sd_kernels.average import average_weights
 from sd_kernels.average_triton import average_weights as average_by_kernel
 from sd_kernels.errors import KernelError
+from sd_perf.config import Config
 from sd_perf.errors import CheckpointError
 from sd_perf.evaluation.draw import draw_prompts
 from sd_perf.models.readers import read_unet
@@ -36,6 +39,12 @@ def diffusers_ema(network: torch.nn.Module, decay: float):
     return training_utils.EMAModel(network.parameters(), decay=decay, use_ema_warmup=True)
 
 
+def test_decay_warms_up():
+    decays = [decay_of_step(0.9999, step) for step in (0, 7, 26, 10**7)]
+    assert decays == pytest.approx([0, 0.75, 8 / 9, 0.9999])
+
+
+@pytest.mark.slow
 def test_decay_is_diffusers():
     theirs = diffusers_ema(torch.nn.Linear(1, 1), 0.9999)
     steps = [0, 1, 2, 10, 999, 31_622, 999_999, 10**7]
@@ -44,6 +53,7 @@ def test_decay_is_diffusers():
     assert ours[0] == 0 and ours[-1] == 0.9999
 
 
+@pytest.mark.slow
 def test_average_is_diffusers():
     network = torch.nn.Linear(5, 7)
     theirs, ours = diffusers_ema(network, DECAY), PlainEma(network, DECAY)
@@ -77,24 +87,36 @@ def test_kernel_refuses_bfloat16_alone():
         average_weights(average, average.bfloat16(), None, torch.ones(()))
 
 
+def config_of(kind: str, folder: Path) -> Config:
+    """A run of a kind with an average, and a checkpoint after each of its steps."""
+    changes = KINDS[kind]
+    training = {**changes.get("training", {}), "max_samples": 4 * STEPS, "ema_decay": DECAY}
+    return small_config(
+        folder, **{**changes, "training": training, "checkpoint": {"every_samples": 4}}
+    )
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> dict[str, Path]:
-    """A run of each kind, with a checkpoint after each of its steps."""
-    folder, runs = tmp_path_factory.mktemp("ema"), {}
-    for kind, changes in KINDS.items():
-        training = {**changes.get("training", {}), "max_samples": 4 * STEPS, "ema_decay": DECAY}
-        config = small_config(
-            folder / kind, **{**changes, "training": training, "checkpoint": {"every_samples": 4}}
-        )
-        small_trainer(config, [Checkpointer()]).fit()
-        runs[kind] = folder / kind
-    return runs
+def run_of(tmp_path_factory) -> Callable[[str], Path]:
+    """run_of(kind): the run, trained once."""
+
+    @cache
+    def train(kind: str) -> Path:
+        folder = tmp_path_factory.mktemp("ema") / "run"
+        small_trainer(config_of(kind, folder), [Checkpointer()]).fit()
+        return folder
+
+    return train
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_checkpoints_hold_the_average_of_the_weights(kind, runs):
+OFTEN = "fast bf16"
+SELDOM = [pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind != OFTEN]
+
+
+@pytest.mark.parametrize("kind", [OFTEN, *SELDOM])
+def test_checkpoints_hold_the_average_of_the_weights(kind, run_of):
     average: dict[str, torch.Tensor] = {}
-    for step, path in enumerate(CheckpointStore(runs[kind] / "checkpoints").complete()):
+    for step, path in enumerate(CheckpointStore(run_of(kind) / "checkpoints").complete()):
         weights, kept = load_component(path, "model"), load_component(path, "ema")
         rate = 1 - decay_of_step(DECAY, step)
         average = {
@@ -109,30 +131,25 @@ def test_checkpoints_hold_the_average_of_the_weights(kind, runs):
     assert any(not torch.equal(kept[name], weights[name]) for name in kept)
 
 
-@pytest.mark.parametrize("kind", ["plain", "fast bf16"])
-def test_resumed_average_is_bit_identical(kind, runs, tmp_path):
+@pytest.mark.parametrize("kind", [OFTEN, *SELDOM])
+def test_resumed_average_is_bit_identical(kind, run_of, tmp_path):
     folder = tmp_path / "run"
-    shutil.copytree(runs[kind], folder)
+    shutil.copytree(run_of(kind), folder)
     store = CheckpointStore(folder / "checkpoints")
     whole = load_component(store.complete()[-1], "ema")
     for path in store.complete()[-3:]:
         shutil.rmtree(path)
-    changes = KINDS[kind]
-    training = {**changes.get("training", {}), "max_samples": 4 * STEPS, "ema_decay": DECAY}
-    config = small_config(
-        folder, **{**changes, "training": training, "checkpoint": {"every_samples": 4}}
-    )
-    trainer = small_trainer(config, [Checkpointer()], resume=True)
+    trainer = small_trainer(config_of(kind, folder), [Checkpointer()], resume=True)
     assert trainer.steps == STEPS - 3
     trainer.fit()
     again = load_component(store.complete()[-1], "ema")
     assert all(torch.equal(again[name], whole[name]) for name in whole)
 
 
-def test_what_reads_weights_takes_the_average(runs):
-    newest = CheckpointStore(runs["plain"] / "checkpoints").complete()[-1]
+def test_what_reads_weights_takes_the_average(run_of):
+    newest = CheckpointStore(run_of(OFTEN) / "checkpoints").complete()[-1]
     average = load_component(newest, "ema")
-    read, _ = read_unet(runs["plain"], ema=True)
+    read, _ = read_unet(run_of(OFTEN), ema=True)
     assert all(torch.equal(read[name], average[name]) for name in average)
 
 

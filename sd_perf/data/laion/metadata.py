@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -84,8 +85,10 @@ def _known(file: Any, source: Path, counts: Counter[str]) -> Iterator[Any]:
     _, _, compute = pyarrow_modules()
     for batch in _batches(file, source):
         licences = batch.column("LICENSE")
-        counts.update(_count(compute, licences))
-        yield batch.filter(compute.fill_null(compute.not_equal(licences, UNKNOWN), True))
+        with _damage_told(source):
+            counts.update(_count(compute, licences))
+            known = batch.filter(compute.fill_null(compute.not_equal(licences, UNKNOWN), True))
+        yield known
 
 
 def _row_groups(batches: Iterator[Any]) -> Iterator[Any]:
@@ -128,13 +131,24 @@ def _batches(file: Any, path: Path) -> Iterator[Any]:
     """The rows of a parquet file, some at a time; DataError where it is damaged."""
     batches = file.iter_batches(_ROWS)
     while True:
-        try:
+        with _damage_told(path):
             batch = next(batches, None)
-        except (ValueError, OSError) as error:
-            raise DataError(f"{path}: is damaged ({one_line(error)}); {_REMEDY}") from error
         if batch is None:
             return
         yield batch
+
+
+@contextmanager
+def _damage_told(path: Path) -> Iterator[None]:
+    """Turn an error of pyarrow in the block, such as of a LICENSE that is no text, into DataError.
+
+    Not all of its errors are a ValueError or an OSError.
+    """
+    pa, _, _ = pyarrow_modules()
+    try:
+        yield
+    except (ValueError, OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: is damaged ({one_line(error)}); {_REMEDY}") from error
 
 
 def _count(compute: Any, licences: Any) -> dict[str, int]:

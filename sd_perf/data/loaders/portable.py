@@ -97,8 +97,8 @@ class PortableLoader:
         self._announce(positions, arrays)
         views = draw_views(self._config, self._options.seed, positions)
         for row, position in enumerate(positions.tolist()):
-            parts = {part: array[row] for part, array in arrays.items()}
-            self._fill(batch, position, views[row], parts)
+            rows = {part: array[row] for part, array in arrays.items()}
+            self._fill(batch, position, views[row], rows)
         return batch
 
     def _announce(self, positions: np.ndarray, parts: Iterable[str]) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from sd_perf.config import Config
 from sd_perf.distributed.world import World
 from sd_perf.errors import UserError
+from sd_perf.files import one_line
 from sd_perf.memory import available_bytes, held_bytes
 from sd_perf.tools.estimate.dry_run import dry_run
+from sd_perf.training.callbacks.profile import FOLDER
 
 _OF_A_CPU = ("can't allocate memory", "not enough memory")
 """torch's words where the CPU allocator fails, which has no exception class of its own"""
@@ -22,7 +26,29 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory(config: Config, world: World) -> UserError:
-    """The error to raise instead: it names the samples that fit and the option that makes it so."""
+    """The error to raise instead: it names the samples that fit and the option that makes it so.
+
+    On a GPU it also names a file with what lies in its memory, in the run folder.
+    """
+    return UserError(f"{_what_fits(config, world)}{_snapshot(config, world)}")
+
+
+def _snapshot(config: Config, world: World) -> str:
+    """Words about the file to which this rank's GPU memory was dumped; empty on a CPU."""
+    folder = Path(config.run.dir)
+    # Memory that runs out before the run has begun leaves no folder.
+    if world.device.type != "cuda" or not folder.is_dir():
+        return ""
+    path = folder / FOLDER / f"memory_rank_{world.rank}.pickle"
+    try:
+        path.parent.mkdir(exist_ok=True)
+        torch.cuda.memory._dump_snapshot(str(path))
+    except (OSError, RuntimeError) as error:
+        return f"; its memory could not be written to {path} ({one_line(error)})"
+    return f"; what lay in its memory is in {path} (for pytorch.org/memory_viz)"
+
+
+def _what_fits(config: Config, world: World) -> str:
     micro_batch, accumulate = config.micro_batch_size(world.size), config.training.accumulate_steps
     free = available_bytes(world.device)
     fit = (
@@ -38,11 +64,11 @@ def out_of_memory(config: Config, world: World) -> UserError:
         (n for n in range(1, per_rank + 1) if per_rank % n == 0 and per_rank // n <= fit), 0
     )
     if not parts:
-        return UserError(
+        return (
             f"{told}; no sample fits by the estimate of sd-perf train --dry-run: make the model "
             "(model.*) or data.latent_size smaller, or set model.activation_checkpointing"
         )
-    return UserError(
+    return (
         f"{told}; {per_rank // parts} fit by the estimate of sd-perf train --dry-run: set "
         f"--training.accumulate-steps {parts} (the same run, in more parts), or a smaller "
         "--training.global-batch-size"

@@ -31,8 +31,8 @@ def compare_sampler(case: ParityCase) -> Iterator[Comparison]:
     text = torch.zeros(2, 1, 1, device=case.device)
     latents: list[Tensor] = []
 
-    def model(x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
-        latents.append(x)
+    def model(x: Tensor, timesteps: Tensor, context: Tensor | list[Tensor]) -> Tensor:
+        latents.append(x.clone())  # the sampler writes the next latents over them
         return _toy_prediction(x, timesteps[0].item())
 
     latents.append(ddim_sample(model, noise, text, text[:1], config, steps, guidance_scale=1.0))

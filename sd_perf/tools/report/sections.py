@@ -13,7 +13,7 @@ from sd_perf.tools.html import figure, quiet, table
 from sd_perf.tools.report.charts import Panel, chart, median_window
 from sd_perf.tools.report.config_table import config_table
 from sd_perf.tools.report.convergence import progress_of, with_bands
-from sd_perf.tools.report.pictures import newest_grid, progress_strip
+from sd_perf.tools.report.pictures import newest_grid, progress_strip, through_training
 from sd_perf.tools.report.run_contents import RunContents, as_dict
 from sd_perf.tools.scores import SCORES
 
@@ -76,7 +76,9 @@ def _pictures(run: RunContents) -> str:
     if not run.grids:
         return quiet("No pictures were drawn (samples/).")
     *earlier, newest = run.grids
-    strip = f"<h3>On the way</h3>{progress_strip(earlier)}" if earlier else ""
+    # Grids of other prompts than the newest, or of unknown ones, are shown as they are.
+    strip = through_training(run.grids) or progress_strip(earlier)
+    strip = f"<h3>On the way</h3>{strip}" if earlier else ""
     return f"<p>At {newest.samples:,} samples:</p>{newest_grid(newest)}{strip}"
 
 

@@ -19,6 +19,8 @@ _RECENT = 10
 """logged steps that a rate is the median of"""
 _SILENT_SECONDS = 120.0
 """without a line, and twenty times as long as lines take, before a run is said to be silent"""
+_LONGEST_WAIT = 1e9
+"""seconds to the end that are shown: 32 years"""
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,12 @@ class Status:
 
     @property
     def seconds_left(self) -> float | None:
-        """Time to the end at the present rate, checkpoints and evaluations aside."""
+        """Time to the end at the present rate, checkpoints and evaluations aside; None where it is
+        not known, or further off than anybody waits."""
         if self.total is None or not self.rate or self.rate <= 0:
             return None
-        return max(0, self.total - self.samples) / self.rate
+        seconds = max(0, self.total - self.samples) / self.rate
+        return seconds if seconds < _LONGEST_WAIT else None
 
     @property
     def state(self) -> str:

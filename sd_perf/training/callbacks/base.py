@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
+
+import torch
 
 from sd_perf.config import Config
 from sd_perf.data.batch import Loader
@@ -40,6 +43,10 @@ class TrainerView(Protocol):
 
     def checked_loss(self) -> float:
         """Mean loss of the last step over all ranks; all must call it. Raises for a bad run."""
+        ...
+
+    def weights(self) -> Mapping[str, torch.Tensor]:
+        """The network's weights by name, whole on every rank; all must call it. Not copies."""
         ...
 
     def save(self) -> Path:

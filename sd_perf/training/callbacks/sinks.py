@@ -25,6 +25,12 @@ class SendToSinks(Callback):
         if self._feed:
             self._feed.step(metrics)
 
+    def on_step(self, trainer: TrainerView) -> None:
+        # After `DrawSamples`, where that is one of the run's callbacks.
+        every = trainer.config.sampling.every_samples
+        if self._feed and every and trainer.steps % trainer.config.steps_of(every) == 0:
+            self._feed.take_scores_and_pictures()
+
     def checkpoint_saved(self, trainer: TrainerView, path: Path) -> None:
         # An evaluation beside the run has scored an earlier one since the last.
         if self._feed:

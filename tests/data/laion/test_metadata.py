@@ -118,3 +118,17 @@ print(counts["a.parquet"].total(), pyarrow.default_memory_pool().max_memory())
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     rows, peak = map(int, output.split())
     assert rows == 1_000_000 and peak < parquet.read_table(path).nbytes / 2
+
+
+@pytest.mark.parametrize("licences", [[1, 2], [["a"], ["b"]], [{"a": 1}, {"a": 2}]], ids=str)
+def test_licences_that_are_no_text(licences, tmp_path):
+    """pyarrow cannot compare them: one sentence, and no file is begun."""
+    write_metadata(tmp_path / "in" / NAME, 2)
+    table = parquet.read_table(tmp_path / "in" / NAME)
+    place = table.column_names.index("LICENSE")
+    parquet.write_table(
+        table.set_column(place, "LICENSE", pa.array(licences)), tmp_path / "in" / NAME
+    )
+    with pytest.raises(DataError, match="is damaged"):
+        filter_metadata(tmp_path / "in", tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,17 @@ def test_the_benchmarks_presets(name):
     facts = dry_run(load_preset(CONFIGS / f"{name}.yaml"), 8, "h100")
     assert facts["data"]["bytes_per_sample"] == BYTES[name]
     assert facts["parameters"] == 865_910_724
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("accumulate", "card"), [(4, 24e9), (1, 80e9)])
+def test_the_preset_for_fine_tuning_fits_its_cards(accumulate, card):
+    config = load_preset(CONFIGS / "finetune_512.yaml")
+    training = dataclasses.replace(config.training, accumulate_steps=accumulate)
+    facts = dry_run(dataclasses.replace(config, training=training), 1, "h100")
+    assert facts["memory_bytes"]["total"] < 0.9 * card
+    assert facts["begins_from"].startswith(f"the weights in {config.model.init}")
+    assert (facts["predicts"], facts["parameters"]) == ("epsilon", 865_910_724)
 
 
 def test_the_table_has_the_bytes_of_a_sample(tmp_path):

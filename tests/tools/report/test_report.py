@@ -151,7 +151,7 @@ def test_full_run(tmp_path):
         "judge 87.5 % n = 256, at 6,400",
         "n = 256 pictures at each checkpoint",
         "At 6,400 samples: a red ball 0 a red ball 1",
-        "On the way 3,200 samples",
+        "On the way samples 3,200 6,400 a red ball 0 a red ball 1",
         "group_norm torch triton: needs a GPU, a red ball",
         "Passes the official compliance checker (open division, ruleset 5.0.0). passes, a red ball",
         "warmup_steps 7 default 1000",
@@ -167,12 +167,34 @@ def test_full_run(tmp_path):
 
 def test_pictures_are_cut_from_the_newest_grid(full_page):
     pictures = [Image.open(io.BytesIO(png)) for png in data(full_page, "png")]
-    assert [picture.size for picture in pictures] == [(16, 16)] * 5 + [
-        (48, 32)
-    ]  # five prompts, then the earlier grid
+    # five prompts, then a row of each with the earlier picture and this one
+    assert [picture.size for picture in pictures] == [(16, 16)] * (5 + 5 * 2)
     assert [picture.getpixel((8, 8)) for picture in pictures[:5]] == [
         (40 * i, 0, 0) for i in range(5)
     ]
+    assert [picture.getpixel((8, 8))[0] for picture in pictures[5:]] == [
+        40 * i for i in range(5) for _ in range(2)
+    ]
+
+
+def test_a_prompt_is_followed_through_grids_of_other_places(tmp_path):
+    """Rows are prompts of the newest grid; a grid without any of them has no column."""
+    run = write_bare(tmp_path / "run")
+    write_grid(run, 64, ["a", "b", "e", "f"])
+    write_grid(run, 128, ["x", "y", "v", "w"])
+    write_grid(run, 192, ["b", "c", "d", "z"])
+    page = write(run)
+    table = re.search(r'<table class="through">.*?</table>', page, re.S)[0]
+    assert words(table).split() == ["samples", "64", "192", "b"]
+    colours = [Image.open(io.BytesIO(png)).getpixel((8, 8))[0] for png in data(table, "png")]
+    assert colours == [40, 0]
+
+
+def test_grids_without_a_prompt_in_common_are_shown_as_they_are(tmp_path):
+    run = write_bare(tmp_path / "run")
+    write_grid(run, 64, ["a", "b"])
+    write_grid(run, 128, ["x", "y"])
+    assert "On the way 64 samples" in words(write(run))
 
 
 def test_axes_have_labels_and_units(full_page):

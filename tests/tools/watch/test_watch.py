@@ -164,3 +164,11 @@ def test_in_a_pipe_a_line_is_printed_where_something_changed(tmp_path, sd_perf) 
 
 def test_how_often(tmp_path, refused) -> None:
     assert "--every: 0.0 cannot be used" in refused("watch", tmp_path, "--every", "0")
+
+
+def test_an_end_that_is_further_off_than_any_clock(tmp_path: Path) -> None:
+    run = write_bare(tmp_path / "run")
+    line = {"samples": 8, "loss": 0.5, "lr": 1e-4, "samples_per_second": 5e-324, "data_wait": 0}
+    write_lines(run / "metrics.jsonl", [line])
+    (run / ".lock").write_text("host, process 1")
+    assert "left" not in shown(Watcher(run).look())

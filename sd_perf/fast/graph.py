@@ -34,6 +34,7 @@ class Runner:
 
     def warm_up(self, rehearse: Callable[[], None]) -> None:
         """Call what does all that the iteration does, eagerly, on the stream of the capture."""
+        # Libraries keep a workspace per stream, so it must be the stream that is captured.
         self._stream = torch.cuda.Stream()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
@@ -73,6 +74,7 @@ def capture(iteration: Callable[[], None]) -> torch.cuda.CUDAGraph:
             "a capture needs a side stream; enter torch.cuda.stream(torch.cuda.Stream()) first"
         )
     graph = torch.cuda.CUDAGraph()
+    # thread_local: what other threads do meanwhile is not held against the capture, see above.
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         iteration()
     return graph

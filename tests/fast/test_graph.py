@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from sd_perf.errors import UserError
-from sd_perf.training import graph
-from sd_perf.training.graph import Runner, naming_the_operator
+from sd_perf.fast import graph
+from sd_perf.fast.graph import Runner, naming_the_operator
 
 
 class Relu(torch.autograd.Function):
