@@ -13,7 +13,8 @@ from sd_perf.training.callbacks.base import Callback, TrainerView
 class DrawSamples(Callback):
     """The main rank draws, and the others wait; weights and random streams stay as they are.
 
-    The first grid is drawn at the start, so that what cannot be drawn is told before training.
+    The first grid is drawn at the start, so that what cannot be drawn is told before training, and
+    the last one at the end.
     """
 
     def __init__(self, pictures: FixedPrompts | None, tell: Callable[[str], None]) -> None:
@@ -25,8 +26,9 @@ class DrawSamples(Callback):
 
     def on_step(self, trainer: TrainerView) -> None:
         # A run that was asked to stop saves at once; its next start draws.
-        every = trainer.config.sampling.every_samples or 0
-        if trainer.stop_reason is None and trainer.steps % trainer.config.steps_of(every) == 0:
+        every = trainer.config.steps_of(trainer.config.sampling.every_samples or 0)
+        is_due = trainer.steps % every == 0 or trainer.samples >= trainer.total_samples
+        if is_due and trainer.stop_reason is None:
             self._draw(trainer)
 
     def _draw(self, trainer: TrainerView) -> None:
