@@ -117,7 +117,7 @@ def position(folder: Path) -> int:
     The names alone: see sd_perf.runs.checkpoints, which needs torch.
     """
     names = [path.name for path in folder.glob("checkpoints/samples_*")]
-    found = [re.fullmatch(r"samples_(\d+)", name) for name in names]
+    found = [re.fullmatch(r"samples_([0-9]+)", name) for name in names]
     return max((int(name[1]) for name in found if name), default=0)
 
 

@@ -38,7 +38,7 @@ FORMAT = 2
 READABLE = (1, 2)
 """formats that can be read"""
 STATE_NAME = "state.json"
-POSITION = re.compile(r"samples_(\d{10})")
+POSITION = re.compile(r"samples_(\d{10})", re.ASCII)
 """name of a checkpoint folder; the group is its position in samples"""
 _FILE_NAME = re.compile(r"\w+_\d{5}_of_\d{5}\.safetensors", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}")

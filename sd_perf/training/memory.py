@@ -24,7 +24,8 @@ def least_bytes(config: Config, world_size: int) -> int:
     """A lower bound of the bytes that a step needs on each rank.
 
     The training state; per sample the pixels where such are encoded, the moments and latents, and
-    the first level's skips, which every way of training keeps until the backward pass, in 16 bits.
+    the first level's skips, which every way of training keeps until the backward pass, in 16 bits;
+    and the network that draws the pictures of sampling.every_samples, which rank 0 has.
     """
     pixels = config.data.latent_size**2
     inputs = 4 * (2 + 1) * config.model.in_channels * pixels
@@ -32,7 +33,8 @@ def least_bytes(config: Config, world_size: int) -> int:
         inputs += 4 * IMAGE_CHANNELS * PIXELS_PER_LATENT**2 * pixels
     skips = 2 * (config.model.num_res_blocks + 1) * config.model.model_channels * pixels
     state = sum(state_bytes(config, world_size).values())
-    return state + config.micro_batch_size(world_size) * (inputs + skips)
+    drawing = 4 * architecture(config).parameters if config.sampling.every_samples else 0
+    return state + drawing + config.micro_batch_size(world_size) * (inputs + skips)
 
 
 def state_bytes(config: Config, world_size: int) -> dict[str, int]:

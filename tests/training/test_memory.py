@@ -17,6 +17,8 @@ def test_least_bytes(make_config):
     data = {"format": "raw", "path": "a", "autoencoder": "a.ckpt", "latent_size": 8}
     pictures = make_config(data=data, text_encoder={"weights": "random"})
     assert least_bytes(pictures, world_size=1) - few == 4 * 4 * 3 * 64 * 64
+    drawing = least_bytes(make_config(sampling={"every_samples": 8}), world_size=1) - few
+    assert drawing == state_bytes(config, 1)["weights"]
     wider = make_config(model={"model_channels": 64})
     assert least_bytes(wider, world_size=1) > 3 * few
 
