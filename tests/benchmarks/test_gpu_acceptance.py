@@ -337,7 +337,7 @@ import importlib.abc, importlib.machinery, sys
 ALLOWED = {
     "torch", "triton", "numpy", "torchgen", "functorch",
     "filelock", "typing_extensions", "sympy", "mpmath", "networkx", "jinja2", "markupsafe",
-    "fsspec",
+    "fsspec", "optree",
     "setuptools", "_distutils_hack", "pkg_resources",
     "sd_perf", "sd_kernels",
     "benchmarks",
