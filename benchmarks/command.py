@@ -15,7 +15,7 @@ import torch
 from benchmarks.environment import hardware, versions
 from sd_perf.errors import UserError
 from sd_perf.tools.result_table import line
-from sd_perf.tools.results import Provenance, Result, write
+from sd_perf.tools.results import REPOSITORY, Provenance, Result, write
 
 
 def command_parser(name: str, documentation: str | None) -> argparse.ArgumentParser:
@@ -50,6 +50,12 @@ def run_command(
     except UserError as error:
         print(f"python -m benchmarks.{name}: {error}", file=sys.stderr)
         return 2
+
+
+def python_path() -> str:
+    """PYTHONPATH with which a child process finds this tree, and what this process was given."""
+    paths = (str(REPOSITORY), str(REPOSITORY / "kernels"), os.environ.get("PYTHONPATH", ""))
+    return os.pathsep.join(filter(None, paths))
 
 
 def leave(code: int) -> NoReturn:

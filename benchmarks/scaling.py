@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.command import Report, run_command
+from benchmarks.command import Report, python_path, run_command
 from benchmarks.training_run import (
     BENCHMARK_BATCH,
     TINY_BATCH,
@@ -32,7 +32,7 @@ from benchmarks.training_run import (
 )
 from sd_perf.config import TrainingConfig
 from sd_perf.errors import UserError
-from sd_perf.tools.results import REPOSITORY, read
+from sd_perf.tools.results import read
 
 NAME = "scaling"
 STRATEGIES: tuple[str, ...] = typing.get_args(typing.get_type_hints(TrainingConfig)["strategy"])
@@ -112,12 +112,11 @@ def command_of(options: argparse.Namespace, run: tuple[int, str, int], output: P
 
 def start(command: list[str], ranks: int, seconds: float) -> subprocess.CompletedProcess[str]:
     """Run a command of so many ranks to its end; TimeoutExpired after `seconds`."""
-    paths = [str(REPOSITORY), str(REPOSITORY / "kernels"), os.environ.get("PYTHONPATH", "")]
     threads = max(1, len(os.sched_getaffinity(0)) // ranks)
     environment = {
         "OMP_NUM_THREADS": str(threads),
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "PYTHONPATH": python_path(),
     }
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
 

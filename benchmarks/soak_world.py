@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from benchmarks.command import python_path
 from sd_perf.drafts import ASIDE
 from sd_perf.errors import UserError
 from sd_perf.runs.checkpoints import CheckpointStore, position
@@ -105,13 +106,12 @@ class World:
 
     def environment(self, mark: Path | None = None) -> dict[str, str]:
         """Variables of the processes of a run, which `mark` tells from others."""
-        paths = (str(REPOSITORY), str(REPOSITORY / "kernels"), os.environ.get("PYTHONPATH", ""))
         kept = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
         return {
             **kept,
             "OMP_NUM_THREADS": "1",
             "PYTHON": sys.executable,
-            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "PYTHONPATH": python_path(),
             "TMPDIR": str(self.folder / "temporary"),
             **({MARK: str(mark)} if mark else {}),
         }

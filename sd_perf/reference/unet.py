@@ -316,7 +316,7 @@ class UNet(nn.Module):
         emb = self.time_embed(features.to(latents.dtype))
         contexts: Iterator[Tensor | KeysValues]
         if isinstance(context, list):
-            contexts = iter([(kv.chunk(2, dim=-1)[0], kv.chunk(2, dim=-1)[1]) for kv in context])
+            contexts = ((k, v) for k, v in (both.chunk(2, dim=-1) for both in context))
         else:
             contexts = repeat(context)
         h, skips = latents, []

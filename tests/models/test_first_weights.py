@@ -21,7 +21,7 @@ from sd_perf.models.weight_files import EMA_PREFIX, UNET_PREFIX, export_ldm, in_
 from sd_perf.reference.unet import UNet
 from sd_perf.training.callbacks.checkpointer import Checkpointer
 from tests.models.test_weight_files import MIXED, UNIFORM, build, same
-from tests.small_run import make_config, make_trainer, preset  # noqa: F401
+from tests.small_run import small_config
 
 
 def config_of(source: Path, model: UNetConfig = UNIFORM, prediction="v", **more) -> Config:
@@ -134,8 +134,8 @@ def test_an_exported_file_tells_its_prediction(state, tmp_path):
 
 @pytest.mark.parametrize("implementation", [pytest.param("plain", marks=pytest.mark.slow), "fast"])
 def test_a_run_begins_from_another_and_resumes_without_it(
-    make_config,  # noqa: F811
-    make_trainer,  # noqa: F811
+    make_config,
+    make_trainer,
     implementation,
 ):
     first = make_config("first", training={"max_samples": 8})
@@ -161,7 +161,7 @@ def test_a_run_begins_from_another_and_resumes_without_it(
 
 
 @pytest.mark.slow
-def test_the_command_says_where_it_begins(tmp_path, preset, capsys):  # noqa: F811
+def test_the_command_says_where_it_begins(tmp_path, preset, capsys):
     def said(*options: str) -> str:
         with pytest.raises(SystemExit) as left:
             main(["train", "--config", str(preset), "--run.dir", str(tmp_path / "run"), *options])
@@ -174,14 +174,7 @@ def test_the_command_says_where_it_begins(tmp_path, preset, capsys):  # noqa: F8
     assert not (tmp_path / "run").exists()
     for option in ("--dry-run", "--explain"):
         assert "(not there yet)" in said(option, *absent)
-    small = UNetConfig(
-        model_channels=32,
-        channel_mult=(1, 2),
-        num_res_blocks=1,
-        attention_resolutions=(2,),
-        num_head_channels=32,
-        context_dim=16,
-    )
+    small = small_config(tmp_path).model
     torch.save(UNet(small).state_dict(), tmp_path / "a.ckpt")
     began = said("--model.init", str(tmp_path / "a.ckpt"), "--training.max-samples", "4")
     assert f"begins from {tmp_path}/a.ckpt" in began and began[0] == "0"

@@ -14,7 +14,7 @@ import torch
 
 from sd_perf.data.images import ImageRange, in_range
 from sd_perf.data.prepare.captioned_images import CaptionedImage
-from sd_perf.data.prepare.pictures import DUPLICATE, Picture
+from sd_perf.data.prepare.pictures import Picture, faults
 from sd_perf.data.shard_writer import ShardWriter
 from sd_perf.errors import DataError
 from sd_perf.files import disk_errors, json_lines, write_text
@@ -86,19 +86,14 @@ def _next_batch(
     for picture in pictures:
         if picture.pixels is None:
             left_out.append(picture)
+            if len(bad := faults(left_out)) > max_bad:
+                bad += faults(pictures)  # nothing will be kept; find the other bad ones
+                raise DataError(_too_many(bad, max_bad))
         else:
             batch.append((picture.sample, picture.pixels))
-        if len(bad := _bad(left_out)) > max_bad:  # nothing will be kept; find the other bad ones
-            bad += _bad(pictures)
-            raise DataError(_too_many(bad, max_bad))
         if len(batch) == batch_size:
             break
     return batch
-
-
-def _bad(pictures: Iterable[Picture]) -> list[str]:
-    """What is wrong with those that cannot be used, but for duplicates."""
-    return [picture.fault for picture in pictures if picture.kind not in ("", DUPLICATE)]
 
 
 def _require_options(size: int, captions_per_image: int, batch_size: int) -> None:

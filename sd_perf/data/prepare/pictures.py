@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,6 +35,11 @@ class Picture:
     """why it cannot be used, in short: UNREADABLE, DUPLICATE, or the kind of a FramingError"""
     fault: str = ""
     """the same in a sentence"""
+
+
+def faults(pictures: Iterable[Picture]) -> list[str]:
+    """What is wrong with those that cannot be used, but for duplicates."""
+    return [picture.fault for picture in pictures if picture.kind not in ("", DUPLICATE)]
 
 
 def read_pictures(

@@ -14,7 +14,7 @@ from sd_perf.data.images import is_colour
 from sd_perf.data.prepare.framing import Crop, Framing, Small
 from sd_perf.data.prepare.image_folder import ImageFolder, read_folder
 from sd_perf.data.prepare.moments import prepare_moments
-from sd_perf.data.prepare.pictures import DUPLICATE, Picture, read_pictures
+from sd_perf.data.prepare.pictures import Picture, faults, read_pictures
 from sd_perf.data.show import Example, spread, to_jpeg
 from sd_perf.errors import DataError
 from sd_perf.models.build import build_text_encoder
@@ -44,7 +44,7 @@ class Survey:
     @property
     def bad(self) -> list[str]:
         """What is wrong with pictures that cannot be used, but for duplicates."""
-        return [picture.fault for picture in self.left_out if picture.kind != DUPLICATE]
+        return faults(self.left_out)
 
     def pictures(
         self, threads: int, progress: Callable[[int, int], None] = lambda done, of: None
