@@ -8,7 +8,7 @@ import platform
 import re
 import secrets
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -65,7 +65,8 @@ class Job:
     container: str = ""
     """image to run in, by pyxis or apptainer"""
     mounts: str = ""
-    """further mounts of the container, FROM:TO,FROM:TO"""
+    """mounts of the container besides this folder and those of results, checkpoint and what the
+    config names: FROM:TO,FROM:TO"""
     trials: int = 1
     """runs of the config with seeds that follow each other; from 2 on their logs become
     results/SYSTEM/stable_diffusion/result_*.txt below results-dir"""
@@ -89,6 +90,8 @@ def submit(job: Job, *, dry_run: bool) -> None:
     if job.resume is not None:
         job = replace(job, results_dir=job.resume.parent)
     counts_gpus = check(job)
+    if job.container:
+        job = replace(job, mounts=all_mounts(job, preset))
     runs = resumed(job, job.resume) if job.resume else new_runs(job, preset)
     training = _training_command(job, runs, counts_gpus)
     evaluation = _evaluation_command(job, preset, runs, counts_gpus)
@@ -210,6 +213,22 @@ def file_system(folder: Path, mounts: str) -> str:
         for fields in map(str.split, mounts.splitlines())
     }
     return next(found[parent] for parent in (path, *path.parents) if parent in found)
+
+
+def all_mounts(job: Job, preset: Config) -> str:
+    """The mounts that are asked for and, each at its own path, the folders of what options and
+    config name, unless a mount has that place already."""
+    mounts = [mount for mount in job.mounts.split(",") if mount]
+    places = [Path.cwd(), *(Path(f"{mount}:{mount}".split(":")[1]) for mount in mounts)]
+    values = [value for section in asdict(preset).values() for value in section.values()]
+    named = [Path(value) for value in values if isinstance(value, str) and value.startswith("/")]
+    named += [job.config, *([Path(job.checkpoint)] if job.checkpoint else [])]
+    folders = [path if path.is_dir() else path.parent for path in named if path.exists()]
+    for folder in sorted({Path(os.path.abspath(path)) for path in (job.results_dir, *folders)}):
+        if folder != Path("/") and not any(folder.is_relative_to(place) for place in places):
+            mounts.append(f"{folder}:{folder}")
+            places.append(folder)
+    return ",".join(mounts)
 
 
 @dataclass(frozen=True)

@@ -177,6 +177,21 @@ def test_how_far_an_evaluation_is(tmp_path):
     assert scored(tmp_path) > (0, 1)
 
 
+@pytest.mark.parametrize(
+    ("state", "told"),
+    [
+        ("TIMEOUT", "it had not saved when its time was over; give it a longer --signal-lead"),
+        ("PENDING", "Slurm requeues it by itself"),
+        ("CANCELLED", "job 1 is CANCELLED; not requeued"),
+    ],
+)
+def test_a_job_that_slurm_has_ended_is_left_alone(state, told, monkeypatch, capsys):
+    monkeypatch.setattr(job_module, "job_field", lambda number, name: state)
+    monkeypatch.setattr(job_module, "call", lambda *words: pytest.fail(str(words)))
+    assert job_module._requeue("1") == 75
+    assert told in capsys.readouterr().out
+
+
 def test_each_task_of_an_array_has_its_own(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     job = JobRun(Training(tmp_path / "a.yaml", tmp_path / "run", seed=7), 0, 1, "", "")

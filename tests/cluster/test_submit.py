@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from sd_perf.cluster.submit import file_system
+from tests.small_run import TREE
 
 ROOT = Path(__file__).parents[2]
 
@@ -63,6 +66,31 @@ def test_containers(submit, fake_slurm, sd_perf, tmp_path):
     assert code == 0, errors
     assert "in registry/stable_diffusion" in output
     assert "--container registry/stable_diffusion --mounts /a:/b" in output
+
+
+def test_a_container_has_what_is_named(submit, fake_slurm, sd_perf, tmp_path, monkeypatch):
+    """Results, checkpoint and the config's files, once; not what a mount or the folder has."""
+    fake_slurm(help="      --container-image=[USER@][REGISTRY#]IMAGE")
+    for name in ("here", "data/moments", "weights"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "weights/sd.ckpt").touch()
+    data = {**TREE["data"], "format": "moments", "context": "precomputed"}
+    data["path"] = f"{tmp_path}/data/moments"
+    preset = tmp_path / "here/tiny.yaml"
+    preset.write_text(yaml.safe_dump({**TREE, "data": data}))
+    monkeypatch.chdir(tmp_path / "here")
+    options = ["--config", preset, "--container", "image", "--checkpoint"]
+    options += [tmp_path / "weights/sd.ckpt", "--dry-run"]
+
+    def mounts(*more: object) -> list[str]:
+        code, output, errors = sd_perf(*submit(*options, *more))
+        assert code == 0, errors
+        return re.findall(r"--mounts (\S+)", output.replace(f"{tmp_path}", ""))
+
+    assert mounts() == ["/data/moments:/data/moments,/results:/results,/weights:/weights"]
+    asked = f"/lustre:{tmp_path}/data,{tmp_path}/weights:{tmp_path}/weights:ro"
+    [mounted] = mounts("--mounts", asked)
+    assert mounted == "/lustre:/data,/weights:/weights:ro,/results:/results"
 
 
 def make_run(folder: Path, seed: int) -> None:
