@@ -106,7 +106,7 @@ def conclude_job(job: JobRun, submission: Path | None) -> int:
 
 
 def _too_often(job: JobRun) -> int:
-    """The end of a job that Slurm has requeued by itself, after its nodes failed, over the limit."""
+    """The end of a job that Slurm itself has requeued over the limit, since its nodes failed."""
     often = f"Slurm has requeued it {_restarts()} times, over --requeue-limit"
     say(f"{job.training.folder}: not begun, {often}; look at the nodes, then {_ONWARD}")
     return LOST
@@ -223,9 +223,7 @@ def exit_code(code: int, codes: list[int]) -> int:
     return min(ended) if code and ended else code
 
 
-def decide(
-    code: int, restarts: int, limit: int, advanced: bool, where: str
-) -> tuple[bool, str]:
+def decide(code: int, restarts: int, limit: int, advanced: bool, where: str) -> tuple[bool, str]:
     """Whether to requeue a job that ended with this code, and why, in words.
 
     `advanced` says whether this start has saved anything new, `where` what is saved, in words. A

@@ -224,7 +224,8 @@ def all_mounts(job: Job, preset: Config) -> str:
     named = [Path(value) for value in values if isinstance(value, str) and value.startswith("/")]
     named += [job.config, *([Path(job.checkpoint)] if job.checkpoint else [])]
     folders = [path if path.is_dir() else path.parent for path in named if path.exists()]
-    for folder in sorted({Path(os.path.abspath(path)) for path in (job.results_dir, *folders)}):
+    here = {path.absolute() for path in (job.results_dir, *folders)}  # links stay links
+    for folder in sorted(Path(os.path.normpath(path)) for path in here):
         if folder != Path("/") and not any(folder.is_relative_to(place) for place in places):
             mounts.append(f"{folder}:{folder}")
             places.append(folder)

@@ -80,7 +80,10 @@ def test_sizes_of_files(tmp_path):
     ],
 )
 def test_what_training_reads(data, weights, read, make_config):
-    config = make_config(data={"format": "moments", "context": "open_clip", **data}, text_encoder={"weights": weights})
+    config = make_config(
+        data={"format": "moments", "context": "open_clip", **data},
+        text_encoder={"weights": weights},
+    )
     assert [str(path) for path in read_by(config)] == read
 
 
