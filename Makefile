@@ -9,13 +9,6 @@ REAL_DATA ?=
 BIN       := .venv/bin
 PIP       := $(BIN)/python -m pip
 STAMP     := .venv/installed
-# Threads that wait for each other spin for microseconds, then sleep: where another process has the core, spinning for
-# longer makes two threads many times slower than one.
-export GOMP_SPINCOUNT := 20000
-# glibc returns freed memory to the system and faults it in again in every training step, which is a tenth of the step on a
-# CPU. It keeps up to a gigabyte instead.
-train resume scores: export MALLOC_MMAP_THRESHOLD_ := 33554432
-train resume scores: export MALLOC_TRIM_THRESHOLD_ := 1073741824
 PYTEST    := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist worksteal $(if $(REAL_DATA),--real-data $(REAL_DATA))
 
 .PHONY: install train parity resume scores test test-slow test-all test-slurm test-image check

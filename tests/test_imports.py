@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"sd_perf": ROOT / "sd_perf", "sd_kernels": ROOT / "kernels/sd_kernels"}
 ORDER = (
+    "cpu_settings",
     "errors",
     "visible",
     "commands",

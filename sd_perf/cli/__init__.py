@@ -6,6 +6,9 @@ body calls the product and prints what comes back. `dispatch` lists the commands
 
 import sys
 
+from sd_perf.cpu_settings import settle_cpu
+
+settle_cpu()  # before torch is imported
 try:
     from sd_perf.cli.dispatch import main
 except ModuleNotFoundError as missing:
