@@ -30,6 +30,7 @@ _LAST_TASK_WAIT = 600
 noticed in less"""
 _ONWARD = "slurm/sbatch.sh --resume with the run's folder goes on with it"
 _LEFT_ALONE = {
+    "COMPLETING": "Slurm has ended it, and requeues it by itself where a node has failed",
     "PENDING": "Slurm requeues it by itself",
     "TIMEOUT": "not requeued, it had not saved when its time was over; give it a longer "
     f"--signal-lead, then {_ONWARD}",

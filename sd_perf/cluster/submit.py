@@ -268,8 +268,11 @@ def resumed(job: Job, folder: Path) -> Runs:
         return Runs(array, found[2] if found else _array(job), seed)
     if job.trials == 1 and (folder / "run_manifest.json").is_file():
         return Runs(folder)
-    others = "" if seed is None else f"; its trials go on with --trials, or as {folder}_trial_N"
-    raise UserError(f"--resume: {folder} holds no run to go on with{others}")
+    if seed is not None:
+        raise UserError(
+            f"--resume: {folder} is an array of trials; give --trials, or {folder}_trial_N for one"
+        )
+    raise UserError(f"--resume: {folder} holds no run to go on with; name a run folder")
 
 
 def first_seed(array: Path) -> int | None:

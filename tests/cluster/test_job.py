@@ -181,6 +181,7 @@ def test_how_far_an_evaluation_is(tmp_path):
     ("state", "told"),
     [
         ("TIMEOUT", "it had not saved when its time was over; give it a longer --signal-lead"),
+        ("COMPLETING", "requeues it by itself where a node has failed"),
         ("PENDING", "Slurm requeues it by itself"),
         ("CANCELLED", "job 1 is CANCELLED; not requeued"),
     ],

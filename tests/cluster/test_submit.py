@@ -124,7 +124,7 @@ def test_trials_go_on(submit, fake_slurm, sd_perf, tmp_path):
     ("name", "options", "told"),
     [
         ("none", (), "none holds no run to go on with"),
-        ("2024_tiny", (), "its trials go on with --trials, or as"),
+        ("2024_tiny", (), "is an array of trials; give --trials, or"),
         ("2024_tiny_trial_3", ("--trials", 4), "is one trial; leave out --trials"),
         ("damaged", ("--trials", 2), "does not tell the trial's seed"),
     ],
