@@ -27,7 +27,7 @@ CODE_LINES = {
     "sd_perf/runs": 1140,
     "sd_perf/sinks": 280,
     "sd_perf/training": 1820,
-    "sd_perf/cluster": 1080,
+    "sd_perf/cluster": 1175,
     "sd_perf/distributed": 510,
     "sd_perf/evaluation": 1400,
     "sd_perf/mlperf": 1750,

@@ -70,17 +70,23 @@ def job(
 
 
 def conclude_job(
-    run: RunFolder, submission: Path | None = None, container: str = "", mounts: str = ""
+    run: RunFolder,
+    submission: Path | None = None,
+    requeue_limit: int = 10,
+    container: str = "",
+    mounts: str = "",
 ) -> int:
     """The job of Slurm that follows a run: evaluation and verdict (slurm/srun.sh).
 
     Args:
         run: run folder; in an array each task adds its number
         submission: folder for the logs of an array, result_*.txt
+        requeue_limit: times that Slurm is asked to start the job again
         container: image to run in
         mounts: further mounts of the container
     """
-    return conclude_job_of(JobRun(Training(Path(), run), 0, 0, container, mounts), submission)
+    job = JobRun(Training(Path(), run), 0, requeue_limit, container, mounts)
+    return conclude_job_of(job, submission)
 
 
 def preflight(

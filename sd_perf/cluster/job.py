@@ -28,6 +28,14 @@ _SIGNALLED = 128
 _LAST_TASK_WAIT = 600
 """seconds that srun waits for its other tasks after the first has left; a node that is down is
 noticed in less"""
+_ONWARD = "slurm/sbatch.sh --resume with the run's folder goes on with it"
+_LEFT_ALONE = {
+    "COMPLETING": "Slurm has ended it, and requeues it by itself where a node has failed",
+    "PENDING": "Slurm requeues it by itself",
+    "TIMEOUT": "not requeued, it had not saved when its time was over; give it a longer "
+    f"--signal-lead, then {_ONWARD}",
+}
+"""what becomes of a job in such a state, which this script does not requeue"""
 
 
 @dataclass(frozen=True)
@@ -45,8 +53,10 @@ class JobRun:
 def run_job(job: JobRun) -> int:
     """One start of the job; returns its exit code. Where the job is requeued, Slurm ends it."""
     job = _of_trial(job)
-    restarts, number = int(os.environ.get("SLURM_RESTART_COUNT") or 0), _job_id()
+    restarts, number = _restarts(), _job_id()
     folder = job.training.folder
+    if restarts > job.requeue_limit:
+        return _too_often(job)
     before, where = position(folder), os.environ.get("SLURM_JOB_NODELIST", "?")
     say(f"job {number}, start {restarts + 1}, on {where}: {folder} at {before:,} samples")
     with _report(folder, number) as report:
@@ -60,11 +70,8 @@ def run_job(job: JobRun) -> int:
         code = _step(job, "sd_perf", *proof, alone=True)
     if not code:
         code = _train(job, bool(found.get("caches_cleared")))
-    if not code:
-        return 0
-    again, words = decide(code, restarts, job.requeue_limit, before, position(folder))
-    say(f"{folder}: {words}")
-    return _requeue(number) if again else code
+    saved = position(folder)
+    return _end(job, code, saved > before, f"at {saved:,} samples")
 
 
 def _train(job: JobRun, caches_cleared: bool) -> int:
@@ -83,12 +90,36 @@ def _train(job: JobRun, caches_cleared: bool) -> int:
 
 
 def conclude_job(job: JobRun, submission: Path | None) -> int:
-    """Evaluate and check the run in one task. `submission` is the folder that logs go to."""
-    trial = os.environ.get("SLURM_ARRAY_TASK_ID", "0")
-    words = ["sd_perf", "cluster", "conclude", str(_of_trial(job).training.folder)]
+    """Evaluate and check the run in one task; requeued as training is, it draws what is missing.
+
+    `submission` is the folder that logs go to.
+    """
+    job = _of_trial(job)
+    folder, trial = job.training.folder, os.environ.get("SLURM_ARRAY_TASK_ID", "0")
+    if _restarts() > job.requeue_limit:
+        return _too_often(job)
+    before = scored(folder)
+    words = ["sd_perf", "cluster", "conclude", str(folder)]
     if submission is not None:
         words += ["--submission", str(submission / f"result_{trial}.txt")]
-    return _step(job, *words)
+    code, now = _step(job, *words), scored(folder)
+    return _end(job, code, now > before, f"with {now[0]:,} checkpoints scored")
+
+
+def _too_often(job: JobRun) -> int:
+    """The end of a job that Slurm itself has requeued over the limit, since its nodes failed."""
+    often = f"Slurm has requeued it {_restarts()} times, over --requeue-limit"
+    say(f"{job.training.folder}: not begun, {often}; look at the nodes, then {_ONWARD}")
+    return LOST
+
+
+def _end(job: JobRun, code: int, advanced: bool, where: str) -> int:
+    """Have the job requeued, or say why it is not; returns its exit code."""
+    if not code:
+        return 0
+    again, words = decide(code, _restarts(), job.requeue_limit, advanced, where)
+    say(f"{job.training.folder}: {words}")
+    return _requeue(_job_id()) if again else code
 
 
 def _of_trial(job: JobRun) -> JobRun:
@@ -111,6 +142,10 @@ def _job_id() -> str:
         ) from error
 
 
+def _restarts() -> int:
+    return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+
+
 def position(folder: Path) -> int:
     """Samples of the newest complete checkpoint in a run folder; 0 where there is none.
 
@@ -119,6 +154,13 @@ def position(folder: Path) -> int:
     names = [path.name for path in folder.glob("checkpoints/samples_*")]
     found = [re.fullmatch(r"samples_([0-9]+)", name) for name in names]
     return max((int(name[1]) for name in found if name), default=0)
+
+
+def scored(folder: Path) -> tuple[int, int]:
+    """How far an evaluation is: checkpoints with scores, and files of the next one's pictures."""
+    scores = folder / "scores.jsonl"
+    lines = scores.read_bytes().count(b"\n") if scores.is_file() else 0
+    return lines, len(list(folder.glob("evaluation/*/pictures_*.safetensors")))
 
 
 @contextmanager
@@ -182,23 +224,27 @@ def exit_code(code: int, codes: list[int]) -> int:
     return min(ended) if code and ended else code
 
 
-def decide(code: int, restarts: int, limit: int, before: int, after: int) -> tuple[bool, str]:
+def decide(code: int, restarts: int, limit: int, advanced: bool, where: str) -> tuple[bool, str]:
     """Whether to requeue a job that ended with this code, and why, in words.
 
-    `before` and `after` are the positions of the newest checkpoint at this start and at its end.
+    `advanced` says whether this start has saved anything new, `where` what is saved, in words. A
+    stop without progress is final, since the next start would have no more time. What a lost node
+    or process costs is nobody's choice: the limit alone bounds it.
     """
     if code == CTRL_C or (code not in (STOPPED, LOST) and code <= _SIGNALLED):
         return False, f"failed with exit code {code}; not requeued"
     stopped = {STOPPED: "stopped and saved", LOST: "lost a process"}
-    ended = f"{stopped.get(code, f'killed (exit code {code})')} at {after:,} samples"
-    if restarts >= limit:
-        return False, f"{ended}; not requeued, it was {restarts} times (--requeue-limit)"
-    if restarts and after <= before:
-        return False, (
-            f"{ended}; not requeued, it made no checkpoint since it was last requeued; give it "
-            "more --walltime or a smaller checkpoint.every_samples"
-        )
-    return True, f"{ended}; to be requeued"
+    ended = f"{stopped.get(code, f'killed (exit code {code})')} {where}"
+    futile = code == STOPPED and restarts > 0 and not advanced
+    if restarts < limit and not futile:
+        return True, f"{ended}; to be requeued"
+    why, first = f"it was {restarts} times (--requeue-limit)", ""
+    if futile:
+        why = "it saved nothing new since it was last requeued"
+        first = "give it more --walltime, then "
+    elif code != STOPPED:
+        first = "find what kills it in the lines above and the nodes' logs, then "
+    return False, f"{ended}; not requeued, {why}; {first}{_ONWARD}"
 
 
 def _requeue(number: str, exclude: str = "") -> int:
@@ -208,7 +254,7 @@ def _requeue(number: str, exclude: str = "") -> int:
     """
     state = job_field(number, "JobState")
     if state != "RUNNING":
-        say(f"job {number} is {state}; not requeued")
+        say(f"job {number} is {state}; {_LEFT_ALONE.get(state, 'not requeued')}")
         return STOPPED
     STOP.ignore()  # Slurm ends this script and what it runs by SIGTERM
     call("scontrol", "requeue", number)

@@ -167,8 +167,11 @@ def read_by(config: Config) -> Iterable[Path]:
     data = config.data
     if data.format != "synthetic":
         yield Path(data.path)
-    if data.format == "moments" and data.context == "open_clip" and config.text_encoder.weights:
-        yield Path(config.text_encoder.weights)
+    if data.format == "raw":
+        yield Path(data.autoencoder)
+    weights = config.text_encoder.weights
+    if (config.encodes_text or data.drop_captions) and weights not in ("", "random"):
+        yield Path(weights)
 
 
 def describe(path: Path) -> tuple[str, bool]:

@@ -8,32 +8,48 @@ import pytest
 
 from sd_perf.cluster import job as job_module
 from sd_perf.cluster.commands import Training
-from sd_perf.cluster.job import JobRun, decide, exit_code, position, run_job
+from sd_perf.cluster.job import (
+    JobRun,
+    conclude_job,
+    decide,
+    exit_code,
+    position,
+    run_job,
+    scored,
+)
 
 SRUN = "srun: error: n1: task 0: Exited with exit code 76"
 
 
 @pytest.mark.parametrize("code", [1, 2, 130])
 def test_a_failure_is_not_requeued(code):
-    again, words = decide(code, 0, 10, 0, 500)
-    assert not again and f"failed with exit code {code}" in words
+    again, words = decide(code, 0, 10, True, "at 500 samples")
+    assert not again and words == f"failed with exit code {code}; not requeued"
 
 
 @pytest.mark.parametrize("code", [75, 76, 137])
 def test_what_was_interrupted_is_requeued(code):
-    again, words = decide(code, 0, 10, 0, 500)
+    again, words = decide(code, 0, 10, True, "at 500 samples")
     assert again and words.endswith("at 500 samples; to be requeued")
 
 
-def test_the_limit():
-    again, words = decide(75, 10, 10, 0, 500)
-    assert not again and "it was 10 times" in words
+@pytest.mark.parametrize(("code", "advised"), [(75, False), (76, True), (137, True)])
+def test_the_limit(code, advised):
+    again, words = decide(code, 10, 10, True, "at 500 samples")
+    assert not again and "it was 10 times (--requeue-limit)" in words
+    assert ("find what kills it" in words) == advised and "--resume" in words
 
 
-def test_no_progress_between_two_requeues():
-    assert decide(75, 0, 10, 0, 0)[0]
-    again, words = decide(75, 1, 10, 500, 500)
-    assert not again and "no checkpoint since it was last requeued" in words
+def test_a_stop_without_progress_after_a_requeue_is_final():
+    assert decide(75, 0, 10, False, "at 0 samples")[0]
+    again, words = decide(75, 1, 10, False, "at 500 samples")
+    assert not again and "saved nothing new since it was last requeued" in words
+    assert "more --walltime" in words and "--resume" in words
+
+
+@pytest.mark.parametrize("code", [76, 137])
+def test_a_loss_is_requeued_without_progress(code):
+    assert decide(code, 9, 10, False, "at 500 samples")[0]
 
 
 @pytest.mark.parametrize(
@@ -112,6 +128,69 @@ def test_a_signal_in_pre_flight_is_a_stop(tmp_path, monkeypatch):
     slurm = Slurm(monkeypatch, [75], [])
     run_job(small_job(tmp_path))
     assert slurm.requeued == [""]
+
+
+def test_nothing_is_begun_over_the_limit(tmp_path, monkeypatch, capsys):
+    """Slurm itself requeues a job whose node failed, however often that was."""
+    slurm = Slurm(monkeypatch, [], [])
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "11")
+    assert run_job(small_job(tmp_path)) == conclude_job(small_job(tmp_path), None) == 76
+    assert not slurm.modules and "requeued it 11 times, over --requeue-limit" in (
+        capsys.readouterr().out
+    )
+
+
+def test_an_evaluation_that_lost_its_node_is_requeued(tmp_path, monkeypatch):
+    slurm = Slurm(monkeypatch, [137, 1], [])
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    conclude_job(small_job(tmp_path), None)
+    assert slurm.requeued == [""]
+    assert conclude_job(small_job(tmp_path), None) == 1
+    assert slurm.requeued == [""]
+
+
+def test_an_evaluation_that_is_stopped_must_have_kept_something(tmp_path, monkeypatch, capsys):
+    slurm = Slurm(monkeypatch, [75, 75], [])
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    assert conclude_job(small_job(tmp_path), None) == 75
+    assert not slurm.requeued and "more --walltime" in capsys.readouterr().out
+    kept = tmp_path / "run/evaluation/samples_0000000008/pictures_00000000.safetensors"
+    step = job_module._step
+
+    def keeps(*arguments: object, **options: object) -> int:
+        kept.parent.mkdir(parents=True)
+        kept.touch()
+        return step(*arguments, **options)
+
+    monkeypatch.setattr(job_module, "_step", keeps)
+    conclude_job(small_job(tmp_path), None)
+    assert slurm.requeued == [""]
+
+
+def test_how_far_an_evaluation_is(tmp_path):
+    assert scored(tmp_path) == (0, 0)
+    kept = tmp_path / "evaluation/samples_0000000016"
+    kept.mkdir(parents=True)
+    (kept / "pictures_00000000.safetensors").touch()
+    assert scored(tmp_path) == (0, 1)
+    (tmp_path / "scores.jsonl").write_text("{}\n")
+    assert scored(tmp_path) > (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("state", "told"),
+    [
+        ("TIMEOUT", "it had not saved when its time was over; give it a longer --signal-lead"),
+        ("COMPLETING", "requeues it by itself where a node has failed"),
+        ("PENDING", "Slurm requeues it by itself"),
+        ("CANCELLED", "job 1 is CANCELLED; not requeued"),
+    ],
+)
+def test_a_job_that_slurm_has_ended_is_left_alone(state, told, monkeypatch, capsys):
+    monkeypatch.setattr(job_module, "job_field", lambda number, name: state)
+    monkeypatch.setattr(job_module, "call", lambda *words: pytest.fail(str(words)))
+    assert job_module._requeue("1") == 75
+    assert told in capsys.readouterr().out
 
 
 def test_each_task_of_an_array_has_its_own(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from sd_perf.cluster.preflight import (
     UnfitNodesError,
     describe,
     gather_facts,
+    read_by,
     require_alike,
     require_fit_nodes,
 )
@@ -65,6 +66,25 @@ def test_sizes_of_files(tmp_path):
     assert describe(tmp_path / "a") == ("3 bytes", True)
     (tmp_path / "a").write_bytes(b"1234")
     assert describe(tmp_path)[0] != told
+
+
+@pytest.mark.parametrize(
+    ("data", "weights", "read"),
+    [
+        ({"format": "synthetic"}, "random", []),
+        ({"path": "/d", "context": "precomputed"}, "", ["/d"]),
+        ({"path": "/d"}, "/clip", ["/d", "/clip"]),
+        ({"path": "/d"}, "random", ["/d"]),
+        ({"path": "/d", "format": "raw", "autoencoder": "/vae"}, "/clip", ["/d", "/vae", "/clip"]),
+        ({"path": "/d", "context": "precomputed", "drop_captions": 0.1}, "/clip", ["/d", "/clip"]),
+    ],
+)
+def test_what_training_reads(data, weights, read, make_config):
+    config = make_config(
+        data={"format": "moments", "context": "open_clip", **data},
+        text_encoder={"weights": weights},
+    )
+    assert [str(path) for path in read_by(config)] == read
 
 
 def test_a_world_of_one(make_config, tmp_path):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from sd_perf.cluster.submit import file_system
+from tests.small_run import TREE
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,6 +66,76 @@ def test_containers(submit, fake_slurm, sd_perf, tmp_path):
     assert code == 0, errors
     assert "in registry/stable_diffusion" in output
     assert "--container registry/stable_diffusion --mounts /a:/b" in output
+
+
+def test_a_container_has_what_is_named(submit, fake_slurm, sd_perf, tmp_path, monkeypatch):
+    """Results, checkpoint and the config's files, once; not what a mount or the folder has."""
+    fake_slurm(help="      --container-image=[USER@][REGISTRY#]IMAGE")
+    for name in ("here", "data/moments", "weights"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "weights/sd.ckpt").touch()
+    data = {**TREE["data"], "format": "moments", "context": "precomputed"}
+    data["path"] = f"{tmp_path}/data/moments"
+    preset = tmp_path / "here/tiny.yaml"
+    preset.write_text(yaml.safe_dump({**TREE, "data": data}))
+    monkeypatch.chdir(tmp_path / "here")
+    options = ["--config", preset, "--container", "image", "--checkpoint"]
+    options += [tmp_path / "weights/sd.ckpt", "--dry-run"]
+
+    def mounts(*more: object) -> list[str]:
+        code, output, errors = sd_perf(*submit(*options, *more))
+        assert code == 0, errors
+        return re.findall(r"--mounts (\S+)", output.replace(f"{tmp_path}", ""))
+
+    assert mounts() == ["/data/moments:/data/moments,/results:/results,/weights:/weights"]
+    asked = f"/lustre:{tmp_path}/data,{tmp_path}/weights:{tmp_path}/weights:ro"
+    [mounted] = mounts("--mounts", asked)
+    assert mounted == "/lustre:/data,/weights:/weights:ro,/results:/results"
+
+
+def make_run(folder: Path, seed: int) -> None:
+    folder.mkdir(parents=True)
+    manifest = {"config": {"training": {"seed": seed}}, "starts": []}
+    (folder / "run_manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_run_goes_on(submit, fake_slurm, sd_perf, tmp_path):
+    fake_slurm()
+    make_run(tmp_path / "earlier/2024_tiny", seed=5)
+    code, output, errors = sd_perf(*submit("--dry-run", "--resume", tmp_path / "earlier/2024_tiny"))
+    assert code == 0, errors
+    assert f"--run-dir {tmp_path}/earlier/2024_tiny " in output
+    assert "--seed" not in output and "--array" not in output
+
+
+def test_trials_go_on(submit, fake_slurm, sd_perf, tmp_path):
+    """All, or one; the seeds are those that they have, though trial 0 may never have begun."""
+    fake_slurm()
+    array = tmp_path / "earlier/2024_tiny"
+    for trial in (1, 3):
+        make_run(tmp_path / f"earlier/2024_tiny_trial_{trial}", seed=70 + trial)
+    _, output, _ = sd_perf(*submit("--dry-run", "--resume", array, "--trials", 4))
+    assert "--array=0-3" in output and f"--run-dir {array} " in output and "--seed 70" in output
+    _, output, _ = sd_perf(*submit("--dry-run", "--resume", f"{array}_trial_3"))
+    assert "--array=3" in output and f"--run-dir {array} " in output and "--seed 70" in output
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "told"),
+    [
+        ("none", (), "none holds no run to go on with"),
+        ("2024_tiny", (), "is an array of trials; give --trials, or"),
+        ("2024_tiny_trial_3", ("--trials", 4), "is one trial; leave out --trials"),
+        ("damaged", ("--trials", 2), "does not tell the trial's seed"),
+    ],
+)
+def test_no_run_to_go_on_with(name, options, told, submit, fake_slurm, refused, tmp_path):
+    submitted = fake_slurm()
+    make_run(tmp_path / "2024_tiny_trial_3", seed=73)
+    (tmp_path / "damaged_trial_0").mkdir()
+    (tmp_path / "damaged_trial_0/run_manifest.json").write_text("{}")
+    assert told in refused(*submit("--resume", tmp_path / name, *options))
+    assert not submitted.exists()
 
 
 @pytest.mark.parametrize(

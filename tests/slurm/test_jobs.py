@@ -72,6 +72,50 @@ def test_a_killed_node_loses_nothing(sbatch, preset, never_stopped):
     job.cluster.wait(lambda: job.cluster.states() == {"idle"}, "the node is back", 30)
 
 
+def test_nodes_that_die_before_a_checkpoint(sbatch, preset, never_stopped):
+    """Twice, on either node, which is no want of progress."""
+    job = sbatch(preset, "--num-nodes", 1, "--gpus-per-node", 2)
+    for position in (32, 96):
+        job.wait_for_step(position)
+        node = job.cluster.field(job.number, "NodeList")
+        restarts = job.cluster.field(job.number, "Restarts")
+        job.cluster.kill_node(node)
+        elsewhere = lambda: job.cluster.field(job.number, "Restarts") != restarts  # noqa: E731, B023
+        job.cluster.wait(elsewhere, f"the job is requeued\n{job.log}", 60)
+        job.cluster.start_node(node)
+    job.wait()
+    require_equal(weights(job.run, 640), never_stopped, 1e-5)
+    job.cluster.wait(lambda: job.cluster.states() == {"idle"}, "the nodes are back", 30)
+
+
+def test_an_evaluation_whose_node_dies_goes_on(sbatch, world):
+    job = sbatch(write_preset(world, "scored", training={"max_samples": 160}), "--num-nodes", 1)
+    job.wait()
+    state = lambda: job.cluster.field(job.evaluation, "JobState")  # noqa: E731
+    job.cluster.wait(lambda: state() == "RUNNING", "evaluation has begun", 60)
+    node = job.cluster.field(job.evaluation, "NodeList")
+    job.cluster.kill_node(node)
+    job.cluster.wait(lambda: state() != "RUNNING", "the node is missed", 60)
+    job.cluster.start_node(node)
+    job.cluster.wait(lambda: state() in ("COMPLETED", "FAILED"), "evaluation has ended", 120)
+    assert state() == "COMPLETED"
+    [scores] = (job.run / "scores.jsonl").read_text().splitlines()
+    assert json.loads(scores)["samples"] == 160
+    job.cluster.wait(lambda: job.cluster.states() == {"idle"}, "the nodes are back", 30)
+
+
+def test_a_job_that_has_ended_goes_on_by_hand(sbatch, preset, never_stopped):
+    job = sbatch(preset, "--num-nodes", NODES, "--requeue-limit", 0)
+    job.wait_for_step(192)
+    job.cluster.call("scancel", "--signal=USR1", job.number)
+    job.wait("FAILED")
+    assert "slurm/sbatch.sh --resume with the run's folder goes on with it" in job.log
+    again = sbatch(preset, "--num-nodes", 1, "--gpus-per-node", 2, "--resume", job.run)
+    again.wait()
+    assert again.run == job.run and "resuming at sample" in again.log
+    require_equal(weights(job.run, 640), never_stopped, 1e-5)
+
+
 def test_a_run_that_cannot_be_is_not_requeued(sbatch, world):
     preset = write_preset(world, "odd", training={"global_batch_size": 15})
     job = sbatch(preset, "--num-nodes", NODES)
