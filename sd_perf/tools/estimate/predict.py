@@ -89,6 +89,8 @@ _LIBRARIES = {
     "flash_sdpa": "FlashAttention 2",
 }
 """the library behind a backend of the op `attention`, as `GPU.attention` names it"""
+_AFTER_BACKWARD = ("adamw", "average")
+"""rows of what runs on all weights after the backward pass"""
 _PACKING = ("fa2", "fa3", "fa4", "te")
 """backends of `attention` that write dq, dk and dv into one gradient; torch's write them apart"""
 
@@ -100,6 +102,7 @@ def operators() -> dict[str, list[str]]:
     rows["waiting for other GPUs"] = ["communication"]
     for op, spec in all_ops().items():
         rows[spec.family].append(op)
+    rows["optimizer, inputs, loss"].append("average")
     # torch's own sums, copies and casts
     rows["sums, copies, casts"].append("elementwise")
     return rows
@@ -141,6 +144,10 @@ def predict(config: Config, gpu: str, batch: int, ranks: int = 1, nodes: int = 1
     }
     has_ema = config.training.ema_decay > 0
     held = _held(unet, batch, shares, cluster.gpus_per_node, eager_saved, has_ema)
+    if has_ema:
+        for name, of_recipe in kernels.items():
+            # A float32 master and its average are read, and the average is written.
+            of_recipe.append(Kernel("average", 3 * held[name]["ema"]))
     figures = {
         name: _figures(
             recipe,
@@ -273,7 +280,7 @@ def _communication(
         sum(
             kernel.calls * (kernel.seconds(cluster.gpu, rates) + recipe.gap)
             for kernel in kernels
-            if kernel.backward == is_backward and kernel.op != "adamw"
+            if kernel.backward == is_backward and kernel.op not in _AFTER_BACKWARD
         )
         for is_backward in (False, True)
     )
@@ -339,9 +346,9 @@ def _figures(
     waited = 1e3 * communication.exposed / batch
     by_op["communication"]["ms_per_sample"] = waited
     total += waited
-    # The allocator must hold the tensors of the largest kernel beside all that is kept. AdamW's are
-    # counted already, and it runs when no activation is left.
-    workspace = max(kernel.bytes for kernel in kernels if kernel.op != "adamw")
+    # The allocator must hold the tensors of the largest kernel beside all that is kept. Those of
+    # the optimizer are counted already, and it runs when no activation is left.
+    workspace = max(kernel.bytes for kernel in kernels if kernel.op not in _AFTER_BACKWARD)
     memory = {name: int(size) for name, size in held.items()} | {
         "workspace": int(workspace) + _WORKSPACE
     }
