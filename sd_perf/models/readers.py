@@ -16,6 +16,7 @@ from sd_perf.models.onnx_autoencoder import OnnxDecoder, OnnxEncoder
 from sd_perf.models.vae import AutoencoderConfig, AutoencoderKL
 from sd_perf.models.weight_files import (
     AUTOENCODER_CONFIG,
+    DIFFUSION_CONFIG,
     EMA_PREFIX,
     PREDICTION,
     UNET_CONFIG,
@@ -125,10 +126,13 @@ def read_diffusion(source: Path) -> DiffusionConfig:
 def told_diffusion(source: Path) -> dict[str, Any]:
     """Fields of DiffusionConfig that `source`, as for `read_unet`, tells.
 
-    A run tells all, the scheduler of a diffusers folder all but latent_scale, a .safetensors file
-    the prediction where its metadata has it, and any other file nothing.
+    A run tells all, and so does a .safetensors file that was exported from one. The scheduler of a
+    diffusers folder tells all but latent_scale, another .safetensors file the prediction where its
+    metadata has it, and any other file nothing.
     """
     if source.suffix == ".safetensors":
+        if config := safetensors_config(source, DiffusionConfig, DIFFUSION_CONFIG):
+            return dict(vars(config))
         told = safetensors_metadata(source).get(PREDICTION)
         return {"prediction": told} if told in PREDICTION_TYPES else {}
     if is_weight_file(source):

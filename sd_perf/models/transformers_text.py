@@ -59,6 +59,8 @@ def text_config(encoder: OpenClipTextEncoder) -> dict[str, Any]:
         "num_attention_heads": block.attn.num_heads,
         "num_hidden_layers": len(tower.transformer.resblocks) - 1,
         "pad_token_id": 0,
+        # What transformers computes in unless it is told otherwise, as diffusers does unless it is.
+        "torch_dtype": "float32",
         "vocab_size": embedding.shape[0],
     }
 

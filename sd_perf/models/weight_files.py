@@ -41,6 +41,8 @@ UNET_CONFIG = "sd_perf.unet_config"
 """entry of a .safetensors file's metadata: the UNet's config as JSON"""
 AUTOENCODER_CONFIG = "config"
 """the same of an autoencoder's config"""
+DIFFUSION_CONFIG = "sd_perf.diffusion_config"
+"""the same of the noise schedule and target"""
 PREDICTION = "modelspec.prediction_type"
 """entry of a .safetensors file's metadata: v or epsilon (Stability AI's ModelSpec, which others
 write and read, too)"""
@@ -292,25 +294,26 @@ def export_ldm(
     metadata: Mapping[str, str],
     config: UNetConfig | None = None,
     diffusion: DiffusionConfig | None = None,
-    others: Mapping[str, nn.Module] | None = None,
+    others: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the UNet's weights as safetensors under the names of an LDM checkpoint.
 
     `metadata` is text to store in the file. The config is stored there, too, since shapes do not
-    tell the groups of GroupNorms, and what `diffusion` has the UNet predict. `others` are networks
-    to put in the file besides, with LDM's names, by component (`PREFIXES`); the autoencoder's
-    config is stored with it. Raises CheckpointError where `path` exists or cannot be written.
+    tell the groups of GroupNorms, and so is `diffusion`. `others` are networks to put in the file
+    besides, with LDM's names, by component (`PREFIXES`); the autoencoder's config is stored with
+    it. Raises CheckpointError where `path` exists or cannot be written.
     """
     if config is not None:
         network = {key: it for key, it in vars(config.network).items() if key not in FIRST_WEIGHTS}
         metadata = {**metadata, UNET_CONFIG: json.dumps(network)}
     if diffusion is not None:
-        metadata = {**metadata, PREDICTION: diffusion.prediction}
+        told = {PREDICTION: diffusion.prediction, DIFFUSION_CONFIG: json.dumps(vars(diffusion))}
+        metadata = {**metadata, **told}
     states = {"unet": unet_state}
-    for component, network in (others or {}).items():
-        states[component] = network.state_dict()
+    for component, other in (others or {}).items():
+        states[component] = other.state_dict()
         if component == "vae":
-            metadata = {**metadata, AUTOENCODER_CONFIG: json.dumps(vars(network.config))}
+            metadata = {**metadata, AUTOENCODER_CONFIG: json.dumps(vars(other.config))}
     tensors = {
         PREFIXES[component] + name: value
         for component, state in states.items()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from sd_perf.config import DataConfig, DiffusionConfig, UNetConfig
 from sd_perf.errors import CheckpointError, UserError
@@ -87,7 +87,8 @@ def export_weights(wanted: Wanted, tell: Callable[[str], None]) -> None:
 def _diffusion(wanted: Wanted) -> DiffusionConfig | None:
     """Noise schedule and target; None where neither the source nor the user tells the target, and
     the format needs none."""
-    told, asked = told_diffusion(wanted.source).get("prediction"), wanted.prediction
+    told: Any = told_diffusion(wanted.source).get("prediction")
+    asked = wanted.prediction
     if told and asked and told != asked:
         raise CheckpointError(
             f"--prediction: {asked} cannot be used, since {wanted.source} says {told}; leave it out"

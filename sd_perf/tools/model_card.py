@@ -145,7 +145,7 @@ def _data(trained: Trained) -> Iterator[tuple[str, ...]]:
     data = trained.config.data
     yield "samples in the set", f"{trained.dataset:,}"
     yield "stored as", data.format
-    yield "folder", data.path or "none: drawn from the seed"
+    yield "folder", data.path if data.format != "synthetic" else "none: drawn from the seed"
     yield "captions left out", f"{100 * data.drop_captions:g} %"
 
 
@@ -154,7 +154,8 @@ def _licences(exported: Exported) -> Iterator[tuple[str, ...]]:
     files = {"autoencoder": exported.named.autoencoder, "text encoder": exported.named.text_weights}
     if exported.trained:
         config = exported.trained.config
-        files |= {"data": config.data.path, "first weights": config.model.init}
+        data = config.data.path if config.data.format != "synthetic" else ""
+        files |= {"data": data, "first weights": config.model.init}
     yield "these weights", _UNKNOWN
     for what, file in files.items():
         if file and file != "random":
