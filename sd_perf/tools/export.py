@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from sd_perf.config import DataConfig, DiffusionConfig, UNetConfig
 from sd_perf.errors import CheckpointError, UserError
@@ -87,8 +87,7 @@ def export_weights(wanted: Wanted, tell: Callable[[str], None]) -> None:
 def _diffusion(wanted: Wanted) -> DiffusionConfig | None:
     """Noise schedule and target; None where neither the source nor the user tells the target, and
     the format needs none."""
-    told: Any = told_diffusion(wanted.source).get("prediction")
-    asked = wanted.prediction
+    told, asked = told_diffusion(wanted.source).get("prediction"), wanted.prediction
     if told and asked and told != asked:
         raise CheckpointError(
             f"--prediction: {asked} cannot be used, since {wanted.source} says {told}; leave it out"
@@ -101,7 +100,8 @@ def _diffusion(wanted: Wanted) -> DiffusionConfig | None:
             "stable-diffusion-2-base and 2-1-base, --prediction v for 2, 2-1 and the benchmark's "
             "network"
         )
-    return replace(read_diffusion(wanted.source), prediction=told or asked)
+    diffusion = read_diffusion(wanted.source)
+    return replace(diffusion, prediction=asked) if asked else diffusion
 
 
 def _companions(wanted: Wanted, model: UNetConfig) -> tuple[Named, Companions]:

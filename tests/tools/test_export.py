@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 from sd_perf.config import TextEncoderConfig
 from sd_perf.fetch.manifest import File
 from sd_perf.fetch.receipt import Receipt
+from sd_perf.models.first_weights import read_first_weights
 from sd_perf.models.readers import read_autoencoder, read_unet, told_diffusion
 from sd_perf.models.text_encoder import OpenClipTextEncoder
 from sd_perf.models.weight_files import export_ldm
+from sd_perf.runs.folder import read_run_config
 from sd_perf.tools.export import Wanted, export_weights
 from tests.models.test_pipeline_folder import NAMED, UNET
 from tests.models.test_weight_files import same
@@ -64,6 +66,15 @@ def test_a_run_is_exported_whole(run: Path, tmp_path: Path, sd_perf) -> None:
     assert not same(average, {k: v.half() for k, v in read_unet(run)[0].items()})
     vae = json.loads((tmp_path / "a/vae/config.json").read_text())
     assert vae["scaling_factor"] == 0.9 and vae["sample_size"] == 64
+
+
+@pytest.mark.parametrize(("format", "name"), [("diffusers", "folder"), ("ldm", "unet.safetensors")])
+def test_another_run_begins_from_it(format, name, run: Path, tmp_path: Path, sd_perf) -> None:
+    output = tmp_path / name
+    assert sd_perf("export", "--source", run, "--format", format, "--output", output)[0] == 0
+    config = read_run_config(run)
+    config = replace(config, model=replace(config.model, init=str(output)))
+    assert same(read_first_weights(config), read_unet(run)[0])
 
 
 def test_the_card(run: Path, tmp_path: Path, sd_perf) -> None:

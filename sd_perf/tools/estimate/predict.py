@@ -144,10 +144,7 @@ def predict(config: Config, gpu: str, batch: int, ranks: int = 1, nodes: int = 1
     }
     has_ema = config.training.ema_decay > 0
     held = _held(unet, batch, shares, cluster.gpus_per_node, eager_saved, has_ema)
-    if has_ema:
-        for name, of_recipe in kernels.items():
-            # A float32 master and its average are read, and the average is written.
-            of_recipe.append(Kernel("average", 3 * held[name]["ema"]))
+    kernels = _with_average(kernels, held) if has_ema else kernels
     figures = {
         name: _figures(
             recipe,
@@ -172,6 +169,16 @@ def predict(config: Config, gpu: str, batch: int, ranks: int = 1, nodes: int = 1
     ]
     shown = {"gpu": gpu, "batch": batch, "ranks": ranks, "nodes": nodes, "notes": notes}
     return {**shown, **figures["fused"], "installed": installed, "recipes": figures}
+
+
+def _with_average(
+    kernels: dict[str, list[Kernel]], held: dict[str, dict[str, float]]
+) -> dict[str, list[Kernel]]:
+    """The kernels of each recipe, and the one that takes the weights into their average.
+
+    It reads float32 masters and their average, and writes the average.
+    """
+    return {name: [*own, Kernel("average", 3 * held[name]["ema"])] for name, own in kernels.items()}
 
 
 def _held(
