@@ -144,7 +144,8 @@ def predict(config: Config, gpu: str, batch: int, ranks: int = 1, nodes: int = 1
     }
     has_ema = config.training.ema_decay > 0
     held = _held(unet, batch, shares, cluster.gpus_per_node, eager_saved, has_ema)
-    kernels = _with_average(kernels, held) if has_ema else kernels
+    if has_ema:
+        kernels = _with_average(kernels, held)
     figures = {
         name: _figures(
             recipe,
