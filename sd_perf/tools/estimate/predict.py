@@ -132,10 +132,9 @@ def predict(config: Config, gpu: str, batch: int, ranks: int = 1, nodes: int = 1
     shares = 1 if config.training.strategy == "ddp" else ranks
     unet = architecture(config)
     eager, eager_saved = plain(config, batch)
-    # torch's fused AdamW in float32 reads gradients, and reads and writes weights and two moments.
-    eager = [*eager, Kernel("adamw", 28.0 * unet.parameters)]
     kernels = {
-        "plain": eager,
+        # torch's fused AdamW in float32 reads gradients, reads and writes weights and two moments.
+        "plain": [*eager, Kernel("adamw", 28.0 * unet.parameters)],
         "submission": list(submission(unet, batch, cluster.gpus_per_node)),
         "fused": [
             replace(kernel, bytes=kernel.bytes / shares) if kernel.op == "adamw" else kernel
@@ -144,8 +143,7 @@ def predict(config: Config, gpu: str, batch: int, ranks: int = 1, nodes: int = 1
     }
     has_ema = config.training.ema_decay > 0
     held = _held(unet, batch, shares, cluster.gpus_per_node, eager_saved, has_ema)
-    if has_ema:
-        kernels = _with_average(kernels, held)
+    kernels = _with_average(kernels, held)
     figures = {
         name: _figures(
             recipe,
@@ -175,11 +173,14 @@ def predict(config: Config, gpu: str, batch: int, ranks: int = 1, nodes: int = 1
 def _with_average(
     kernels: dict[str, list[Kernel]], held: dict[str, dict[str, float]]
 ) -> dict[str, list[Kernel]]:
-    """The kernels of each recipe, and the one that takes the weights into their average.
+    """The kernels of each recipe and, where it holds an average, the one that takes the weights in.
 
-    It reads float32 masters and their average, and writes the average.
+    That reads float32 masters and their average, and writes the average.
     """
-    return {name: [*own, Kernel("average", 3 * held[name]["ema"])] for name, own in kernels.items()}
+    return {
+        name: [*own, Kernel("average", 3 * held[name]["ema"])] if "ema" in held[name] else own
+        for name, own in kernels.items()
+    }
 
 
 def _held(
