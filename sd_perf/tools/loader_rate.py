@@ -73,7 +73,7 @@ def measure(config: Config, ranks: int, seconds: float) -> LoaderRate:
         count += size
         passed = time.monotonic() - start
     spent = loader.usage - used
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
     probed = np.arange(min(_PROBED, loader.num_samples))
     order = SampleOrder(_SEED, loader.num_samples)
     places = [_places(loader, config, order.sample(int(position))) for position in probed]

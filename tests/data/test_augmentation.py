@@ -108,16 +108,6 @@ def test_a_raw_loader_sees_its_pictures_so(tmp_path):
         ({"format": "synthetic", "drop_captions": 0.1}, "drop_captions.*have no captions"),
         ({"path": "a", "drop_captions": 1.5}, "drop_captions: 1.5 .*between 0 and 1"),
         ({"path": "a", "random_flip": True}, "random_flip.*data.format is 'moments'"),
-        (
-            {
-                "path": "a",
-                "format": "raw",
-                "autoencoder": "a",
-                "loader": "dali",
-                "random_crop": True,
-            },
-            "random_crop.*false with data.loader dali",
-        ),
     ],
 )
 def test_what_cannot_be_changed_is_refused(fields, words):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
@@ -57,7 +57,7 @@ class PortableLoader:
         self.keys_fingerprint = self._index.keys_fingerprint
         self._order = SampleOrder(options.seed, self.num_samples)
 
-    def batches(self, position: int) -> Iterator[Batch]:
+    def batches(self, position: int) -> Generator[Batch, None, None]:
         """Micro-batches of this rank from a position on, without end; see `Loader`."""
         return _prefetched(
             self._timed_make,
@@ -148,7 +148,7 @@ class PortableLoader:
 
 def _prefetched(
     make: Callable[[np.ndarray], Batch], work: Iterator[np.ndarray], workers: int, depth: int
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yield make(item) of each item in order, with `depth` items in progress in a thread pool.
 
     Closing the iterator ends the threads.
