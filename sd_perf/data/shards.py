@@ -12,6 +12,7 @@ read any sample without walking the tar file.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import os
 import re
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import repeat
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -30,7 +31,7 @@ from sd_perf.children import worker_pool
 from sd_perf.data.encoded import require_whole, scan_encoded
 from sd_perf.data.formats import FORMATS, IMAGE_EXTENSIONS, ShardFormat
 from sd_perf.data.npz import read_npz
-from sd_perf.data.tar_headers import File, read_plain_headers
+from sd_perf.data.tar_headers import Files, read_plain_headers
 from sd_perf.errors import DataError
 from sd_perf.files import disk_errors, is_absent, one_line, opened_untrusted, written_aside
 
@@ -69,7 +70,7 @@ class _BoundedTarInfo(tarfile.TarInfo):
         return info
 
 
-def _list_files(path: Path) -> list[File]:
+def _list_files(path: Path) -> Files:
     """Regular files of a tar file.
 
     DataError where it is no tar file, not a whole one, or holds what would be left out: links,
@@ -104,8 +105,10 @@ def _list_files(path: Path) -> list[File]:
                 f"{path}: {member.name[:200]} is a link, a device or a sparse file, which is not "
                 "read; make the shard again of plain files (tar --dereference --hard-dereference)"
             )
-    regular = (member for member in members if member.isreg())
-    return [(os.fsencode(each.name), each.offset_data, each.size) for each in regular]
+    regular = [member for member in members if member.isreg()]
+    places = [(member.offset_data, member.size) for member in regular]
+    names = [os.fsencode(member.name) for member in regular]
+    return Files(names, np.array(places, np.int64).reshape(-1, 2))
 
 
 def _read_headers(stream: BinaryIO) -> tuple[list[tarfile.TarInfo], int]:
@@ -121,31 +124,70 @@ def _read_headers(stream: BinaryIO) -> tuple[list[tarfile.TarInfo], int]:
         return members, tar.offset
 
 
-def group_by_key(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
-    """The files of a shard as {key: {extension: (byte offset, size)}}, in the order of the tar."""
-    return {os.fsdecode(key): files for key, files in _group_by_key(path).items()}
+class _Members(NamedTuple):
+    """The files of a shard that belong to samples."""
+
+    keys: list[bytes]
+    """of the samples, in the order of the tar"""
+    extensions: list[str]
+    """in lower case"""
+    sample: np.ndarray
+    """(files,) numbers of the keys"""
+    extension: np.ndarray
+    """(files,) numbers of the extensions"""
+    places: np.ndarray
+    """(files, 2) int64: byte offset and size"""
+
+    def column(self, extension: str) -> np.ndarray:
+        """(samples, 2) int64: byte offset and size of each sample's file; zeros: it has none."""
+        column = np.zeros((len(self.keys), 2), np.int64)
+        if extension in self.extensions:
+            chosen = self.extension == self.extensions.index(extension)
+            column[self.sample[chosen]] = self.places[chosen]
+        return column
 
 
-def _group_by_key(path: Path) -> dict[bytes, dict[str, tuple[int, int]]]:
-    """`group_by_key`, with keys as the tar has them."""
-    samples: dict[bytes, dict[str, tuple[int, int]]] = {}
-    extensions: dict[bytes, str] = {}
-    for name, offset, size in _list_files(path):
+def _members(path: Path) -> _Members:
+    """The files of a tar file by key and extension; DataError where two have the same."""
+    files = _list_files(path)
+    keys: list[bytes] = []
+    ends: list[bytes] = []
+    for name in files.names:
         # Most names have no folder, and are split in a third of the time that _MEMBER takes.
         key, _, end = name.partition(b".")
         if b"/" in name:
             match = _MEMBER.fullmatch(name)
             key, end = match.groups() if match else (b"", b"")
-        if key and end:
-            if end not in extensions:
-                extensions[end] = os.fsdecode(end).lower()
-            files = samples.setdefault(key, {})
-            if extensions[end] in files:
-                raise DataError(
-                    f"{path}: {os.fsdecode(key)}.{extensions[end]} occurs twice; make the shard "
-                    "again with unique keys"
-                )
-            files[extensions[end]] = (offset, size)
+        keys.append(key)
+        ends.append(end)
+    is_member = np.array([bool(key and end) for key, end in zip(keys, ends, strict=True)], bool)
+    places = files.places[is_member]
+    if not is_member.all():
+        keys, ends = (list(itertools.compress(each, is_member)) for each in (keys, ends))
+    extension_of = {end: os.fsdecode(end).lower() for end in dict.fromkeys(ends)}
+    extensions = list(dict.fromkeys(extension_of.values()))
+    codes = {end: extensions.index(extension) for end, extension in extension_of.items()}
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    sample = np.array(list(map(numbers.__getitem__, keys)), np.int64)
+    extension = np.array(list(map(codes.__getitem__, ends)), np.int64)
+    _, first = np.unique(sample * len(extensions) + extension, return_index=True)
+    if len(first) < len(keys):
+        place = np.setdiff1d(np.arange(len(keys)), first)[0]
+        raise DataError(
+            f"{path}: {os.fsdecode(keys[place])}.{extension_of[ends[place]]} occurs twice; make "
+            "the shard again with unique keys"
+        )
+    return _Members(list(numbers), extensions, sample, extension, places)
+
+
+def group_by_key(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
+    """The files of a shard as {key: {extension: (byte offset, size)}}, in the order of the tar."""
+    members = _members(path)
+    samples: dict[str, dict[str, tuple[int, int]]] = {os.fsdecode(key): {} for key in members.keys}
+    groups = list(samples.values())
+    numbers = members.sample.tolist(), members.extension.tolist(), members.places.tolist()
+    for sample, extension, (offset, size) in zip(*numbers, strict=True):
+        groups[sample][members.extensions[extension]] = (offset, size)
     return samples
 
 
@@ -156,27 +198,25 @@ def scan_shard(path: Path, number: int, format: str = "moments") -> np.ndarray:
     """
     if format == "encoded":
         return scan_encoded(path, number)
-    kind, samples = FORMATS[format], _group_by_key(path)
-    if format == "raw":
-        # img2dataset writes samples as their downloads end. The benchmark's moments shards, made of
-        # the same samples, have them in the order of keys.
-        samples = dict(sorted(samples.items()))
-    rows = np.zeros(len(samples), dtype=kind.row_type(max(map(len, samples), default=0)))
-    rows["shard"], rows["key"], lacking = number, list(samples), []
+    kind, members = FORMATS[format], _members(path)
+    rows = np.zeros(len(members.keys), dtype=kind.row_type(max(map(len, members.keys), default=0)))
+    rows["shard"], rows["key"], lacking = number, members.keys, []
     for part, extensions in kind.parts.items():
-        places = [files.get(extensions[0]) for files in samples.values()]
+        places = members.column(extensions[0])
         for other in extensions[1:]:
-            pairs = zip(places, samples.values(), strict=True)
-            places = [place or files.get(other) for place, files in pairs]
-        if None in places and part not in kind.optional:
-            lacking.append((places.index(None), part))
-        found = np.array([place or (0, 0) for place in places], np.int64).reshape(-1, 2)
-        rows[f"{part}_offset"], rows[f"{part}_size"] = found[:, 0], found[:, 1]
+            places = np.where(places[:, :1] == 0, members.column(other), places)
+        # No content stands at the beginning of a tar file.
+        absent = np.flatnonzero(places[:, 0] == 0)
+        if len(absent) and part not in kind.optional:
+            lacking.append((int(absent[0]), part))
+        rows[f"{part}_offset"], rows[f"{part}_size"] = places[:, 0], places[:, 1]
     for place, part in sorted(lacking)[:1]:
-        key, files = list(samples.items())[place]
+        files = [members.extensions[each] for each in members.extension[members.sample == place]]
         what = _lacking(part, files, kind)
-        raise DataError(f"{path}: sample {os.fsdecode(key)} has no {what}")
-    return rows
+        raise DataError(f"{path}: sample {os.fsdecode(members.keys[place])} has no {what}")
+    # img2dataset writes samples as their downloads end. The benchmark's moments shards, made of the
+    # same samples, have them in the order of keys.
+    return np.sort(rows, order="key") if format == "raw" else rows
 
 
 def _lacking(part: str, files: Collection[str], kind: ShardFormat) -> str:

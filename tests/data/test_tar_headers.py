@@ -29,7 +29,10 @@ def write(path: Path, sizes: list[int], format: int, mtime: float = 0, stem: str
 def found(path: Path) -> list[tuple[bytes, int, int]] | None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        return read_plain_headers(descriptor)
+        files = read_plain_headers(descriptor)
+        return files and [
+            (name, *place) for name, place in zip(files.names, files.places.tolist(), strict=True)
+        ]
     finally:
         os.close(descriptor)
 
