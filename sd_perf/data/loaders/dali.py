@@ -23,7 +23,6 @@ import numpy as np
 import torch
 
 from sd_perf.config import DataConfig
-from sd_perf.data.augmentation import draw_views
 from sd_perf.data.batch import Batch, LoaderOptions
 from sd_perf.data.images import ImageRange, plain_shape
 from sd_perf.data.loaders.portable import PortableLoader
@@ -78,7 +77,7 @@ class DaliLoader(PortableLoader):
 
     def make(self, positions: np.ndarray) -> Batch:
         numbers = [self._order.sample(position) for position in positions.tolist()]
-        views = draw_views(self._config, self._options.seed, positions)
+        views = self._views(positions)
         self._announce(positions, ["picture"])
         plain: dict[int, _Picture] = {}
         others: dict[int, np.ndarray] = {}
