@@ -136,13 +136,18 @@ def check_hand_over(device: str, latent_size: int) -> list[Check]:
 
 def check_bad_pictures(device: str, latent_size: int) -> list[Check]:
     """Pictures that end early, or are none, are replaced as the portable loader replaces them."""
-    whole = next(_pictures(latent_size / 64))
-    bad = whole[: len(whole) // 2], b"\xff\xd8\xff" + bytes(500)
-    with config_of(*bad, latent_size=latent_size) as config:
-        ours, theirs = (_epoch(kind, config, device) for kind in (DaliLoader, PortableLoader))
-    pairs = zip(ours, theirs, strict=True)
-    others = sum(mine.replacements != other.replacements for mine, other in pairs)
-    return [make_check("bad pictures", others, 0, recipe=PICTURES)]
+    whole, checks = next(_pictures(latent_size / 64)), []
+    broken = {
+        "that is cut in half": whole[: len(whole) // 2],
+        "that is junk": b"\xff\xd8\xff" + bytes(500),
+    }
+    for what, picture in broken.items():
+        with config_of(picture, latent_size=latent_size) as config:
+            ours, theirs = (_epoch(kind, config, device) for kind in (DaliLoader, PortableLoader))
+        pairs = zip(ours, theirs, strict=True)
+        others = sum(mine.replacements != other.replacements for mine, other in pairs)
+        checks.append(make_check(f"a picture {what}", others, 0, recipe=PICTURES))
+    return checks
 
 
 def measure_rates(device: Device) -> dict[str, float]:
