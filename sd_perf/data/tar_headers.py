@@ -81,20 +81,18 @@ def _walk(descriptor: int, buffer: bytearray) -> Iterator[tuple[_Headers, int | 
     while count := os.preadv(descriptor, [view[begin : begin + length]], start):
         at, last = begin, begin + count - _BLOCK
         while at <= last:
-            header = at
-            if buffer[at + _TYPE] == _EXTENDED:
-                header, length = at + 2 * _BLOCK, _WINDOW
-                if header > last:
-                    break
-                headers.extended.append(at // _BLOCK)
-            try:
-                size = int(buffer[header + _SIZE : header + _SIZE + 11], 8)
-            except ValueError:
-                if buffer[at : at + _BLOCK] == _EMPTY:
-                    yield headers, start + at - begin
-                return
+            is_extended = buffer[at + _TYPE] == _EXTENDED
+            header = at + 2 * _BLOCK if is_extended else at
+            if header > last:
+                break  # it is read again, with what follows it
+            size = _size(buffer[header + _SIZE : header + _SIZE + 11])
+            if size < 0 and buffer[at : at + _BLOCK] == _EMPTY:
+                yield headers, start + at - begin
             if size < 0:
                 return
+            if is_extended:
+                headers.extended.append(at // _BLOCK)
+                length = _WINDOW
             headers.blocks.append(header // _BLOCK)
             headers.offsets.append(start + header + _BLOCK - begin)
             at = header + _BLOCK + (size + _BLOCK - 1) // _BLOCK * _BLOCK
@@ -104,6 +102,14 @@ def _walk(descriptor: int, buffer: bytearray) -> Iterator[tuple[_Headers, int | 
         if begin == len(buffer):
             yield headers, None
             headers, begin = _Headers([], [], []), 0
+
+
+def _size(digits: bytearray) -> int:
+    """What octal digits say; below zero where they say nothing."""
+    try:
+        return int(digits, 8)
+    except ValueError:
+        return -1
 
 
 def _plain_files(headers: _Headers, read: np.ndarray) -> Files | None:
