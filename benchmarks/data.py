@@ -129,7 +129,7 @@ def own_side(
         reading = loader.batches(0)
         for _ in range(batches):
             next(reading)
-        reading.close()  # type: ignore[attr-defined]
+        reading.close()
 
     return batches, epoch
 

@@ -4,9 +4,9 @@
 
 Parts run one after another, each in a process of its own, until all are done or the seconds are up:
 environment, triton_cache, kernels, convolutions, fast (throughput eager and captured), profile,
-small_network and full_network (checks), fp8, other_batches, rivals, compiled. A part that crashes
-or hangs costs itself alone. Run the same command again with --earlier, and it goes on where that
-report ends. What was timed before its checks are green is marked `unproven`.
+small_network and full_network (checks), fp8, other_batches, pictures, rivals, compiled. A part that
+crashes or hangs costs itself alone. Run the same command again with --earlier, and it goes on where
+that report ends. What was timed before its checks are green is marked `unproven`.
 
 Writes DIR/gpu_acceptance.json as results come, and DIR/kernels_<gpu>.json (rows as
 kernel_speed.py's), and prints a summary last. Needs torch, Triton and NumPy alone. Without an

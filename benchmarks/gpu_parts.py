@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import gpu_profile, gpu_throughput, gpu_triton_cache, kernel_speed
+from benchmarks import gpu_pictures, gpu_profile, gpu_throughput, gpu_triton_cache, kernel_speed
 from benchmarks.attempts import attempt, release_memory
 from benchmarks.checks import guarded
 from benchmarks.command import command_parser
@@ -39,6 +39,7 @@ from benchmarks.kernel_parity import ParityChecker
 from benchmarks.timing import Budget
 from sd_kernels.targets import Target
 from sd_perf.children import end_with_parent
+from sd_perf.errors import ConfigError
 from sd_perf.files import one_line, write_json
 
 RESTART = 75
@@ -221,6 +222,20 @@ def _of_rival_batch(entries: Callable[[int], list[TimedRecipe]]) -> Callable[[Jo
     return partial(timed, lambda options: entries(options.rival_batch))
 
 
+def pictures(job: Job) -> list[Item]:
+    """Pictures by DALI on the device: are they the portable loader's, and how many a second?"""
+    try:
+        gpu_pictures.require_packages()
+    except ConfigError as error:
+        job.findings["facts"]["absent"] = str(error)
+        return []
+
+    def rates() -> None:
+        job.findings["facts"]["pictures per second"] = gpu_pictures.measure_rates(job.device)
+
+    return [*checked(gpu_pictures.groups, job), Item("rates", rates)]
+
+
 _OTHERS = partial(timed, lambda options: gpu_throughput.other_batches(options.batches))
 PARTS = (
     Part("environment", environment, aim=15, most=60, item_most=40),
@@ -233,6 +248,7 @@ PARTS = (
     Part("full_network", partial(checked, full_network), 90, 180, 120, timing=False),
     Part("fp8", _of_batch(gpu_throughput.fp8), aim=45, most=90, item_most=85),
     Part("other_batches", _OTHERS, aim=110, most=180, item_most=60),
+    Part("pictures", pictures, aim=60, most=120, item_most=60),
     Part("rivals", _of_rival_batch(gpu_throughput.rivals), aim=150, most=220, item_most=60),
     Part("compiled", _of_rival_batch(gpu_throughput.compiled), 180, 260, 130, least=90),
 )

@@ -30,7 +30,7 @@ class DataConfig(Section):
     path: PathText = ""
     """folder of the shards"""
     loader: Literal["portable", "dali"] = "portable"
-    """portable: threads, any machine; dali: NVIDIA DALI decodes and resizes (raw only)"""
+    """portable: threads, any machine; dali: NVIDIA DALI, on a GPU if there is one (raw only)"""
     image_range: Literal["benchmark", "correct"] = "correct"
     """pixels given to the encoder; benchmark: [0, 1], as its moments were made; correct: [-1, 1]"""
     resume_in_another_format: bool = False
@@ -77,6 +77,4 @@ class DataConfig(Section):
         self.require(self.format != "synthetic" or not self.drop_captions, "drop_captions", right)
         for name in ("random_flip", "random_crop"):
             right = f"false, since data.format is {self.format!r}, whose pictures are encoded"
-            right = "false with data.loader dali" if is_raw else right
-            can_change = is_raw and self.loader == "portable"
-            self.require(can_change or not getattr(self, name), name, right)
+            self.require(is_raw or not getattr(self, name), name, right)

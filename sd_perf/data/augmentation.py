@@ -14,7 +14,6 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from sd_perf.config import DataConfig
 from sd_perf.data.batch import Batch, Loader
 from sd_perf.data.resize import AS_IT_IS, View
 from sd_perf.data.usage import Usage
@@ -23,16 +22,13 @@ from sd_perf.diffusion.randomness import Stream, philox
 _WORDS = 2.0**32
 
 
-def draw_views(config: DataConfig, seed: int, positions: np.ndarray) -> list[View]:
-    """The views of the pictures at positions (B,), by data.random_flip and data.random_crop."""
-    if not (config.random_flip or config.random_crop):
+def draw_views(seed: int, positions: np.ndarray, *, flip: bool, crop: bool) -> list[View]:
+    """The views of the pictures at positions (B,): half of them flipped, cut out anywhere."""
+    if not (flip or crop):
         return [AS_IT_IS] * len(positions)
     words = philox(seed, Stream.VIEW, torch.from_numpy(positions), 2).tolist()
     return [
-        View(
-            config.random_flip and flip >= _WORDS / 2, crop / _WORDS if config.random_crop else None
-        )
-        for flip, crop in words
+        View(flip and side >= _WORDS / 2, place / _WORDS if crop else None) for side, place in words
     ]
 
 

@@ -19,6 +19,8 @@ from sd_perf.data.order import micro_batches
 from sd_perf.data.usage import Usage
 from sd_perf.models.vae import PIXELS_PER_LATENT
 
+_CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Replacement:
@@ -111,8 +113,13 @@ class LoaderOptions:
     """channels of the latents"""
     context_dim: int = 1024
     """channels of the text states"""
-    pin_memory: bool = False
-    """make batches in page-locked memory, from which copies to a GPU do not block"""
+    device: torch.device = _CPU
+    """on which the step takes the batches"""
+
+    @property
+    def pin_memory(self) -> bool:
+        """Whether batches are in page-locked memory, from which copies to a GPU do not block."""
+        return self.device.type == "cuda"
 
     def positions(self, start: int) -> Iterator[np.ndarray]:
         """Positions (micro_batch_size,) int64 of each micro-batch of this rank, without end."""

@@ -242,11 +242,11 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
-def has_plain_pixels(file: BinaryIO) -> bool:
-    """Whether an image's header promises what every decoder makes the same RGB pixels of.
+def plain_shape(file: BinaryIO) -> tuple[int, int] | None:
+    """Rows and columns of an image whose header promises what all decoders make the same RGB of.
 
-    Those have 8 bits per colour, no palette and no transparency. Also False for a header that
-    `decode_image` refuses.
+    Those have 8 bits per colour, no palette and no transparency. None for others, and for a header
+    that `decode_image` refuses.
     """
     Image = optional("PIL.Image", "images need Pillow", "images")
     try:
@@ -254,8 +254,9 @@ def has_plain_pixels(file: BinaryIO) -> bool:
             image = Image.open(file, formats=("BMP", "JPEG", "PNG", "PPM", "WEBP"))
         _require_size(*image.size)
     except Exception:  # damage shows as nearly any error; who decodes the image says which
-        return False
-    return image.mode in ("RGB", "L", "CMYK") and "transparency" not in image.info
+        return None
+    is_plain = image.mode in ("RGB", "L", "CMYK") and "transparency" not in image.info
+    return (image.height, image.width) if is_plain else None
 
 
 def _require_size(width: int, height: int, max_pixels: int | None = None) -> None:

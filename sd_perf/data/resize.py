@@ -10,6 +10,7 @@ Shape letters: H and W rows and columns of the image, pixels.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +31,18 @@ AS_IT_IS = View()
 """the benchmark's: the centre"""
 
 
+def geometry(
+    shape: Sequence[int], size: int, crop: float | None
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """What becomes of an image of this shape (H, W): (rows, columns) of it resized, and the first
+    ones of the square of side `size` that is cut out; `crop` is `View.crop`.
+
+    The shorter side becomes `size`, and the longer one is rounded down.
+    """
+    rows, columns = (side * size // min(shape) for side in shape)
+    return (rows, columns), (_offset(rows, size, crop), _offset(columns, size, crop))
+
+
 def resize_and_crop(pixels: np.ndarray, size: int, view: View = AS_IT_IS) -> torch.Tensor:
     """Resize the shorter side of an image (H, W, 3) uint8 to `size` and crop a square.
 
@@ -44,13 +57,12 @@ def resize_and_crop(pixels: np.ndarray, size: int, view: View = AS_IT_IS) -> tor
 def _square(pixels: np.ndarray, size: int, place: float | None) -> torch.Tensor:
     """`resize_and_crop` without a flip; `place` is `View.crop`."""
     image, short = torch.from_numpy(pixels), min(pixels.shape[:2])
-    height, width = (side * size // short for side in pixels.shape[:2])
+    (height, width), (top, left) = geometry(pixels.shape[:2], size, place)
     if short == size:
-        top, left = _offset(height, size, place), _offset(width, size, place)
         kept = image[top : top + size, left : left + size]
         return kept.permute(2, 0, 1).contiguous().float() / 255
-    top, rows = _band(pixels.shape[0], height, size, _offset(height, size, place))
-    left, columns = _band(pixels.shape[1], width, size, _offset(width, size, place))
+    top, rows = _band(pixels.shape[0], height, size, top)
+    left, columns = _band(pixels.shape[1], width, size, left)
     kept = image[top : top + rows.shape[1], left : left + columns.shape[1]]
     across = torch.sparse.mm(columns, kept.permute(1, 2, 0).contiguous().float().flatten(1))
     down = across.view(size, 3, -1).permute(2, 1, 0).contiguous()

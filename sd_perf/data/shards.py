@@ -15,14 +15,13 @@ import hashlib
 import logging
 import os
 import re
-import tarfile
 from collections.abc import Collection, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import repeat
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -30,123 +29,17 @@ from sd_perf.children import worker_pool
 from sd_perf.data.encoded import require_whole, scan_encoded
 from sd_perf.data.formats import FORMATS, IMAGE_EXTENSIONS, ShardFormat
 from sd_perf.data.npz import read_npz
-from sd_perf.data.tar_headers import File, read_plain_headers
+from sd_perf.data.tar_files import list_members
 from sd_perf.errors import DataError
-from sd_perf.files import disk_errors, is_absent, one_line, opened_untrusted, written_aside
+from sd_perf.files import disk_errors, is_absent, opened_untrusted, written_aside
 
 INDEX_NAME = "sd_perf_index.npz"
-_MEMBER = re.compile(rb"((?:.*/|)[^./]+)\.([^/]+)", re.DOTALL)
-"""key and extension: as in webdataset, the key ends at the first dot of the base name. Hidden
-files, such as the ._x that a Mac adds beside x, are no members of samples."""
-_END_OF_ARCHIVE = bytes(1024)
-"""a whole tar file ends with two blocks of 512 zero bytes"""
-_LONG_HEADERS = (
-    tarfile.GNUTYPE_LONGNAME,
-    tarfile.GNUTYPE_LONGLINK,
-    tarfile.XHDTYPE,
-    tarfile.XGLTYPE,
-    tarfile.SOLARIS_XHDTYPE,
-)
-"""headers that are followed by a name or by attributes, which tarfile reads into memory"""
-_MAX_LONG_HEADER = 2**16
-_BLOCK = 2**20
 _ROWS = 1 << 14
 """rows that are checked at a time: they stay in the cache"""
 _SHARDS_PER_PROCESS = 8
 """shards to scan per process: fewer are not worth the start of another process"""
 
 _log = logging.getLogger(__name__)
-
-
-class _BoundedTarInfo(tarfile.TarInfo):
-    """A header of a tar file, which is refused where tarfile would read what it claims at once."""
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _BoundedTarInfo:
-        info = super().frombuf(buf, encoding, errors)
-        if info.size < 0 or (info.type in _LONG_HEADERS and info.size > _MAX_LONG_HEADER):
-            raise tarfile.ReadError(f"a header claims {info.size} bytes")
-        return info
-
-
-def _list_files(path: Path) -> list[File]:
-    """Regular files of a tar file.
-
-    DataError where it is no tar file, not a whole one, or holds what would be left out: links,
-    devices, and whatever stands behind its end.
-    """
-    remedy = "fetch or make this shard again"
-    with opened_untrusted(path, remedy, DataError) as stream:
-        files = read_plain_headers(stream.fileno())
-        if files is not None:
-            return files
-        try:
-            members, end = _read_headers(stream)
-        except Exception as error:  # tarfile meets damage with nearly any error
-            raise DataError(
-                f"{path} cannot be read as a tar file ({one_line(error)}); {remedy}"
-            ) from error
-        # tarfile takes any header it cannot read for the end of the archive, without an error.
-        # So a truncated or damaged tar shows only by what stands at that place.
-        stream.seek(end)
-        whole = stream.read(len(_END_OF_ARCHIVE)) == _END_OF_ARCHIVE
-        padding = all(not any(block) for block in iter(lambda: stream.read(_BLOCK), b""))
-    if not whole:
-        raise DataError(f"{path} is truncated or damaged at byte {end}; {remedy}")
-    if not padding:
-        raise DataError(
-            f"{path} goes on behind the end of the archive at byte {end}, as files put together "
-            "with cat do; unpack all parts and make one shard of them"
-        )
-    for member in members:
-        if not (member.isdir() or member.isreg()) or member.issparse():
-            raise DataError(
-                f"{path}: {member.name[:200]} is a link, a device or a sparse file, which is not "
-                "read; make the shard again of plain files (tar --dereference --hard-dereference)"
-            )
-    regular = (member for member in members if member.isreg())
-    return [(os.fsencode(each.name), each.offset_data, each.size) for each in regular]
-
-
-def _read_headers(stream: BinaryIO) -> tuple[list[tarfile.TarInfo], int]:
-    """The members of a tar file, and the byte at which the last one ends."""
-    members = []
-    with tarfile.open(fileobj=stream, mode="r:", tarinfo=_BoundedTarInfo) as tar:
-        end = 0
-        while (member := tar.next()) is not None:
-            if member.size < 0 or tar.offset <= end:
-                raise tarfile.ReadError(f"the header at byte {end} leads back")
-            members.append(member)
-            end = tar.offset
-        return members, tar.offset
-
-
-def group_by_key(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
-    """The files of a shard as {key: {extension: (byte offset, size)}}, in the order of the tar."""
-    return {os.fsdecode(key): files for key, files in _group_by_key(path).items()}
-
-
-def _group_by_key(path: Path) -> dict[bytes, dict[str, tuple[int, int]]]:
-    """`group_by_key`, with keys as the tar has them."""
-    samples: dict[bytes, dict[str, tuple[int, int]]] = {}
-    extensions: dict[bytes, str] = {}
-    for name, offset, size in _list_files(path):
-        # Most names have no folder, and are split in a third of the time that _MEMBER takes.
-        key, _, end = name.partition(b".")
-        if b"/" in name:
-            match = _MEMBER.fullmatch(name)
-            key, end = match.groups() if match else (b"", b"")
-        if key and end:
-            if end not in extensions:
-                extensions[end] = os.fsdecode(end).lower()
-            files = samples.setdefault(key, {})
-            if extensions[end] in files:
-                raise DataError(
-                    f"{path}: {os.fsdecode(key)}.{extensions[end]} occurs twice; make the shard "
-                    "again with unique keys"
-                )
-            files[extensions[end]] = (offset, size)
-    return samples
 
 
 def scan_shard(path: Path, number: int, format: str = "moments") -> np.ndarray:
@@ -156,27 +49,25 @@ def scan_shard(path: Path, number: int, format: str = "moments") -> np.ndarray:
     """
     if format == "encoded":
         return scan_encoded(path, number)
-    kind, samples = FORMATS[format], _group_by_key(path)
-    if format == "raw":
-        # img2dataset writes samples as their downloads end. The benchmark's moments shards, made of
-        # the same samples, have them in the order of keys.
-        samples = dict(sorted(samples.items()))
-    rows = np.zeros(len(samples), dtype=kind.row_type(max(map(len, samples), default=0)))
-    rows["shard"], rows["key"], lacking = number, list(samples), []
+    kind, members = FORMATS[format], list_members(path)
+    rows = np.zeros(len(members.keys), dtype=kind.row_type(max(map(len, members.keys), default=0)))
+    rows["shard"], rows["key"], lacking = number, members.keys, []
     for part, extensions in kind.parts.items():
-        places = [files.get(extensions[0]) for files in samples.values()]
+        places = members.column(extensions[0])
         for other in extensions[1:]:
-            pairs = zip(places, samples.values(), strict=True)
-            places = [place or files.get(other) for place, files in pairs]
-        if None in places and part not in kind.optional:
-            lacking.append((places.index(None), part))
-        found = np.array([place or (0, 0) for place in places], np.int64).reshape(-1, 2)
-        rows[f"{part}_offset"], rows[f"{part}_size"] = found[:, 0], found[:, 1]
+            places = np.where(places[:, :1] == 0, members.column(other), places)
+        # No content stands at the beginning of a tar file.
+        absent = np.flatnonzero(places[:, 0] == 0)
+        if len(absent) and part not in kind.optional:
+            lacking.append((int(absent[0]), part))
+        rows[f"{part}_offset"], rows[f"{part}_size"] = places[:, 0], places[:, 1]
     for place, part in sorted(lacking)[:1]:
-        key, files = list(samples.items())[place]
+        files = [members.extensions[each] for each in members.extension[members.sample == place]]
         what = _lacking(part, files, kind)
-        raise DataError(f"{path}: sample {os.fsdecode(key)} has no {what}")
-    return rows
+        raise DataError(f"{path}: sample {os.fsdecode(members.keys[place])} has no {what}")
+    # img2dataset writes samples as their downloads end. The benchmark's moments shards, made of the
+    # same samples, have them in the order of keys.
+    return np.sort(rows, order="key") if format == "raw" else rows
 
 
 def _lacking(part: str, files: Collection[str], kind: ShardFormat) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -18,19 +19,20 @@ def map_ahead(
     ahead: int = 0,
     begin: Callable[[], None] | None = None,
 ) -> Generator[Result, None, None]:
-    """`map` by threads: results in the order of the items, at most `ahead` of them waiting.
+    """`map` by threads: results in the order of the items, `ahead` of them made or waiting.
 
     `ahead` is twice the threads unless given; each thread calls `begin` first. This is for work
-    that leaves Python's lock, such as decoding and resizing images. What has not begun when the
-    caller stops is dropped.
+    that leaves Python's lock, such as decoding and resizing images. Closing the generator ends the
+    threads; what has not begun is dropped.
     """
-    waiting: deque[Future[Result]] = deque()
-    pool = ThreadPoolExecutor(threads, initializer=begin)
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="sd_perf_data", initializer=begin)
     try:
+        items = iter(items)
+        waiting = deque(pool.submit(function, item) for item in islice(items, ahead or 2 * threads))
         for item in items:
-            if len(waiting) == (ahead or 2 * threads):
-                yield waiting.popleft().result()
+            result = waiting.popleft().result()
             waiting.append(pool.submit(function, item))
+            yield result
         while waiting:
             yield waiting.popleft().result()
     finally:

@@ -18,7 +18,8 @@ from sd_perf.data.npz import MAX_HEADER_BYTES, read_npy_header
 from sd_perf.data.prepare.captioned_images import CaptionedImage, load_captioned_image
 from sd_perf.data.prepare.image_folder import read_images
 from sd_perf.data.samples import SampleReader
-from sd_perf.data.shards import ShardIndex, find_files, find_shards, group_by_key, scan_shard
+from sd_perf.data.shards import ShardIndex, find_files, find_shards, scan_shard
+from sd_perf.data.tar_files import group_by_key
 from sd_perf.errors import DataError
 from sd_perf.files import opened_untrusted, read_json
 from sd_perf.models.vae import PIXELS_PER_LATENT

@@ -73,8 +73,8 @@ def measure(config: Config, ranks: int, seconds: float) -> LoaderRate:
         count += size
         passed = time.monotonic() - start
     spent = loader.usage - used
-    batches.close()  # type: ignore[attr-defined]
-    probed = np.arange(min(_PROBED, loader.num_samples))
+    batches.close()
+    probed = np.arange(min(_PROBED, loader.num_samples, size))  # a batch at most
     order = SampleOrder(_SEED, loader.num_samples)
     places = [_places(loader, config, order.sample(int(position))) for position in probed]
     return LoaderRate(
@@ -106,8 +106,10 @@ def _stages(
 
     read()  # into the page cache
     reading, all_of_it = _cpu(read), _cpu(lambda: loader.make(positions))
-    costs = {"read": reading, "check and convert": all_of_it - reading}
-    if config.data.format == "raw":
+    is_raw = config.data.format == "raw"
+    rest = "decode and resize" if is_raw else "check and convert"
+    costs = {"read": reading, rest: all_of_it - reading}
+    if is_raw and config.data.loader == "portable":
         Image = optional("PIL.Image", "images need Pillow", "images")
         sizes = [Image.open(io.BytesIO(os.pread(*parts[0]))).size for parts in places]
         blank = [np.zeros((height, width, 3), np.uint8) for width, height in sizes]

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sd_perf.data.tar_headers import _CHUNK, read_plain_headers
+from sd_perf.data.tar_headers import _WINDOWS, read_plain_headers
 
 
 def write(path: Path, sizes: list[int], format: int, mtime: float = 0, stem: str = "a") -> Path:
@@ -29,7 +29,10 @@ def write(path: Path, sizes: list[int], format: int, mtime: float = 0, stem: str
 def found(path: Path) -> list[tuple[bytes, int, int]] | None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        return read_plain_headers(descriptor)
+        files = read_plain_headers(descriptor)
+        return files and [
+            (name, *place) for name, place in zip(files.names, files.places.tolist(), strict=True)
+        ]
     finally:
         os.close(descriptor)
 
@@ -51,13 +54,38 @@ def test_plain_files(tmp_path, format, mtime):
 
 
 def test_more_headers_than_are_checked_at_once(tmp_path):
-    path = write(tmp_path / "0.tar", [0] * (_CHUNK + 1), tarfile.GNU_FORMAT)
-    assert len(found(path)) == _CHUNK + 1 and found(path) == by_tarfile(path)
+    for mtime in (0, 0.5):
+        path = write(tmp_path / "0.tar", [0] * 7 * _WINDOWS, tarfile.PAX_FORMAT, mtime)
+        assert len(found(path)) == 7 * _WINDOWS and found(path) == by_tarfile(path)
 
 
 @pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
 def test_long_names_are_left_to_tarfile(tmp_path, format):
     assert found(write(tmp_path / "0.tar", SIZES, format, stem=f"{60 * 'd'}/{60 * 'e'}")) is None
+
+
+def test_several_times_of_a_file(tmp_path):
+    """As GNU tar writes them."""
+    info = tarfile.TarInfo("a.npy")
+    info.pax_headers = {"mtime": "1.5", "atime": "1700000000.123456789", "ctime": "2"}
+    (tmp_path / "0.tar").write_bytes(info.tobuf(tarfile.PAX_FORMAT) + bytes(1024))
+    assert found(tmp_path / "0.tar") == by_tarfile(tmp_path / "0.tar") != []
+
+
+@pytest.mark.parametrize(
+    "content", [b"13 mtime=1.25\n", b"15 mtime=1.25\n1", b"14 mtime=1.2-\n", b"14 mtime=1.25x", b""]
+)
+def test_records_that_are_not_right_are_left_to_tarfile(tmp_path, content):
+    """A record says its length, and ends with it."""
+    path = write(tmp_path / "0.tar", [3], tarfile.PAX_FORMAT, 1.25)
+    data = bytearray(path.read_bytes())
+    [begin] = [at for at in range(0, len(data), 512) if data[at:].startswith(b"14 mtime=1.25\n")]
+    assert found(path) == by_tarfile(path) != []
+    header = tarfile.TarInfo("./PaxHeaders/a0.npy")
+    header.type, header.size = tarfile.XHDTYPE, len(content)
+    data[begin - 512 : begin + 512] = header.tobuf(tarfile.USTAR_FORMAT) + content.ljust(512, b"\0")
+    path.write_bytes(data)
+    assert found(path) is None
 
 
 @pytest.mark.parametrize("records", [{"path": "b.npy"}, {"size": "3"}, {"comment": "x"}])

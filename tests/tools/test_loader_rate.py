@@ -79,3 +79,14 @@ def test_the_command(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         main([*command, "--step-rate", "1", "--gpu", "h100"])
     assert end.value.code == 2 and "--step-rate" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_stages_of_dali(tmp_path, caplog):
+    """Not more pictures are probed than the pipeline takes at once."""
+    pytest.importorskip("nvidia.dali", reason="needs NVIDIA DALI: pip install 'sd-perf[dali]'")
+    config = raw_config(tmp_path, loader="dali")
+    assert config.training.global_batch_size < 12
+    found = measure(config, ranks=1, seconds=0.05)
+    assert set(found.cpu_ms) == {"read", "decode and resize"} and min(found.cpu_ms.values()) > 0
+    assert not caplog.records

@@ -26,7 +26,8 @@ from sd_perf.data.formats import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES
 from sd_perf.data.images import ImageRange, load_picture
 from sd_perf.data.samples import parse_caption
 from sd_perf.data.shard_writer import add_sample, moments_bytes, start_shard
-from sd_perf.data.shards import find_files, group_by_key
+from sd_perf.data.shards import find_files
+from sd_perf.data.tar_files import group_by_key
 from sd_perf.data.threads import map_ahead
 from sd_perf.errors import DataError
 from sd_perf.files import (

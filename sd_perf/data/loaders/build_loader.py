@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from sd_perf.config import Config
 from sd_perf.data.batch import Loader, LoaderOptions
 from sd_perf.data.loaders.dali import DaliLoader
@@ -16,17 +18,21 @@ def build_loader(config: Config, seed: int, world: World) -> Loader:
 
     Raises DataError for shards that cannot be used.
     """
-    data, pin_memory = config.data, world.device.type == "cuda"
+    data = config.data
     if data.format != "synthetic":
         # The main rank builds the index file first; then every rank, the main one too, reads it.
         world.on_main(lambda: len(ShardIndex.open(data.path, data.index, format=data.format)))
-    return world.together(lambda: loader_of(config, seed, world.rank, world.size, pin_memory))
+    return world.together(lambda: loader_of(config, seed, world.rank, world.size, world.device))
 
 
 def loader_of(
-    config: Config, seed: int, rank: int, world_size: int, pin_memory: bool = False
+    config: Config,
+    seed: int,
+    rank: int,
+    world_size: int,
+    device: torch.device = LoaderOptions.device,
 ) -> Loader:
-    """The loader of one of the ranks that share the config's batch."""
+    """The loader of one of the ranks that share the config's batch, for a step on this device."""
     data = config.data
     options = LoaderOptions(
         seed=seed,
@@ -36,7 +42,7 @@ def loader_of(
         world_size=world_size,
         in_channels=config.model.in_channels,
         context_dim=config.model.context_dim,
-        pin_memory=pin_memory,
+        device=device,
     )
     if data.format == "synthetic":
         return SyntheticLoader(data, options, config.diffusion.latent_scale)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from collections.abc import Generator, Iterable
 
 import numpy as np
 
@@ -18,6 +15,7 @@ from sd_perf.data.order import SampleOrder
 from sd_perf.data.resize import View
 from sd_perf.data.samples import Sample, SampleReader
 from sd_perf.data.shards import ShardIndex
+from sd_perf.data.threads import map_ahead
 from sd_perf.data.usage import Stopwatch, Usage
 from sd_perf.errors import BadSampleError, DataError
 
@@ -57,13 +55,11 @@ class PortableLoader:
         self.keys_fingerprint = self._index.keys_fingerprint
         self._order = SampleOrder(options.seed, self.num_samples)
 
-    def batches(self, position: int) -> Iterator[Batch]:
+    def batches(self, position: int) -> Generator[Batch, None, None]:
         """Micro-batches of this rank from a position on, without end; see `Loader`."""
-        return _prefetched(
-            self._timed_make,
-            self._options.positions(position),
-            workers=self._config.workers,
-            depth=self._config.prefetch_batches,
+        positions = self._options.positions(position)
+        return map_ahead(
+            self._timed_make, positions, self._config.workers, self._config.prefetch_batches
         )
 
     @property
@@ -95,11 +91,15 @@ class PortableLoader:
         parts = {"moments": batch.moments, "picture": batch.pixels, "context": batch.context}
         arrays = {part: tensor.numpy() for part, tensor in parts.items() if tensor is not None}
         self._announce(positions, arrays)
-        views = draw_views(self._config, self._options.seed, positions)
+        views = self._views(positions)
         for row, position in enumerate(positions.tolist()):
             rows = {part: array[row] for part, array in arrays.items()}
             self._fill(batch, position, views[row], rows)
         return batch
+
+    def _views(self, positions: np.ndarray) -> list[View]:
+        flip, crop = self._config.random_flip, self._config.random_crop
+        return draw_views(self._options.seed, positions, flip=flip, crop=crop)
 
     def _announce(self, positions: np.ndarray, parts: Iterable[str]) -> None:
         """Have the system read these parts of samples at once; what asks for each then finds it."""
@@ -144,21 +144,3 @@ class PortableLoader:
                     position, self._index.name(number), str(error)
                 )
         raise DataError(f"{self.num_samples} samples in a row are bad; the last is {culprit}")
-
-
-def _prefetched(
-    make: Callable[[np.ndarray], Batch], work: Iterator[np.ndarray], workers: int, depth: int
-) -> Iterator[Batch]:
-    """Yield make(item) of each item in order, with `depth` items in progress in a thread pool.
-
-    Closing the iterator ends the threads.
-    """
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="sd_perf_data")
-    try:
-        pending = deque(pool.submit(make, item) for item in islice(work, depth))
-        for item in work:
-            batch = pending.popleft().result()
-            pending.append(pool.submit(make, item))
-            yield batch
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)

@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from sd_perf.data.augmentation import draw_views
 from sd_perf.data.resize import resize_and_crop
 
 Crop = Literal["center", "random", "none"]
@@ -43,12 +44,12 @@ class Framing:
     def apply(self, pixels: np.ndarray, number: int) -> torch.Tensor:
         """A picture (H, W, 3) uint8 as (3, size, size) float32, see `resize_and_crop`.
 
-        `number` is the picture's in its data set: the same one is always cut at the same place.
+        `number` is the picture's in its data set: the same one is always cut at the same place, as
+        training cuts the one at that position.
         Raises FramingError for a picture that is too small, or is to be cut and may not be.
         """
         height, width, _ = pixels.shape
-        short = min(height, width)
-        if short < self.size and self.small == "refuse":
+        if min(height, width) < self.size and self.small == "refuse":
             raise FramingError(
                 "too small",
                 f"has {width}x{height} pixels, too few for {self.size}x{self.size}; "
@@ -59,13 +60,6 @@ class Framing:
                 "not square",
                 f"has {width}x{height} pixels, which are no square; --crop center takes the middle",
             )
-        if self.crop == "random":
-            top, left = self._corner(height - short, width - short, number)
-            pixels = pixels[top : top + short, left : left + short]
-        return resize_and_crop(pixels, self.size)
-
-    def _corner(self, rows: int, columns: int, number: int) -> tuple[int, int]:
-        """The first row and column of a random square, of as many surplus ones."""
-        # numpy promises that these uniform doubles stay the same in every version
-        draw = np.random.Generator(np.random.Philox(key=[self.seed, number])).random()
-        return int(draw * (rows + 1)), int(draw * (columns + 1))
+        is_random = self.crop == "random"
+        [view] = draw_views(self.seed, np.array([number]), flip=False, crop=is_random)
+        return resize_and_crop(pixels, self.size, view)

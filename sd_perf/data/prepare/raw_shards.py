@@ -11,7 +11,8 @@ from typing import BinaryIO
 from sd_perf.data.formats import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES
 from sd_perf.data.prepare.captioned_images import MAX_CAPTION_BYTES, CaptionedImage
 from sd_perf.data.samples import parse_caption, require_caption_size
-from sd_perf.data.shards import find_files, group_by_key
+from sd_perf.data.shards import find_files
+from sd_perf.data.tar_files import group_by_key
 from sd_perf.errors import BadSampleError, DataError
 
 

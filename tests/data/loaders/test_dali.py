@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import sys
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +15,8 @@ import torch
 
 from sd_perf.config import DataConfig
 from sd_perf.data.batch import Batch, LoaderOptions
-from sd_perf.data.loaders.dali import DaliLoader
+from sd_perf.data.loaders import dali as dali_loader
+from sd_perf.data.loaders.dali import DaliLoader, picture_pipeline
 from sd_perf.data.loaders.portable import PortableLoader
 from sd_perf.errors import BadSampleError, ConfigError, DataError
 from tests.data.test_shards import write_tar
@@ -75,10 +78,12 @@ def pictures() -> list[bytes]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("image_range", ["benchmark", "correct"])
-def test_pixels_of_the_portable_loader(dali, tmp_path, image_range):
+@pytest.mark.parametrize("changed", [False, True], ids=["as it is", "flip and crop"])
+def test_pixels_of_the_portable_loader(dali, tmp_path, image_range, changed):
     """DALI decodes the same bytes. Its resize differs at edges, where torch's drops what is outside
     of the picture and DALI's repeats the edge."""
-    config = config_of(tmp_path, pictures(), image_range=image_range)
+    more = {"image_range": image_range, "random_flip": changed, "random_crop": changed}
+    config = config_of(tmp_path, pictures(), **more)
     unit = 1 / 255 if image_range == "benchmark" else 2 / 255
     for ours, theirs in zip(take(DaliLoader, config), take(PortableLoader, config), strict=True):
         assert torch.equal(ours.sample_indices, theirs.sample_indices)
@@ -144,6 +149,105 @@ def test_pictures_that_need_our_rules(dali, tmp_path):
             loader = DaliLoader(config, LoaderOptions(3, 4, 4))
             if loader._order.sample(index) < 3:
                 assert torch.equal(ours.pixels[row], theirs.pixels[row])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("decoder", "device"), [("cpu", "cpu"), ("mixed", "gpu")])
+def test_operators_by_device(dali, decoder, device):
+    """DALI accepts the graph, and all from the decoder on is on its device. Needs no GPU."""
+    pipeline = picture_pipeline(4, SIZE, "correct", decoder)
+    assert len(pipeline.serialize()) > 1000
+    specs = {each.name.strip("_0123456789"): each.spec for each in pipeline._ops}
+    inputs = ["encoded", "sides", "corner", "flip"]
+    assert sorted(specs) == sorted([*inputs, "Image", "Resize", "Slice", "CropMirrorNormalize"])
+    for name, spec in specs.items():
+        assert spec.OutputDevice(0) == ("cpu" if name in inputs else device)
+        # What says where to cut, and whether to flip, is asked for on the host by all.
+        given = [spec.InputDevice(place) for place in range(spec.NumInput())]
+        assert given[1:] in ([], ["cpu"]) and given[:1] in ([], ["cpu"], [device])
+
+
+class Stream:
+    """Stands in for a stream of a GPU, and notes what happens in which order."""
+
+    def __init__(self, device: torch.device, seen: list[str]) -> None:
+        self.device, self.seen = device, seen
+
+    def __enter__(self) -> None:
+        self.seen.append("enter")
+
+    def __exit__(self, *_) -> None:
+        self.seen.append("leave")
+
+    def synchronize(self) -> None:
+        self.seen.append("synchronize")
+
+
+def test_a_gpu_decodes_on_a_stream_of_the_thread(tmp_path, monkeypatch):
+    """With stand-ins for DALI and the GPU: who is called, on which stream, in which order."""
+    gpu, seen, made = torch.device("cuda", 3), [], []
+    empty, copy = torch.empty, torch.Tensor.copy_
+
+    class Pipeline:
+        def __init__(self, size, side, image_range, decoder) -> None:
+            made.append((size, side, image_range, decoder))
+
+        def run(self, stream, encoded, sides, corner, flip):
+            assert isinstance(stream, Stream) and stream.device == gpu
+            assert sides.dtype == np.float32 and corner.dtype == np.int32 and len(flip) == 4
+            seen.append("run")
+            return [self]
+
+        def as_tensor(self) -> torch.Tensor:
+            return torch.arange(4.0)[:, None, None, None].expand(4, 3, SIZE, SIZE).contiguous()
+
+    def allocate(*shape, device=None, **_):
+        seen.append(f"allocate on {device}")
+        return empty(*shape)
+
+    def noted_copy(target, source, non_blocking=False):
+        seen.append("copy")
+        return copy(target, source)
+
+    monkeypatch.setitem(sys.modules, "nvidia.dali", sys.modules[__name__])
+    monkeypatch.setattr(dali_loader, "picture_pipeline", Pipeline)
+    monkeypatch.setattr(torch.Tensor, "copy_", noted_copy)
+    monkeypatch.setattr(torch, "empty", allocate)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(device, seen))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    loader = DaliLoader(config_of(tmp_path, pictures()), LoaderOptions(3, 4, 4, device=gpu))
+    for step in range(2):
+        batch = loader.make(np.arange(4 * step, 4 * step + 4))
+        assert batch.pixels[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
+    assert made == [(4, SIZE, "correct", "mixed")]  # one pipeline of this thread
+    on_stream = ["allocate on cuda:3", "run", *4 * ["copy"]]
+    assert seen == 2 * ["enter", *on_stream, "leave", "synchronize"]
+
+
+def test_memory_of_a_gpu_batch_waits_for_the_step(tmp_path, monkeypatch):
+    """The step's stream is noted where the batch is taken, before the step can begin."""
+    noted = []
+    pixels = SimpleNamespace(is_cuda=True, device="cuda:3", record_stream=noted.append)
+    batch = Batch(torch.arange(4), None, [], pixels=pixels)
+    monkeypatch.setitem(sys.modules, "nvidia.dali", sys.modules[__name__])
+    monkeypatch.setattr(DaliLoader, "make", lambda self, positions: batch)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the step's on {device}")
+    stream = DaliLoader(config_of(tmp_path, pictures()), LoaderOptions(3, 4, 4)).batches(0)
+    assert next(stream) is batch and noted == ["the step's on cuda:3"]
+    stream.close()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_told(dali, tmp_path, monkeypatch):
+    monkeypatch.setattr(dali_loader, "picture_pipeline", partial(mixed, picture_pipeline))
+    with pytest.raises(DataError, match=r"DALI decodes none .*GPU.*data\.loader to portable"):
+        take(DaliLoader, config_of(tmp_path, pictures()))
+
+
+def mixed(pipeline_of, size, side, image_range, decoder):
+    return pipeline_of(size, side, image_range, "mixed")
 
 
 def test_dali_that_decodes_nothing_is_told(tmp_path, monkeypatch):

@@ -138,7 +138,7 @@ def test_batches_are_made_in_page_locked_memory(make_shards, monkeypatch):
     monkeypatch.setattr(
         torch.Tensor, "pin_memory", lambda tensor: asked.append((tensor.shape, True)) or tensor
     )
-    source = loader(config, pin_memory=True)
+    source = loader(config, device=torch.device("cuda"))
     batch = source.make(next(source._options.positions(0)))
     assert asked == [((6,), True), ((6, 8, 2, 2), True), ((6, 3, 5), True)]
     assert delivered([batch]) == delivered(plain) and replaced([batch]) == replaced(plain) != []
