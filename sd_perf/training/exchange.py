@@ -33,7 +33,8 @@ class Exchange:
         strategy: Strategy,
         uses: list[tuple[torch.nn.Module, list[str]]],
     ) -> None:
-        """Hooks every parameter and, where weights are gathered, every module that `uses` names."""
+        """Hooks every module that `uses` names where weights are gathered, and every parameter of
+        several buckets."""
         self.flat, self.strategy = flat, strategy
         self.handles: dict[int, Handle | None] = {}
         """reductions of this iteration, by the bucket's begin"""
@@ -47,8 +48,9 @@ class Exchange:
             for module, names in uses:
                 needed = sorted({self._bucket_of[name].begin for name in names})
                 module.register_forward_pre_hook(partial(self._before_use, needed))
-        for name, parameter in flat.parameters.items():
-            parameter.register_post_accumulate_grad_hook(partial(self._after, name))
+        if len(flat.buckets) > 1:
+            for name, parameter in flat.parameters.items():
+                parameter.register_post_accumulate_grad_hook(partial(self._after, name))
         if flat.grads.dtype == flat.weights.dtype:
             for name, gradient in flat.views(flat.grads).items():
                 # (N, K), or (N, K, 1, 1).
@@ -71,12 +73,13 @@ class Exchange:
         self._written = set()
 
     def end_backward(self) -> None:
-        """RuntimeError where a parameter took no part in the loss: its gradient is an old one."""
-        for names in self._missing.values():
-            for name in names:
-                raise RuntimeError(
-                    f"{name} has no gradient; every parameter must take part in the loss"
-                )
+        """Collect what is left: all, where there is one bucket and nothing to do meanwhile.
+
+        RuntimeError where a parameter took no part in the loss: its gradient is an old one.
+        """
+        for bucket in reversed(self.flat.buckets):
+            if bucket.begin not in self.handles:
+                self._send(bucket)
 
     def _before_use(self, needed: list[int], *_: Any) -> None:
         for begin in needed:
@@ -93,8 +96,9 @@ class Exchange:
         else:
             torch.mm(dy.t(), x, out=gradient)
         self._written.update(names)
-        for name in names:
-            self._after(name)
+        if len(self.flat.buckets) > 1:
+            for name in names:
+                self._after(name)
 
     def _after(self, name: str, _: Tensor | None = None) -> None:
         # torch may call the hook of a parameter without a gradient, too, after `write`.

@@ -153,7 +153,7 @@ SPEC = OpSpec(
             f"{__name__}.cudnn_graph",
             requires="cudnn",
             package="nvidia-cudnn-frontend 1.32.0",
-            install="pip install nvidia-cudnn-frontend==1.32.0",
+            install="pip install 'sd-perf[cudnn]'",
             capability=(8, 0),
             gpu_dtypes=HALF,
             refuses=_head_dims(128, single_key=False),
