@@ -160,9 +160,7 @@ class FlatParameters:
             if name in lower:
                 fill_part(lower[name], rest)
 
-    def collect(
-        self, bucket: Bucket, *, add: bool = False, besides: Collection[str] = ()
-    ) -> None:
+    def collect(self, bucket: Bucket, *, add: bool = False, besides: Collection[str] = ()) -> None:
         """Move the gradients of a bucket's parameters into `grads`, or add them to what is there.
 
         `besides` are names of parameters whose gradients are there already.

@@ -24,9 +24,12 @@ _TYPES = {
     torch.float32: "FLOAT",
     torch.float64: "DOUBLE",
 }
-_FORWARD, _BACKWARD = ("q", "k", "v", "o", "stats"), (
-    *("q", "k", "v", "o", "stats", "dO"),
-    *("dQ", "dK", "dV"),
+_FORWARD, _BACKWARD = (
+    ("q", "k", "v", "o", "stats"),
+    (
+        *("q", "k", "v", "o", "stats", "dO"),
+        *("dQ", "dK", "dV"),
+    ),
 )
 """the tensors of a graph, in the order in which they are given to it"""
 Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
