@@ -39,7 +39,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from benchmarks.command import command_parser
-from benchmarks.machine_code import instructions
+from benchmarks.machine_code import TILES, instructions
 from sd_kernels.average_triton import average_weights
 from sd_kernels.launch import Launch, interpreted, recording
 from sd_kernels.registry import all_ops
@@ -61,23 +61,6 @@ SCHEDULERS = 4
 """of a multiprocessor; each issues one instruction of one warp a clock"""
 H100_CLOCK = 1.98e9
 """clocks a second at most: 67 TFLOP/s of float32 (data sheet) over 132 x 128 lanes x 2"""
-TILES = {
-    "diffusion_inputs_kernel": ("C", "PIXELS"),
-    "geglu_backward_kernel": ("ROWS", "COLUMNS"),
-    "geglu_forward_kernel": ("ROWS", "COLUMNS"),
-    "group_norm_backward_kernel": ("ROWS", "BLOCK"),
-    "group_norm_forward_kernel": ("ROWS", "BLOCK"),
-    "interleave_backward_kernel": ("ROWS", "COLUMNS"),
-    "interleave_forward_kernel": ("ROWS", "COLUMNS"),
-    "layer_norm_backward_kernel": ("ROWS", "C"),
-    "layer_norm_forward_kernel": ("ROWS", "C"),
-    "adamw_kernel": ("BLOCK",),
-    "average_kernel": ("BLOCK",),
-    "residual_add_kernel": ("ROWS", "COLUMNS"),
-    "v_mse_loss_backward_kernel": ("BLOCK",),
-    "v_mse_loss_forward_kernel": ("BLOCK",),
-}
-"""the constants whose product is the elements of a tile, of each kernel that memory should bound"""
 AVERAGE = "average"
 """a kernel that is no op, named as if it were"""
 TWO_SWEEPS = ("group_norm_backward_kernel", "group_norm_forward_kernel")
@@ -302,13 +285,9 @@ def compile_all(
 ) -> list[Compiled]:
     """One row per distinct specialisation and target, where the op's kernels support the target."""
     rows: dict[tuple[str, int], Compiled] = {}
-    launches = [
-        (op, *recorded)
-        for op in ops
-        for recorded in (
-            launches_of_average() if op == AVERAGE else launches_of(all_ops()[op], dtype)
-        )
-    ]
+    kernels = {op: launches_of(all_ops()[op], dtype) for op in ops if op != AVERAGE}
+    kernels |= {AVERAGE: launches_of_average()} if AVERAGE in ops else {}
+    launches = [(op, *recorded) for op, found in kernels.items() for recorded in found]
     for (op, case, launch), capability in product(launches, targets):
         if op != AVERAGE and divmod(capability, 10) < _ours(all_ops()[op]).capability:
             continue

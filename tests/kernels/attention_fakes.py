@@ -2,8 +2,8 @@
 
 Each keeps what a caller can get wrong: default masks and scales, the order of arguments, memory
 layouts that the kernel assumes, and packed gradients. Signatures: flash-attn 2.8.3.post2,
-hopper/flash_attn_interface.py at 01afd16d, flash-attn-4 4.0.0b36, transformer_engine 2.20.2,
-nvidia-cudnn-frontend 1.32.0.
+hopper/flash_attn_interface.py at 01afd16d, flash-attn-4 4.0.0b36, transformer_engine 2.20.2;
+`fake_cudnn` has cuDNN's.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from tests.kernels import fake_cudnn
 
 Calls = list[dict[str, Any]]
 
@@ -317,102 +319,8 @@ def transformer_engine(calls: Calls) -> dict[str, types.ModuleType]:
     return modules
 
 
-class _GraphTensor:
-    """A tensor of a graph: its shape and strides; a result has none before they are set."""
-
-    def __init__(self, dim: Any = None, stride: Any = None) -> None:
-        self.dim, self.stride = dim, stride
-
-    def set_output(self, value: bool) -> _GraphTensor:
-        return self
-
-    def set_dim(self, dim: Any) -> _GraphTensor:
-        self.dim = tuple(dim)
-        return self
-
-    def set_stride(self, stride: Any) -> _GraphTensor:
-        self.stride = tuple(stride)
-        return self
-
-    def set_data_type(self, data_type: Any) -> _GraphTensor:
-        return self
-
-
-class _Graph:
-    """cudnn.pygraph with one attention, computed when it is executed. Heads come before rows."""
-
-    def __init__(
-        self,
-        name="test_graph",
-        io_data_type=None,
-        intermediate_data_type=None,
-        compute_data_type=None,
-        handle=None,
-    ) -> None:
-        self.is_built = False
-
-    def tensor(self, dim, stride, data_type=None, name=""):
-        return _GraphTensor(tuple(dim), tuple(stride))
-
-    def sdpa(self, q, k, v, attn_scale=None, generate_stats=None, name=None):
-        assert generate_stats
-        self.given, self.scale = (q, k, v), 1.0 if attn_scale is None else attn_scale
-        self.results = _GraphTensor(), _GraphTensor()
-        return self.results
-
-    def sdpa_backward(
-        self,
-        q,
-        k,
-        v,
-        o,
-        dO,
-        stats,
-        attn_scale=None,
-        use_deterministic_algorithm=False,
-        name=None,
-    ):
-        self.given, self.scale = (q, k, v, dO, o, stats), 1.0 if attn_scale is None else attn_scale
-        self.results = _GraphTensor(), _GraphTensor(), _GraphTensor()
-        return self.results
-
-    def build(self, heuristics) -> None:
-        self.is_built = True
-
-    def get_workspace_size(self) -> int:
-        return 16
-
-    def execute(self, pack, workspace, handle=None) -> None:
-        assert self.is_built and workspace.numel() == 16 and handle is not None
-        assert set(pack) == {*self.given, *self.results}
-        for tensor, data in pack.items():
-            assert (tensor.dim, tensor.stride) == (tuple(data.shape), data.stride())
-        q, k, v, *dout = (pack[tensor].transpose(1, 2) for tensor in self.given[:4])
-        if dout:
-            made = gradients(q, k, v, *dout, self.scale, causal=False)
-        else:
-            made = (plain(q, k, v, self.scale, causal=False), torch.zeros(()))
-        for result, data in zip(self.results, made, strict=True):
-            pack[result].copy_(data.transpose(1, 2) if data.dim() else data)
-
-
-def cudnn_frontend(calls: Calls) -> dict[str, types.ModuleType]:
-    module: Any = types.ModuleType("cudnn")
-    module.data_type = types.SimpleNamespace(BFLOAT16=1, HALF=2, FLOAT=3, DOUBLE=4)
-    module.heur_mode = types.SimpleNamespace(A=1, FALLBACK=2)
-    module.create_handle = object
-
-    class pygraph(_Graph):
-        def build(self, heuristics) -> None:
-            super().build(heuristics)
-            calls.append({"heuristics": heuristics})
-
-    module.pygraph = pygraph
-    return {"cudnn": module}
-
-
 FAKES = {
-    "cudnn_graph": cudnn_frontend,
+    "cudnn_graph": lambda calls: fake_cudnn.modules(calls, plain, gradients),
     "fa2": flash_attention_2,
     "fa3": flash_attention_3,
     "fa4": flash_attention_4,
