@@ -39,9 +39,11 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from benchmarks.command import command_parser
-from benchmarks.machine_code import instructions
+from benchmarks.machine_code import TILES, instructions
+from sd_kernels.average_triton import average_weights
 from sd_kernels.launch import Launch, interpreted, recording
 from sd_kernels.registry import all_ops
+from sd_kernels.sd_v2_shapes import SD_V2
 from sd_kernels.spec import Backend, Inputs, OpSpec
 from sd_kernels.targets import GPUS
 from sd_perf.tools.results import Conditions, Provenance, Result, write
@@ -59,22 +61,8 @@ SCHEDULERS = 4
 """of a multiprocessor; each issues one instruction of one warp a clock"""
 H100_CLOCK = 1.98e9
 """clocks a second at most: 67 TFLOP/s of float32 (data sheet) over 132 x 128 lanes x 2"""
-TILES = {
-    "diffusion_inputs_kernel": ("C", "PIXELS"),
-    "geglu_backward_kernel": ("ROWS", "COLUMNS"),
-    "geglu_forward_kernel": ("ROWS", "COLUMNS"),
-    "group_norm_backward_kernel": ("ROWS", "BLOCK"),
-    "group_norm_forward_kernel": ("ROWS", "BLOCK"),
-    "interleave_backward_kernel": ("ROWS", "COLUMNS"),
-    "interleave_forward_kernel": ("ROWS", "COLUMNS"),
-    "layer_norm_backward_kernel": ("ROWS", "C"),
-    "layer_norm_forward_kernel": ("ROWS", "C"),
-    "adamw_kernel": ("BLOCK",),
-    "residual_add_kernel": ("ROWS", "COLUMNS"),
-    "v_mse_loss_backward_kernel": ("BLOCK",),
-    "v_mse_loss_forward_kernel": ("BLOCK",),
-}
-"""the constants whose product is the elements of a tile, of each kernel that memory should bound"""
+AVERAGE = "average"
+"""a kernel that is no op, named as if it were"""
 TWO_SWEEPS = ("group_norm_backward_kernel", "group_norm_forward_kernel")
 """kernels in which one program makes a tile's statistics and another its result; backward has
 a third kind that adds up sums, once a sample and block of channels, which is counted as well"""
@@ -150,6 +138,17 @@ def launches_of(spec: OpSpec, dtype: torch.dtype) -> Iterator[tuple[str, Launch]
             if outputs:
                 torch.autograd.grad(outputs, leaves, grads, allow_unused=True)
         yield from ((case.name, launch) for launch in launches)
+
+
+def launches_of_average() -> Iterator[tuple[str, Launch]]:
+    """The average of the weights, which is a kernel and no op: of bfloat16 and float32 weights."""
+    N = -(-SD_V2.parameters // 64) * 64  # training's flat buffers are padded so
+    average, rate = torch.empty(N), torch.empty(())
+    halves = torch.empty(N, dtype=torch.bfloat16), torch.empty(N, dtype=torch.int16)
+    for case, weights in (("bfloat16", halves), ("float32 weights", (torch.empty(N), None))):
+        with recording() as launches:
+            average_weights(average, *weights, rate)
+        yield from ((case, launch) for launch in launches)
 
 
 def accesses_at_their_lines(*stage: Any) -> Any:
@@ -286,9 +285,11 @@ def compile_all(
 ) -> list[Compiled]:
     """One row per distinct specialisation and target, where the op's kernels support the target."""
     rows: dict[tuple[str, int], Compiled] = {}
-    launches = [(op, *recorded) for op in ops for recorded in launches_of(all_ops()[op], dtype)]
+    kernels = {op: launches_of(all_ops()[op], dtype) for op in ops if op != AVERAGE}
+    kernels |= {AVERAGE: launches_of_average()} if AVERAGE in ops else {}
+    launches = [(op, *recorded) for op, found in kernels.items() for recorded in found]
     for (op, case, launch), capability in product(launches, targets):
-        if divmod(capability, 10) < _ours(all_ops()[op]).capability:
+        if op != AVERAGE and divmod(capability, 10) < _ours(all_ops()[op]).capability:
             continue
         key, source, options = compile_for(launch, capability)
         if (key, capability) not in rows:
@@ -359,7 +360,7 @@ def row_line(row: Compiled) -> str:
 
 def main() -> int:
     """Compile, print, write; returns the exit code."""
-    with_triton = [name for name, spec in all_ops().items() if spec.ours]
+    with_triton = [*(name for name, spec in all_ops().items() if spec.ours), AVERAGE]
     targets = list(MATRIX_INSTRUCTIONS)
     parser = command_parser("ahead_of_time", __doc__)
     add = parser.add_argument

@@ -9,6 +9,24 @@ LABEL = re.compile(r"^(\.L_x_\d+):")
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(@\S+ )?\s*([A-Z][\w.]*)(.*);")
 TARGET = re.compile(r"`\((\.L_x_\d+)\)")
 
+TILES = {
+    "diffusion_inputs_kernel": ("C", "PIXELS"),
+    "geglu_backward_kernel": ("ROWS", "COLUMNS"),
+    "geglu_forward_kernel": ("ROWS", "COLUMNS"),
+    "group_norm_backward_kernel": ("ROWS", "BLOCK"),
+    "group_norm_forward_kernel": ("ROWS", "BLOCK"),
+    "interleave_backward_kernel": ("ROWS", "COLUMNS"),
+    "interleave_forward_kernel": ("ROWS", "COLUMNS"),
+    "layer_norm_backward_kernel": ("ROWS", "C"),
+    "layer_norm_forward_kernel": ("ROWS", "C"),
+    "adamw_kernel": ("BLOCK",),
+    "average_kernel": ("BLOCK",),
+    "residual_add_kernel": ("ROWS", "COLUMNS"),
+    "v_mse_loss_backward_kernel": ("BLOCK",),
+    "v_mse_loss_forward_kernel": ("BLOCK",),
+}
+"""the constants whose product is the elements of a tile, of each kernel that memory should bound"""
+
 
 @dataclass(frozen=True)
 class Step:

@@ -21,10 +21,9 @@ _WORD = 0xFFFFFFFF
 
 
 def _multiply(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """High and low word of a 32 x 32 bit product; in halves, since int64 is signed."""
-    low_product = (a & 0xFFFF) * b
-    high_product = (a >> 16) * b + (low_product >> 16)
-    return high_product >> 16, ((high_product & 0xFFFF) << 16) | (low_product & 0xFFFF)
+    """High and low word of a 32 x 32 bit product, whose 64 bits int64 holds, though as signed."""
+    product = a * b
+    return (product >> 32) & _WORD, product & _WORD
 
 
 def philox_4x32(key: tuple[int, int], counter: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -262,7 +262,7 @@ def load_precision_state(unet: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def _scaling(unet: nn.Module) -> DelayedScaling | None:
-    return next((each for each in unet.modules() if isinstance(each, DelayedScaling)), None)
+    return getattr(unet, DELAYED, None)
 
 
 def _layers_with_state(unet: nn.Module) -> dict[str, Any]:

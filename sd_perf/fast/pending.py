@@ -42,12 +42,13 @@ class _Adjacent(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *weights: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)  # there is none where a sink has taken it
         ctx.rows = [weight.shape[0] for weight in weights]
         return weights[0].as_strided((sum(ctx.rows), *weights[0].shape[1:]), weights[0].stride())
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        return grads[0].split(ctx.rows)
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (None,) * len(ctx.rows) if grad is None else grad.split(ctx.rows)
 
 
 def packed(weights: list[Tensor]) -> Tensor:
@@ -64,7 +65,10 @@ def packed(weights: list[Tensor]) -> Tensor:
         if here != (storage, end) or not weight.is_contiguous():
             return torch.cat(weights)
         end += weight.numel()
-    return _Adjacent.apply(*weights)
+    whole = _Adjacent.apply(*weights)
+    if sinks := [weight.gradient_sink for weight in weights if hasattr(weight, "gradient_sink")]:
+        whole.gradient_sink = sinks[0].joined(sinks)
+    return whole
 
 
 def added(vectors: list[Tensor]) -> Tensor:

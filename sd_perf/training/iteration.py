@@ -8,21 +8,20 @@ docs/training_step.md tells what is in it and what is not.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sd_perf.config import Config
-from sd_perf.distributed.strategies import Handle, Strategy, build_strategy
+from sd_perf.distributed.strategies import Handle, build_strategy
 from sd_perf.distributed.world import World
 from sd_perf.fast.linear import amax_buffer, update_scales
 from sd_perf.fast.ops import Ops
 from sd_perf.fast.step import FusedDiffusionStep
 from sd_perf.fast.unet import FastUNet
 from sd_perf.training.ema import FlatEma
-from sd_perf.training.flat import Bucket, FlatParameters
+from sd_perf.training.exchange import Exchange
+from sd_perf.training.flat import FlatParameters
 from sd_perf.training.optimizer import FlatAdamW
 from sd_perf.training.static_batches import StaticBatches
 
@@ -63,7 +62,7 @@ class Iteration:
         self.loss = torch.zeros((), device=world.device)
         self._poison = torch.zeros((), device=world.device)
         self._share = torch.full_like(self.loss, 1 / (self.accumulate * world.size))
-        self._exchange = _Exchange(self.flat, self.strategy, uses)
+        self._exchange = Exchange(self.flat, self.strategy, uses)
 
     def __call__(self) -> None:
         """Forward, backward, exchange and update; see the class."""
@@ -132,73 +131,3 @@ class Iteration:
             self.ema.try_on_scratch()
         self.loss.zero_()
         self._poison.zero_()
-
-
-class _Exchange:
-    """Collects gradients bucket by bucket, and exchanges them among ranks beside the computation.
-
-    A bucket's weights are gathered before their first use in the forward pass; its gradients are
-    collected and reduced as soon as the backward pass has made the last of them. Buckets go out in
-    one order on all ranks, from the last to the first.
-    """
-
-    def __init__(
-        self,
-        flat: FlatParameters,
-        strategy: Strategy,
-        uses: list[tuple[torch.nn.Module, list[str]]],
-    ) -> None:
-        """Hooks every parameter and, where weights are gathered, every module that `uses` names."""
-        self.flat, self.strategy = flat, strategy
-        self.handles: dict[int, Handle | None] = {}
-        """reductions of this iteration, by the bucket's begin"""
-        self._gathers: dict[int, Handle] = {}
-        self._missing: dict[int, set[str]] = {}
-        self._add = self._reduce = False
-        of_name = {name: bucket for bucket in flat.buckets for name in bucket.names}
-        if strategy.divides_state:
-            for module, names in uses:
-                needed = sorted({of_name[name].begin for name in names})
-                module.register_forward_pre_hook(partial(self._before_use, needed))
-        for name, parameter in flat.parameters.items():
-            hook = partial(self._after, name, of_name[name])
-            parameter.register_post_accumulate_grad_hook(hook)
-
-    def begin(self) -> None:
-        """Begin to gather all weights, in the order of their use."""
-        self._gathers = {
-            bucket.begin: handle
-            for bucket in self.flat.buckets
-            if (handle := self.strategy.gather(self.flat.weights[bucket.all]))
-        }
-
-    def begin_backward(self, *, add: bool, reduce: bool) -> None:
-        """Expect the gradients of a micro-batch: add them to what is there, reduce the sums."""
-        self._add, self._reduce, self.handles = add, reduce, {}
-        self._missing = {bucket.begin: set(bucket.names) for bucket in self.flat.buckets}
-
-    def end_backward(self) -> None:
-        """RuntimeError where a parameter took no part in the loss: its gradient is an old one."""
-        for names in self._missing.values():
-            for name in names:
-                raise RuntimeError(
-                    f"{name} has no gradient; every parameter must take part in the loss"
-                )
-
-    def _before_use(self, needed: list[int], *_: Any) -> None:
-        for begin in needed:
-            if handle := self._gathers.pop(begin, None):
-                handle.wait()
-
-    def _after(self, name: str, bucket: Bucket, _: Tensor) -> None:
-        self._missing[bucket.begin].remove(name)
-        for each in reversed(self.flat.buckets):
-            if self._missing[each.begin]:
-                break
-            if each.begin not in self.handles:
-                self._send(each)
-
-    def _send(self, bucket: Bucket) -> None:
-        self.flat.collect(bucket, add=self._add)
-        gradients = self.flat.grads[bucket.all]
-        self.handles[bucket.begin] = self.strategy.reduce(gradients) if self._reduce else None

@@ -2,7 +2,8 @@
 
 Each keeps what a caller can get wrong: default masks and scales, the order of arguments, memory
 layouts that the kernel assumes, and packed gradients. Signatures: flash-attn 2.8.3.post2,
-hopper/flash_attn_interface.py at 01afd16d, flash-attn-4 4.0.0b36, transformer_engine 2.20.2.
+hopper/flash_attn_interface.py at 01afd16d, flash-attn-4 4.0.0b36, transformer_engine 2.20.2;
+`fake_cudnn` has cuDNN's.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from tests.kernels import fake_cudnn
 
 Calls = list[dict[str, Any]]
 
@@ -317,6 +320,7 @@ def transformer_engine(calls: Calls) -> dict[str, types.ModuleType]:
 
 
 FAKES = {
+    "cudnn_graph": lambda calls: fake_cudnn.modules(calls, plain, gradients),
     "fa2": flash_attention_2,
     "fa3": flash_attention_3,
     "fa4": flash_attention_4,
@@ -332,4 +336,9 @@ def install(backend: str, monkeypatch: pytest.MonkeyPatch) -> Calls:
     for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
         monkeypatch.setenv(name, "1")
     monkeypatch.delitem(sys.modules, "sd_kernels.attention.te", raising=False)
+    if backend == "cudnn_graph":
+        from sd_kernels.attention import cudnn_graph
+
+        cudnn_graph._handle.cache_clear()
+        cudnn_graph._plan.cache_clear()
     return calls

@@ -85,7 +85,7 @@ def test_a_product_without_tensor_cores_is_red(judged: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", ["v_mse_loss", "geglu"])
+@pytest.mark.parametrize("op", ["v_mse_loss", "geglu", "average"])
 def test_an_op_for_hopper(op: str) -> None:
     result = run("benchmarks.ahead_of_time", "--ops", op, "--targets", "90")
     assert result.returncode == 0, result.stdout + result.stderr

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sd_kernels import harness
-from sd_kernels.attention import SPEC, _make
+from sd_kernels.attention import SPEC, _make, packing
 from sd_kernels.errors import KernelError
 from sd_kernels.selection import choose
 from sd_kernels.spec import Case, Inputs
@@ -68,6 +68,9 @@ def test_wiring_in_float64(backend: str, case: Case, monkeypatch: pytest.MonkeyP
         ("te", "cross, rows apart", ("second.contiguous())", "second)")),
         ("fa3", "cross, 77 keys", ("flash_attn_func(q, k, v,", "flash_attn_func(q, v, k,")),
         ("fa4", "cross, 77 keys", ("dk=dk, dv=dv", "dk=dv, dv=dk")),
+        ("cudnn_graph", "self, 5 heads", ("dout, *slots)", "dout, *slots[::-1])")),
+        ("cudnn_graph", "self, 5 heads", ("** -0.5", "** -1.0")),
+        ("cudnn_graph", "self, 5 heads", ("x.transpose(1, 2) for", "x for")),
         ("fa2", "self, 5 heads", ("first.shape[-1] ** -0.5", "first.shape[-1] ** -1.0")),
     ],
     ids=[
@@ -77,6 +80,9 @@ def test_wiring_in_float64(backend: str, case: Case, monkeypatch: pytest.MonkeyP
         "context's rows taken for dense",
         "k and v swapped",
         "dk and dv swapped",
+        "gradients backwards",
+        "wrong scale of the graph",
+        "rows taken for heads",
         "wrong scale",
     ],
 )
@@ -123,16 +129,16 @@ def test_gradients_are_taken_as_they_lie_only_where_they_lie_packed(
     assert torch.equal(dx, torch.stack(grads, 2))
 
 
+@pytest.mark.parametrize("backend", ["fa4", "cudnn_graph"])
 @pytest.mark.parametrize("name", ["self, 5 heads", "cross, 77 keys"])
-def test_flash_attention_4_as_registered_ops(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    install("fa4", monkeypatch)
-    from sd_kernels.attention import flash
-
+def test_registered_ops(backend: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(backend, monkeypatch)
     inputs = SPEC.inputs(CASES[name], Inputs(CASES[name], torch.float32))
-    first, second = flash.packed("attention", **inputs)
-    torch.library.opcheck(flash.attention_fa4_forward, (first, second))
-    compiled = torch.compile(flash.fa4, fullgraph=True, backend="aot_eager")
-    eager, traced = (harness.evaluate(SPEC, function, inputs) for function in (flash.fa4, compiled))
+    function = SPEC.backend(backend).function("attention")
+    op = getattr(torch.ops.sd_kernels, f"attention_{backend}_forward")
+    torch.library.opcheck(op, packing.packed("attention", **inputs))
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    eager, traced = (harness.evaluate(SPEC, each, inputs) for each in (function, compiled))
     assert all(torch.equal(eager[key], traced[key]) for key in eager)
 
 
@@ -162,6 +168,7 @@ class Passes(TorchDispatchMode):
         ("fa2", [], []),
         ("fa3", [], ["stack"]),
         ("fa4", [], []),
+        ("cudnn_graph", [], []),
         ("te", [], []),
     ],
 )
@@ -294,13 +301,13 @@ def test_what_auto_takes_where_no_package_is(
 
 
 def test_what_auto_takes_where_packages_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    for backend in ("fa3", "fa4"):
+    for backend in ("fa3", "fa4", "cudnn_graph"):
         install(backend, monkeypatch)
     taken = {
         name: choose("attention", target=gpu.target, cases=SPEC.cases) for name, gpu in GPUS.items()
     }
     assert {name: choice.backend for name, choice in taken.items()} == {
-        "a100": "cudnn",
+        "a100": "cudnn_graph",
         "h100": "fa3",
         "h200": "fa3",
         "b200": "fa4",

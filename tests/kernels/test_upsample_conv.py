@@ -56,9 +56,10 @@ def test_planted_faults_are_red(fault: tuple[str, str]) -> None:
             "F.conv2d(F.pad(x, (0, 2)), merge(weight), padding=(1, 0))",
         ),
         ("(first, second + third)", "(first, third)"),
-        ("four[:, a, c, :, a : a + H, c : c + W]", "four[:, c, a, :, a : a + H, c : c + W]"),
+        ("= small[:, a : a + H, c : c + W, a, c]", "= small[:, a : a + H, c : c + W, c, a]"),
+        ("dy.new_zeros", "dy.new_ones"),
     ],
-    ids=["padded on one side only", "middle tap left out", "parities swapped"],
+    ids=["padded on one side only", "middle tap left out", "parities swapped", "no zeros"],
 )
 def test_planted_faults_in_torch_are_red(fault: tuple[str, str]) -> None:
     assert_caught("upsample_conv", CASES["ragged"], fault, backend="merged", dtype=torch.float64)

@@ -81,7 +81,9 @@ def run_ranks(count: int, runs: list[tuple[Path, dict[str, Any]]]) -> None:
     assert not any(process.returncode for process in processes), "\n".join(outputs)
 
 
-def start_ranks(count: int, runs: list[tuple[Path, dict[str, Any]]]) -> list[subprocess.Popen[str]]:
+def start_ranks(
+    count: int, runs: list[tuple[Path, dict[str, Any]]], program: str = PROGRAM
+) -> list[subprocess.Popen[str]]:
     """`run_ranks`, not waited for."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -90,7 +92,7 @@ def start_ranks(count: int, runs: list[tuple[Path, dict[str, Any]]]) -> list[sub
     given = json.dumps([(str(folder), changed) for folder, changed in runs])
     return [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, given],
+            [sys.executable, "-c", program, given],
             env={**os.environ, **shared, "OMP_NUM_THREADS": "1", "RANK": rank, "LOCAL_RANK": rank},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -157,6 +159,50 @@ def test_ranks_equal_one_process_and_resume_each_other(
     assert newest is not None
     files = [file for file in read_state(newest)["files"] if file.startswith("exp_avg_sq")]
     assert len(files) == count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("strategy", "model", "steps", "allowed"),
+    [
+        ("zero1", {"activation_checkpointing": True}, 12, 1e-5),
+        ("ddp", {"activation_checkpointing": True}, 12, 1e-5),
+        # Compiled code adds in another order, and AdamW's first steps follow signs.
+        ("ddp", {"compile": True}, 2, 1e-3),
+    ],
+)
+def test_ranks_with_options_of_the_network(strategy, model, steps, allowed, alone, tmp_path):
+    changed = changes(strategy, 1, steps)
+    changed["model"] |= model
+    run_ranks(2, [(tmp_path / "run", changed)])
+    error = relative_error(final_tensors(tmp_path / "run"), final_tensors(alone(steps)))
+    print(f"{strategy}, {model}: largest relative error {error:.1e}")
+    assert 0 < error < allowed
+
+
+ONE_DISK_FULL = """
+import os
+from sd_perf.runs import checkpoints
+write_shard, calls = checkpoints.write_shard, []
+def full(*arguments):
+    calls.append(arguments)
+    if os.environ["RANK"] == "1" and len(calls) > 1:
+        raise OSError(28, "No space left on device")
+    return write_shard(*arguments)
+checkpoints.write_shard = full
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_cannot_write_ends_all(tmp_path):
+    """The checkpoint before stays the newest, and nothing looks like one that is not whole."""
+    often = {**changes("zero1", steps=12), "checkpoint": {"every_samples": 4 * BATCH}}
+    processes = start_ranks(2, [(tmp_path / "run", often)], ONE_DISK_FULL + PROGRAM)
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert all(process.returncode for process in processes), outputs
+    assert "rank 1 could not write its part" in "".join(outputs)
+    assert saved(tmp_path / "run") == 4 * BATCH
+    final_tensors(tmp_path / "run")  # every tensor loads
 
 
 @pytest.mark.slow

@@ -5,12 +5,12 @@ Heads of 64 channels, no mask, no dropout.
 Order of preference by published TFLOP/s on an H100 at head dim 64, forward and backward, 4096
 tokens (FlashAttention 2: 321, 279; cuDNN: 408, 417; FlashAttention 3: 476, 453), then by what
 packing the gradient costs. FlashAttention 2 and Transformer Engine run only when named:
-`flash_sdpa` has the former's kernels, `cudnn` the latter's. A deterministic run takes `flash_sdpa`,
-which torch makes deterministic on request.
+`flash_sdpa` has the former's kernels, `cudnn` and `cudnn_graph` the latter's. A deterministic run
+takes `cudnn_graph`, or where that is not installed `flash_sdpa`, which torch makes deterministic.
 
 | backend | passes over the packed gradient besides the kernel's own |
 |---|---|
-| fa2, fa4, te | none: written into its slices |
+| fa2, fa4, te, cudnn_graph | none: written into its slices |
 | fa3 | none; of a context's k and v one (77 rows) |
 | cudnn, flash_sdpa, efficient, math | one `stack`, which reads and writes it |
 
@@ -147,6 +147,16 @@ SPEC = OpSpec(
             install="pip install flash-attn-4==4.0.0b36",
             capability=(9, 0),
             majors=(9, 10),
+        ),
+        Backend(
+            "cudnn_graph",
+            f"{__name__}.cudnn_graph",
+            requires="cudnn",
+            package="nvidia-cudnn-frontend 1.32.0",
+            install="pip install 'sd-perf[cudnn]'",
+            capability=(8, 0),
+            gpu_dtypes=HALF,
+            refuses=_head_dims(128, single_key=False),
         ),
         _sdpa(
             "cudnn",

@@ -9,10 +9,14 @@ import torch
 import torch.nn.functional as F
 
 from sd_kernels.errors import require, require_floating, require_one_dtype
+from sd_kernels.weight_gradient import sink_of, with_sink
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """See `reference.linear`; all of one floating dtype, otherwise KernelError."""
+    """See `reference.linear`; all of one floating dtype, otherwise KernelError.
+
+    The gradient of a weight with a sink goes there (`sd_kernels.weight_gradient`).
+    """
     tensors = (x, weight) if bias is None else (x, weight, bias)
     require_floating("linear", *tensors, double=True)
     require_one_dtype("linear", *tensors)
@@ -25,4 +29,6 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         and (bias is None or bias.shape == weight.shape[:1])
     )
     require(fits, "linear", got, "x (..., K), weight (N, K), bias (N,)")
+    if sink := sink_of(weight):
+        return with_sink(F.linear(x, weight.detach(), bias), x, weight, sink)
     return F.linear(x, weight, bias)

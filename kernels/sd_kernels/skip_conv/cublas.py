@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sd_kernels.errors import require
+from sd_kernels.weight_gradient import sink_of, with_sink
 
 OP = "skip_conv"
 
@@ -84,7 +85,8 @@ skip_conv_forward.register_autograd(_backward, setup_context=_save)
 def skip_conv(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """See `reference.skip_conv`; x in channels-last memory, pixels may be apart.
 
-    The result is dense in channels-last memory. KernelError for other inputs.
+    The result is dense in channels-last memory. The gradient of a weight with a sink goes there
+    (`sd_kernels.weight_gradient`). KernelError for other inputs.
     """
     what = f"x of shape {tuple(x.shape)}"
     is_image = x.dim() == 4 and x.numel() > 0
@@ -100,6 +102,10 @@ def skip_conv(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     )
     strides = f"weight of shape {tuple(weight.shape)} with strides {weight.stride()}"
     require(suitable, OP, strides, f"weight (K, {C}, 1, 1), channels adjacent")
+    if sink := sink_of(weight):
+        # Rows of pixels are the last but one axis here, as those of tokens are in a linear layer.
+        rows = skip_conv_forward(x, weight.detach()).permute(0, 2, 3, 1)
+        return with_sink(rows, x.permute(0, 2, 3, 1), weight, sink).permute(0, 3, 1, 2)
     return skip_conv_forward(x, weight)
 
 

@@ -19,10 +19,15 @@ image.
 
 from __future__ import annotations
 
+from itertools import product
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
 from sd_kernels.errors import require, require_convolution
+
+_PARITIES = tuple(product((0, 1), (0, 1)))
 
 
 def check(x: torch.Tensor, weight: torch.Tensor) -> None:
@@ -53,21 +58,33 @@ def merge(weight: torch.Tensor) -> torch.Tensor:
     return merged.to(weight.dtype).contiguous(memory_format=torch.channels_last)
 
 
+class _Interleave(torch.autograd.Function):
+    """See `interleave`. Slices by autograd would be padded with zeros and added, one by one."""
+
+    @staticmethod
+    def forward(ctx: Any, parities: torch.Tensor) -> torch.Tensor:
+        B, rows, columns, channels = parities.permute(0, 2, 3, 1).shape
+        H, W, K = rows - 1, columns - 1, channels // 4
+        small = parities.permute(0, 2, 3, 1).unflatten(-1, (2, 2, K))
+        large = parities.new_empty(B, H, 2, W, 2, K)
+        for a, c in _PARITIES:
+            large[:, :, a, :, c] = small[:, a : a + H, c : c + W, a, c]
+        return large.view(B, 2 * H, 2 * W, K).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:
+        B, K, H, W = dy.shape[0], dy.shape[1], dy.shape[2] // 2, dy.shape[3] // 2
+        large = dy.permute(0, 2, 3, 1).unflatten(2, (W, 2)).unflatten(1, (H, 2))
+        # Not every parity uses every position.
+        small = dy.new_zeros(B, H + 1, W + 1, 2, 2, K)
+        for a, c in _PARITIES:
+            small[:, a : a + H, c : c + W, a, c] = large[:, :, a, :, c]
+        return small.flatten(3).permute(0, 3, 1, 2)
+
+
 def interleave(parities: torch.Tensor) -> torch.Tensor:
     """The pixels of each parity of (B, 4 * K, H + 1, W + 1) at their places in (B, K, 2H, 2W)."""
-    B, channels, H, W = (
-        parities.shape[0],
-        parities.shape[1] // 4,
-        parities.shape[2] - 1,
-        parities.shape[3] - 1,
-    )
-    four = parities.unflatten(1, (2, 2, channels))
-    rows = [
-        torch.stack([four[:, a, c, :, a : a + H, c : c + W] for c in (0, 1)], dim=-1)
-        for a in (0, 1)
-    ]
-    y = torch.stack(rows, dim=3).reshape(B, channels, 2 * H, 2 * W)
-    return y.contiguous(memory_format=torch.channels_last)
+    return _Interleave.apply(parities)
 
 
 def upsample_conv(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

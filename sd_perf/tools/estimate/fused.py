@@ -36,8 +36,7 @@ def fused(unet: Architecture, batch: int) -> Iterator[Kernel]:
                 yield from _around_upsample_conv(case)
     yield from downsampled_skip_gradients(unet, batch)
     yield from packed_gradients(unet, batch)
-    # Every gradient is read where autograd left it and written into the flat buffer.
-    yield Kernel("elementwise", 2.0 * BYTES * unet.parameters, backward=True)
+    yield from moved_gradients(unet)
 
 
 def kernels_of(op: str, case: Case) -> Iterator[Kernel]:
@@ -130,6 +129,20 @@ def packed_gradients(unet: Architecture, batch: int) -> Iterator[Kernel]:
     times = sum(block.channels for block in res_blocks(unet))
     numbers = batch * (texts * unet.context_length + times)
     yield Kernel("elementwise", 2.0 * BYTES * numbers, backward=True)
+
+
+def moved_gradients(unet: Architecture) -> Iterator[Kernel]:
+    """Copies of gradients from where autograd left them into the flat buffer.
+
+    The gradients of weights that are one matmul's are written there at once.
+    """
+    sizes = [
+        (case.calls, all_ops()[op].matmuls(case))
+        for op in ("linear", "skip_conv")
+        for case in cases(op, unet, batch=1)
+    ]
+    written = sum(calls * each.columns * each.channels for calls, each in sizes)
+    yield Kernel("elementwise", 2.0 * BYTES * (unet.parameters - written), backward=True)
 
 
 def packed_attention_gradients(unet: Architecture, batch: int) -> Iterator[Kernel]:

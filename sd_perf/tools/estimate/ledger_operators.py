@@ -140,3 +140,13 @@ def _attention(name: str, args: Any, out: Any) -> Moved:
         for side in (args, out)
     )
     return Moved(1, read, written, attention=AttentionWork(flops, q.shape[2]))
+
+
+def packed_attention(args: Any, out: Any) -> Moved:
+    """The kernel of an op of `sd_kernels.attention.registered`, which a library's function is."""
+    first, second = args[:2]
+    B, L, H, D = first.shape[0], first.shape[1], *first.shape[-2:]
+    keys = L if second is None else second.shape[1]
+    matmuls = 2 if len(args) == 2 else 5
+    work = AttentionWork(2.0 * matmuls * B * H * L * keys * D, L)
+    return Moved(1, size(args), size(out), attention=work)

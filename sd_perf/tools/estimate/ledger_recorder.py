@@ -27,7 +27,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from sd_kernels.launch import Launch
 from sd_perf.errors import UserError
-from sd_perf.tools.estimate.ledger_operators import WAITING, Moved, moved_by, size
+from sd_perf.tools.estimate.ledger_operators import (
+    WAITING,
+    Moved,
+    moved_by,
+    packed_attention,
+    size,
+)
 
 FORWARD, BACKWARD, REDUCE, OPTIMIZER = PHASES = ("forward", "backward", "reduce", "optimizer")
 _OWNER = "sd_kernels operator"
@@ -154,7 +160,13 @@ class Recorder(TorchDispatchMode):
 
     def _run(self, function: Any, args: Any, kwargs: Any) -> Any:
         """The Python code of a registered operator, with its launches and torch's own recorded."""
-        definition = OPDEFS[f"sd_kernels::{function.overloadpacket.__name__}"]
+        name = function.overloadpacket.__name__
+        definition = OPDEFS[f"sd_kernels::{name}"]
+        if name.startswith("attention_"):
+            out = function(*args, **kwargs)  # on meta tensors; the library's kernel wants a GPU
+            owner = _owner_of(definition._init_fn)
+            self._add(name, packed_attention(args, out), (args, out), owner)
+            return out
         values = {
             argument.name: value
             for argument, value in zip(function._schema.arguments, args, strict=False)

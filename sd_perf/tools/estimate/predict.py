@@ -85,13 +85,14 @@ _LIBRARIES = {
     "fa3": "FlashAttention 3",
     "fa4": "FlashAttention 4",
     "cudnn": "cuDNN",
+    "cudnn_graph": "cuDNN",
     "te": "cuDNN",
     "flash_sdpa": "FlashAttention 2",
 }
 """the library behind a backend of the op `attention`, as `GPU.attention` names it"""
 _AFTER_BACKWARD = ("adamw", "average")
 """rows of what runs on all weights after the backward pass"""
-_PACKING = ("fa2", "fa3", "fa4", "te")
+_PACKING = ("fa2", "fa3", "fa4", "cudnn_graph", "te")
 """backends of `attention` that write dq, dk and dv into one gradient; torch's write them apart"""
 
 

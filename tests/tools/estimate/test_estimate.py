@@ -138,11 +138,16 @@ def test_bytes_by_hand() -> None:
     skips = 4096 * 320 + 1024 * 640 + 256 * 1280
     times_out = sum([320] * 5 + [640] * 5 + [1280] * 12)
     times = 1280 + 1280 + times_out
-    # Copies read and write: of each gradient into the flat buffer, and of the packed gradients of
-    # texts and times.
+    # Copies read and write: of each gradient that no matmul writes there into the flat buffer, and
+    # of the packed gradients of texts and times.
     widths = [320] * 5 + [640] * 5 + [1280] * 6
     gradients = batch * (sum(2 * C * 77 for C in widths) + times_out)
-    copies = 4 * (865_910_724 + gradients)
+    # Of a transformer of C channels: 20 C x C weights, and the text's keys and values.
+    matrices = sum(20 * C * C + 2 * 1024 * C for C in widths)
+    matrices += 1280 * (320 + 1280 + times_out)
+    into = {1280: [640] + [2560] * 5 + [1920], 640: [320, 1920, 1280, 960], 320: [960, 640, 640]}
+    matrices += sum(C * sum(sources) for C, sources in into.items())
+    copies = 4 * (865_910_724 - matrices + gradients)
     assert moved(kernels, "elementwise") == batch * (skips * 3 + times) * 2 + copies
     # The 1x1 convolutions: one matmul, forward and for each gradient.
     skip_convs = [kernel for kernel in kernels if kernel.op == "skip_conv"]
