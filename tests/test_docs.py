@@ -66,6 +66,19 @@ def test_the_page_of_errors_is_current() -> None:
     assert "### Run folders and checkpoints" in page and "move this checkpoint away" in page
 
 
+def test_the_command_that_made_a_picture_stands_beside_it() -> None:
+    """In a block of code, not further than three lines below the picture."""
+    made = set()
+    for page in PAGES:
+        for picture, below in re.findall(
+            r"!\[.*\]\((.+?)\)\n((?:.*\n){3})", page.read_text(encoding="utf-8")
+        ):
+            path = (page.parent / picture).relative_to(ROOT).as_posix()
+            assert re.search(rf"^ {{4}}\w.* {re.escape(path)}$", below, re.M), path
+            made.add(path)
+    assert made == {path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/images/*")}
+
+
 def test_every_exit_code_has_a_remedy() -> None:
     codes = {code for code, _ in error_page.kinds().values()} | {STOPPED, CTRL_C}
     assert codes < error_page.CODES.keys()

@@ -62,7 +62,7 @@ def evaluate(
             world.on_main(lambda: writing.take(run))
         evaluate_run(run, config, world, tell, wanted)
         # A run that trains sends its scores itself.
-        sends = world.is_main and config.logging.sinks and not ema
+        sends = world.is_main and config.logging.sinks
         if sends and (wait is None or RunLock().is_free(run)):
             send_evaluation(run, config, tell)
     if world.is_main:

@@ -195,18 +195,35 @@ def export_diffusers(
     """
     folder = Path(folder)
     with new_path(folder / "unet") as unet, new_path(folder / "scheduler") as scheduler:
-        unet.mkdir()
         entries = diffusers_unet_config(config, sample_size)
-        if config.resblock_groups != config.transformer_groups:
+        if needs_loader(config):
             entries["mid_block_type"] = NEEDS_LOADER
+        write_model(unet, entries, to_diffusers(unet_state, config))
+        if needs_loader(config):
             shutil.copyfile(LOAD_UNET, unet / LOAD_UNET.name)
-        _write_json(unet / "config.json", entries)
-        weights = to_diffusers(unet_state, config)
-        save_safetensors(weights, unet / f"{WEIGHTS}.safetensors", {})
         scheduler.mkdir()
         schedule = scheduler_config(diffusion or DiffusionConfig())
-        _write_json(scheduler / "scheduler_config.json", schedule)
+        write_entries(scheduler / "scheduler_config.json", schedule)
 
 
-def _write_json(path: Path, entries: dict[str, Any]) -> None:
-    path.write_text(json.dumps(entries, indent=2) + "\n")
+def needs_loader(config: UNetConfig) -> bool:
+    """Whether diffusers loads this network with `load_unet.py` alone."""
+    return config.resblock_groups != config.transformer_groups
+
+
+def write_model(
+    folder: Path,
+    entries: dict[str, Any],
+    weights: Mapping[str, Tensor],
+    name: str = WEIGHTS,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Make a folder of a model: `config.json` with these entries, and its weights."""
+    folder.mkdir()
+    write_entries(folder / "config.json", entries)
+    save_safetensors(weights, folder / f"{name}.safetensors", metadata or {})
+
+
+def write_entries(path: Path, entries: dict[str, Any]) -> None:
+    """Write a config of diffusers or transformers."""
+    path.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")

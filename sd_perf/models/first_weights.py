@@ -14,7 +14,7 @@ from sd_perf.errors import CheckpointError, ConfigError
 from sd_perf.files import opened_untrusted
 from sd_perf.models.diffusers_folder import WEIGHTS, is_diffusers_folder
 from sd_perf.models.readers import find_unet, is_weight_file, newest_checkpoint, told_diffusion
-from sd_perf.models.weight_files import require_fit
+from sd_perf.models.weight_files import dtypes_of, require_fit
 from sd_perf.reference.unet import UNet
 from sd_perf.runs.checkpoint_files import STATE_NAME
 
@@ -99,5 +99,4 @@ def first_weights_in_words(config: Config) -> str:
     if not Path(model.init).exists():
         return f"{words} (not there yet)"
     state = read_first_weights(config)
-    dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in state.values()})
-    return f"{words} ({len(state)} tensors of {' and '.join(dtypes)}, which fit)"
+    return f"{words} ({len(state)} tensors of {dtypes_of(state)}, which fit)"

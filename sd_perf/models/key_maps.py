@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sd_perf.config import DiffusionConfig, UNetConfig
 from sd_perf.errors import CheckpointError, ConfigError
-from sd_perf.models.vae import AutoencoderConfig
+from sd_perf.models.vae import IMAGE_CHANNELS, AutoencoderConfig
 
 PREDICTION_TYPES = {"v": "v_prediction", "epsilon": "epsilon"}
 """what a UNet predicts, in this trainer's config: in that of a diffusers scheduler"""
@@ -123,6 +123,37 @@ def diffusers_unet_config(config: UNetConfig, sample_size: int = 64) -> dict[str
     if config.transformer_groups != config.resblock_groups:
         entries["transformer_norm_num_groups"] = config.transformer_groups
     return entries
+
+
+def diffusers_autoencoder_config(
+    config: AutoencoderConfig, latent_scale: float, latent_size: int
+) -> dict[str, Any]:
+    """The content of `config.json` for this network as a diffusers `AutoencoderKL`.
+
+    latent_scale: DiffusionConfig's; latent_size: side of the latents that pipelines draw by
+    default. Raises ConfigError where channel_mult does not start with 1: diffusers cannot express
+    it.
+    """
+    if config.channel_mult[0] != 1:
+        raise ConfigError(
+            f"the autoencoder's channel_mult {config.channel_mult} has no form in diffusers; it "
+            "must start with 1"
+        )
+    levels = len(config.channel_mult)
+    return {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "block_out_channels": config.widths,
+        "down_block_types": levels * ["DownEncoderBlock2D"],
+        "in_channels": IMAGE_CHANNELS,
+        "latent_channels": config.latent_channels,
+        "layers_per_block": config.num_res_blocks,
+        "norm_num_groups": config.groups,
+        "out_channels": IMAGE_CHANNELS,
+        "sample_size": config.downsampling * latent_size,
+        "scaling_factor": latent_scale,
+        "up_block_types": levels * ["UpDecoderBlock2D"],
+    }
 
 
 def scheduler_config(config: DiffusionConfig) -> dict[str, Any]:

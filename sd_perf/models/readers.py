@@ -15,6 +15,8 @@ from sd_perf.models.key_maps import PREDICTION_TYPES, from_diffusers
 from sd_perf.models.onnx_autoencoder import OnnxDecoder, OnnxEncoder
 from sd_perf.models.vae import AutoencoderConfig, AutoencoderKL
 from sd_perf.models.weight_files import (
+    AUTOENCODER_CONFIG,
+    DIFFUSION_CONFIG,
     EMA_PREFIX,
     PREDICTION,
     UNET_CONFIG,
@@ -124,10 +126,13 @@ def read_diffusion(source: Path) -> DiffusionConfig:
 def told_diffusion(source: Path) -> dict[str, Any]:
     """Fields of DiffusionConfig that `source`, as for `read_unet`, tells.
 
-    A run tells all, the scheduler of a diffusers folder all but latent_scale, a .safetensors file
-    the prediction where its metadata has it, and any other file nothing.
+    A run tells all, and so does a .safetensors file that was exported from one. The scheduler of a
+    diffusers folder tells all but latent_scale, another .safetensors file the prediction where its
+    metadata has it, and any other file nothing.
     """
     if source.suffix == ".safetensors":
+        if config := safetensors_config(source, DiffusionConfig, DIFFUSION_CONFIG):
+            return dict(vars(config))
         told = safetensors_metadata(source).get(PREDICTION)
         return {"prediction": told} if told in PREDICTION_TYPES else {}
     if is_weight_file(source):
@@ -159,15 +164,17 @@ def read_autoencoder(path: Path) -> AutoencoderKL:
     """The autoencoder in a weight file, frozen.
 
     The file holds Stable Diffusion's, in LDM's names, with or without the rest of the checkpoint,
-    or alone in diffusers' names. An autoencoder of other sizes is a .safetensors file of its own,
-    with an AutoencoderConfig as JSON in its metadata. Raises CheckpointError for a file without
+    or alone in diffusers' names. One of other sizes is a .safetensors file with an
+    AutoencoderConfig as JSON in its metadata. Raises CheckpointError for a file without
     one.
     """
     state = read_ldm_checkpoint(path)
-    config = safetensors_config(path, AutoencoderConfig) if path.suffix == ".safetensors" else None
-    if config is None and "encoder.conv_norm_out.weight" in state:
-        state = from_diffusers(state, AutoencoderConfig())
-    elif config is None:
+    config = None
+    if path.suffix == ".safetensors":
+        config = safetensors_config(path, AutoencoderConfig, AUTOENCODER_CONFIG)
+    if "encoder.conv_norm_out.weight" in state:
+        state = from_diffusers(state, config or AutoencoderConfig())
+    else:
         state = split_components(state)["vae"]
     if not state:
         raise CheckpointError(

@@ -21,6 +21,7 @@ from sd_perf.models.open_clip_library import (
     register_model,
 )
 from sd_perf.models.weight_files import (
+    PREFIXES,
     load_into,
     read_ldm_checkpoint,
     require_fit,
@@ -80,12 +81,14 @@ def _text_weights(config: TextEncoderConfig) -> dict[str, torch.Tensor] | None:
         return None
     config.require(bool(file), "weights", 'a file of weights (or "random")')
     path = Path(file)
-    is_ldm = path.suffix == ".ckpt"
+    is_pickle = path.suffix == ".ckpt"
     state = (
-        split_components(read_ldm_checkpoint(path))["text"]
-        if is_ldm
+        read_ldm_checkpoint(path)
+        if is_pickle
         else read_open_clip_weights(path, "text_encoder.weights")
     )
+    if is_pickle or any(name.startswith(PREFIXES["text"]) for name in state):
+        state = split_components(state)["text"]
     tower = {name: value for name, value in state.items() if not name.startswith("visual.")}
     for constant in ("attn_mask", "logit_scale", "logit_bias"):
         tower.pop(constant, None)

@@ -39,10 +39,15 @@ EMA_PREFIX = "model_ema.diffusion_model"
 """how names of the UNet's averaged weights begin in an LDM checkpoint; the rest has no dots"""
 UNET_CONFIG = "sd_perf.unet_config"
 """entry of a .safetensors file's metadata: the UNet's config as JSON"""
-
+AUTOENCODER_CONFIG = "config"
+"""the same of an autoencoder's config"""
+DIFFUSION_CONFIG = "sd_perf.diffusion_config"
+"""the same of the noise schedule and target"""
 PREDICTION = "modelspec.prediction_type"
 """entry of a .safetensors file's metadata: v or epsilon (Stability AI's ModelSpec, which others
 write and read, too)"""
+_LISTED = 10
+"""names of weights that a sentence lists"""
 
 INERT_GLOBALS = (
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
@@ -174,19 +179,23 @@ def require_fit(
         "missing": [name for name in own if name not in state],
         "unexpected": [name for name in state if name not in own],
         "of another shape": [
-            f"{name}, {tuple(state[name].shape)} there and {tuple(own[name].shape)} in it"
+            f"{name}: {tuple(state[name].shape)} there and {tuple(own[name].shape)} in it"
             for name in own
             if name in state and state[name].shape != own[name].shape
         ],
     }
-    found = [
-        f"{len(names)} {kind} (the first is {names[0]})" for kind, names in trouble.items() if names
-    ]
+    found = [f"{len(names)} {kind} ({_listed(names)})" for kind, names in trouble.items() if names]
     if found:
         raise CheckpointError(
             f"{path}: not the weights of {what} as configured: {', '.join(found)}; check file and "
             "config"
         )
+
+
+def _listed(names: list[str]) -> str:
+    """The names, or the first of them and how many more there are."""
+    more = len(names) - _LISTED
+    return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _unpickled(path: Path) -> Any:
@@ -285,25 +294,36 @@ def export_ldm(
     metadata: Mapping[str, str],
     config: UNetConfig | None = None,
     diffusion: DiffusionConfig | None = None,
+    others: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the UNet's weights as safetensors under the names of an LDM checkpoint.
 
     `metadata` is text to store in the file. The config is stored there, too, since shapes do not
-    tell the groups of GroupNorms, and what `diffusion` has the UNet predict. Raises CheckpointError
-    where `path` exists or cannot be written.
+    tell the groups of GroupNorms, and so is `diffusion`. `others` are networks to put in the file
+    besides, with LDM's names, by component (`PREFIXES`); the autoencoder's config is stored with
+    it. Raises CheckpointError where `path` exists or cannot be written.
     """
     if config is not None:
         network = {key: it for key, it in vars(config.network).items() if key not in FIRST_WEIGHTS}
         metadata = {**metadata, UNET_CONFIG: json.dumps(network)}
     if diffusion is not None:
-        metadata = {**metadata, PREDICTION: diffusion.prediction}
+        told = {PREDICTION: diffusion.prediction, DIFFUSION_CONFIG: json.dumps(vars(diffusion))}
+        metadata = {**metadata, **told}
+    states = {"unet": unet_state}
+    for component, other in (others or {}).items():
+        states[component] = other.state_dict()
+        if component == "vae":
+            metadata = {**metadata, AUTOENCODER_CONFIG: json.dumps(vars(other.config))}
+    tensors = {
+        PREFIXES[component] + name: value
+        for component, state in states.items()
+        for name, value in state.items()
+    }
     with new_path(Path(path)) as draft:
-        save_safetensors(
-            {UNET_PREFIX + name: value for name, value in unet_state.items()}, draft, metadata
-        )
+        save_safetensors(tensors, draft, metadata)
 
 
-def in_dtype(state: Mapping[str, Tensor], dtype: str, source: Path) -> dict[str, Tensor]:
+def in_dtype(state: Mapping[str, Tensor], dtype: str, source: object) -> dict[str, Tensor]:
     """The weights in the number format of this name, such as float16.
 
     Raises CheckpointError where a finite weight is beyond its largest number.
@@ -315,6 +335,12 @@ def in_dtype(state: Mapping[str, Tensor], dtype: str, source: Path) -> dict[str,
                 f"{source}: {name} has values beyond the range of {dtype}; give another --dtype"
             )
     return cast
+
+
+def dtypes_of(state: Mapping[str, Tensor]) -> str:
+    """The number formats of weights in words, such as "float16 and float32"."""
+    names = sorted({str(value.dtype).removeprefix("torch.") for value in state.values()})
+    return " and ".join(names)
 
 
 @contextmanager

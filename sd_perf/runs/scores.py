@@ -16,6 +16,8 @@ from sd_perf.files import is_absent, one_line, parse_json, untrusted_lines
 
 _WHOLE = ("samples", "n")
 """keys of counts: whole numbers, 0 or more"""
+AVERAGE = "ema_"
+"""how keys of the average's scores begin, where they stand beside those of the weights"""
 _LARGEST = 1e39
 """larger numbers are damage: none of float32, in which losses and scores are computed, is"""
 
@@ -46,6 +48,29 @@ def read_scores(
     """
     lines, _ = read_json_lines(scores_path(folder, ema), keys)
     return by_position(lines)
+
+
+def sort_out_scores(folder: Path) -> JsonLines:
+    """All scores of a run, where lines may be damaged: its weights' and their average's.
+
+    Those of the average have keys that begin with `AVERAGE`, and lines of their own; lines are by
+    ascending position, the weights' first. A damaged line is named with its file.
+    """
+    found = JsonLines([], [], torn=False)
+    for ema in (False, True):
+        path = scores_path(folder, ema)
+        lines = sort_out_lines(path, _WHOLE)
+        renamed = [_of_average(line) if ema else line for line in by_position(lines.objects)]
+        found = JsonLines(
+            sorted([*found.objects, *renamed], key=lambda line: line["samples"]),
+            [*found.damaged, *(f"{path.name} {fault}" for fault in lines.damaged)],
+            found.torn or lines.torn,
+        )
+    return found
+
+
+def _of_average(line: dict[str, Any]) -> dict[str, Any]:
+    return {key if key in _WHOLE else f"{AVERAGE}{key}": value for key, value in line.items()}
 
 
 def by_position(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""train.csv, scores.csv and pictures.csv in the run folder, for spreadsheets."""
+"""train.csv, scores.csv, scores_ema.csv and pictures.csv in the run folder, for spreadsheets."""
 
 from __future__ import annotations
 

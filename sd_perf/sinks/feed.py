@@ -24,14 +24,14 @@ from sd_perf.files import (
     write_json,
 )
 from sd_perf.runs.folder import read_run_id
-from sd_perf.runs.scores import by_position, is_number, sort_out_lines
+from sd_perf.runs.scores import by_position, is_number, scores_path, sort_out_lines
 from sd_perf.sinks.csv_files import CsvSink
 from sd_perf.sinks.sink import Sink, SinkRun
 from sd_perf.sinks.tensorboard import TensorBoardSink
 from sd_perf.sinks.wandb import WandbSink
 
 RECORD_NAME = "sinks.json"
-_RECORD = {"train": int, "scores": [int], "pictures": [int]}
+_RECORD = {"train": int, "scores": [int], "scores_ema?": [int], "pictures": [int]}
 
 
 @dataclasses.dataclass
@@ -41,15 +41,17 @@ class _Sent:
     train: int = 0
     """of the newest logged step"""
     scores: list[int] = dataclasses.field(default_factory=list)
+    scores_ema: list[int] = dataclasses.field(default_factory=list)
+    """of the average of the weights"""
     pictures: list[int] = dataclasses.field(default_factory=list)
 
     def up_to(self, position: int) -> _Sent:
         """What is left where training goes on from an earlier position."""
-        scores, pictures = (
+        scores, scores_ema, pictures = (
             [samples for samples in of if samples <= position]
-            for of in (self.scores, self.pictures)
+            for of in (self.scores, self.scores_ema, self.pictures)
         )
-        return _Sent(min(self.train, position), scores, pictures)
+        return _Sent(min(self.train, position), scores, scores_ema, pictures)
 
 
 class Feed:
@@ -98,13 +100,17 @@ class Feed:
 
     def take_scores_and_pictures(self) -> None:
         """Give every sink what an evaluation has added to the folder, and note what each has."""
-        scores = by_position(sort_out_lines(self._folder / "scores.jsonl", ("samples",)).objects)
+        scores, scores_ema = (
+            by_position(sort_out_lines(scores_path(self._folder, ema), ("samples",)).objects)
+            for ema in (False, True)
+        )
         pictures = list(_pictures(self._folder))
         for name, sink, sent in self._open():
-            for line in scores:
-                if line["samples"] not in sent.scores:
-                    self._give(name, sink.values, "scores", line["samples"], _numbers(line))
-                    sent.scores.append(line["samples"])
+            groups = {"scores": (scores, sent.scores), "scores_ema": (scores_ema, sent.scores_ema)}
+            for group, (lines, given) in groups.items():
+                for line in (line for line in lines if line["samples"] not in given):
+                    self._give(name, sink.values, group, line["samples"], _numbers(line))
+                    given.append(line["samples"])
             for samples, path in pictures:
                 if samples not in sent.pictures:
                     self._give(name, sink.picture, samples, path)
@@ -170,7 +176,11 @@ def _read_record(folder: Path) -> dict[str, _Sent]:
     require_shape(record, {}, f"{path}: is no record of sinks")
     for name, sent in record.items():
         require_shape(sent, _RECORD, f"{path}: is no record of sinks: {name[:40]}")
-    return {name: _Sent(**{key: sent[key] for key in _RECORD}) for name, sent in record.items()}
+    known = [field.name for field in dataclasses.fields(_Sent)]
+    return {
+        name: _Sent(**{key: sent[key] for key in known if key in sent})
+        for name, sent in record.items()
+    }
 
 
 def _numbers(line: Mapping[str, Any]) -> dict[str, float]:

@@ -27,7 +27,10 @@ class Sink(Protocol):
     """whether it still has what earlier processes of the run gave it"""
 
     def values(self, group: str, samples: int, values: Mapping[str, float]) -> None:
-        """Take numbers of one position: `group` is "train" or "scores", as panels show them."""
+        """Take numbers of one position.
+
+        `group` is "train", "scores" or "scores_ema", as panels show it.
+        """
         ...
 
     def picture(self, samples: int, path: Path) -> None:

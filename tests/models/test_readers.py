@@ -116,6 +116,7 @@ def test_no_autoencoder(tmp_path: Path):
     ],
 )
 def test_sizes_in_metadata_take_no_memory(sizes, sentence, tmp_path):
-    save_file({"x": torch.zeros(1)}, tmp_path / "a.safetensors", {"config": json.dumps(sizes)})
+    weights = {"encoder.conv_in.weight": torch.zeros(1)}
+    save_file(weights, tmp_path / "a.safetensors", {"config": json.dumps(sizes)})
     with pytest.raises(CheckpointError, match=sentence):
         read_autoencoder(tmp_path / "a.safetensors")

@@ -90,6 +90,24 @@ def test_a_sink_gets_what_the_folder_has_once(sinks_run, sink: FakeSink) -> None
     assert sink.got == [("scores", 60), ("picture", 60), ("closed",)]
 
 
+def test_scores_of_the_average_are_a_group_of_their_own(sinks_run, sink: FakeSink) -> None:
+    config, folder = sinks_run()
+    evaluated(folder, 40)
+    send_evaluation(folder, config, pytest.fail)
+    sink.got.clear()
+    record = json.loads((folder / "sinks.json").read_text())
+    del record["tensorboard"]["scores_ema"]  # as earlier versions wrote it
+    (folder / "sinks.json").write_text(json.dumps(record))
+    write_lines(folder / "scores_ema.jsonl", [{"samples": 40, "n": 8, "fid": 2.0}])
+    for expected in ([("scores_ema", 40), ("closed",)], [("closed",)]):
+        send_evaluation(folder, config, pytest.fail)
+        assert sink.got == expected
+        sink.got.clear()
+    resumed = Feed(folder, config, pytest.fail, position=20)
+    resumed.take_scores_and_pictures()
+    assert ("scores_ema", 40) in sink.got  # it may be another average now
+
+
 def test_what_a_resumed_run_computes_again_is_sent_again(sinks_run, sink: FakeSink) -> None:
     config, folder = sinks_run()
     evaluated(folder, 40, 60)
@@ -173,7 +191,8 @@ def test_a_run_that_was_cut_short_has_the_curves_of_one_that_was_not(
     ]
     assert [int(row["samples"]) for row in rows(cut)] == list(range(8, 81, 8))
     record = json.loads((Path(cut.run.dir) / "sinks.json").read_text())
-    assert record == {"csv": {"train": 80, "scores": [], "pictures": []}}
+    nothing = {"scores": [], "scores_ema": [], "pictures": []}
+    assert record == {"csv": {"train": 80, **nothing}}
 
 
 def rows(config) -> list[dict[str, str]]:

@@ -89,6 +89,8 @@ _LIBRARIES = {
     "flash_sdpa": "FlashAttention 2",
 }
 """the library behind a backend of the op `attention`, as `GPU.attention` names it"""
+_AFTER_BACKWARD = ("adamw", "average")
+"""rows of what runs on all weights after the backward pass"""
 _PACKING = ("fa2", "fa3", "fa4", "te")
 """backends of `attention` that write dq, dk and dv into one gradient; torch's write them apart"""
 
@@ -100,6 +102,7 @@ def operators() -> dict[str, list[str]]:
     rows["waiting for other GPUs"] = ["communication"]
     for op, spec in all_ops().items():
         rows[spec.family].append(op)
+    rows["optimizer, inputs, loss"].append("average")
     # torch's own sums, copies and casts
     rows["sums, copies, casts"].append("elementwise")
     return rows
@@ -129,10 +132,9 @@ def predict(config: Config, gpu: str, batch: int, ranks: int = 1, nodes: int = 1
     shares = 1 if config.training.strategy == "ddp" else ranks
     unet = architecture(config)
     eager, eager_saved = plain(config, batch)
-    # torch's fused AdamW in float32 reads gradients, and reads and writes weights and two moments.
-    eager = [*eager, Kernel("adamw", 28.0 * unet.parameters)]
     kernels = {
-        "plain": eager,
+        # torch's fused AdamW in float32 reads gradients, reads and writes weights and two moments.
+        "plain": [*eager, Kernel("adamw", 28.0 * unet.parameters)],
         "submission": list(submission(unet, batch, cluster.gpus_per_node)),
         "fused": [
             replace(kernel, bytes=kernel.bytes / shares) if kernel.op == "adamw" else kernel
@@ -141,6 +143,7 @@ def predict(config: Config, gpu: str, batch: int, ranks: int = 1, nodes: int = 1
     }
     has_ema = config.training.ema_decay > 0
     held = _held(unet, batch, shares, cluster.gpus_per_node, eager_saved, has_ema)
+    kernels = _with_average(kernels, held)
     figures = {
         name: _figures(
             recipe,
@@ -165,6 +168,19 @@ def predict(config: Config, gpu: str, batch: int, ranks: int = 1, nodes: int = 1
     ]
     shown = {"gpu": gpu, "batch": batch, "ranks": ranks, "nodes": nodes, "notes": notes}
     return {**shown, **figures["fused"], "installed": installed, "recipes": figures}
+
+
+def _with_average(
+    kernels: dict[str, list[Kernel]], held: dict[str, dict[str, float]]
+) -> dict[str, list[Kernel]]:
+    """The kernels of each recipe and, where it holds an average, the one that takes the weights in.
+
+    That reads float32 masters and their average, and writes the average.
+    """
+    return {
+        name: [*own, Kernel("average", 3 * held[name]["ema"])] if "ema" in held[name] else own
+        for name, own in kernels.items()
+    }
 
 
 def _held(
@@ -273,7 +289,7 @@ def _communication(
         sum(
             kernel.calls * (kernel.seconds(cluster.gpu, rates) + recipe.gap)
             for kernel in kernels
-            if kernel.backward == is_backward and kernel.op != "adamw"
+            if kernel.backward == is_backward and kernel.op not in _AFTER_BACKWARD
         )
         for is_backward in (False, True)
     )
@@ -339,9 +355,9 @@ def _figures(
     waited = 1e3 * communication.exposed / batch
     by_op["communication"]["ms_per_sample"] = waited
     total += waited
-    # The allocator must hold the tensors of the largest kernel beside all that is kept. AdamW's are
-    # counted already, and it runs when no activation is left.
-    workspace = max(kernel.bytes for kernel in kernels if kernel.op != "adamw")
+    # The allocator must hold the tensors of the largest kernel beside all that is kept. Those of
+    # the optimizer are counted already, and it runs when no activation is left.
+    workspace = max(kernel.bytes for kernel in kernels if kernel.op not in _AFTER_BACKWARD)
     memory = {name: int(size) for name, size in held.items()} | {
         "workspace": int(workspace) + _WORKSPACE
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from sd_perf.files import disk_errors, write_text
 from sd_perf.optional import optional
@@ -19,7 +20,7 @@ from sd_perf.tools.report.comparison import (
 )
 from sd_perf.tools.report.run_contents import RunContents
 from sd_perf.tools.report.sections import is_logarithmic
-from sd_perf.tools.scores import SCORES, Score
+from sd_perf.tools.scores import Score, shown_together
 
 
 def write_page(runs: Sequence[RunContents], path: Path) -> None:
@@ -66,9 +67,10 @@ def _curves(runs: Sequence[RunContents]) -> str:
         axis = ", logarithmic axis" if logarithmic else ""
         figures.append(figure(chart([loss], "Loss over samples"), f"Running medians{axis}."))
         figures.append(figure(chart([rate], "Throughput over samples"), "Running medians."))
-    scores = [_scores(runs, score) for score in SCORES]
-    if scores := [overlay for overlay in scores if any(overlay.curves)]:
-        figures.append(figure(chart(scores, "Scores over samples"), _pictures_per_score(runs)))
+    for scores, lines in shown_together([line for run in runs for line in run.scores]):
+        overlays = [_scores(runs, score) for score in scores if score.lines(lines)]
+        alt = f"{', '.join(overlay.label for overlay in overlays)} over samples"
+        figures.append(figure(chart(overlays, alt), _pictures_per_score(lines)))
     if not figures:
         return quiet("No run has logged a step or a score yet.")
     return f'<div class="curves">{"".join(figures)}</div>'
@@ -92,8 +94,8 @@ def _scores(runs: Sequence[RunContents], score: Score) -> Overlay:
     return Overlay(f"{score.name} ({score.reading})", curves, marks=True)
 
 
-def _pictures_per_score(runs: Sequence[RunContents]) -> str:
-    counts = sorted({line["n"] for run in runs for line in run.scores})
+def _pictures_per_score(lines: Sequence[dict[str, Any]]) -> str:
+    counts = sorted({line["n"] for line in lines})
     if len(counts) == 1:
         return f"n = {counts[0]:,} pictures at each point."
     words = ", ".join(f"{n:,}" for n in counts)

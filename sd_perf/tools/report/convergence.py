@@ -29,7 +29,7 @@ from sd_perf.optional import optional
 from sd_perf.tools.html import document, figure, quiet
 from sd_perf.tools.report.charts import Band, Panel, chart
 from sd_perf.tools.report.run_contents import RunContents, as_dict, read_run
-from sd_perf.tools.scores import SCORES
+from sd_perf.tools.scores import OF_WEIGHTS
 
 PAGE = "convergence.html"
 
@@ -50,7 +50,7 @@ def progress_of(run: RunContents) -> Progress:
     config = run.manifest["config"]
     training, optimizer = as_dict(config.get("training")), as_dict(config.get("optimizer"))
     batch, rate = training.get("global_batch_size"), optimizer.get("base_learning_rate")
-    fid, clip = SCORES[0], SCORES[1]
+    fid, clip = OF_WEIGHTS[0], OF_WEIGHTS[1]
     scored = fid.lines(clip.lines(run.scores))
     return Progress(
         name=run.folder.resolve().name,

@@ -12,7 +12,7 @@ from sd_perf.files import RESTORE, read_json, require_shape
 from sd_perf.runs.checkpoints import CheckpointStore, position
 from sd_perf.runs.folder import read_manifest, run_length
 from sd_perf.runs.parity_record import RECORD_NAME, read_record
-from sd_perf.runs.scores import by_position, sort_out_lines
+from sd_perf.runs.scores import sort_out_lines, sort_out_scores
 
 _METRICS = ("samples", "loss", "lr", "samples_per_second", "data_wait")
 _MACHINE = {"gpus?": ([str], None)}
@@ -46,9 +46,9 @@ class RunContents:
     torn: bool
     """whether the last line of metrics.jsonl is incomplete, as a killed run leaves it"""
     damaged: list[str]
-    """other lines of metrics.jsonl and scores.jsonl that are left out: the file, line and reason"""
+    """other lines of metrics and scores that are left out: the file, line and reason"""
     scores: list[dict[str, Any]]
-    """one per position, oldest first"""
+    """oldest first, see `sort_out_scores`"""
     grids: list[PictureGrid]
     """oldest first"""
     checkpoints: list[int]
@@ -78,7 +78,7 @@ def read_run(folder: Path) -> RunContents:
     where = f"{folder / 'run_manifest.json'}: holds no machine of a run"
     require_shape(as_dict(manifest.get("machine")), _MACHINE, where)
     metrics = sort_out_lines(folder / "metrics.jsonl", _METRICS)
-    scores = sort_out_lines(folder / "scores.jsonl", ("samples", "n"))
+    scores = sort_out_scores(folder)
     checkpoints = CheckpointStore(folder / "checkpoints").complete()
     return RunContents(
         folder=folder,
@@ -87,9 +87,9 @@ def read_run(folder: Path) -> RunContents:
         torn=metrics.torn,
         damaged=[
             *(f"metrics.jsonl {fault}" for fault in metrics.damaged),
-            *(f"scores.jsonl {fault}" for fault in scores.damaged),
+            *scores.damaged,
         ],
-        scores=by_position(scores.objects),
+        scores=scores.objects,
         grids=[_read_grid(path) for path in sorted(folder.glob("samples/samples_*.png"))],
         checkpoints=[position(path) for path in checkpoints],
         mlperf_verdict=_read_shaped(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
@@ -15,7 +15,7 @@ from sd_perf.tools.report.config_table import config_table
 from sd_perf.tools.report.convergence import progress_of, with_bands
 from sd_perf.tools.report.pictures import newest_grid, progress_strip, through_training
 from sd_perf.tools.report.run_contents import RunContents, as_dict
-from sd_perf.tools.scores import SCORES
+from sd_perf.tools.scores import OF_WEIGHTS, Score, shown_together
 
 # The loss falls fastest at first. Once the last position is this many times the first one, a
 # linear axis squeezes that fall into its left edge.
@@ -42,21 +42,25 @@ def _loss(run: RunContents) -> str:
 
 
 def _scores(run: RunContents) -> str:
+    shown = [_scores_figure(run, *each) for each in shown_together(run.scores)]
+    nothing = quiet("No checkpoint of this run has been evaluated (scores.jsonl).")
+    return "".join(shown) or nothing
+
+
+def _scores_figure(run: RunContents, scores: Sequence[Score], lines: list[dict[str, Any]]) -> str:
     panels = []
-    for score in SCORES:
-        if lines := score.lines(run.scores):
-            values = [score.value(line) for line in lines]
+    for score in scores:
+        if own := score.lines(lines):
+            values = [score.value(line) for line in own]
             label = f"{score.name} ({score.reading})"
-            panels.append(Panel(label, _column(lines, "samples"), values, style="marks"))
-    if not panels:
-        return quiet("No checkpoint of this run has been evaluated (scores.jsonl).")
+            panels.append(Panel(label, _column(own, "samples"), values, style="marks"))
     alt = "Scores over samples: " + ", ".join(panel.label for panel in panels)
-    progress = progress_of(run)
-    words = ""
-    if progress.curve:
-        words = f" Grey: published runs of this batch size. {escape(verdict_of(progress))}"
-    caption = f"{_pictures_per_score(run.scores)}{words}"
-    return figure(chart(with_bands(panels, progress), alt), caption)
+    caption, progress = _pictures_per_score(lines), progress_of(run)
+    if scores is OF_WEIGHTS:
+        panels = with_bands(panels, progress)
+        if progress.curve:
+            caption += f" Grey: published runs of this batch size. {escape(verdict_of(progress))}"
+    return figure(chart(panels, alt), caption)
 
 
 def _pictures_per_score(scores: list[dict[str, Any]]) -> str:

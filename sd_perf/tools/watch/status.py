@@ -11,7 +11,7 @@ from typing import Any
 from sd_perf.runs.checkpoints import CheckpointStore, position
 from sd_perf.runs.folder import read_manifest, run_length
 from sd_perf.runs.lock import holder
-from sd_perf.runs.scores import by_position, sort_out_lines
+from sd_perf.runs.scores import sort_out_scores
 from sd_perf.tools.watch.follow import FollowedLines
 
 METRICS = ("samples", "loss", "lr", "samples_per_second", "data_wait")
@@ -41,7 +41,7 @@ class Status:
     checkpoint_seconds: float | None
     """its age"""
     scores: list[dict[str, Any]]
-    """one per position, oldest first"""
+    """oldest first, see `sort_out_scores`"""
     damaged: int
     """lines that are left out"""
 
@@ -101,7 +101,7 @@ class Watcher:
         folder = self._folder
         manifest = read_manifest(folder)
         self._metrics.read()
-        scores = sort_out_lines(folder / "scores.jsonl", ("samples", "n"))
+        scores = sort_out_scores(folder)
         newest, now, written_at = self._checkpoint(), time.time(), self._metrics.written_at
         return Status(
             folder=folder,
@@ -111,7 +111,7 @@ class Watcher:
             holder=holder(folder),
             checkpoint=newest[0] if newest else None,
             checkpoint_seconds=max(0.0, now - newest[1]) if newest else None,
-            scores=by_position(scores.objects),
+            scores=scores.objects,
             damaged=self._metrics.damaged + len(scores.damaged),
         )
 

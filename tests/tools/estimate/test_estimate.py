@@ -100,6 +100,26 @@ def test_the_same_flops_and_kept_bytes_as_the_dry_run() -> None:
     assert sum(gflops(kernels, False).values()) == pytest.approx(facts["gflops_forward"], abs=0.06)
 
 
+@pytest.mark.parametrize(("strategy", "shares"), [("ddp", 1), ("zero1", 8)])
+def test_the_average_of_the_weights_takes_time(strategy: str, shares: int) -> None:
+    """Average and master are read and the average is written: 12 bytes a parameter."""
+    smoke = load_preset(SMOKE)
+    without, with_average = (
+        predict(replace(smoke, training=replace(smoke.training, **changes)), "h100", 16, ranks=8)
+        for changes in ({"strategy": strategy}, {"strategy": strategy, "ema_decay": 0.999})
+    )
+    parameters = architecture(smoke).parameters
+    for name, divided in {"plain": 1, "submission": 8, "fused": shares}.items():
+        before, after = without["recipes"][name], with_average["recipes"][name]
+        row = after["by_op"]["average"]
+        assert row["gigabytes"] * 16e9 == pytest.approx(12 * parameters / divided)
+        assert "average" not in before["by_op"]
+        if name != "plain":  # there the host may be the slower one
+            more = after["ms_per_sample"] - before["ms_per_sample"]
+            assert more == pytest.approx(row["ms_per_sample"])
+        assert after["memory_bytes"]["workspace"] == before["memory_bytes"]["workspace"]
+
+
 def test_bytes_by_hand() -> None:
     batch = 3
     kernels = list(fused(SD_V2, batch))

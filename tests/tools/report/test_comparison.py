@@ -49,6 +49,20 @@ def test_scores_are_compared_at_one_position_and_equal_n(two: list[Path]) -> Non
     assert not any(name.startswith("FID at 3,200") for name in told)
 
 
+def test_scores_of_the_average_have_rows_and_a_figure_of_their_own(two, tmp_path: Path) -> None:
+    for run, fid in zip(two, (9.0, 8.0), strict=True):
+        write_lines(run / "scores_ema.jsonl", [{"samples": 3200, "fid": fid, "n": 256}])
+    runs = read_runs(two)
+    told = {row[0]: row[1:] for row in results(runs)}
+    assert told["FID of the average at 3,200, n 256"] == ["9.00", "8.00"]
+    assert told["FID"] == ["12.35 (at 6,400, n 256)", "–"]
+    assert "CLIP score of the average" not in told
+    write_page(runs, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.count('<img class="chart"') == 4
+    assert 'alt="FID of the average (lower is better) over samples"' in page
+
+
 def test_names_tell_runs_apart(tmp_path: Path) -> None:
     for parent in ("x", "y"):
         (tmp_path / parent).mkdir()

@@ -136,6 +136,23 @@ def data(page: str, kind: str) -> list[bytes]:
     ]
 
 
+def test_scores_of_the_average(tmp_path):
+    run = write_full(tmp_path / "run")
+    lines = [{"samples": n, "fid": 9.25, "clip": 0.4, "n": 100} for n in (3200, 6400)]
+    write_lines(run / "scores_ema.jsonl", [*lines, {"samples": "x"}, {"samples": 1, "n": 1}])
+    page = write(run)
+    text = words(page)
+    for told in (
+        "FID of the average 9.25 n = 100, at 6,400",
+        "FID 12.35 n = 256, at 6,400",
+        "n = 100 pictures at each checkpoint.",
+        "n = 256 pictures at each checkpoint.",
+        "scores_ema.jsonl line 3 lacks a number for one of samples, n",
+    ):
+        assert told in text, told
+    assert "Scores over samples: FID of the average (lower is better), CLIP score of" in page
+
+
 def test_full_run(tmp_path):
     page = write(write_full(tmp_path / "ocean", optimizer={"warmup_steps": 7}))
     text = words(page)

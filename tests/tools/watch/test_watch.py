@@ -49,6 +49,14 @@ def test_a_run_under_way(tmp_path: Path) -> None:
     assert "not running" in shown(Watcher(run).look())
 
 
+def test_scores_of_the_average(tmp_path: Path) -> None:
+    run = write_full(tmp_path / "run")
+    write_lines(run / "scores_ema.jsonl", [{"samples": 6400, "fid": 9.5, "n": 256}])
+    text = shown(Watcher(run).look())
+    assert "at 6,400: FID 12.35" in text
+    assert "at 6,400: FID of the average 9.50, n 256" in text
+
+
 def test_a_complete_run_and_a_narrow_terminal(tmp_path: Path) -> None:
     run = write_full(tmp_path / "run")
     assert Watcher(run).look().is_complete
