@@ -54,13 +54,14 @@ class StopRequests:
     def take(self, *, speaks: bool = True) -> None:
         """Install the handlers. A signal that is ignored stays ignored, as nohup has it.
 
-        `speaks`: whether signals are answered on stderr.
+        `speaks`: whether signals are answered on stderr, which is all that a second call changes.
         """
-        self.__init__()  # type: ignore[misc]
+        if not self._previous:
+            self.__init__()  # type: ignore[misc]
+            for number in STOP_SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._receive)
         self._speaks = speaks
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                self._previous[number] = signal.signal(number, self._receive)
 
     def give_back(self) -> None:
         """Restore the handlers that were there before `take`."""
@@ -93,6 +94,12 @@ class StopRequests:
     def hold(self) -> None:
         """From here on remember signals in `received` and do nothing else: the command is done."""
         self._defers, self._speaks = True, False
+        self._end_wait()
+
+    def heed(self) -> None:
+        """Raise `Stopped` where a signal has come and waits for an import to end."""
+        if self.received is not None and not self._defers:
+            self._raise(self.received)
 
     def wait(self, seconds: float) -> None:
         """`hold`, and wait for a signal, but no longer than this."""
@@ -129,7 +136,13 @@ class StopRequests:
         else:
             self._raise(self.received)
 
+    def _end_wait(self) -> None:
+        """Drop the alarm: it would end a process whose handlers are gone."""
+        if self._raised:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
     def _raise(self, number: signal.Signals) -> None:
+        self._end_wait()
         self._raised = True
         raise Stopped(number)
 

@@ -7,14 +7,32 @@ body calls the product and prints what comes back. `dispatch` lists the commands
 import sys
 
 from sd_perf.cpu_settings import settle_cpu
-
-settle_cpu()  # before torch is imported
-try:
-    from sd_perf.cli.dispatch import main
-except ModuleNotFoundError as missing:
-    package = (missing.name or "").partition(".")[0]
-    if package not in ("rich", "tyro", "yaml"):
-        raise
-    sys.exit(f"sd-perf: the command line needs {package}; pip install 'sd-perf[cli]'")
+from sd_perf.stopping import STOP, Stopped
 
 __all__ = ["main"]
+
+settle_cpu()  # before torch is imported
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command and exit, see `dispatch.main`.
+
+    Signals are handled before the rest of the command line is imported, which takes half a second.
+    """
+    STOP.take()
+    try:
+        from sd_perf.cli.dispatch import main as run
+
+        STOP.heed()
+        run(arguments)
+    except Stopped as stop:  # before a command had begun
+        if arguments is None:
+            STOP.ignore()
+        else:
+            STOP.give_back()
+        sys.exit(stop.exit_code)
+    except ModuleNotFoundError as missing:
+        package = (missing.name or "").partition(".")[0]
+        if package not in ("rich", "tyro", "yaml"):
+            raise
+        sys.exit(f"sd-perf: the command line needs {package}; pip install 'sd-perf[cli]'")

@@ -140,8 +140,8 @@ def main(arguments: list[str] | None = None) -> None:
     input, 75 stopped by a signal (training: and saved), 76 another process of the run was lost, 130
     stopped by Ctrl-C.
 
-    Signals are handled from here to the end of the process. A program that gives `arguments` gets
-    its own handlers and streams back.
+    Signals are handled to the end of the process. A program that gives `arguments` gets its own
+    handlers and streams back.
     """
     if arguments is None:
         end_with_torchrun()

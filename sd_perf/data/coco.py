@@ -36,8 +36,9 @@ SEED = 2023
 NUM_SAMPLES = 30_000
 SIZE = 512
 """rows and columns of a resized picture, pixels"""
-_MAX_CAPTIONS_BYTES = 2**28
-"""largest captions file that is read; that of COCO 2014 has 32 MB"""
+_MAX_CAPTIONS_BYTES, _MAX_OBJECTS = 48 * 2**20, 1_000_000
+"""largest captions file that is read, and most objects in it, which take some hundred bytes of
+memory each; that of COCO 2014 has 32 MB and 243,000 of them"""
 _END_OF_JPEG = b"\xff\xd9"
 _JPEG_MODES = ("L", "RGB", "CMYK")
 _NAMED = 20
@@ -66,6 +67,8 @@ def read_coco_captions(path: Path) -> list[Caption]:
     """
     remedy = "name captions_val2014.json of COCO's annotations"
     content = read_untrusted(path, _MAX_CAPTIONS_BYTES, remedy=remedy, kind=DataError)
+    if content.count(b"{") + content.count(b"[") > _MAX_OBJECTS:
+        raise DataError(f"{path}: has more than {_MAX_OBJECTS:,} objects; {remedy}")
     try:
         value = parse_json(content)
     except ValueError as error:

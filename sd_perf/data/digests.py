@@ -9,12 +9,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from sd_perf.errors import DataError
-from sd_perf.files import disk_errors, is_absent, opened_untrusted, read_untrusted, written_aside
+from sd_perf.files import disk_errors, is_absent, opened_untrusted, untrusted_lines, written_aside
 
 SUMS_NAME = "SHA256SUMS"
 _LINE = re.compile(rb"([0-9a-f]{64}) [ *]([^\\/][^\\]*)")
 """digest and name; sha256sum writes names with a backslash or a line break otherwise"""
-_MAX_SUMS_BYTES = 2**28
 _RECORD = "record anew (`sd-perf data verify --record`)"
 _REMEDY = f"restore it from a copy or {_RECORD}"
 
@@ -72,9 +71,8 @@ def _fault(file: Path, recorded: str | None, found: str | None) -> str:
 
 
 def _read_digests(path: Path) -> dict[bytes, str]:
-    lines = read_untrusted(path, _MAX_SUMS_BYTES, remedy=_REMEDY, kind=DataError).split(b"\n")
     digests = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(untrusted_lines(path, 2**14, remedy=_REMEDY, kind=DataError), 1):
         match = _LINE.fullmatch(line)
         if match is None and line:
             raise DataError(f"{path}: line {number} holds no SHA-256 and name of a file; {_REMEDY}")

@@ -254,7 +254,8 @@ def _evaluate(
 def _shows_own_prompts(folder: Path, samples: int, prompts: list[str]) -> bool:
     """Whether training drew a grid of sampling.prompts there: other prompts than the first ones."""
     drawn = read_json(grid_path(folder, samples).with_suffix(".json"))
-    return isinstance(drawn, dict) and drawn.get("prompts") != prompts[: len(drawn["prompts"])]
+    shown = drawn.get("prompts") if isinstance(drawn, dict) else None
+    return isinstance(shown, list) and shown != prompts[: len(shown)]
 
 
 def _state_of(checkpoint: Path, run: Path) -> str:

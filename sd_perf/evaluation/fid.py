@@ -15,6 +15,7 @@ Shape letters: B samples of a batch, D features.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,8 +31,9 @@ _INDEFINITE = 1e-5
 """Share of the largest eigenvalue below which a negative one is taken for damage. A covariance
 stored in float32 has eigenvalues down to about -1e-6 of the largest."""
 
-_MAX_BYTES = 2**28
-"""what a compressed file of statistics may unpack to; 2,048 features need 34 MB"""
+_MAX_BYTES, _MAX_FEATURES = 2**26, 2048
+"""what a compressed file of statistics may unpack to, and features that it may be of, more than
+which take minutes and gigabytes; FID's Inception has 2,048, which need 34 MB"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +83,9 @@ class Gaussian:
         try:
             with path.open("rb") as file:
                 arrays = read_npz(file, _MAX_BYTES)
+            size = max(arrays["mu"].size, math.isqrt(arrays["sigma"].size))
+            if size > _MAX_FEATURES:
+                raise ValueError(f"of {size:,} features, more than {_MAX_FEATURES:,}")
             mean, covariance = (
                 torch.from_numpy(arrays[name].astype(np.float64)) for name in ("mu", "sigma")
             )

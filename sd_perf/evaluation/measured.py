@@ -20,14 +20,20 @@ from typing import Any
 import torch
 
 from sd_perf.errors import DataError
-from sd_perf.files import disk_errors, one_line, written_aside
+from sd_perf.files import disk_errors, misfit, one_line, parse_json, written_aside
 
 GRID = 64
 """pictures in a grid, at most: those of the first prompts"""
 KEEP_SECONDS = 120
 """work that a kill can cost"""
 MAKE_ROOM = "make room, then evaluate again"
-_TENSORS = {"indices", "features", "cosines", "grid"}
+_TENSORS = {
+    "indices": (torch.int64, 1),
+    "features": (torch.float32, 2),
+    "cosines": (torch.float32, 1),
+    "grid": (torch.uint8, 4),
+}
+"""tensors of a file: their dtypes and numbers of dimensions"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,18 +162,20 @@ def _read(path: Path, of: str) -> Measured:
             if metadata.get("of") != of:
                 raise ValueError("it is of other weights, prompts or settings")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        seen = json.loads(metadata["seen"])
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        seen = parse_json(metadata["seen"])
+    except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"it is damaged ({one_line(error)})") from error
-    count = len(tensors.get("indices", ()))
-    fits = (
-        _digest(tensors) == metadata.get("sha256")
-        and tensors.keys() == _TENSORS
-        and count > 0
-        and len(tensors["features"]) == len(tensors["cosines"]) == count
-        and len(tensors["grid"]) == int((tensors["indices"] < GRID).sum())
-        and len(seen) in (0, count)
-    )
+    kinds = {name: (value.dtype, value.ndim) for name, value in tensors.items()}
+    fits = kinds == _TENSORS and not misfit(seen, [str])
+    if fits:
+        count = len(tensors["indices"])
+        fits = (
+            _digest(tensors) == metadata.get("sha256")
+            and count > 0
+            and len(tensors["features"]) == len(tensors["cosines"]) == count
+            and len(tensors["grid"]) == int((tensors["indices"] < GRID).sum())
+            and len(seen) in (0, count)
+        )
     if not fits:
         raise ValueError("it is damaged (its tensors do not belong together)")
     return Measured(**tensors, seen=seen)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from sd_perf.errors import DataError
+from sd_perf.files import one_line
 from sd_perf.models.vae import PIXELS_PER_LATENT
 from sd_perf.optional import optional
 
@@ -28,7 +29,7 @@ def _open_session(path: str | Path, threads: int) -> Any:
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors share no base class of their own
-        raise DataError(f"{path} cannot be loaded as an ONNX model: {error}") from error
+        raise DataError(f"{path} cannot be loaded as an ONNX model ({one_line(error)})") from error
 
 
 def _run(session: Any, path: str | Path, tensor: torch.Tensor) -> list[np.ndarray]:
@@ -38,7 +39,7 @@ def _run(session: Any, path: str | Path, tensor: torch.Tensor) -> list[np.ndarra
         return session.run(None, inputs)
     except Exception as error:  # onnxruntime's errors share no base class of their own
         raise DataError(
-            f"{path} does not take an input of shape {tuple(tensor.shape)}: {error}"
+            f"{path} does not take an input of shape {tuple(tensor.shape)} ({one_line(error)})"
         ) from error
 
 

@@ -15,12 +15,14 @@ import torch
 from sd_perf.errors import CheckpointError, ConfigError
 from sd_perf.files import one_line, parse_json, read_untrusted
 from sd_perf.models.torchvision_schemas import define_missing_torchvision_ops
-from sd_perf.models.weight_files import load_into, require_fit
+from sd_perf.models.weight_files import load_into, require_fit, weights_in
 from sd_perf.optional import optional
 from sd_perf.torch_files import require_bounded
 
 VOCABULARY = 49408
 """tokens of CLIP's byte-pair encoding"""
+_MAX_WIDTH = 2048
+"""channels of a text tower; the widest of open_clip has 1,280"""
 
 
 def import_open_clip(key: str) -> ModuleType:
@@ -95,7 +97,9 @@ def read_open_clip_weights(path: Path, key: str) -> dict[str, torch.Tensor]:
             return _with_whole_vocabulary(load_file(path))
         with path.open("rb") as file:
             require_bounded(file)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return weights_in(torch.load(path, map_location="cpu", weights_only=True), path)
+    except CheckpointError:
+        raise
     except Exception as error:  # each format has its own errors for damaged files
         raise CheckpointError(
             f"{path}: not a file of open_clip weights ({one_line(error)})"
@@ -110,6 +114,8 @@ def _with_whole_vocabulary(state: dict[str, torch.Tensor]) -> dict[str, torch.Te
     """
     if "token_embedding.rows" in state:
         rows, ids = state.pop("token_embedding.rows"), state.pop("token_embedding.ids")
+        if rows.shape[1] > _MAX_WIDTH:  # before memory is taken for all tokens
+            raise ValueError(f"its tokens are {rows.shape[1]:,} wide, over {_MAX_WIDTH:,}")
         whole = torch.zeros(VOCABULARY, rows.shape[1], dtype=rows.dtype)
         whole[ids] = rows
         state["token_embedding.weight"] = whole

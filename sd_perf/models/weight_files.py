@@ -90,7 +90,16 @@ def read_ldm_checkpoint(path: str | Path) -> dict[str, Tensor]:
         )
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    content = _unpickled(path)
+    return weights_in(_unpickled(path), path)
+
+
+def weights_in(content: Any, path: Path) -> dict[str, Tensor]:
+    """The tensors by name that an unpickled file holds, alone or under "state_dict".
+
+    Raises CheckpointError, which names the file, for other content, and for tensors that have not
+    a number of their own for each of their elements: sparse ones, and few numbers spread over any
+    size, which would take its memory as soon as they are copied.
+    """
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not state or not isinstance(state, dict):
         raise CheckpointError(
@@ -99,10 +108,22 @@ def read_ldm_checkpoint(path: str | Path) -> dict[str, Tensor]:
     for name, value in state.items():
         if not (isinstance(name, str) and isinstance(value, Tensor)):
             raise CheckpointError(
-                f"{path}: {name!r} is no tensor, so these are not the weights alone; the file is "
-                "of another kind, damaged or hostile"
+                f"{path}: {quoted(name)} is no tensor, so these are not the weights alone; the "
+                "file is of another kind, damaged or hostile"
+            )
+        if not _is_dense(value):
+            raise CheckpointError(
+                f"{path}: {quoted(name)} is a tensor without numbers of its own for all its "
+                "elements; save dense tensors"
             )
     return dict(state)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    if not plain or tensor.is_quantized:
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def split_components(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -19,6 +19,7 @@ WITH_SETTINGS = [
     ["data", "statistics"],
 ]
 DATA_COMMANDS = ", ".join(_DATA)
+HELP = "from sd_perf.cli import main; main(['--help'])"
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
@@ -44,15 +45,37 @@ sys.exit("torch was loaded" if "torch" in sys.modules else 0)
 
 @pytest.mark.parametrize("package", ["tyro", "rich", "yaml"])
 def test_a_missing_package(package):
-    process = python(f"import sys; sys.modules[{package!r}] = None; import sd_perf.cli")
+    process = python(f"import sys; sys.modules[{package!r}] = None; {HELP}")
     assert process.returncode == 1
     sentence = f"sd-perf: the command line needs {package}; pip install 'sd-perf[cli]'\n"
     assert process.stderr == sentence
 
 
 def test_an_error_of_our_own_is_no_missing_package():
-    process = python("import sys; sys.modules['sd_perf.presets'] = None; import sd_perf.cli")
+    process = python(f"import sys; sys.modules['sd_perf.presets'] = None; {HELP}")
     assert process.returncode == 1 and "Traceback" in process.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "exit_code"), [("SIGTERM", 75), ("SIGHUP", 75), ("SIGUSR1", 75), ("SIGINT", 130)]
+)
+def test_a_signal_while_the_command_line_is_imported(number, exit_code):
+    """Handlers come before the imports, and an import is not interrupted."""
+    code = f"""
+import signal, sys
+from sd_perf.cli import main
+
+class Signals:
+    def find_spec(self, name, *_):
+        if name == "tyro":
+            signal.raise_signal(signal.{number})
+
+sys.meta_path.insert(0, Signals())
+main()
+"""
+    process = python(code)
+    name = "Ctrl-C" if number == "SIGINT" else number
+    assert (process.returncode, process.stderr) == (exit_code, f"sd-perf: stopped by {name}\n")
 
 
 def test_help_lists_every_command(sd_perf):

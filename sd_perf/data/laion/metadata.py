@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from sd_perf.errors import DataError
-from sd_perf.files import disk_errors, is_absent, one_line, opened_untrusted, written_aside
+from sd_perf.files import (
+    disk_errors,
+    is_absent,
+    misfit,
+    one_line,
+    opened_untrusted,
+    parse_json,
+    written_aside,
+)
 from sd_perf.optional import optional
 
 UNKNOWN = "?"
@@ -114,16 +122,19 @@ def pyarrow_modules() -> tuple[Any, Any, Any]:
 
 def open_parquet(stream: BinaryIO, path: Path, columns: tuple[str, ...] = _COLUMNS) -> Any:
     """A pyarrow.parquet.ParquetFile that has these columns; DataError for any other file."""
-    _, parquet, _ = pyarrow_modules()
+    pa, parquet, _ = pyarrow_modules()
     try:
         file = parquet.ParquetFile(stream, pre_buffer=False)
-        missing = [name for name in columns if name not in file.schema_arrow.names]
-    except (ValueError, OSError) as error:  # those of pyarrow are among them
+        names = file.schema_arrow.names
+    except (ValueError, OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: is no parquet file ({one_line(error)}); {_REMEDY}") from error
+    missing = [name for name in columns if name not in names]
     if missing:
         raise DataError(
             f"{path}: has no column {' and no '.join(missing)}, which is needed; move it away"
         )
+    if twice := [name for name in columns if names.count(name) > 1]:
+        raise DataError(f"{path}: has the column {twice[0]} twice; move it away")
     return file
 
 
@@ -169,11 +180,13 @@ def _recorded_counts(target: Path, source_bytes: int) -> Counter[str] | None:
         return None
     remedy = "move it away or write to another folder"
     with opened_untrusted(target, remedy, DataError) as stream:
-        record = open_parquet(stream, target).metadata.metadata.get(_RECORD, b"{}")
+        record = (open_parquet(stream, target).metadata.metadata or {}).get(_RECORD, b"{}")
     try:
-        value = json.loads(record)
-        if value["source_bytes"] == source_bytes:
-            return Counter({str(key): int(rows) for key, rows in value["rows"].items()})
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass  # the sentence below says it
+        value = parse_json(record)
+    except ValueError:
+        value = None  # the sentence below says it
+    shape = {"source_bytes": int, "rows": {}}
+    if not misfit(value, shape) and value["source_bytes"] == source_bytes:
+        if not misfit(list(value["rows"].values()), [int]):
+            return Counter(value["rows"])
     raise DataError(f"{target}: is there and was not made from the file of its name; {remedy}")
