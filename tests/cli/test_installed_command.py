@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from sd_perf.data.prepare.scenes import write_scenes
 from sd_perf.runs.lock import RunLock
-from tests.cli.bad_input import AUTOENCODER, newest, write_preset, write_tar
+from tests.cli.bad_input import AUTOENCODER, data_options, newest, write_preset, write_tar
 from tests.conftest import only_sentence
 
 ROOT = Path(__file__).parents[2]
@@ -125,8 +125,9 @@ def a7_shards(folder: Path, a_run: ARun) -> Case:
     write_tar(folder / "shards/0.tar", {"npy": b"no array"}, samples=1)
     with (folder / "shards/0.tar").open("ab") as shard:
         shard.write((folder / "shards/0.tar").read_bytes())
-    preset = write_preset(folder / "c.yaml", data={"format": "moments", "path": f"{folder}/shards"})
-    return Case(["data", "bench", "--config", preset], "a second archive")
+    preset = write_preset(folder / "c.yaml")
+    command = ["data", "bench", "--config", preset, *data_options(folder / "shards")]
+    return Case(command, "goes on behind the end of the archive")
 
 
 def a8_weights(folder: Path, a_run: ARun) -> Case:
@@ -193,7 +194,7 @@ def c17_fifo(folder: Path, a_run: ARun) -> Case:
 
 
 def c17_long_name(folder: Path, a_run: ARun) -> Case:
-    return Case(["fetch", "coco2014-statistics", "--output-dir", "x" * 300], "File name too long")
+    return Case(["fetch", "inception", "--check", "--output-dir", "x" * 300], "File name too long")
 
 
 def c18_bounds(folder: Path, a_run: ARun) -> Case:

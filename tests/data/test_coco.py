@@ -111,6 +111,7 @@ def test_bad_pictures_are_all_named_and_there_is_no_table(coco):
             b'{"id": 1, "image_id": 2, "caption": "x"}]}',
             "two captions have the same id",
         ),
+        (b'{"annotations": [' + 1_000_000 * b"{}," + b"{}]}", "has more than 1,000,000 objects"),
     ],
 )
 def test_captions_that_cannot_be_used(content, message, tmp_path):

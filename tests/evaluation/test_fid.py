@@ -131,6 +131,10 @@ def test_bad_npz(tmp_path):
     np.savez(path, mu=np.zeros(2), sigma=np.array([[1.0, 0.5], [0.0, 1.0]]))
     with pytest.raises(DataError, match="not symmetric"):
         Gaussian.load_npz(path)
+    # a small file, and gigabytes of float64
+    np.savez_compressed(path, mu=np.zeros(2), sigma=np.zeros((6000, 6000), np.uint8))
+    with pytest.raises(DataError, match=r"of 6,000 features, more than 2,048"):
+        Gaussian.load_npz(path)
 
 
 def test_bad_features():

@@ -116,6 +116,42 @@ def test_damaged_parts_are_drawn_again(run, damage, monkeypatch):
     assert scores_of(other) == scores_of(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "seen"),
+    [
+        ("indices", torch.tensor(0), "[]"),
+        ("features", torch.zeros(1, dtype=torch.bfloat16), "[]"),
+        ("grid", torch.zeros(1), "[]"),
+        ("cosines", torch.zeros(1), "5"),
+        ("cosines", torch.zeros(1), "[" * 100_000),
+    ],
+)
+def test_hostile_parts(name, value, seen, tmp_path):
+    """What others may have put there is removed and told, whatever it holds."""
+    keeper = measured.Keeper(tmp_path, of="x")
+    keeper.add(
+        measured.Measured(
+            indices=torch.zeros(1, dtype=torch.int64),
+            features=torch.zeros(1, 3),
+            cosines=torch.zeros(1),
+            grid=torch.zeros(1, 3, 2, 2, dtype=torch.uint8),
+            seen=[],
+        )
+    )
+    keeper.flush()
+    [path] = tmp_path.iterdir()
+    save_file({**load_file(path), name: value}, path, {"of": "x", "seen": seen})
+    told: list[str] = []
+    assert keeper.kept(told.append) is None
+    assert len(told) == 1 and "is damaged" in told[0] and not path.exists()
+
+
+def test_a_grids_prompts_of_any_kind(tmp_path):
+    for text in ("{}", '{"prompts": 5}', "[]"):
+        (tmp_path / "samples_0000000004.json").write_text(text)
+        assert not evaluate._shows_own_prompts(tmp_path, 4, ["a"])
+
+
 def test_a_first_look_is_not_recorded(run):
     folder, settings = run
     before = (folder / "result_0.txt").read_bytes()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from sd_perf.config import TextEncoderConfig
 from sd_perf.errors import CheckpointError, ConfigError
@@ -132,6 +133,32 @@ def test_sizes_that_the_weights_have_not_take_no_memory(encoder, tmp_path):
     config = TextEncoderConfig(str(tmp_path / "huge.json"), str(tmp_path / "weights.bin"))
     with pytest.raises(CheckpointError, match="not the weights of the text encoder"):
         OpenClipTextEncoder(config)
+
+
+@pytest.mark.parametrize(
+    ("weights", "sentence"),
+    [
+        ([torch.zeros(1)], "holds no weights"),
+        ({"a": "b"}, "'a' is no tensor"),
+        ({"a": torch.zeros(2, 2).to_sparse()}, "without numbers of its own"),
+        ({"a": torch.zeros(1).expand(10**5, 10**5)}, "without numbers of its own"),
+        ({"a": torch.empty(2, device="meta")}, "without numbers of its own"),
+    ],
+    ids=["list", "text", "sparse", "spread", "meta"],
+)
+def test_weights_that_are_none(weights, sentence, tmp_path):
+    torch.save(weights, tmp_path / "weights.bin")
+    with pytest.raises(CheckpointError, match=sentence):
+        OpenClipTextEncoder(TextEncoderConfig(TINY, str(tmp_path / "weights.bin")))
+
+
+def test_a_vocabulary_of_gigabytes(tmp_path):
+    """Few rows become those of all 49,408 tokens."""
+    rows = {"rows": torch.zeros(0, 20_000), "ids": torch.zeros(0, dtype=torch.int64)}
+    path = tmp_path / "weights.safetensors"
+    save_file({f"token_embedding.{name}": value for name, value in rows.items()}, path)
+    with pytest.raises(CheckpointError, match="its tokens are 20,000 wide"):
+        OpenClipTextEncoder(TextEncoderConfig(TINY, str(path)))
 
 
 def test_weights_of_another_model(encoder, tmp_path):

@@ -132,3 +132,28 @@ def test_licences_that_are_no_text(licences, tmp_path):
     with pytest.raises(DataError, match="is damaged"):
         filter_metadata(tmp_path / "in", tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_column_twice(tmp_path):
+    write_metadata(tmp_path / "in" / NAME, 2)
+    table = parquet.read_table(tmp_path / "in" / NAME)
+    parquet.write_table(table.append_column("LICENSE", table["URL"]), tmp_path / "in" / NAME)
+    with pytest.raises(DataError, match="has the column LICENSE twice"):
+        filter_metadata(tmp_path / "in", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [None, b"[" * 100_000, b"[]", b'{"rows": {"a": 1e400}}', b'{"rows": {"a": ' + 5000 * b"9"],
+    ids=["none", "deep", "list", "infinite", "digits"],
+)
+def test_records_that_are_none(record, tmp_path):
+    """The file that would be written is there, and is not of this function."""
+    write_metadata(tmp_path / "in" / NAME, 2)
+    write_metadata(tmp_path / "out" / NAME, 2, store_schema=False)
+    if record is not None:
+        table = parquet.read_table(tmp_path / "out" / NAME)
+        table = table.replace_schema_metadata({b"sd_perf_filter": record})
+        parquet.write_table(table, tmp_path / "out" / NAME)
+    with pytest.raises(DataError, match="is there and was not made from the file of its name"):
+        filter_metadata(tmp_path / "in", tmp_path / "out")
