@@ -97,3 +97,19 @@ def test_each_change_is_answered_by_one_file() -> None:
     assert len(rows) >= 20
     for what, answer in rows:
         assert re.search(r"`[\w/<>.]+(\.py|/)`", answer), what
+
+
+def test_tests_that_reliability_names_exist() -> None:
+    """A promise whose test was renamed or dropped is none."""
+    page = (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
+    held: dict[str, set[str]] = {}
+    for file in ROOT.glob("tests/**/test_*.py"):
+        held.setdefault(file.name, set()).update(
+            re.findall(r"^def (test_\w+)", file.read_text(), re.M)
+        )
+    named = re.findall(r"`(?:tests/)?(?:[\w/]*?(test_\w+\.py))?(?:::)?(test_\w+)?`", page)
+    tests = [(file, test) for file, test in named if test]
+    assert {file for file, _ in named if file} <= held.keys()
+    everywhere = set().union(*held.values())
+    assert not [(f, t) for f, t in tests if t not in (held[f] if f else everywhere)]
+    assert len(tests) > 60

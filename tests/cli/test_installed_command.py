@@ -151,7 +151,12 @@ def a10_bad_pictures(folder: Path, a_run: ARun) -> Case:
 
 def b11_full_output(folder: Path, a_run: ARun) -> Case:
     preset = write_preset(folder / "c.yaml")
-    return Case(["config", "show", "--config", preset], "stdout cannot be written", code=1, stdout="/dev/full")
+    return Case(
+        ["config", "show", "--config", preset],
+        "stdout cannot be written",
+        code=1,
+        stdout="/dev/full",
+    )
 
 
 def b12_unfinished_run(folder: Path, a_run: ARun) -> Case:

@@ -35,6 +35,7 @@ _ROWS = 65_536
 """rows that are read at a time, and of a row group that is written"""
 _RECORD = b"sd_perf_filter"
 """key in a filtered file's metadata: the size of its source, and how many rows each licence had"""
+_SHAPE = {"source_bytes": int, "rows": {}}
 _REMEDY = "fetch this file again"
 
 
@@ -185,8 +186,7 @@ def _recorded_counts(target: Path, source_bytes: int) -> Counter[str] | None:
         value = parse_json(record)
     except ValueError:
         value = None  # the sentence below says it
-    shape = {"source_bytes": int, "rows": {}}
-    if not misfit(value, shape) and value["source_bytes"] == source_bytes:
-        if not misfit(list(value["rows"].values()), [int]):
-            return Counter(value["rows"])
+    is_ours = not misfit(value, _SHAPE) and not misfit([*value["rows"].values()], [int])
+    if is_ours and value["source_bytes"] == source_bytes:
+        return Counter(value["rows"])
     raise DataError(f"{target}: is there and was not made from the file of its name; {remedy}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,8 +94,8 @@ def _check_header(path: Path, names: list[str], column: str) -> None:
                 f"{path}: its header ({', '.join(names)[:200]}) has no column of {wanted}; call it "
                 f"{' or '.join(right)}"
             )
-    if twice := {name for name in names if name and names.count(name) > 1}:
-        raise DataError(f"{path}: its header has {sorted(twice)[0][:100]!r} twice; rename one")
+    if twice := [name for name, times in Counter(names).items() if name and times > 1]:
+        raise DataError(f"{path}: its header has {min(twice)[:100]!r} twice; rename one")
 
 
 def _image(
