@@ -37,6 +37,18 @@ ImageRange = Literal["benchmark", "correct"]
 mistake and which its targets rest on, or [-1, 1], which autoencoders are trained on"""
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TIFF", "WEBP")
 """formats that are decoded, where Pillow was built with them; some others of its start programs"""
+_ORIENTATION = 0x0112
+"""tag of EXIF"""
+_TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+"""orientation: what makes an image upright, as Pillow names it; 1 is upright"""
 PICTURE_SUFFIXES = (
     *(".avif", ".bmp", ".gif", ".heic", ".heif", ".j2k", ".jp2", ".jpeg", ".jpg", ".jxl"),
     *(".pgm", ".png", ".ppm", ".qoi", ".tif", ".tiff", ".webp"),
@@ -151,16 +163,30 @@ def _decode(path: str | Path | BinaryIO, upright: bool, max_pixels: int | None) 
 def _decode_stream(
     file: BinaryIO, name: str, upright: bool, max_pixels: int | None, background: str = "white"
 ) -> Any:
-    ImageOps = optional("PIL.ImageOps", "images need Pillow", "images")
     try:
         image = decode_image(file, max_pixels)
         format = image.format  # turning makes a copy without it
-        turned = ImageOps.exif_transpose(image) if upright else image
+        turned = _turned(image) if upright else image
         return _to_rgb(turned, format or "", name, background)
     except ValueError as error:
         raise DataError(
             f"{name} cannot be decoded as an image ({one_line(error)}); mend or remove it"
         ) from error
+
+
+def _turned(image: Any) -> Any:
+    """A Pillow image turned as its EXIF orientation says; ValueError where that cannot be read.
+
+    Pillow's ImageOps.exif_transpose also writes the EXIF data anew, and raises whatever a tag that
+    a camera or an editor has damaged leads to.
+    """
+    Image = optional("PIL.Image", "images need Pillow", "images")
+    try:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except Exception as error:  # damage shows as nearly any error
+        raise ValueError(f"its EXIF data are damaged: {one_line(error)}") from error
+    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
+    return image.transpose(Image.Transpose[turn]) if turn else image
 
 
 def _to_rgb(image: Any, format: str, name: str, background: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 
 import numpy as np
 import pytest
@@ -181,6 +182,36 @@ def test_orientation_of_any_kind_of_file(mode, suffix, tmp_path):
     black_above.paste(65535 if mode == "I;16" else "white", (0, 8, 16, 16))
     image = load_image(saved(black_above, tmp_path / f"a.{suffix}", exif=exif), 16)
     assert (image[:, 0] > 0.99).all() and (image[:, -1] < 0.01).all()
+
+
+def damaged_exif(seed: int) -> bytes:
+    """EXIF data that turn an image by 180 degrees, with a few wrong bytes behind that tag."""
+    draw, exif = random.Random(seed), Image.Exif()
+    exif[0x0112], exif[0x011A], exif[0x0131] = 3, 72.0, "a program"
+    exif[0x8825] = {1: "N", 2: (1.0, 2.0, 3.0)}
+    data = bytearray(exif.tobytes())
+    behind = 28  # "Exif", the TIFF header, how many tags there are, and the first: orientation
+    for _ in range(draw.choice((1, 4, 16))):
+        data[draw.randrange(behind, len(data))] = draw.choice((0, 1, 2, 5, 12, 255))
+    return bytes(data)
+
+
+def test_tags_that_do_not_matter_may_be_damaged(tmp_path):
+    """Pillow's exif_transpose, which writes all of them anew, raises errors of many kinds."""
+    above = Image.new("RGB", (16, 16))
+    above.paste("white", (0, 8, 16, 16))
+    turned = load_image(saved(above.transpose(Image.Transpose.ROTATE_180), tmp_path / "b.jpg"), 16)
+    for seed in range(100):
+        path = saved(above, tmp_path / "a.jpg", exif=damaged_exif(seed))
+        assert (load_image(path, 16) - turned).abs().max() < 0.05, seed
+
+
+def test_exif_data_that_cannot_be_read(tmp_path):
+    exif = b"Exif\0\0" + b"no TIFF header at all"
+    path = saved(Image.new("RGB", (16, 16)), tmp_path / "a.jpg", exif=exif)
+    with pytest.raises(DataError, match=r"a\.jpg cannot be decoded .*EXIF data are damaged"):
+        load_image(path, 16)
+    assert load_image(path, 16, upright=False).shape == (3, 16, 16)
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])

@@ -13,14 +13,18 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from sd_perf.config import DataConfig
 from sd_perf.console import TextConsole
+from sd_perf.data.coco import read_coco_captions, split
 from sd_perf.data.encoded import new_layout
 from sd_perf.data.images import load_image
+from sd_perf.data.laion.metadata import filter_metadata
 from sd_perf.data.npz import read_npz
 from sd_perf.data.prepare.captioned_images import load_captioned_image
 from sd_perf.data.prepare.image_folder import read_images
@@ -28,15 +32,27 @@ from sd_perf.data.prepare.raw_shards import read_raw_shards
 from sd_perf.data.samples import SampleReader, parse_caption, parse_context, parse_moments
 from sd_perf.data.shards import INDEX_NAME, ShardIndex
 from sd_perf.errors import UserError
+from sd_perf.evaluation.feature_net import FeatureNet, FeatureNetConfig, read_feature_net
+from sd_perf.evaluation.fid import Gaussian
+from sd_perf.evaluation.measured import Keeper, Measured
+from sd_perf.evaluation.prompts import read_prompts
 from sd_perf.fetch.manifest import File, digests_listed
 from sd_perf.fetch.progress import Watch
 from sd_perf.fetch.receipt import RECEIPT, Receipt
 from sd_perf.fetch.unpack import unpack
 from sd_perf.files import parse_json, read_json
+from sd_perf.mlperf.log import scan_log
+from sd_perf.mlperf.notes import faults, notes
+from sd_perf.mlperf.reference_curves import verdict as verdict_of_progress
+from sd_perf.mlperf.results import read_results
+from sd_perf.mlperf.rulesets import ruleset_of
+from sd_perf.models.weight_files import read_ldm_checkpoint
 from sd_perf.presets import load_preset
 from sd_perf.runs.folder import read_manifest, read_run_config
 from sd_perf.runs.parity_record import read_record, rows_by_level, verdict
 from sd_perf.runs.scores import read_scores, sort_out_lines
+from sd_perf.tools.report.benchmarks import write_benchmarks
+from sd_perf.tools.report.convergence import read_progress
 from sd_perf.tools.report.run_contents import read_run
 
 Reader = Callable[[Path, bytes], object]
@@ -155,6 +171,65 @@ def _archive(folder: Path, content: bytes) -> None:
     unpack(folder / "a.zip", folder / "out", folder / "drafts", Watch(TextConsole(quiet=True)))
 
 
+def _coco(folder: Path, content: bytes) -> None:
+    (folder / "captions.json").write_bytes(content)
+    split(read_coco_captions(folder / "captions.json"), 1)
+
+
+def _prompts(folder: Path, content: bytes) -> None:
+    (folder / "prompts.tsv").write_bytes(content)
+    read_prompts(folder / "prompts.tsv", 1)
+
+
+def _table(folder: Path, content: bytes) -> None:
+    (folder / "a.png").touch()
+    (folder / "metadata.csv").write_bytes(content)
+    read_images(folder)
+
+
+def _metadata(folder: Path, content: bytes) -> None:
+    (folder / "a.parquet").write_bytes(content)
+    filter_metadata(folder, folder / "filtered")
+
+
+def _log(folder: Path, content: bytes) -> None:
+    (folder / "result_0.txt").write_bytes(content)
+    events, _ = scan_log(folder / "result_0.txt")
+    list(faults(events, ruleset_of(events)[0]))
+    list(notes(events))
+    read_results([folder / "result_0.txt"], "5.0.0")
+
+
+def _progress(folder: Path, content: bytes) -> None:
+    (folder / "result_0.txt").write_bytes(content)
+    for progress in read_progress([folder / "result_0.txt"]):
+        verdict_of_progress(progress)
+
+
+def _statistics(folder: Path, content: bytes) -> None:
+    (folder / "a.npz").write_bytes(content)
+    Gaussian.load_npz(folder / "a.npz")
+
+
+def _result(folder: Path, content: bytes) -> None:
+    (folder / "a.json").write_bytes(content)
+    (folder / "b.json").write_bytes(SEEDS["benchmarks"])
+    write_benchmarks(folder)
+
+
+def _weights(name: str) -> Reader:
+    def read(folder: Path, content: bytes) -> None:
+        (folder / name).write_bytes(content)
+        read_feature_net(folder / name) if "net" in name else read_ldm_checkpoint(folder / name)
+
+    return read
+
+
+def _kept(folder: Path, content: bytes) -> None:
+    (folder / "pictures_00000000.safetensors").write_bytes(content)
+    Keeper(folder, of="x").kept(lambda told: None)
+
+
 def _bare(parse: Callable[[bytes], object]) -> Reader:
     """A function that raises ValueError with the bare reason, which its callers put in words."""
 
@@ -188,6 +263,19 @@ READERS: dict[str, Reader] = {
     "json text": _bare(parse_json),
     "moments": lambda folder, content: parse_moments(content, 4, 2),
     "context": lambda folder, content: parse_context(content, 3, 5),
+    "photograph": _image,
+    "coco": _coco,
+    "prompts": _prompts,
+    "table": _table,
+    "metadata": _metadata,
+    "log": _log,
+    "progress": _progress,
+    "statistics": _statistics,
+    "benchmarks": _result,
+    "pickled weights": _weights("a.ckpt"),
+    "weights": _weights("a.safetensors"),
+    "feature net": _weights("net.safetensors"),
+    "kept pictures": _kept,
     "receipt": _receipt,
     "archive": _archive,
     "list of digests": lambda folder, content: digests_listed(content.decode(errors="replace"), ""),
@@ -239,6 +327,75 @@ def _png() -> bytes:
     return stream.getvalue()
 
 
+def _photograph() -> bytes:
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E], exif[0x011A] = 6, "a note", 72.0
+    exif[0x8825] = {1: "N", 2: (1.0, 2.0, 3.0)}
+    stream = io.BytesIO()
+    Image.new("RGB", (9, 8), (200, 30, 90)).save(stream, format="jpeg", exif=exif)
+    return stream.getvalue()
+
+
+def _parquet() -> bytes:
+    import pyarrow
+    from pyarrow import parquet
+
+    texts = {name: ["?", "a"] for name in ("SAMPLE_ID", "URL", "TEXT", "LICENSE", "NSFW")}
+    numbers = {name: [1, 2] for name in ("similarity", "WIDTH", "HEIGHT")}
+    stream = io.BytesIO()
+    parquet.write_table(pyarrow.table({**texts, **numbers}), stream)
+    return stream.getvalue()
+
+
+def _mllog() -> bytes:
+    at = {"samples_count": 512000}
+    entries: list[tuple[str, object, dict]] = [
+        ("submission_benchmark", "stable_diffusion", {}),
+        ("submission_division", "closed", {}),
+        ("seed", 3, {}),
+        ("global_batch_size", 512, {}),
+        ("opt_base_learning_rate", 6.4e-5, {}),
+        ("eval_samples", 30000, {}),
+        ("run_start", None, {}),
+        ("block_start", "training_step", {"samples_count": 0}),
+        ("block_stop", "training_step", at),
+        ("eval_accuracy", 80.5, {**at, "metric": "FID"}),
+        ("eval_accuracy", 0.17, {**at, "metric": "CLIP"}),
+        ("run_stop", None, {**at, "status": "success"}),
+    ]
+    lines = (
+        {"key": key, "value": value, "metadata": metadata, "time_ms": 1_700_000_000_000 + place}
+        for place, (key, value, metadata) in enumerate(entries)
+    )
+    return "".join(f":::MLLOG {json.dumps(line)}\n" for line in lines).encode()
+
+
+def _saved(save: Callable[[io.BytesIO], object]) -> bytes:
+    stream = io.BytesIO()
+    save(stream)
+    return stream.getvalue()
+
+
+def _feature_net() -> bytes:
+    from safetensors.torch import save
+
+    config = {"widths": [4], "features": 2, "image_size": 4}
+    net = FeatureNet(FeatureNetConfig(widths=(4,), features=2, image_size=4))
+    return save(net.state_dict(), {"config": json.dumps(config)})
+
+
+def _pictures() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        keeper = Keeper(Path(folder), of="x")
+        places, grid = torch.arange(2), torch.zeros(2, 3, 2, 2, dtype=torch.uint8)
+        keeper.add(Measured(places, torch.ones(2, 3), torch.ones(2), grid, []))
+        keeper.flush()
+        [path] = Path(folder).iterdir()
+        return path.read_bytes()
+
+
 def _encoded() -> bytes:
     layout = new_layout([b"a", b"b"], [b"a cat", b"a dog"], (8, 2, 2), (2, 3, 5))
     values = {
@@ -276,6 +433,19 @@ _TEXTS: dict[str, object] = {
     "captions": {"file": "a.png", "captions": ["a cat", "a dog"], "width": 9},
     "receipt": {"files": {"a.tar": _RECEIVED}},
     "json text": [[1], {"a": 1e300}],
+    "coco": {"annotations": [{"image_id": 1, "id": 2, "caption": "a cat"}]},
+    "benchmarks": {
+        "benchmark": "a",
+        "provenance": {
+            **{"date": "2026-01-01T00:00:00+00:00", "command": "python", "git_sha": "0"},
+            **{"machine": {"cpu": "x"}, "versions": {"torch": "2"}},
+        },
+        "rows": [
+            {"batch": 1, "dtype": "fp32", "cached": "nothing", "samples_per_second": 2.5},
+            {"batch": 2, "dtype": "fp32", "cached": "nothing", "samples_per_second": 4},
+        ],
+        "details": {"note": ["a"]},
+    },
 }
 SEEDS: dict[str, bytes] = {name: json.dumps(value).encode() for name, value in _TEXTS.items()}
 """for each reader, bytes that it takes, as a start for mutations"""
@@ -292,6 +462,18 @@ SEEDS |= {
     "context": _npy(_CONTEXT),
     "caption": b"a cat",
     "archive": _zip(),
+    "photograph": _photograph(),
+    "prompts": b'id\tcaption\n1\t"a ""red"" cat"\n2\ta dog\n',
+    "table": b"file_name,text\na.png,a cat\n",
+    "statistics": _saved(lambda stream: np.savez(stream, mu=np.zeros(2), sigma=np.eye(2))),
+    "pickled weights": _saved(lambda stream: torch.save({"a": torch.ones(2, 2)}, stream)),
+    "kept pictures": _pictures(),
     "list of digests": f"{'0' * 32}  ./a.tar\n{'1' * 128} *b/c.tar\n".encode(),
 }
 SEEDS |= dict.fromkeys(("index", "npz"), _saved_index())
+SEEDS |= dict.fromkeys(("log", "progress"), _mllog())
+SEEDS |= dict.fromkeys(("weights", "feature net"), _feature_net())
+if find_spec("pyarrow"):
+    SEEDS["metadata"] = _parquet()
+else:
+    del READERS["metadata"]
