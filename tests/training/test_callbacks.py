@@ -53,6 +53,15 @@ def test_each_step_is_told_before_and_after(make_config, make_trainer) -> None:
     assert recorder.seen == [("start", 0), *steps, ("end", 8)]
 
 
+def test_what_is_done_once_is_done_before_the_start(make_config, make_trainer, monkeypatch) -> None:
+    """An MLPerf run starts its clock with `on_start`: compilation and tuning come before it."""
+    recorder = Recorder()
+    trainer = make_trainer(make_config(training={"max_samples": 4}), [recorder])
+    monkeypatch.setattr(trainer.step, "prepare", lambda: recorder.seen.append(("prepared", 0)))
+    trainer.fit()
+    assert recorder.seen[:2] == [("prepared", 0), ("start", 0)]
+
+
 def test_every_checkpoint_is_told_once_and_complete(make_config, make_trainer) -> None:
     recorder = Recorder()
     config = make_config(training={"max_samples": 100}, checkpoint={"every_samples": 40})

@@ -124,6 +124,7 @@ def test_two_columns_are_named_and_one_can_be_chosen(folder):
         ("name,text\n", "has no column of files"),
         ("file_name,words\n", "has no column of captions; call it captions or"),
         ("file_name,text,text\n", "has 'text' twice"),
+        ("file_name,text" + 100_000 * ",c" + "\n", "has 'c' twice"),
         ("file_name,text\n", "has no lines; it needs a header and a row"),
         ("file_name,text\n../x.png,a\n", "line 2 names '../x.png', which lies outside"),
         ("file_name,text\n/etc/x.png,a\n", "line 2 names '/etc/x.png', which lies outside"),
