@@ -23,7 +23,7 @@ CODE_LINES = {
     "sd_perf/diffusion": 175,
     "sd_perf/models": 1530,
     "sd_perf/fetch": 1200,
-    "sd_perf/data": 3900,
+    "sd_perf/data": 3910,
     "sd_perf/runs": 1150,
     "sd_perf/sinks": 285,
     "sd_perf/training": 1850,
@@ -32,7 +32,7 @@ CODE_LINES = {
     "sd_perf/evaluation": 1400,
     "sd_perf/mlperf": 1750,
     "sd_perf/tools": 5410,
-    "sd_perf": 2745,
+    "sd_perf": 2765,
     "kernels": 5980,
     "benchmarks": 6110,
 }

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sd_perf.config import DiffusionConfig, UNetConfig
 from sd_perf.errors import CheckpointError, ConfigError
-from sd_perf.files import misfit, parse_json, read_untrusted
+from sd_perf.files import is_storable, misfit, parse_json, quoted, read_untrusted
 from sd_perf.models.key_maps import (
     PREDICTION_TYPES,
     diffusers_unet_config,
@@ -37,6 +37,14 @@ SCHEDULER = {
     "beta_end": "beta_end",
 }
 """fields of a diffusers scheduler's config: those of DiffusionConfig that say the same"""
+
+
+_UNET = {
+    **dict.fromkeys(("in_channels", "out_channels", "layers_per_block", "norm_num_groups"), int),
+    **{"cross_attention_dim": int, "transformer_norm_num_groups?": int},
+    **{"block_out_channels": [int], "attention_head_dim": [int], "down_block_types": [str]},
+}
+"""shape of a UNet's config, see `sd_perf.files.misfit`"""
 
 
 def is_diffusers_folder(path: Path) -> bool:
@@ -69,7 +77,8 @@ def read_scheduler(folder: Path) -> dict[str, Any]:
     if path is None:
         return {}
     entries, numbers = _read_config(path), dict.fromkeys(SCHEDULER, (int, float))
-    fault = misfit(entries, {f"{name}?": kinds for name, kinds in numbers.items()})
+    texts = {"prediction_type?": str, "beta_schedule?": str}
+    fault = misfit(entries, {**{f"{name}?": kinds for name, kinds in numbers.items()}, **texts})
     # diffusers leaves out what is its default.
     predicted = entries.get("prediction_type", "epsilon")
     ours = {theirs: ours for ours, theirs in PREDICTION_TYPES.items()}
@@ -123,13 +132,14 @@ def _read_parts(index: Path) -> dict[str, Tensor]:
     try:
         weight_map = parse_json(read_untrusted(index, kind=CheckpointError))["weight_map"]
         names = sorted(set(weight_map.values()))
-        outside = [name for name in names if Path(name).name != name]
+        outside = [name for name in names if Path(name).name != name or not name]
+        outside += [name for name in names if not is_storable(name)]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{index}: cannot be read as the index of weights in parts ({reason(error)})"
         ) from error
     if outside:
-        raise CheckpointError(f"{index}: names {outside[0]!r}, which is no file beside it")
+        raise CheckpointError(f"{index}: names {quoted(outside[0])}, which is no file beside it")
     weights: dict[str, Tensor] = {}
     for name in names:
         weights |= read_ldm_checkpoint(index.with_name(name))
@@ -145,6 +155,8 @@ def _read_parts(index: Path) -> dict[str, Tensor]:
 def _unet_config(entries: dict[str, Any], path: Path) -> UNetConfig:
     """The inverse of `diffusers_unet_config`; CheckpointError where there is no such config."""
     try:
+        if fault := misfit(entries, _UNET):
+            raise TypeError(fault)
         widths, heads = entries["block_out_channels"], entries["attention_head_dim"]
         kinds = entries["down_block_types"]
         config = UNetConfig(

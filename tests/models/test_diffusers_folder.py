@@ -11,7 +11,12 @@ import torch
 from sd_perf.config import DiffusionConfig
 from sd_perf.diffusion.ddim import ddim_sample
 from sd_perf.errors import CheckpointError
-from sd_perf.models.diffusers_folder import WEIGHTS, export_diffusers, read_diffusers_unet
+from sd_perf.models.diffusers_folder import (
+    WEIGHTS,
+    export_diffusers,
+    read_diffusers_unet,
+    read_scheduler,
+)
 from sd_perf.models.torchvision_schemas import define_missing_torchvision_ops
 from sd_perf.reference.unet import UNet
 from tests.models.test_weight_files import MIXED, UNIFORM, build, same
@@ -136,6 +141,26 @@ def test_foreign_diffusers_config(tmp_path, change, complaint):
         read_diffusers_unet(tmp_path)
 
 
+@pytest.mark.parametrize("value", [None, "x", 1.5, []], ids=repr)
+def test_entries_of_other_types(value, tmp_path):
+    """Any value for any entry is taken, or refused in a sentence."""
+    export_diffusers(build(UNIFORM).state_dict(), UNIFORM, tmp_path)
+    refused = 0
+    for file, read in (
+        ("unet/config.json", read_diffusers_unet),
+        ("scheduler/scheduler_config.json", read_scheduler),
+    ):
+        entries = json.loads((tmp_path / file).read_text())
+        for key in entries:
+            (tmp_path / file).write_text(json.dumps({**entries, key: value}))
+            try:
+                read(tmp_path)
+            except CheckpointError:
+                refused += 1
+        (tmp_path / file).write_text(json.dumps(entries))
+    assert refused > 5
+
+
 def test_no_diffusers_folder(tmp_path):
     with pytest.raises(CheckpointError, match=r"unet/config\.json"):
         read_diffusers_unet(tmp_path)
@@ -172,6 +197,8 @@ def test_parts_that_are_not_all_there(tmp_path):
     whole.rename(whole.with_name("a.safetensors"))
     for content, complaint in (
         ({"weight_map": {"conv_in.weight": "../a.safetensors"}}, "no file beside it"),
+        ({"weight_map": {"conv_in.weight": ""}}, "no file beside it"),
+        ({"weight_map": {"conv_in.weight": 300 * "x"}}, "no file beside it"),
         ({"weight_map": {"conv_in.weight": "b.safetensors"}}, "there is no such file"),
         ({"weight_map": {"conv_in.weight": "a.safetensors"}}, "other weights than it names"),
         ({"weight_map": [1]}, "cannot be read as the index"),
