@@ -15,7 +15,8 @@ from sd_perf.models.diffusers_folder import is_diffusers_folder
 from sd_perf.models.readers import is_weight_file, newest_checkpoint, read_autoencoder
 from sd_perf.models.text_encoder import OpenClipTextEncoder
 from sd_perf.models.vae import AutoencoderKL
-from sd_perf.models.weight_files import in_dtype, read_ldm_checkpoint, split_components
+from sd_perf.models.weight_files import read_ldm_checkpoint, split_components
+from sd_perf.models.written_weights import in_dtype
 from sd_perf.runs.folder import read_run_config
 
 M = TypeVar("M", bound=torch.nn.Module)

@@ -20,7 +20,8 @@ from sd_perf.models.key_maps import (
     scheduler_config,
     to_diffusers,
 )
-from sd_perf.models.weight_files import new_path, read_ldm_checkpoint, reason, save_safetensors
+from sd_perf.models.weight_files import read_ldm_checkpoint, reason
+from sd_perf.models.written_weights import new_path, save_safetensors
 
 LOAD_UNET = Path(__file__).with_name("load_unet.py")
 """the loader that `export_diffusers` copies into its folder; nothing here imports it"""

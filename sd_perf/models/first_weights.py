@@ -14,7 +14,8 @@ from sd_perf.errors import CheckpointError, ConfigError
 from sd_perf.files import opened_untrusted
 from sd_perf.models.diffusers_folder import WEIGHTS, is_diffusers_folder
 from sd_perf.models.readers import find_unet, is_weight_file, newest_checkpoint, told_diffusion
-from sd_perf.models.weight_files import dtypes_of, require_fit
+from sd_perf.models.weight_files import require_fit
+from sd_perf.models.written_weights import dtypes_of
 from sd_perf.reference.unet import UNet
 from sd_perf.runs.checkpoint_files import STATE_NAME
 

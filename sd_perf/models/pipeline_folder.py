@@ -21,7 +21,8 @@ from sd_perf.models.diffusers_folder import (
 )
 from sd_perf.models.key_maps import diffusers_autoencoder_config, to_diffusers
 from sd_perf.models.transformers_text import text_config, text_weights, write_tokenizer
-from sd_perf.models.weight_files import AUTOENCODER_CONFIG, new_path
+from sd_perf.models.weight_files import AUTOENCODER_CONFIG
+from sd_perf.models.written_weights import new_path
 
 UNET_CLASS = "MixedGroupsUNet"
 """the class of load_unet.py"""

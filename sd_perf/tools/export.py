@@ -19,7 +19,7 @@ from sd_perf.models.readers import (
     read_unet,
     told_diffusion,
 )
-from sd_perf.models.weight_files import dtypes_of, export_ldm, in_dtype
+from sd_perf.models.written_weights import dtypes_of, export_ldm, in_dtype
 from sd_perf.runs.checkpoint_files import read_state
 from sd_perf.runs.folder import read_run_config
 from sd_perf.tools.model_card import Exported, Trained, model_card

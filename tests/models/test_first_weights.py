@@ -17,7 +17,8 @@ from sd_perf.mlperf.rules import violations
 from sd_perf.models.diffusers_folder import export_diffusers
 from sd_perf.models.first_weights import first_weights_record, read_first_weights
 from sd_perf.models.readers import read_diffusion
-from sd_perf.models.weight_files import EMA_PREFIX, UNET_PREFIX, export_ldm, in_dtype
+from sd_perf.models.weight_files import EMA_PREFIX, UNET_PREFIX
+from sd_perf.models.written_weights import export_ldm, in_dtype
 from sd_perf.reference.unet import UNet
 from sd_perf.training.callbacks.checkpointer import Checkpointer
 from tests.models.test_weight_files import MIXED, UNIFORM, build, same

@@ -16,7 +16,7 @@ from sd_perf.models import readers
 from sd_perf.models.key_maps import to_diffusers
 from sd_perf.models.readers import read_autoencoder, read_unet
 from sd_perf.models.vae import AutoencoderConfig, AutoencoderKL
-from sd_perf.models.weight_files import export_ldm
+from sd_perf.models.written_weights import export_ldm
 from tests.models.test_weight_files import MIXED, UNIFORM, build, same
 
 

@@ -15,12 +15,12 @@ from sd_perf.models import diffusers_folder, weight_files
 from sd_perf.models.diffusers_folder import export_diffusers
 from sd_perf.models.vae import AutoencoderConfig
 from sd_perf.models.weight_files import (
-    export_ldm,
     load_into,
     read_ldm_checkpoint,
     safetensors_config,
     split_components,
 )
+from sd_perf.models.written_weights import export_ldm
 from sd_perf.reference.unet import UNet
 
 MIXED = UNetConfig(

@@ -18,7 +18,7 @@ from sd_perf.fetch.receipt import Receipt
 from sd_perf.models.first_weights import read_first_weights
 from sd_perf.models.readers import read_autoencoder, read_unet, told_diffusion
 from sd_perf.models.text_encoder import OpenClipTextEncoder
-from sd_perf.models.weight_files import export_ldm
+from sd_perf.models.written_weights import export_ldm
 from sd_perf.runs.folder import read_run_config
 from sd_perf.tools.export import Wanted, export_weights
 from tests.models.test_pipeline_folder import NAMED, UNET
