@@ -55,8 +55,8 @@ class Exchange:
             for name, gradient in flat.views(flat.grads).items():
                 # (N, K), or (N, K, 1, 1).
                 if gradient.dim() > 1 and gradient.shape[2:].numel() == 1:
-                    sink: Any = WeightSink(self, (name,), gradient.flatten(1))
-                    flat.parameters[name].gradient_sink = sink
+                    weight: Any = flat.parameters[name]
+                    weight.gradient_sink = WeightSink(self, (name,), gradient.flatten(1))
 
     def begin(self) -> None:
         """Begin to gather all weights, in the order of their use."""

@@ -162,22 +162,14 @@ def test_ranks_equal_one_process_and_resume_each_other(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("strategy", "model", "steps", "allowed"),
-    [
-        ("zero1", {"activation_checkpointing": True}, 12, 1e-5),
-        ("ddp", {"activation_checkpointing": True}, 12, 1e-5),
-        # Compiled code adds in another order, and AdamW's first steps follow signs.
-        ("ddp", {"compile": True}, 2, 1e-3),
-    ],
-)
-def test_ranks_with_options_of_the_network(strategy, model, steps, allowed, alone, tmp_path):
-    changed = changes(strategy, 1, steps)
-    changed["model"] |= model
+@pytest.mark.parametrize("strategy", ["zero1", "ddp"])
+def test_ranks_that_compute_blocks_again(strategy, alone, tmp_path):
+    changed = changes(strategy, steps=12)
+    changed["model"] |= {"activation_checkpointing": True}
     run_ranks(2, [(tmp_path / "run", changed)])
-    error = relative_error(final_tensors(tmp_path / "run"), final_tensors(alone(steps)))
-    print(f"{strategy}, {model}: largest relative error {error:.1e}")
-    assert 0 < error < allowed
+    error = relative_error(final_tensors(tmp_path / "run"), final_tensors(alone(12)))
+    print(f"{strategy}: largest relative error {error:.1e}")
+    assert 0 < error < 1e-5
 
 
 ONE_DISK_FULL = """

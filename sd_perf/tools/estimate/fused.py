@@ -136,12 +136,12 @@ def moved_gradients(unet: Architecture) -> Iterator[Kernel]:
 
     The gradients of weights that are one matmul's are written there at once.
     """
-    sizes = [
-        (case.calls, all_ops()[op].matmuls(case))
-        for op in ("linear", "skip_conv")
-        for case in cases(op, unet, batch=1)
-    ]
-    written = sum(calls * each.columns * each.channels for calls, each in sizes)
+    written = 0
+    for op in ("linear", "skip_conv"):
+        for case in cases(op, unet, batch=1):
+            computed = matmuls(case) if (matmuls := all_ops()[op].matmuls) else None
+            if isinstance(computed, Matmuls):
+                written += case.calls * computed.columns * computed.channels
     yield Kernel("elementwise", 2.0 * BYTES * (unet.parameters - written), backward=True)
 
 
