@@ -18,7 +18,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.fuzz.readers import READERS, SEEDS, check
+from tests.fuzz.readers import READERS, check
+from tests.fuzz.seeds import SEEDS
 
 SECONDS = float(os.environ.get("SD_PERF_FUZZ_SECONDS", "60"))
 MEMORY = 600 * 2**20
