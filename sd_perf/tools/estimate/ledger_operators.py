@@ -147,6 +147,7 @@ def packed_attention(args: Any, out: Any) -> Moved:
     first, second = args[:2]
     B, L, H, D = first.shape[0], first.shape[1], *first.shape[-2:]
     keys = L if second is None else second.shape[1]
+    # Forward q k^T and p v; backward the scores again, and the gradients of q, k, v and p.
     matmuls = 2 if len(args) == 2 else 5
     work = AttentionWork(2.0 * matmuls * B * H * L * keys * D, L)
     return Moved(1, size(args), size(out), attention=work)

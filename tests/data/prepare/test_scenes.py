@@ -1,12 +1,15 @@
 """The scenes of the tiny world: pictures, captions and how they are written."""
 
 import json
+import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from sd_perf.data.images import load_image
+from sd_perf.data.prepare import scenes
 from sd_perf.data.prepare.image_folder import read_images
 from sd_perf.data.prepare.scenes import (
     BACKGROUND,
@@ -20,6 +23,7 @@ from sd_perf.data.prepare.scenes import (
 )
 from sd_perf.errors import DataError
 from sd_perf.models.torchvision_schemas import define_missing_torchvision_ops
+from sd_perf.stopping import Stopped
 
 
 def test_a_scene_is_a_function_of_seed_and_index():
@@ -79,6 +83,19 @@ def test_written_scenes_are_read_as_photographs_are(tmp_path):
     ) == {"file", "caption"}
     with pytest.raises(DataError, match="not empty"):
         write_scenes(tmp_path / "scenes", 5, seed=7)
+
+
+def test_scenes_that_were_stopped_are_drawn_again(tmp_path, monkeypatch):
+    pytest.importorskip("PIL", reason="needs Pillow")
+
+    def stop(*_):
+        raise Stopped(signal.SIGINT)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(scenes, "json", SimpleNamespace(dumps=stop))
+        write_scenes(tmp_path / "scenes", 5, seed=7)
+    assert not list(tmp_path.iterdir())
+    write_scenes(tmp_path / "scenes", 5, seed=7)
 
 
 def test_captions_are_short():
