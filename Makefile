@@ -67,9 +67,9 @@ test-slurm: install
 .venv/triton-3.6/triton: | install
 	$(PIP) install --quiet --disable-pip-version-check --no-deps --target $(@D) triton==3.6.0
 
-# Large packages that few tests need: NVIDIA DALI (0.6 GB installed), TensorBoard and W&B (0.25 GB).
+# Large packages that few tests need: NVIDIA DALI (0.6 GB installed), TensorBoard and W&B (0.25 GB), transformers.
 .venv/large: | install
-	$(PIP) install --quiet --disable-pip-version-check --editable '.[dali,tensorboard,wandb]'
+	$(PIP) install --quiet --disable-pip-version-check --editable '.[dali,pipelines,tensorboard,wandb]'
 	touch $@
 
 check: install

@@ -45,8 +45,10 @@ CAPTIONS = [
 
 @pytest.fixture(scope="module")
 def libraries():
+    """Skips without transformers, which is installed for slow tests alone: mark what asks for it so."""
     define_missing_torchvision_ops()
-    return pytest.importorskip("transformers"), pytest.importorskip("diffusers")
+    reason = "needs transformers: pip install 'sd-perf[pipelines]'"
+    return pytest.importorskip("transformers", reason=reason), pytest.importorskip("diffusers")
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +93,7 @@ def pipeline(exported, libraries):
     return diffusers.StableDiffusionPipeline.from_pretrained(folder, **options)
 
 
+@pytest.mark.slow
 def test_stock_diffusers_opens_it_whole(pipeline, exported):
     _, _, config = exported
     assert pipeline.safety_checker is None and not pipeline.config.requires_safety_checker
@@ -100,6 +103,7 @@ def test_stock_diffusers_opens_it_whole(pipeline, exported):
     assert pipeline.unet.config.norm_num_groups == config.model.resblock_groups
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_it_draws_what_sample_draws(pipeline, exported, companions):
     """In float32 from the same noise, with guidance: equal up to the order of sums."""
@@ -124,6 +128,7 @@ def test_it_is_read_back(exported, companions):
     assert same(vae.state_dict(), companions.autoencoder.state_dict())
 
 
+@pytest.mark.slow
 def test_tokens_are_ours(companions, libraries, tmp_path):
     transformers, _ = libraries
     write_tokenizer(companions.text, tmp_path / "tokenizer")
@@ -132,6 +137,7 @@ def test_tokens_are_ours(companions, libraries, tmp_path):
     assert torch.equal(theirs.input_ids, companions.text.tokenizer(CAPTIONS))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("weights", ["random", NAMED.text_weights], ids=["random", "trained"])
 def test_states_are_ours(libraries, weights, tmp_path):
