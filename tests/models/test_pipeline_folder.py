@@ -45,7 +45,7 @@ CAPTIONS = [
 
 @pytest.fixture(scope="module")
 def libraries():
-    """Skips without transformers, which is installed for slow tests alone: mark what asks for it so."""
+    """Skips without transformers, which slow tests alone have: mark what asks for it so."""
     define_missing_torchvision_ops()
     reason = "needs transformers: pip install 'sd-perf[pipelines]'"
     return pytest.importorskip("transformers", reason=reason), pytest.importorskip("diffusers")
