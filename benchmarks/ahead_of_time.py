@@ -144,10 +144,13 @@ def launches_of_average() -> Iterator[tuple[str, Launch]]:
     """The average of the weights, which is a kernel and no op: of bfloat16 and float32 weights."""
     N = -(-SD_V2.parameters // 64) * 64  # training's flat buffers are padded so
     average, rate = torch.empty(N), torch.empty(())
-    halves = torch.empty(N, dtype=torch.bfloat16), torch.empty(N, dtype=torch.int16)
-    for case, weights in (("bfloat16", halves), ("float32 weights", (torch.empty(N), None))):
+    weights: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {
+        "bfloat16": (torch.empty(N, dtype=torch.bfloat16), torch.empty(N, dtype=torch.int16)),
+        "float32 weights": (torch.empty(N), None),
+    }
+    for case, (values, remainders) in weights.items():
         with recording() as launches:
-            average_weights(average, *weights, rate)
+            average_weights(average, values, remainders, rate)
         yield from ((case, launch) for launch in launches)
 
 

@@ -188,7 +188,7 @@ def _kernels_table(kernels: list[dict[str, Any]]) -> Table:
     """
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for column in ("op", "auto takes", "backends", "can they be had", "ran on"):
-        table.add_column(column, no_wrap=column != "can they be had")
+        table.add_column(column, no_wrap=column not in ("backends", "can they be had"))
     for kernel in kernels:
         first = (kernel["op"], kernel["auto"])
         others = [row for row in kernel["backends"] if row["backend"] != REFERENCE]

@@ -148,7 +148,8 @@ def test_the_second_call_goes_on(tmp_path: Path) -> None:
     assert second.parts["hangs"]["status"] == "done"
     assert second.parts["hangs"]["broken"] == first.parts["hangs"]["broken"]
     assert second.parts["late"]["finished"] == ["one", "two", "three"]
-    assert second.parts["hangs"]["seconds"] > first.parts["hangs"]["seconds"]
+    # What the first call spent is counted in.
+    assert second.parts["hangs"]["seconds"] >= first.parts["hangs"]["seconds"]
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ ADAPTED = {
     "te.py": {"transformer_engine", "transformer_engine_torch"},
     "flash.py": {"flash_attn", "flash_attn_interface", "flash_attn_3"},
     "cudnn.py": {"cudnn"},
+    "cudnn_graph.py": {"cudnn"},
 }
 
 

@@ -11,7 +11,7 @@ import torch
 
 from sd_perf.config import UNetConfig
 from sd_perf.errors import CheckpointError, ConfigError
-from sd_perf.models import diffusers_folder, weight_files
+from sd_perf.models import diffusers_folder, written_weights
 from sd_perf.models.diffusers_folder import export_diffusers
 from sd_perf.models.vae import AutoencoderConfig
 from sd_perf.models.weight_files import (
@@ -254,7 +254,7 @@ def test_failed_export_leaves_nothing(tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    for module in (weight_files, diffusers_folder):
+    for module in (written_weights, diffusers_folder):
         monkeypatch.setattr(module, "save_safetensors", full_disk)
     with pytest.raises(CheckpointError, match="No space left"):
         export_ldm(state, tmp_path / "unet.safetensors", {})

@@ -145,7 +145,8 @@ def _attention(name: str, args: Any, out: Any) -> Moved:
 def packed_attention(args: Any, out: Any) -> Moved:
     """The kernel of an op of `sd_kernels.attention.registered`, which a library's function is."""
     first, second = args[:2]
-    B, L, H, D = first.shape[0], first.shape[1], *first.shape[-2:]
+    B, L = first.shape[:2]
+    H, D = first.shape[-2:]
     keys = L if second is None else second.shape[1]
     # Forward q k^T and p v; backward the scores again, and the gradients of q, k, v and p.
     matmuls = 2 if len(args) == 2 else 5
