@@ -220,7 +220,8 @@ def _ran(row: dict[str, Any]) -> tuple[str, str]:
 
 
 def _adapted(kernels: list[dict[str, Any]]) -> Iterable[Any]:
-    """A line per adapted package: the version that its adapters fit, and the one installed."""
+    """The version of each adapted package that its adapters fit, and the one installed: a line for
+    each that is there, one for all that are not."""
     packages: dict[tuple[str, str | None], list[str]] = {}
     for kernel in kernels:
         for row in (row for row in kernel["backends"] if row["package"]):
@@ -228,7 +229,13 @@ def _adapted(kernels: list[dict[str, Any]]) -> Iterable[Any]:
                 f"{kernel['op']}/{row['backend']}"
             )
     table = Table.grid(padding=(0, 2))
+    absent = []
     for (package, installed), users in packages.items():
-        state = f"{installed} is installed" if installed else "not installed"
-        table.add_row(", ".join(users), f"signature bound to {package}; {state}")
+        if installed:
+            words = f"signature bound to {package}; {installed} is installed"
+            table.add_row(", ".join(users), words)
+        else:
+            absent.append(f"{package} ({', '.join(users)})")
+    if absent:
+        table.add_row("not there", f"signatures bound to {', '.join(absent)}")
     return [table] if table.row_count else []

@@ -259,6 +259,7 @@ def check(case: Case, folder: Path, *program: object) -> None:
     assert done.memory < MEMORY
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("case", CASES)
 def test_one_sentence(case, tmp_path, request):
     def a_run() -> Path:
