@@ -26,7 +26,7 @@ CODE_LINES = {
     "sd_perf/data": 3910,
     "sd_perf/runs": 1150,
     "sd_perf/sinks": 285,
-    "sd_perf/training": 1850,
+    "sd_perf/training": 1860,
     "sd_perf/cluster": 1175,
     "sd_perf/distributed": 510,
     "sd_perf/evaluation": 1400,

@@ -18,8 +18,8 @@ def main(arguments: list[str] | None = None) -> None:
     Signals are handled before the rest of the command line is imported, which takes half a second.
     """
     STOP.take()
-    settle_cpu()  # before torch is imported
     try:
+        settle_cpu()  # before torch is imported
         from sd_perf.cli.dispatch import main as run
 
         STOP.heed()
@@ -31,6 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
             STOP.give_back()
         sys.exit(stop.exit_code)
     except ModuleNotFoundError as missing:
+        STOP.give_back()
         package = (missing.name or "").partition(".")[0]
         if package not in ("rich", "tyro", "yaml"):
             raise

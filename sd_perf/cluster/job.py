@@ -107,9 +107,10 @@ def conclude_job(job: JobRun, submission: Path | None) -> int:
 
 
 def _too_often(job: JobRun) -> int:
-    """The end of a job that Slurm itself has requeued over the limit, since its nodes failed."""
+    """The end of a job that Slurm itself has requeued over the limit."""
     often = f"Slurm has requeued it {_restarts()} times, over --requeue-limit"
-    say(f"{job.training.folder}: not begun, {often}; look at the nodes, then {_ONWARD}")
+    why = "look for nodes that fail, or for jobs that displace it"
+    say(f"{job.training.folder}: not begun, {often}; {why}, then {_ONWARD}")
     return LOST
 
 
@@ -134,8 +135,13 @@ def _of_trial(job: JobRun) -> JobRun:
 
 
 def _job_id() -> str:
+    """The name of this job for scontrol; of an array's task JOB_TASK.
+
+    The last task of an array has the array's own number, by which scontrol would requeue all.
+    """
+    array, task = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
     try:
-        return os.environ["SLURM_JOB_ID"]
+        return f"{array}_{task}" if array and task else os.environ["SLURM_JOB_ID"]
     except KeyError as error:
         raise UserError(
             "SLURM_JOB_ID: is not set; this is the batch script's part, submit with slurm/sbatch.sh"
@@ -253,6 +259,8 @@ def _requeue(number: str, exclude: str = "") -> int:
     A job that is being cancelled is not revived. `exclude` are nodes that it then does without.
     """
     state = job_field(number, "JobState")
+    if state == "COMPLETING" and job_field(number, "Reason") == "TimeLimit":
+        state = "TIMEOUT"
     if state != "RUNNING":
         say(f"job {number} is {state}; {_LEFT_ALONE.get(state, 'not requeued')}")
         return STOPPED

@@ -278,7 +278,10 @@ def resumed(job: Job, folder: Path) -> Runs:
 def first_seed(array: Path) -> int | None:
     """The seed of trial 0, as any trial that has begun tells it; None where none has."""
     for path in array.parent.glob(f"{glob.escape(array.name)}_trial_*/run_manifest.json"):
-        manifest, number = read_json(path), path.parent.name.rpartition("_")[2]
+        number = path.parent.name.removeprefix(f"{array.name}_trial_")
+        if not re.fullmatch(r"\d+", number, re.ASCII):  # a copy of the user's, say
+            continue
+        manifest = read_json(path)
         try:
             return int(manifest["config"]["training"]["seed"]) - int(number)
         except (TypeError, KeyError, ValueError) as error:

@@ -74,6 +74,8 @@ def _read_digests(path: Path) -> dict[bytes, str]:
     digests = {}
     for number, line in enumerate(untrusted_lines(path, 2**14, remedy=_REMEDY, kind=DataError), 1):
         match = _LINE.fullmatch(line)
+        if not line:
+            continue
         if match is None:
             raise DataError(f"{path}: line {number} holds no SHA-256 and name of a file; {_REMEDY}")
         digests[match[2]] = match[1].decode()

@@ -117,7 +117,8 @@ def _companions(wanted: Wanted, model: UNetConfig) -> tuple[Named, Companions]:
             raise UserError(f"--{name.replace('_', '-')}: is for --full or --format diffusers")
         return Named(), Companions()
     named = replace(named_by(wanted.source), **given)
-    companions = find_companions(named, model, required=given)
+    required = {*given, *(["text_weights"] if "text_model" in given else [])}
+    companions = find_companions(named, model, required)
     if wanted.full and companions.missing:
         raise UserError(f"--full: cannot be, for want of {'; and '.join(companions.missing)}")
     return named, companions

@@ -91,6 +91,8 @@ class Exchange:
 
         `gradient` is a view of the flat buffer.
         """
+        if not self._written.isdisjoint(names):
+            raise RuntimeError(f"{', '.join(names)}: used twice, so that a sink cannot take it")
         if self._add:
             gradient.addmm_(dy.t(), x)
         else:

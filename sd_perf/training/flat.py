@@ -173,6 +173,10 @@ class FlatParameters:
         for name in bucket.names:
             self._require_here(name)
             if name in besides:
+                if self.parameters[name].grad is not None:
+                    raise RuntimeError(
+                        f"{name}: has a second gradient beside the one in the buffer"
+                    )
                 continue
             begin, gradient = self.offsets[name], self._gradient(name)
             # As rows of memory: torch takes all in few launches only if every pair has the very

@@ -198,3 +198,17 @@ def test_each_task_of_an_array_has_its_own(tmp_path, monkeypatch):
     job = JobRun(Training(tmp_path / "a.yaml", tmp_path / "run", seed=7), 0, 1, "", "")
     mine = job_module._of_trial(job).training
     assert (mine.folder.name, mine.seed) == ("run_trial_3", 10)
+
+
+def test_scontrol_is_told_the_task_of_an_array(monkeypatch):
+    """The last task has the array's own number: to requeue that would requeue every task."""
+    for name, value in {"JOB_ID": "7", "ARRAY_JOB_ID": "7", "ARRAY_TASK_ID": "3"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert job_module._job_id() == "7_3"
+
+
+def test_a_job_over_its_time_is_told_so_while_slurm_ends_it(monkeypatch, capsys):
+    fields = {"JobState": "COMPLETING", "Reason": "TimeLimit"}
+    monkeypatch.setattr(job_module, "job_field", lambda number, name: fields[name])
+    assert job_module._requeue("1") == 75
+    assert "give it a longer --signal-lead" in capsys.readouterr().out

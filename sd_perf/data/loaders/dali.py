@@ -95,6 +95,8 @@ class DaliLoader(PortableLoader):
         indices = indices.pin_memory() if self._options.pin_memory else indices
         try:
             pixels = self._pixels(len(numbers), plain, others)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             return self._make_refused(positions, error)
         return Batch(indices, None, captions, pixels=pixels)

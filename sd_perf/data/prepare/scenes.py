@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from sd_perf.data.shard_writer import ShardWriter
+from sd_perf.drafts import ASIDE, draft_folder
 from sd_perf.errors import DataError
-from sd_perf.files import disk_errors, written_aside
+from sd_perf.files import disk_errors, write_text
 from sd_perf.optional import optional
 
 SIZE = 64
@@ -137,17 +138,19 @@ def write_scenes(folder: str | Path, num: int, seed: int, uncaptioned_every: int
     """
     folder = Path(folder)
     with disk_errors(folder, "make room or choose another folder", DataError):
-        if folder.exists() and any(folder.iterdir()):
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(not path.name.startswith(ASIDE) for path in folder.iterdir()):
             raise DataError(f"{folder} is not empty; name a new folder for the scenes")
-        folder.parent.mkdir(parents=True, exist_ok=True)
         # Aside, so that one that was stopped leaves nothing that the next would refuse.
-        with written_aside(folder) as draft:
-            draft.mkdir()
+        with draft_folder(folder) as draft:
             lines = []
             for index, (png, caption) in enumerate(_pictures(num, seed, uncaptioned_every)):
                 (draft / f"{index:06d}.png").write_bytes(png)
                 lines.append(json.dumps({"file": f"{index:06d}.png", "caption": caption}))
-            (draft / "captions.jsonl").write_text("\n".join(lines) + "\n")
+            for path in sorted(draft.iterdir()):
+                path.replace(folder / path.name)
+        # Last, so that a folder with captions is a folder with all its pictures.
+        write_text(folder / "captions.jsonl", "\n".join(lines) + "\n")
 
 
 def write_scene_shards(folder: str | Path, num: int, seed: int, uncaptioned_every: int = 0) -> None:

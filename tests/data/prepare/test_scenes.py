@@ -94,7 +94,7 @@ def test_scenes_that_were_stopped_are_drawn_again(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(scenes, "json", SimpleNamespace(dumps=stop))
         write_scenes(tmp_path / "scenes", 5, seed=7)
-    assert not list(tmp_path.iterdir())
+    assert not list((tmp_path / "scenes").iterdir())
     write_scenes(tmp_path / "scenes", 5, seed=7)
 
 
