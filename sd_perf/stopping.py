@@ -54,7 +54,7 @@ class StopRequests:
     def take(self, *, speaks: bool = True) -> None:
         """Install the handlers. A signal that is ignored stays ignored, as nohup has it.
 
-        `speaks`: whether signals are answered on stderr, which is all that a second call changes.
+        `speaks`: whether signals are answered on stderr.
         """
         if not self._previous:
             self.__init__()  # type: ignore[misc]

@@ -1,11 +1,13 @@
-"""The command line `sd-perf`. Every module but `dispatch`, `console` and `options` holds commands.
+"""The command line `sd-perf`.
 
 A command is a function. Its parameters are the options, its docstring is the help text, and its
-body calls the product and prints what comes back. `dispatch` lists the commands.
+body calls the product and prints what comes back. `dispatch` lists the commands; `console`,
+`options` and `place` hold what they share.
 """
 
 import sys
 
+from sd_perf.cli.place import RANK
 from sd_perf.cpu_settings import settle_cpu
 from sd_perf.stopping import STOP, Stopped
 
@@ -17,7 +19,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     Signals are handled before the rest of the command line is imported, which takes half a second.
     """
-    STOP.take()
+    STOP.take(speaks=RANK == 0)
     try:
         settle_cpu()  # before torch is imported
         from sd_perf.cli.dispatch import main as run

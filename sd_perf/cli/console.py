@@ -5,17 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from sd_perf.cli.place import RANK
 from sd_perf.console import TextConsole
-from sd_perf.distributed.launcher import Place, read_place
-from sd_perf.errors import ConfigError
 from sd_perf.visible import visible
 
-try:
-    PLACE = read_place()
-except ConfigError:  # raised again by the commands that have ranks
-    PLACE = Place()
-RANK, LOCAL_RANK = PLACE.rank, PLACE.local_rank
-"""of this process among all that the launcher started, and among those on this machine"""
 CONSOLE = TextConsole(quiet=RANK > 0)
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from sd_perf.cli.console import LOCAL_RANK, PLACE, print_plain
+from sd_perf.cli.console import print_plain
 from sd_perf.cli.options import (
     MAX_BATCH,
     MAX_SAMPLES,
@@ -16,6 +16,7 @@ from sd_perf.cli.options import (
     require_option,
     require_seed,
 )
+from sd_perf.cli.place import LOCAL_RANK, PLACE
 from sd_perf.cli.progress import progress
 from sd_perf.config import Config
 from sd_perf.distributed.launcher import MAX_RANKS

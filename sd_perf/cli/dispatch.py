@@ -18,7 +18,6 @@ from sd_perf.children import end_with_torchrun
 from sd_perf.cli import cluster, config, mlperf
 from sd_perf.cli.checkpoints import convert_checkpoints, verify
 from sd_perf.cli.completion import completion_script
-from sd_perf.cli.console import LOCAL_RANK, PLACE, RANK
 from sd_perf.cli.data import bench, encode, prepare, scenes, statistics
 from sd_perf.cli.data_checks import show, verify_data
 from sd_perf.cli.datasets import (
@@ -30,6 +29,7 @@ from sd_perf.cli.datasets import (
 )
 from sd_perf.cli.evaluation import evaluate, sample, score
 from sd_perf.cli.fetch import fetch
+from sd_perf.cli.place import LOCAL_RANK, PLACE, RANK
 from sd_perf.cli.runs import compare, watch
 from sd_perf.cli.tools import doctor, estimate, parity, report, report_benchmarks
 from sd_perf.cli.train import train
@@ -140,12 +140,11 @@ def main(arguments: list[str] | None = None) -> None:
     input, 75 stopped by a signal (training: and saved), 76 another process of the run was lost, 130
     stopped by Ctrl-C.
 
-    Signals are handled to the end of the process. A program that gives `arguments` gets its own
-    handlers and streams back.
+    `cli.main` has taken the signals. They are handled to the end of the process; a program that
+    gives `arguments` gets its own handlers and streams back.
     """
     if arguments is None:
         end_with_torchrun()
-    STOP.take(speaks=RANK == 0)
     output = LossyOutput()
     output.take()
     try:

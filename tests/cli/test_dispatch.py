@@ -61,7 +61,23 @@ def test_an_error_of_our_own_is_no_missing_package():
 )
 def test_a_signal_while_the_command_line_is_imported(number, exit_code):
     """Handlers come before the imports, and an import is not interrupted."""
-    code = f"""
+    process = python(signal_in_an_import(number))
+    name = "Ctrl-C" if number == "SIGINT" else number
+    assert (process.returncode, process.stderr) == (exit_code, f"sd-perf: stopped by {name}\n")
+
+
+def test_other_ranks_are_silent_when_they_are_ended_in_an_import(monkeypatch):
+    """As torchrun ends them when the first rank has failed, and has said why."""
+    launcher = {"RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, str(value))
+    process = python(signal_in_an_import("SIGTERM"))
+    assert (process.returncode, process.stderr) == (75, "")
+
+
+def signal_in_an_import(number: str) -> str:
+    """A program: the command line, which gets a signal while it is imported."""
+    return f"""
 import signal, sys
 from sd_perf.cli import main
 
@@ -73,9 +89,6 @@ class Signals:
 sys.meta_path.insert(0, Signals())
 main()
 """
-    process = python(code)
-    name = "Ctrl-C" if number == "SIGINT" else number
-    assert (process.returncode, process.stderr) == (exit_code, f"sd-perf: stopped by {name}\n")
 
 
 def test_help_lists_every_command(sd_perf):
