@@ -70,9 +70,11 @@ def prepare_moments(
                 what=f"encoder (want {right})",
                 samples=samples,
             )
-            for sample, values in zip(samples, moments.numpy(), strict=True):
-                captions = list(sample.captions[:captions_per_image])
-                _write(writer, sample, values, captions, text_encoder)
+            captions = [list(sample.captions[:captions_per_image]) for sample in samples]
+            states = _text_states(text_encoder, captions, samples)
+            for sample, values, own in zip(samples, moments.numpy(), captions, strict=True):
+                for caption in own:
+                    writer.write(values, caption, sample.metadata, next(states))
         if left_out:
             _list_left_out(left_out, Path(folder))
         return writer.num_samples
@@ -130,28 +132,23 @@ def _list_left_out(pictures: list[Picture], folder: Path) -> None:
     _log.warning("%d images left out, listed in %s", len(pictures), path)
 
 
-def _write(
-    writer: ShardWriter,
-    sample: CaptionedImage,
-    moments: np.ndarray,
-    captions: list[str],
+def _text_states(
     text_encoder: Callable[[list[str]], torch.Tensor] | None,
-) -> None:
-    """Write one sample per caption of an image, with text states where there is a text encoder."""
+    captions: list[list[str]],
+    samples: Sequence[CaptionedImage],
+) -> Iterator[np.ndarray | None]:
+    """The states (T, D) float16 of each sample's captions in turn; None without a text encoder."""
+    together = [caption for own in captions for caption in own]
     if text_encoder is None:
-        for caption in captions:
-            writer.write(moments, caption, sample.metadata)
-        return
-    context = text_encoder(captions).half().cpu()
-    right = context.ndim == 3 and len(context) == len(captions)
+        return iter([None] * len(together))
+    context = text_encoder(together).half().cpu()
     _require_output(
         context,
-        right_shape=right,
-        what=f"text encoder (want ({len(captions)}, tokens, channels))",
-        samples=[sample],
+        right_shape=context.ndim == 3 and len(context) == len(together),
+        what=f"text encoder (want ({len(together)}, tokens, channels))",
+        samples=samples,
     )
-    for caption, states in zip(captions, context.numpy(), strict=True):
-        writer.write(moments, caption, sample.metadata, states)
+    return iter(context.numpy())
 
 
 def _require_output(

@@ -120,7 +120,7 @@ def test_bad_images_are_left_out_up_to_the_limit(photographs, tmp_path, batch_si
         ({"encoder": lambda images: encoder(images) / 0}, "encoder .* gives NaN or infinite"),
         (
             {"text_encoder": lambda captions: torch.zeros(len(captions), 4)},
-            r"line 1: the text encoder .* shape \(1, 4\)",
+            r"line 3: the text encoder .* shape \(3, 4\)",
         ),
         (
             {"text_encoder": lambda captions: torch.full((len(captions), 3, 4), 1e6)},
