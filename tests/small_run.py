@@ -21,6 +21,7 @@ from sd_perf.runs.checkpoints import CheckpointStore
 from sd_perf.runs.folder import open_run
 from sd_perf.training.launch import build_trainer
 from sd_perf.training.trainer import Trainer
+from tests.waiting import PATIENCE
 
 TREE = {
     "model": {
@@ -118,6 +119,6 @@ def start_train(preset: Path, run: Path, *options: str, processes: int = 1) -> s
 def train(preset: Path, run: Path, *options: str, processes: int = 1, code: int = 0) -> str:
     """Run to the end and return what it printed; the exit code is checked."""
     process = start_train(preset, run, *options, processes=processes)
-    output, errors = process.communicate(timeout=300)
+    output, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == code, (process.returncode, output, errors)
     return output + errors

@@ -11,12 +11,13 @@ import sys
 import pytest
 
 from sd_perf.errors import RankLostError
+from tests.waiting import PATIENCE
 
 TRAINING = """
 import os, signal, sys
 from sd_perf.distributed.world import start_world
 from sd_perf.errors import RankLostError
-world = start_world("cpu", silence_seconds=3)
+world = start_world("cpu", silence_seconds=float(sys.argv[3]))
 world.max(1)
 if world.rank == int(sys.argv[1]):
     os.kill(os.getpid(), int(sys.argv[2]))
@@ -32,10 +33,14 @@ except RankLostError as error:
 
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize(
-    ("rank", "how", "told"),
-    [(1, "KILL", "is gone"), (0, "KILL", "is gone"), (1, "STOP", "is silent for 3 s")],
+    ("rank", "how", "silence", "told"),
+    [
+        (1, "KILL", PATIENCE, "is gone"),
+        (0, "KILL", PATIENCE, "is gone"),
+        (1, "STOP", 10, "is silent for 10 s"),
+    ],
 )
-def test_a_lost_rank_is_named(rank, how, told):
+def test_a_lost_rank_is_named(rank, how, silence, told):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -43,7 +48,7 @@ def test_a_lost_rank_is_named(rank, how, told):
     number = {"KILL": "9", "STOP": "19"}[how]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", TRAINING, str(rank), number],
+            [sys.executable, "-c", TRAINING, str(rank), number, str(silence)],
             env={**shared, "RANK": own, "LOCAL_RANK": own},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -53,7 +58,7 @@ def test_a_lost_rank_is_named(rank, how, told):
     ]
     lost, left = processes[rank], processes[1 - rank]
     try:
-        output, errors = left.communicate(timeout=120)
+        output, errors = left.communicate(timeout=PATIENCE)
     finally:
         lost.kill()
         lost.communicate()
