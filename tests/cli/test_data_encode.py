@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ import pytest
 from sd_perf.data.prepare.scenes import write_scene_shards
 from sd_perf.data.shards import ShardIndex
 from tests.cli.bad_input import AUTOENCODER, TEXT_TINY, data_options, matches, write_shards
+from tests.waiting import wait_for
 
 
 @pytest.fixture
@@ -112,8 +112,7 @@ def test_it_goes_on_after_kill_9(raw, options, shards, tmp_path, sd_perf):
     arguments = ["data", "encode", *options, "--source", raw, "--source-format", "raw"]
     command = [sys.executable, "-m", "sd_perf", *map(str, arguments)]
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while not list(shards.glob("*.safetensors")) and process.poll() is None:
-        time.sleep(0.01)
+    wait_for(lambda: any(shards.glob("*.safetensors")) or process.poll() is not None, poll=0.01)
     process.kill()
     process.wait()
     before = {path.name: path.read_bytes() for path in shards.glob("*.safetensors")}

@@ -7,11 +7,15 @@ import os
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
+from sd_perf.distributed import watchdog as module
+from sd_perf.distributed.launcher import Place
+from sd_perf.distributed.watchdog import Watchdog
 from sd_perf.errors import RankLostError
-from tests.waiting import PATIENCE
+from tests.waiting import PATIENCE, wait_for
 
 TRAINING = """
 import os, signal, sys
@@ -66,3 +70,24 @@ def test_a_lost_rank_is_named(rank, how, silence, told):
     assert left.returncode == RankLostError.exit_code, errors
     assert output.startswith(f"rank {rank} on ") and "Traceback" not in errors
     assert output.strip().endswith(f"(process {lost.pid}) {told}; saved")
+
+
+def test_who_is_no_rank_and_who_is_slow_to_say_so_hold_nobody_up(monkeypatch):
+    """A rank may be kept from running between its connection and its first words."""
+    monkeypatch.setattr(module, "_cut_connections", lambda: None)
+    told: dict[str, str] = {}
+    watchdog = Watchdog(Place(0, 3, 0, "127.0.0.1", 1), silence=PATIENCE)
+    watchdog._handled.set()  # its process is this one, which goes on
+    watchdog.start(SimpleNamespace(set=told.__setitem__))
+    token, port, _ = told["watchdog"].split(" ", 2)
+    stranger, slow, brief = (socket.create_connection(("127.0.0.1", int(port))) for _ in range(3))
+    with stranger, slow, brief:
+        stranger.sendall("ä b c\n".encode())
+        assert stranger.recv(1) == b""  # sent away
+        brief.sendall(f"{token} 1 here (process 7)\n!".encode())  # and has left in order
+        brief.close()
+        slow.sendall(f"{token} 2 there (process 8)\n".encode())
+        assert slow.recv(1) == b"." and not watchdog.lost
+        slow.close()
+        wait_for(lambda: watchdog.lost)
+    assert watchdog.lost == "rank 2 on there (process 8) is gone"

@@ -39,7 +39,7 @@ def kill_once(preset: Path, run: Path, rng: random.Random, aim: str) -> str:
         time.sleep(rng.uniform(0, 2))
     if aim == "a write":
         wait_for(lambda: being_written(run), poll=0.001)
-        time.sleep(rng.uniform(0, 0.15))
+        time.sleep(rng.choice((0, rng.uniform(0, 0.15))))
     process.kill()
     process.communicate()
     if logged_steps(run) <= steps_before:

@@ -201,10 +201,13 @@ def test_a_rank_that_cannot_write_ends_all(tmp_path):
 @pytest.mark.slow
 def test_ranks_killed_while_they_write_together(tmp_path):
     """The newest checkpoint loads, and the run that continues is the run never killed."""
-    often = {**changes("zero1"), "checkpoint": {"every_samples": BATCH}}
+
+    def often(steps: int) -> dict[str, Any]:
+        return {**changes("zero1", steps=steps), "checkpoint": {"every_samples": BATCH}}
+
     run, position = tmp_path / "run", 0
     for kill in range(4):
-        processes = start_ranks(2, [(run, often)])
+        processes = start_ranks(2, [(run, often(100_000))])  # none ends before it is killed
         wait_for(partial(is_writing_after, run, position))
         for process in processes:
             process.kill()
@@ -213,7 +216,8 @@ def test_ranks_killed_while_they_write_together(tmp_path):
         final_tensors(run)  # every tensor loads
         assert saved(run) > position
         position = saved(run)
-    run_ranks(2, [(run, often), (tmp_path / "whole", often)])
+    end = often(position // BATCH + 5)
+    run_ranks(2, [(run, end), (tmp_path / "whole", end)])
     killed, whole = final_tensors(run), final_tensors(tmp_path / "whole")
     assert all(torch.equal(killed[name], whole[name]) for name in whole)
     assert not any(run.glob("checkpoints/.writing_*"))
