@@ -13,6 +13,7 @@ import pytest
 from sd_perf.data.prepare.scenes import write_scene_shards
 from sd_perf.data.shards import ShardIndex
 from tests.cli.bad_input import AUTOENCODER, TEXT_TINY, data_options, matches, write_shards
+from tests.small_run import torchrun
 from tests.waiting import wait_for
 
 
@@ -93,8 +94,7 @@ def test_dali_is_for_pictures(preset, shards, refused):
 def test_processes_share_the_shards(raw, options, shards, tmp_path):
     for number in range(1, 4):
         shutil.copy(raw / "00000.tar", raw / f"{number:05d}.tar")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, "--nproc-per-node", "2", "-m", "sd_perf", "data", "encode", *options]
+    command = [*torchrun(2, tmp_path), "-m", "sd_perf", "data", "encode", *options]
     command += ["--source", raw, "--source-format", "raw", "--data.index", tmp_path / "index.npz"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

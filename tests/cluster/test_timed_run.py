@@ -91,6 +91,17 @@ def test_the_lines_of_the_benchmark(tmp_path, capfd, monkeypatch):
     assert "file caches kept (not asked)" in output
 
 
+def test_a_complete_run_has_no_second_result(tmp_path, capfd):
+    newest = tmp_path / "run/checkpoints/samples_0000000200"
+    program = f"import os; os.makedirs({str(newest)!r}, exist_ok=True)"
+    outputs = []
+    for _ in range(2):
+        assert run_and_time(plan(tmp_path, program)) == 0
+        outputs.append(capfd.readouterr().out)
+    assert ["RESULT," in output for output in outputs] == [True, False]
+    assert ["nothing was left to train" in output for output in outputs] == [False, True]
+
+
 def test_75_stays_75(tmp_path, capfd):
     assert run_and_time(plan(tmp_path, "raise SystemExit(75)")) == 75
     output = capfd.readouterr().out
