@@ -115,7 +115,7 @@ class Watchdog:
                 if one is server:
                     self._accept(server)
                 elif one in self._connections:
-                    self._hear(one)  # type: ignore[arg-type]
+                    self._hear(one)
                 else:
                     self._admit(one, token)  # type: ignore[arg-type]
             if now - beat > BEAT:
