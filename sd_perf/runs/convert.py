@@ -35,18 +35,12 @@ from sd_perf.torch_files import require_bounded
 _FILE_NAME = re.compile(r"__\d+_\d+\.distcp", re.ASCII)
 _MAX_METADATA_BYTES = 4 * 2**20  # that of Stable Diffusion v2 has about one megabyte
 _MAX_PARTS = 32
-_INSTRUCTIONS = b"".join(
-    (
-        *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK),
-        *(pickle.MEMOIZE, pickle.BINPUT, pickle.LONG_BINPUT, pickle.BINGET, pickle.LONG_BINGET),
-        *(pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE),
-        *(pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1),
-        *(pickle.SHORT_BINUNICODE, pickle.BINUNICODE, pickle.EMPTY_DICT),
-        *(pickle.EMPTY_LIST, pickle.APPEND, pickle.APPENDS),
-        *(pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
-    )
-)
-"""of a pickle, one byte each, that metadata is made of; beside those that are looked at"""
+_INSTRUCTIONS = """
+PROTO FRAME STOP MARK MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL STACK_GLOBAL NONE NEWTRUE
+NEWFALSE BININT BININT1 BININT2 LONG1 SHORT_BINUNICODE BINUNICODE EMPTY_DICT EMPTY_LIST APPEND
+APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3
+"""
+"""of a pickle that metadata is made of, beside those that are looked at"""
 _KEPT = ("samples", "steps", "seed", "bad_samples", "dataset", "callbacks")
 """entries of the old `state.json` that the new one has, too"""
 
@@ -62,9 +56,11 @@ class _Entry:
             vars(self).update(state)
 
 
-def _size(sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """Stands for torch.Size."""
-    return sizes
+def _few(parts: Any) -> Any:
+    """Arguments of a call, attributes of an object, sizes of a tensor: no metadata has many."""
+    if len(parts) > _MAX_PARTS:
+        raise pickle.UnpicklingError(f"it has an object of {len(parts)} parts")
+    return parts
 
 
 _METADATA_CLASSES = (
@@ -81,10 +77,14 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _Entry,
     ("torch.serialization", "_get_layout"): _Entry,
     ("pathlib", "PosixPath"): _Entry,
-    ("torch", "Size"): _size,
+    ("torch", "Size"): _few,
     **{("torch", name): name for name in DTYPES},
 }
 """(module, name) in the pickle -> what stands for it"""
+
+
+def _codes(instructions: str) -> list[int]:
+    return [getattr(pickle, name)[0] for name in instructions.split()]
 
 
 class _MetadataUnpickler(pickle._Unpickler):
@@ -120,20 +120,13 @@ class _MetadataUnpickler(pickle._Unpickler):
 
     dispatch: ClassVar = {
         **dict.fromkeys(range(256), _refuse),
-        **{code: pickle._Unpickler.dispatch[code] for code in _INSTRUCTIONS},
+        **{code: pickle._Unpickler.dispatch[code] for code in _codes(_INSTRUCTIONS)},
         pickle.REDUCE[0]: _call,
         pickle.NEWOBJ[0]: _call,
         pickle.BUILD[0]: _set_state,
         pickle.SETITEM[0]: _set_item,
         pickle.SETITEMS[0]: _set_items,
     }
-
-
-def _few(parts: Any) -> Any:
-    """Arguments of a call, or attributes of an object: no metadata has many."""
-    if len(parts) > _MAX_PARTS:
-        raise pickle.UnpicklingError(f"it has an object of {len(parts)} parts")
-    return parts
 
 
 def _name(key: Any) -> str | _Entry:
