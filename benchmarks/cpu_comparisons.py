@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.command import Report, run_command
+from benchmarks.command import Report, python_path, run_command
 from benchmarks.diffusers_training import build, comparable, training_step
 from benchmarks.pairs import in_turns, pair_row
 from benchmarks.training_run import TINY, preset
@@ -143,8 +143,7 @@ def compare_starts(threads: int, turns: int) -> dict[str, list[float]]:
     own = [*module, "sd_perf", "train", "--config", "configs/smoke.yaml", *options]
 
     def process(command: list[str]) -> None:
-        paths = [str(REPOSITORY), str(REPOSITORY / "kernels"), os.environ.get("PYTHONPATH", "")]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        environment = {**os.environ, "PYTHONPATH": python_path()}
         subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, capture_output=True)
 
     def train() -> None:

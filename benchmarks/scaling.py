@@ -91,6 +91,7 @@ def command_of(options: argparse.Namespace, run: tuple[int, str, int], output: P
     """The command line of a run, which writes its row to `output`."""
     batch, strategy, ranks = run
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    torchrun += ["--log-dir", str(output.parent / "torchrun")]
     settings = [*options.set, *([] if strategy == SINGLE else [f"training.strategy={strategy}"])]
     given: dict[str, Any] = {
         "--batch": batch,

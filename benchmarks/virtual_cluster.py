@@ -54,7 +54,7 @@ ReturnToService=2
 SlurmctldTimeout=10
 SlurmdTimeout=10
 KillWait=20
-MessageTimeout=5
+MessageTimeout=60
 MinJobAge=3600
 JobRequeue=1
 SlurmdParameters=config_overrides
@@ -99,7 +99,7 @@ class VirtualCluster:
         self.start_node("n1")
         hide = f"mount -t tmpfs tmpfs '{hidden}' && exec slurmd -N n2"
         self.call("unshare", "--mount", "sh", "-c", hide)
-        self.wait(lambda: self.states() == {"idle"}, "both nodes are idle", 30)
+        self.wait(lambda: self.states() == {"idle"}, "both nodes are idle", 300)
 
     def start_node(self, name: str) -> None:
         self.call("slurmd", "-N", name)
@@ -120,7 +120,7 @@ class VirtualCluster:
     def down(self) -> None:
         """End all jobs, then the daemons; slurmd would wait for its jobs otherwise."""
         subprocess.run(["scancel", "--user=root"], env=self.environment, capture_output=True)
-        self.wait(lambda: not self.call("squeue", "--noheader"), "the queue is empty", 60)
+        self.wait(lambda: not self.call("squeue", "--noheader"), "the queue is empty", 300)
         for name in ("slurmd.n1", "slurmd.n2", "slurmctld", "munge/pid"):
             path = self.folder / (name if name == "munge/pid" else f"{name}.pid")
             if path.exists():

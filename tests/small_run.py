@@ -21,6 +21,7 @@ from sd_perf.runs.checkpoints import CheckpointStore
 from sd_perf.runs.folder import open_run
 from sd_perf.training.launch import build_trainer
 from sd_perf.training.trainer import Trainer
+from tests.waiting import PATIENCE
 
 TREE = {
     "model": {
@@ -101,23 +102,23 @@ def start_train(preset: Path, run: Path, *options: str, processes: int = 1) -> s
     piped."""
     launcher = [sys.executable, "-m", "sd_perf"]
     if processes > 1:
-        torchrun = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            str(processes),
-        ]
-        launcher = [*torchrun, "--standalone", "-m", "sd_perf"]
+        launcher = [*torchrun(processes, preset.parent), "-m", "sd_perf"]
     command = [*launcher, "train", "--config", str(preset), "--run.dir", str(run), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=environment, **pipes)
 
 
+def torchrun(processes: int, folder: Path) -> list[str]:
+    """torchrun of this machine, which keeps its own files below a folder."""
+    options = ["--standalone", "--nproc-per-node", str(processes)]
+    logs = ["--log-dir", str(folder / "torchrun")]
+    return [sys.executable, "-m", "torch.distributed.run", *options, *logs]
+
+
 def train(preset: Path, run: Path, *options: str, processes: int = 1, code: int = 0) -> str:
     """Run to the end and return what it printed; the exit code is checked."""
     process = start_train(preset, run, *options, processes=processes)
-    output, errors = process.communicate(timeout=300)
+    output, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == code, (process.returncode, output, errors)
     return output + errors

@@ -6,12 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from sd_perf.children import child, worker_pool
+from tests.waiting import wait_for
 
 PARENT = """
 import contextlib, sys, time
@@ -70,10 +70,7 @@ def test_children_end_with_a_killed_parent(script, said, count, here):
         children = [int(word) for word in words if word.isdigit()]
         assert len(children) == count and all(map(is_alive, children))
         parent.kill()
-        end = time.monotonic() + 60
-        while any(map(is_alive, children)):
-            assert time.monotonic() < end, "a child has survived"
-            time.sleep(0.05)
+        wait_for(lambda: not any(map(is_alive, children)))
 
 
 def test_a_child_ends_with_its_block(here):

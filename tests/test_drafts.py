@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sd_perf.drafts import ASIDE, draft_folder, remove_leftovers
 from sd_perf.files import write_text
+from tests.waiting import PATIENCE
 
 LIVING = """
 import sys
@@ -34,7 +35,7 @@ def test_of_the_dead_and_of_the_living(tmp_path):
         write_text(tmp_path / "y", "whole")
         assert [draft.is_dir() for draft in drafts] == [True, False]
         living.stdin.close()
-        assert living.wait(60) == 0
+        assert living.wait(PATIENCE) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["y"]
 
 

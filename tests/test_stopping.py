@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 
 import pytest
@@ -18,6 +19,27 @@ def stop():
     requests.take()
     yield requests
     requests.give_back()
+
+
+class Clock:
+    """In place of `time`: seconds pass only where something sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The clock of the handlers."""
+    mine = Clock()
+    monkeypatch.setattr(stopping, "time", mine)
+    return mine
 
 
 class Left(BaseException):
@@ -47,20 +69,20 @@ def test_an_import_is_not_interrupted(stop, tmp_path, monkeypatch):
     module = "import signal\nsignal.raise_signal(signal.SIGTERM)\nimport time\ntime.sleep(0.2)\n"
     (tmp_path / "interrupted.py").write_text(f"{module}complete = True\n")
     monkeypatch.syspath_prepend(tmp_path)
-    interrupted = __import__("interrupted")
-    assert interrupted.complete
     with pytest.raises(Stopped) as stopped:
-        time.sleep(10)
+        __import__("interrupted")
+        time.sleep(60)
     assert stopped.value.exit_code == STOPPED
+    assert sys.modules.pop("interrupted").complete
 
 
-def test_cleaning_up_is_not_disturbed(stop, capfd):
+def test_cleaning_up_is_not_disturbed(stop, clock, capfd):
     with pytest.raises(Stopped):
         signal.raise_signal(signal.SIGTERM)
     signal.raise_signal(signal.SIGTERM)
     signal.raise_signal(signal.SIGINT)  # within one press
     assert len(capfd.readouterr().err.splitlines()) == 1
-    time.sleep(stopping.ONE_PRESS)
+    clock.sleep(2 * stopping.ONE_PRESS)
     with pytest.raises(Left, match=str(CTRL_C)):
         signal.raise_signal(signal.SIGINT)
 
@@ -77,18 +99,18 @@ def test_training_is_told_and_goes_on(number, stop, capfd):
     assert line == "sd-perf: " + (again if number == signal.SIGINT else later)
 
 
-def test_two_at_once_are_one_press_and_a_second_press_quits(stop):
+def test_two_at_once_are_one_press_and_a_second_press_quits(stop, clock):
     with stop.deferred():
         signal.raise_signal(signal.SIGINT)
-        time.sleep(0.005)
+        clock.sleep(0.005)
         signal.raise_signal(signal.SIGINT)
-        time.sleep(stopping.ONE_PRESS)
+        clock.sleep(2 * stopping.ONE_PRESS)
         signal.raise_signal(signal.SIGTERM)
-        time.sleep(stopping.ONE_PRESS)
+        clock.sleep(2 * stopping.ONE_PRESS)
         with pytest.raises(Stopped) as stopped:
             signal.raise_signal(signal.SIGINT)
         assert stopped.value.exit_code == CTRL_C
-        time.sleep(stopping.ONE_PRESS)
+        clock.sleep(2 * stopping.ONE_PRESS)
         with pytest.raises(Left, match=str(CTRL_C)):
             signal.raise_signal(signal.SIGINT)
 
@@ -105,12 +127,15 @@ def test_what_is_ignored_stays_ignored(monkeypatch):
         signal.signal(signal.SIGHUP, before)
 
 
-def test_waiting_ends_at_a_signal(stop, capfd):
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    before = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGTERM))
-    try:
-        signal.setitimer(signal.ITIMER_REAL, 0.05)
-        stop.wait(60)
-    finally:
-        signal.signal(signal.SIGALRM, before)
+def test_waiting_ends_at_a_signal(stop, clock, monkeypatch, capfd):
+    begun = clock.now
+    monkeypatch.setattr(clock, "sleep", lambda seconds: signal.raise_signal(signal.SIGTERM))
+    stop.wait(60)
     assert stop.received == signal.SIGTERM and capfd.readouterr().err == ""
+    assert clock.now == begun
+
+
+def test_waiting_ends_when_it_is_time(stop, clock):
+    begun = clock.now
+    stop.wait(60)
+    assert stop.received is None and clock.now - begun == pytest.approx(60, abs=0.1)

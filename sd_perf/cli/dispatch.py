@@ -44,6 +44,9 @@ from sd_perf.visible import visible
 Command = Callable[..., int]
 
 _BUG, _BAD_INPUT = 1, 2
+_FIRST_RANK_SPEAKS = 30.0
+"""seconds in which a machine's first rank comes to the error that another has; less than
+run.join_seconds, after which rank 0 would take the other for missing"""
 _DESCRIPTION = (
     "A fast, checkable trainer of the MLPerf text-to-image benchmark (Stable Diffusion v2). "
     "Bad input is one sentence and exit code 2; --debug, with any command, adds the traceback."
@@ -214,7 +217,7 @@ def _let_first_rank_speak() -> None:
     fails first would end the rank that has the error to print.
     """
     if LOCAL_RANK and STOP.received is None:
-        STOP.wait(10)
+        STOP.wait(_FIRST_RANK_SPEAKS)
 
 
 def _bad_input_errors() -> tuple[type[Exception], ...]:

@@ -10,15 +10,15 @@ from __future__ import annotations
 import os
 import re
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from sd_perf.cluster.commands import Training, run, say, user_name
+from sd_perf.cluster.commands import Training, run, say
 from sd_perf.cluster.slurm import address, call, hosts, in_container, job_field
-from sd_perf.cluster.timed_run import first_start, in_words, recorded_clearing
+from sd_perf.cluster.timed_run import position, recorded_clearing, timed
 from sd_perf.errors import RankLostError, UserError
 from sd_perf.files import read_json
 from sd_perf.stopping import CTRL_C, STOP, STOPPED
@@ -52,11 +52,12 @@ class JobRun:
 
 def run_job(job: JobRun) -> int:
     """One start of the job; returns its exit code. Where the job is requeued, Slurm ends it."""
-    job = _of_trial(job)
+    return _begin(job, _run)
+
+
+def _run(job: JobRun) -> int:
     restarts, number = _restarts(), _job_id()
     folder = job.training.folder
-    if restarts > job.requeue_limit:
-        return _too_often(job)
     before, where = position(folder), os.environ.get("SLURM_JOB_NODELIST", "?")
     say(f"job {number}, start {restarts + 1}, on {where}: {folder} at {before:,} samples")
     with _report(folder, number) as report:
@@ -76,17 +77,11 @@ def run_job(job: JobRun) -> int:
 
 def _train(job: JobRun, caches_cleared: bool) -> int:
     """Train in all tasks, between the benchmark's lines; returns the exit code."""
-    folder, start = job.training.folder, time.time()
-    say(f"STARTING TIMING RUN AT {in_words(start)}")
+    folder = job.training.folder
     recorded = recorded_clearing(folder)
     cleared = caches_cleared if recorded is None else recorded
-    code = _step(job, "sd_perf.cluster.bound", *job.training.command(caches_cleared=cleared))
-    end = time.time()
-    say(f"ENDING TIMING RUN AT {in_words(end)}")
-    if code == 0:
-        start = first_start(folder, start)
-        say(f"RESULT,stable_diffusion,{end - start:.0f},{user_name()},{in_words(start)}")
-    return code
+    command = job.training.command(caches_cleared=cleared)
+    return timed(folder, lambda: _step(job, "sd_perf.cluster.bound", *command))
 
 
 def conclude_job(job: JobRun, submission: Path | None) -> int:
@@ -94,10 +89,11 @@ def conclude_job(job: JobRun, submission: Path | None) -> int:
 
     `submission` is the folder that logs go to.
     """
-    job = _of_trial(job)
+    return _begin(job, partial(_conclude, submission=submission))
+
+
+def _conclude(job: JobRun, submission: Path | None) -> int:
     folder, trial = job.training.folder, os.environ.get("SLURM_ARRAY_TASK_ID", "0")
-    if _restarts() > job.requeue_limit:
-        return _too_often(job)
     before = scored(folder)
     words = ["sd_perf", "cluster", "conclude", str(folder)]
     if submission is not None:
@@ -106,8 +102,11 @@ def conclude_job(job: JobRun, submission: Path | None) -> int:
     return _end(job, code, now > before, f"with {now[0]:,} checkpoints scored")
 
 
-def _too_often(job: JobRun) -> int:
-    """The end of a job that Slurm itself has requeued over the limit."""
+def _begin(job: JobRun, start: Callable[[JobRun], int]) -> int:
+    """Start the job's own share, unless Slurm itself has requeued it over the limit."""
+    job = _of_trial(job)
+    if _restarts() <= job.requeue_limit:
+        return start(job)
     often = f"Slurm has requeued it {_restarts()} times, over --requeue-limit"
     why = "look for nodes that fail, or for jobs that displace it"
     say(f"{job.training.folder}: not begun, {often}; {why}, then {_ONWARD}")
@@ -150,16 +149,6 @@ def _job_id() -> str:
 
 def _restarts() -> int:
     return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-
-
-def position(folder: Path) -> int:
-    """Samples of the newest complete checkpoint in a run folder; 0 where there is none.
-
-    The names alone: see sd_perf.runs.checkpoints, which needs torch.
-    """
-    names = [path.name for path in folder.glob("checkpoints/samples_*")]
-    found = [re.fullmatch(r"samples_([0-9]+)", name) for name in names]
-    return max((int(name[1]) for name in found if name), default=0)
 
 
 def scored(folder: Path) -> tuple[int, int]:

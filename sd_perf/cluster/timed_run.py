@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -157,22 +159,20 @@ def run_and_time(plan: Plan) -> int:
         code = run(proof) if speaks else 0
         if code:
             return code
-    start = time.time()
-    if speaks:
-        say(f"STARTING TIMING RUN AT {in_words(start)}")
-        say(f"{plan.training.folder}: {plan.where}")
-    cleared = caches_cleared(plan, place)
-    code = run(plan.train(cleared), {**_environment(), **meeting_point()})
+    folder = plan.training.folder
+
+    def train() -> int:
+        if speaks:
+            say(f"{folder}: {plan.where}")
+        cleared = caches_cleared(plan, place)
+        return run(plan.train(cleared), {**_environment(), **meeting_point()})
+
     if not speaks:
-        return code
-    end = time.time()
-    say(f"ENDING TIMING RUN AT {in_words(end)}")
-    if code:
-        again = f"; run_and_time.sh --run-dir {plan.training.folder} continues it"
+        return train()
+    if code := timed(folder, train):
+        again = f"; run_and_time.sh --run-dir {folder} continues it"
         say(f"exit code {code}{again if code in (STOPPED, RankLostError.exit_code) else ''}")
         return code
-    start = first_start(plan.training.folder, start)
-    say(f"RESULT,stable_diffusion,{end - start:.0f},{user_name()},{in_words(start)}")
     if not plan.conclude:
         say("not evaluated: evaluation.prompts of the config names no file")
         return 0
@@ -251,6 +251,31 @@ def _call(command: list[str]) -> str:
     if done.returncode == 0:
         return ""
     return " ".join(done.stderr.split()) or f"{command[0]} ended with {done.returncode}"
+
+
+def timed(folder: Path, train: Callable[[], int]) -> int:
+    """Train between the benchmark's lines, with its result where it ends well; the exit code."""
+    before, start = position(folder), time.time()
+    say(f"STARTING TIMING RUN AT {in_words(start)}")
+    code, end = train(), time.time()
+    say(f"ENDING TIMING RUN AT {in_words(end)}")
+    if not code and 0 < position(folder) == before:
+        # Its time would be that since a run that ended long ago was begun.
+        say(f"{folder}: nothing was left to train; RESULT was told where the run ended")
+    elif not code:
+        start = first_start(folder, start)
+        say(f"RESULT,stable_diffusion,{end - start:.0f},{user_name()},{in_words(start)}")
+    return code
+
+
+def position(folder: Path) -> int:
+    """Samples of the newest complete checkpoint in a run folder; 0 where there is none.
+
+    The names alone: see sd_perf.runs.checkpoints, which needs torch.
+    """
+    names = [path.name for path in folder.glob("checkpoints/samples_*")]
+    found = [re.fullmatch(r"samples_([0-9]+)", name) for name in names]
+    return max((int(name[1]) for name in found if name), default=0)
 
 
 def first_start(folder: Path, now: float) -> float:

@@ -13,6 +13,7 @@ import os
 import platform
 import signal
 import sys
+import tempfile
 from pathlib import Path
 from types import FrameType
 
@@ -39,7 +40,9 @@ def main(arguments: list[str]) -> int:
     # Its own words on a process that ended with 75 are those of a failure.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
-        torchrun.run(options)
+        with tempfile.TemporaryDirectory(prefix="sd_perf_torchrun_") as logs:
+            options.log_dir = options.log_dir or logs  # torchrun's own folder would stay
+            torchrun.run(options)
     except Stopped as stop:
         return stop.exit_code
     except ChildFailedError as error:

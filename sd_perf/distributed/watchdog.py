@@ -113,9 +113,11 @@ class Watchdog:
             before = now
             for one in ready:
                 if one is server:
-                    self._accept(server, token)
+                    self._accept(server)
+                elif one in self._connections:
+                    self._hear(one)
                 else:
-                    self._hear(one)  # type: ignore[arg-type]
+                    self._admit(one, token)  # type: ignore[arg-type]
             if now - beat > BEAT:
                 beat = now
                 self._send(b".")
@@ -124,18 +126,25 @@ class Watchdog:
             self._send(f"{self.lost}\n".encode())
             self._leave()
 
-    def _accept(self, server: socket.socket, token: str) -> None:
+    def _accept(self, server: socket.socket) -> None:
         connection, _ = server.accept()
-        connection.settimeout(2)
+        connection.settimeout(2)  # for what is sent: nothing is read that has not come
+        self._selector.register(connection, selectors.EVENT_READ)
+
+    def _admit(self, connection: socket.socket, token: str) -> None:
+        """Take the first words of a connection, which say who it is; close it where they do not."""
         try:
-            told, rank, host = connection.recv(1000).decode().split("\n")[0].split(" ", 2)
-            if not secrets.compare_digest(told, token):
+            words, _, more = connection.recv(1000).partition(b"\n")
+            told, rank, host = words.split(b" ", 2)
+            if not secrets.compare_digest(told, token.encode()):
                 raise ValueError("no process of this run")
-            self._connections[connection] = _Peer(int(rank), host, time.monotonic())
+            self._connections[connection] = _Peer(int(rank), host.decode(), time.monotonic())
         except (OSError, ValueError):
+            self._selector.unregister(connection)
             connection.close()
             return
-        self._selector.register(connection, selectors.EVENT_READ)
+        if _BYE in more:
+            self._hear_no_more(connection)
 
     def _hear(self, connection: socket.socket) -> None:
         peer = self._connections[connection]
@@ -144,12 +153,15 @@ class Watchdog:
         except OSError:
             heard = b""
         peer.heard = time.monotonic()
+        if not heard and not self.lost:
+            self.lost = f"rank {peer.rank} on {peer.host} is gone"
         if _BYE in heard or not heard:
-            self._selector.unregister(connection)
-            if not heard and not self.lost:
-                self.lost = f"rank {peer.rank} on {peer.host} is gone"
-            # Kept, so that a rank that left in order does not count as absent.
-            peer.heard = float("inf")
+            self._hear_no_more(connection)
+
+    def _hear_no_more(self, connection: socket.socket) -> None:
+        """It is kept, so that a rank that left in order does not count as absent."""
+        self._selector.unregister(connection)
+        self._connections[connection].heard = float("inf")
 
     def _judge(self, now: float, start: float) -> None:
         silent = [peer for peer in self._connections.values() if now - peer.heard > self.silence]

@@ -82,19 +82,19 @@ def grid_path(folder: Path, samples: int) -> Path:
 def write_grid(pictures: torch.Tensor, prompts: list[str], folder: Path, samples: int) -> Path:
     """Write pictures (B, 3, H, W) as one PNG grid, and a JSON of the same name with the prompts.
 
-    Pictures that do not fill a row are left out. Returns the path of the PNG.
+    The grid is white where the last row has no picture. Returns the path of the PNG.
     """
     columns = min(GRID_COLUMNS, len(pictures))
-    shown = pictures[: len(pictures) // columns * columns]
+    gap = pictures.new_ones(-len(pictures) % columns, *pictures.shape[1:])
+    rows = torch.cat([pictures, gap]).unflatten(0, (-1, columns))
     # (rows, columns, 3, H, W) -> (3, rows, H, columns, W) -> (3, rows H, columns W)
-    grid = shown.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
+    grid = rows.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
     path = grid_path(folder, samples)
     with disk_errors(path, MAKE_ROOM):
         folder.mkdir(parents=True, exist_ok=True)
         write_png(grid, path)
-        write_json(
-            path.with_suffix(".json"), {"prompts": prompts[: len(shown)], "columns": columns}
-        )
+        shown = {"prompts": prompts[: len(pictures)], "columns": columns}
+        write_json(path.with_suffix(".json"), shown)
     return path
 
 

@@ -60,8 +60,4 @@ class FixedPrompts:
             batch_size=min(len(self.prompts), self.config.evaluation.batch_size),
             source=f"{grid_path(folder, samples)}: the weights",
         )
-        pictures = torch.cat(list(drawn))
-        if len(pictures) > GRID_COLUMNS:  # white where the last row has no picture
-            gap = pictures.new_ones(-len(pictures) % GRID_COLUMNS, *pictures.shape[1:])
-            pictures = torch.cat([pictures, gap])
-        return write_grid(pictures, self.prompts, folder, samples)
+        return write_grid(torch.cat(list(drawn)), self.prompts, folder, samples)

@@ -45,7 +45,9 @@ class OpenClipTextEncoder(torch.nn.Module):
 
         def build() -> torch.nn.Module:
             return open_clip.model._build_text_tower(
-                model_config["embed_dim"], model_config["text_cfg"]
+                model_config["embed_dim"],
+                model_config["text_cfg"],
+                quick_gelu=model_config.get("quick_gelu", False),
             )
 
         if weights is not None:

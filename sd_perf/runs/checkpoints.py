@@ -260,10 +260,15 @@ def load_component(path: Path, component: str) -> dict[str, torch.Tensor]:
     Raises CheckpointError where there are none, or the checkpoint is damaged. Only the files of the
     component are read.
     """
+    return _load_component(path, component, f"holds no {component}")
+
+
+def _load_component(path: Path, component: str, lacks: str) -> dict[str, torch.Tensor]:
+    """`load_component`; `lacks` is what is said where the checkpoint holds none of it."""
     state = read_state(path)
     names = [name for name in state["tensors"] if name.startswith(f"{component}.")]
     if not names:
-        raise CheckpointError(f"{path}: holds no {component}")
+        raise CheckpointError(f"{path}: {lacks}")
     tensors = read_tensors(path, state, names)
     return {name.removeprefix(f"{component}."): tensor for name, tensor in tensors.items()}
 
@@ -273,9 +278,10 @@ def load_weights(path: Path, ema: bool = False) -> dict[str, torch.Tensor]:
 
     Raises CheckpointError as `load_component` does, and where the run keeps no average.
     """
-    if ema and not any(name.startswith("ema.") for name in read_state(path)["tensors"]):
-        raise CheckpointError(
-            f"{path}: holds no averaged weights, which training.ema_decay asks for; take the "
-            "weights themselves (without --ema; as model.init, with model.init_ema false)"
-        )
-    return load_component(path, "ema" if ema else "model")
+    if not ema:
+        return load_component(path, "model")
+    lacks = (
+        "holds no averaged weights, which training.ema_decay asks for; take the weights themselves "
+        "(without --ema; as model.init, with model.init_ema false)"
+    )
+    return _load_component(path, "ema", lacks)

@@ -12,7 +12,7 @@ import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -33,7 +33,14 @@ from sd_perf.runs.lock import RunLock
 from sd_perf.torch_files import require_bounded
 
 _FILE_NAME = re.compile(r"__\d+_\d+\.distcp", re.ASCII)
-_MAX_METADATA_BYTES = 8 * 2**20  # that of Stable Diffusion v2 has about one megabyte
+_MAX_METADATA_BYTES = 4 * 2**20  # that of Stable Diffusion v2 has about one megabyte
+_MAX_PARTS = 32
+_INSTRUCTIONS = """
+PROTO FRAME STOP MARK MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL STACK_GLOBAL NONE NEWTRUE
+NEWFALSE BININT BININT1 BININT2 LONG1 SHORT_BINUNICODE BINUNICODE EMPTY_DICT EMPTY_LIST APPEND
+APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3
+"""
+"""of a pickle that metadata is made of, beside those that are looked at"""
 _KEPT = ("samples", "steps", "seed", "bad_samples", "dataset", "callbacks")
 """entries of the old `state.json` that the new one has, too"""
 
@@ -47,6 +54,13 @@ class _Entry:
     def __setstate__(self, state: Any) -> None:
         if isinstance(state, dict):
             vars(self).update(state)
+
+
+def _few(parts: Any) -> Any:
+    """Arguments of a call, attributes of an object, sizes of a tensor: no metadata has many."""
+    if len(parts) > _MAX_PARTS:
+        raise pickle.UnpicklingError(f"it has an object of {len(parts)} parts")
+    return parts
 
 
 _METADATA_CLASSES = (
@@ -63,17 +77,63 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _Entry,
     ("torch.serialization", "_get_layout"): _Entry,
     ("pathlib", "PosixPath"): _Entry,
-    ("torch", "Size"): tuple,
+    ("torch", "Size"): _few,
     **{("torch", name): name for name in DTYPES},
 }
 """(module, name) in the pickle -> what stands for it"""
 
 
-class _MetadataUnpickler(pickle.Unpickler):
+def _codes(instructions: str) -> list[int]:
+    return [getattr(pickle, name)[0] for name in instructions.split()]
+
+
+class _MetadataUnpickler(pickle._Unpickler):
+    """Takes time in proportion to the file, whatever stands in it.
+
+    A pickle may hand one large object to a million calls, or fill a table with keys of one hash. So
+    it is read in Python, where arguments and keys can be looked at, and by few of its instructions.
+    """
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which is no metadata")
         return _ALLOWED[module, name]
+
+    def _refuse(self: Any) -> None:
+        raise pickle.UnpicklingError("it has an instruction that no metadata needs")
+
+    def _call(self: Any) -> None:
+        arguments = _few(self.stack.pop())
+        self.stack[-1] = self.stack[-1](*arguments)
+
+    def _set_state(self: Any) -> None:
+        state = _few(self.stack.pop())
+        self.stack[-1].__setstate__(state)
+
+    def _set_item(self: Any) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self.stack[-1][_name(key)] = value
+
+    def _set_items(self: Any) -> None:
+        pairs = self.pop_mark()
+        self.stack[-1].update(zip(map(_name, pairs[::2]), pairs[1::2], strict=True))
+
+    dispatch: ClassVar = {
+        **dict.fromkeys(range(256), _refuse),
+        **{code: pickle._Unpickler.dispatch[code] for code in _codes(_INSTRUCTIONS)},
+        pickle.REDUCE[0]: _call,
+        pickle.NEWOBJ[0]: _call,
+        pickle.BUILD[0]: _set_state,
+        pickle.SETITEM[0]: _set_item,
+        pickle.SETITEMS[0]: _set_items,
+    }
+
+
+def _name(key: Any) -> str | _Entry:
+    """A key whose hash the file cannot choose."""
+    if not isinstance(key, (str, _Entry)):
+        raise pickle.UnpicklingError(f"it has a table with a key that is {type(key).__name__}")
+    return key
 
 
 def convert_run(run: Path) -> Iterator[tuple[Path, Path]]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_environment
+from tests.waiting import PATIENCE
 
 
 def test_telemetry_tells_of_the_settled_half() -> None:
@@ -39,7 +40,7 @@ def test_telemetry_samples_while_the_block_runs() -> None:
         return None if number == 0 else [str(1000 + number), "1", "2", "0x0"]
 
     with gpu_environment.Telemetry(query, period_seconds=0.001) as telemetry:
-        assert third.wait(10)
+        assert third.wait(PATIENCE)
     assert telemetry.summary()["sm_clock_mhz"] >= 1001
 
 

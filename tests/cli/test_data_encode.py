@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,8 @@ import pytest
 from sd_perf.data.prepare.scenes import write_scene_shards
 from sd_perf.data.shards import ShardIndex
 from tests.cli.bad_input import AUTOENCODER, TEXT_TINY, data_options, matches, write_shards
+from tests.small_run import torchrun
+from tests.waiting import wait_for
 
 
 @pytest.fixture
@@ -93,8 +94,7 @@ def test_dali_is_for_pictures(preset, shards, refused):
 def test_processes_share_the_shards(raw, options, shards, tmp_path):
     for number in range(1, 4):
         shutil.copy(raw / "00000.tar", raw / f"{number:05d}.tar")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, "--nproc-per-node", "2", "-m", "sd_perf", "data", "encode", *options]
+    command = [*torchrun(2, tmp_path), "-m", "sd_perf", "data", "encode", *options]
     command += ["--source", raw, "--source-format", "raw", "--data.index", tmp_path / "index.npz"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -112,8 +112,7 @@ def test_it_goes_on_after_kill_9(raw, options, shards, tmp_path, sd_perf):
     arguments = ["data", "encode", *options, "--source", raw, "--source-format", "raw"]
     command = [sys.executable, "-m", "sd_perf", *map(str, arguments)]
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while not list(shards.glob("*.safetensors")) and process.poll() is None:
-        time.sleep(0.01)
+    wait_for(lambda: any(shards.glob("*.safetensors")) or process.poll() is not None, poll=0.01)
     process.kill()
     process.wait()
     before = {path.name: path.read_bytes() for path in shards.glob("*.safetensors")}

@@ -6,7 +6,6 @@ import hashlib
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -14,8 +13,9 @@ from sd_perf.fetch import web
 from sd_perf.fetch.download import DRAFTS
 from sd_perf.fetch.manifest import artefacts
 from tests.cli.bad_input import matches
-from tests.fetch.conftest import DATA, IMPATIENT
+from tests.fetch.conftest import DATA, QUICK
 from tests.fetch.hostile_server import hostile_server
+from tests.waiting import PATIENCE, wait_for
 
 PROMPTS = b"image_id\tid\tcaption\n1\t2\ta cat\n"
 
@@ -27,8 +27,8 @@ def server():
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch):
-    monkeypatch.setattr(web, "PATIENCE", IMPATIENT)
+def quick(monkeypatch):
+    monkeypatch.setattr(web, "PATIENCE", QUICK)
 
 
 def serve_prompts(server, *faults):
@@ -136,12 +136,9 @@ main()
     part = tmp_path / DRAFTS / "open_clip_pytorch_model.bin.part"
     options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([*command, "--from", f"{server.url}/clip.bin"], **options) as process:
-        for _ in range(600):
-            if part.exists() and part.stat().st_size == len(DATA) // 2:
-                break
-            time.sleep(0.05)
+        wait_for(lambda: part.exists() and part.stat().st_size == len(DATA) // 2)
         process.send_signal(number)
-        errors = process.communicate(timeout=30)[1]
+        errors = process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == code and part.stat().st_size == len(DATA) // 2
     name = "Ctrl-C" if number == signal.SIGINT else number.name
     assert errors == f"sd-perf: stopped by {name}\n"

@@ -21,6 +21,7 @@ from sd_perf.data.prepare.scenes import write_scenes
 from sd_perf.runs.lock import RunLock
 from tests.cli.bad_input import AUTOENCODER, data_options, newest, write_preset, write_tar
 from tests.conftest import only_sentence
+from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(sysconfig.get_path("scripts")) / "sd-perf"
@@ -60,7 +61,7 @@ class Done:
 
 _MEASURED = """
 import resource, subprocess, sys
-code = subprocess.call(sys.argv[2:], timeout=120)
+code = subprocess.call(sys.argv[3:], timeout=float(sys.argv[2]))
 with open(sys.argv[1], "w") as file:
     file.write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
 sys.exit(code)
@@ -70,10 +71,10 @@ is gigabytes in a process of many tests."""
 
 
 def start(case: Case, folder: Path, *program: object) -> Done:
-    """Run a command to its end, in two minutes at most."""
+    """Run a command to its end."""
     files = Path(case.stdout or folder / "stdout"), folder / "stderr", folder / "memory"
     with files[0].open("wb") as output, files[1].open("wb") as errors:
-        command = sys.executable, "-c", _MEASURED, files[2], *program, *case.arguments
+        command = sys.executable, "-c", _MEASURED, files[2], PATIENCE, *program, *case.arguments
         done = subprocess.run(
             [str(word) for word in command],
             env={**os.environ, **HERE, **case.environment},

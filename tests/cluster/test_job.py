@@ -13,10 +13,10 @@ from sd_perf.cluster.job import (
     conclude_job,
     decide,
     exit_code,
-    position,
     run_job,
     scored,
 )
+from sd_perf.cluster.timed_run import position
 
 SRUN = "srun: error: n1: task 0: Exited with exit code 76"
 

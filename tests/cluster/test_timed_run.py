@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,6 +19,7 @@ from sd_perf.cluster import timed_run
 from sd_perf.cluster.commands import Training, run
 from sd_perf.cluster.timed_run import Plan, TimedRun, make_plan, run_and_time
 from sd_perf.distributed.launcher import Place
+from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "run_and_time.sh"
@@ -77,14 +79,27 @@ def plan(tmp_path: Path, program: str) -> Plan:
     return Plan(training, launcher, False, [], "here")
 
 
-def test_the_lines_of_the_benchmark(tmp_path, capfd):
-    assert run_and_time(plan(tmp_path, "import time; time.sleep(1)")) == 0
+def test_the_lines_of_the_benchmark(tmp_path, capfd, monkeypatch):
+    moments = iter([1e9, 1e9 + 4242.4])
+    monkeypatch.setattr(timed_run, "time", SimpleNamespace(time=lambda: next(moments)))
+    assert run_and_time(plan(tmp_path, "")) == 0
     output = capfd.readouterr().out
     moment = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d [AP]M"
     assert re.search(rf"^STARTING TIMING RUN AT {moment}$", output, re.M)
     assert re.search(rf"^ENDING TIMING RUN AT {moment}$", output, re.M)
-    assert re.search(rf"^RESULT,stable_diffusion,[12],\w+,{moment}$", output, re.M)
+    assert re.search(rf"^RESULT,stable_diffusion,4242,\w+,{moment}$", output, re.M)
     assert "file caches kept (not asked)" in output
+
+
+def test_a_complete_run_has_no_second_result(tmp_path, capfd):
+    newest = tmp_path / "run/checkpoints/samples_0000000200"
+    program = f"import os; os.makedirs({str(newest)!r}, exist_ok=True)"
+    outputs = []
+    for _ in range(2):
+        assert run_and_time(plan(tmp_path, program)) == 0
+        outputs.append(capfd.readouterr().out)
+    assert ["RESULT," in output for output in outputs] == [True, False]
+    assert ["nothing was left to train" in output for output in outputs] == [False, True]
 
 
 def test_75_stays_75(tmp_path, capfd):
@@ -122,7 +137,7 @@ def test_signals_are_handed_on():
 import os, signal, time
 signal.signal(signal.SIGUSR1, lambda *_: os._exit(75))
 os.kill(os.getppid(), signal.SIGUSR1)
-time.sleep(60)
+time.sleep(300)
 """
     before = signal.getsignal(signal.SIGUSR1)
     assert run([sys.executable, "-c", program]) == 75
@@ -164,7 +179,7 @@ def test_the_exit_code_of_two_processes(number, code, preset, tmp_path):
     if number == signal.SIGKILL:
         target = max(ranks_of(tmp_path / "run"))
     os.kill(target, number)
-    rest, _ = process.communicate(timeout=120)
+    rest, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == code, "".join(lines) + rest
     if number == signal.SIGKILL:
         assert re.search(r"rank \d on \S+ \(process \d+\) is gone; ", rest)

@@ -13,6 +13,7 @@ import torch
 
 from sd_perf.distributed.world import World, start_world
 from sd_perf.errors import ConfigError, DataError
+from tests.waiting import PATIENCE
 
 # Programs leave by os._exit: gloo's threads sometimes abort a process that ends right after its
 # last collective ("terminate called without an active exception"), which is not looked at here.
@@ -55,20 +56,24 @@ os._exit(code)
 """
 
 OVERDUE = """
-import os, time
+import os, sys, time
+from pathlib import Path
 from sd_perf.distributed.world import is_overdue, start_world
-world = start_world("cpu", collective_seconds=1)
+world, told = start_world("cpu", collective_seconds=10), Path(sys.argv[1])
 if world.rank == 1:
-    time.sleep(3)
+    while not told.exists():
+        time.sleep(0.02)
+    os._exit(0)
 try:
     world.max(0)
 except RuntimeError as error:
     print(is_overdue(error), world.watchdog.lost, flush=True)
+told.touch()
 os._exit(0)
 """
 
 
-def run_two(program: str) -> list[subprocess.CompletedProcess[str]]:
+def run_two(program: str, *arguments: object) -> list[subprocess.CompletedProcess[str]]:
     """Run a program in two processes of one world, as torchrun would."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -76,7 +81,7 @@ def run_two(program: str) -> list[subprocess.CompletedProcess[str]]:
     shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", program],
+            [sys.executable, "-c", program, *map(str, arguments)],
             env={**shared, "RANK": rank, "LOCAL_RANK": rank},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -84,7 +89,7 @@ def run_two(program: str) -> list[subprocess.CompletedProcess[str]]:
         )
         for rank in "01"
     ]
-    outputs = [process.communicate(timeout=300) for process in processes]
+    outputs = [process.communicate(timeout=PATIENCE) for process in processes]
     return [
         subprocess.CompletedProcess(process.args, process.returncode, *output)
         for process, output in zip(processes, outputs, strict=True)
@@ -126,8 +131,8 @@ def test_when_one_rank_fails_rank_0_says_so_and_all_leave():
 
 
 @pytest.mark.slow
-def test_a_rank_that_does_not_come_to_a_collective():
-    first, second = run_two(OVERDUE)
+def test_a_rank_that_does_not_come_to_a_collective(tmp_path):
+    first, second = run_two(OVERDUE, tmp_path / "told")
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
     assert first.stdout.strip() == "True"
 

@@ -206,7 +206,10 @@ def test_grid_of_pictures_keeps_their_places(tmp_path):
     pictures = torch.arange(10).view(10, 1, 1, 1).expand(10, 3, 4, 4) / 255
     path = write_grid(pictures, [str(i) for i in range(10)], tmp_path, 5)
     pixels = np.asarray(Image.open(path).convert("L"))
-    assert pixels.shape == (4, 32) and pixels[0, ::4].tolist() == list(range(8))
+    assert pixels.shape == (8, 32) and pixels[0, ::4].tolist() == list(range(8))
+    assert pixels[4, ::4].tolist() == [8, 9, *[255] * 6]
+    shown = json.loads(path.with_suffix(".json").read_text())
+    assert shown == {"prompts": [str(i) for i in range(10)], "columns": 8}
 
 
 @pytest.fixture(scope="module")

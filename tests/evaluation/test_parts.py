@@ -27,6 +27,7 @@ from sd_perf.runs.lock import RunLock
 from sd_perf.runs.scores import read_scores
 from sd_perf.stopping import Stopped
 from tests.evaluation.test_evaluate import config, without_times  # noqa: F401 (a fixture)
+from tests.waiting import PATIENCE
 
 BATCH = 5
 """of the 12 prompts: two whole batches and a rest"""
@@ -203,24 +204,26 @@ def test_checkpoints_are_taken_as_they_land(run, monkeypatch):
     late.rename(folder / "late")
     before = (folder / "result_0.txt").read_bytes()
     monkeypatch.setattr(evaluate, "POLL_SECONDS", 0.05)
-    first_scored = threading.Event()
+    under_way, first_scored = threading.Event(), threading.Event()
 
     def trainer() -> None:
         with RunLock() as lock:
             lock.take(folder)
-            assert first_scored.wait(60)
+            under_way.set()
+            assert first_scored.wait(PATIENCE)
             assert (folder / "result_0.txt").read_bytes() == before  # the trainer's alone
             (folder / "late").rename(late)
 
     thread = threading.Thread(target=trainer)
     thread.start()
+    assert under_way.wait(PATIENCE)
     told = []
 
     def tell(line: str) -> None:
         told.append(line)
         first_scored.set()
 
-    evaluate_run(folder, settings, start_world("cpu"), tell, Wanted(wait_minutes=1))
+    evaluate_run(folder, settings, start_world("cpu"), tell, Wanted(wait_minutes=PATIENCE / 60))
     thread.join()
     assert [line.split(":")[0] for line in told] == ["32 samples", "64 samples"]
 
@@ -264,7 +267,7 @@ def test_several_processes_score_as_one(run, ranks):
         )
         for r in map(str, range(ranks))
     ]
-    assert [process.wait(300) for process in processes] == [0] * ranks
+    assert [process.wait(PATIENCE) for process in processes] == [0] * ranks
     assert scores_of(other) == scores_of(folder)
     for path in (folder / "pictures").glob("*.png"):
         assert path.read_bytes() == (other / "pictures" / path.name).read_bytes()

@@ -1,10 +1,11 @@
-"""A hostile server, an impatient client, and an artefact to fetch from it."""
+"""A hostile server, a client that asks again at once, and an artefact to fetch from it."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,7 @@ from tests.fetch.hostile_server import HostileServer, hostile_server
 
 DATA = random.Random(7).randbytes(200_000)
 OTHER = random.Random(8).randbytes(200_000)
-IMPATIENT = web.Patience(
-    connect=2,
-    silence=0.3,
-    window=0.3,
+QUICK = web.Patience(
     least_rate=1000,
     attempts=3,
     first_attempts=3,
@@ -29,6 +27,7 @@ IMPATIENT = web.Patience(
     pause=0.01,
     longest=5,
 )
+"""asks again at once, and waits for a server as long as users do: a busy machine may be silent"""
 
 
 @pytest.fixture
@@ -38,8 +37,18 @@ def server() -> Iterator[HostileServer]:
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(web, "PATIENCE", IMPATIENT)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web, "PATIENCE", QUICK)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """impatient(silence=2): a client that bears this for so many seconds only."""
+
+    def make(**limits: float) -> None:
+        monkeypatch.setattr(web, "PATIENCE", dataclasses.replace(QUICK, **limits))
+
+    return make
 
 
 def sha256(data: bytes) -> str:

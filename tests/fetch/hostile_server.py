@@ -108,10 +108,11 @@ def cut_at_once(handler: Handler, served: Served) -> None:
 
 
 def stall(handler: Handler, served: Served) -> None:
+    """Half, and then nothing for as long as the server runs."""
     body = handler.begin(served, *handler.span(served))
     handler.wfile.write(body[: len(body) // 2])
     handler.wfile.flush()
-    handler.server.hostile.closed.wait(5)  # type: ignore[attr-defined]
+    handler.server.hostile.closed.wait()  # type: ignore[attr-defined]
     handler.leave()
 
 

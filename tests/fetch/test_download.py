@@ -48,7 +48,9 @@ def get(url, draft, file=None):
     ],
 )
 @pytest.mark.parametrize("file", [a_file(), UNKNOWN], ids=["published", "unknown"])
-def test_whole_in_the_end(faults, ranges, file, server, draft):
+def test_whole_in_the_end(faults, ranges, file, server, draft, impatient):
+    if "stall" in faults:
+        impatient(silence=2)
     url = server.serve("/file", DATA, *faults)
     assert get(url, draft, file) == DATA
     assert server.ranges("/file") == ranges
@@ -103,7 +105,9 @@ def test_with_a_weak_validator_only_a_digest_allows_to_go_on(server, draft):
         ("to_nowhere", "redirects to what is no URL"),
     ],
 )
-def test_refused_in_words(fault, reason, server, draft):
+def test_refused_in_words(fault, reason, server, draft, impatient):
+    if fault == "drip":
+        impatient(window=0.3)
     with pytest.raises(Refused, match=reason):
         get(server.serve("/file", DATA, always=fault), draft)
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from sd_perf.fetch.manifest import File
 from sd_perf.fetch.receipt import RECEIPT
 from tests.fetch.conftest import DATA, OTHER, a_file, an_artefact, fetch, sha256
 from tests.fetch.hostile_server import FAULTS
+from tests.waiting import wait_for
 
 NAMES = [f"{number:05}.tar" for number in range(8)]
 SHARDS = {name: DATA[: 1000 * (number + 1)] for number, name in enumerate(NAMES)}
@@ -45,7 +47,8 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-def test_a_set_of_files(server, tmp_path):
+def test_a_set_of_files(server, tmp_path, impatient):
+    impatient(silence=2)
     url = serve_set(server, n1=["cut"], n3=["503", "stall"], n5=["corrupt"])
     outcome = fetch(a_set(sources=(url,)), tmp_path)
     assert files_of(tmp_path) == SHARDS and sorted(outcome.fetched) == NAMES
@@ -284,10 +287,7 @@ def test_killed_half_way(number, server, tmp_path):
     command = [sys.executable, "-c", CHILD, url, str(tmp_path)]
     part = tmp_path / DRAFTS / "file.part"
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
-        for _ in range(600):
-            if part.exists() and part.stat().st_size == len(DATA) // 2:
-                break
-            time.sleep(0.05)
+        wait_for(lambda: part.exists() and part.stat().st_size == len(DATA) // 2)
         child.send_signal(number)
     assert not (tmp_path / "file").exists() and part.stat().st_size == len(DATA) // 2
     server.serve("/file", DATA)
@@ -316,15 +316,22 @@ def test_any_faults_in_any_order(seed, server, tmp_path):
     assert files_of(tmp_path) == SHARDS
 
 
+def asked_or_ended(server, before: int, child: subprocess.Popen) -> bool:
+    """Whether a server has had more requests than before, or their sender has ended."""
+    return len(server.log) > before or child.poll() is not None
+
+
 @pytest.mark.slow
 def test_killed_at_any_moment(server, tmp_path):
-    """Twenty times; each time what has a name is whole, and in the end all have."""
+    """Twenty times in a download; what has a name is whole each time, and in the end all have."""
     url = server.serve("/file", DATA, always="drip_fast")
     command = [sys.executable, "-c", CHILD, url, str(tmp_path)]
     dice = random.Random(3)
     for _ in range(20):
+        before = len(server.log)
         with subprocess.Popen(command, stdout=subprocess.DEVNULL) as child:
-            time.sleep(dice.uniform(0.1, 0.8))
+            wait_for(partial(asked_or_ended, server, before, child))
+            time.sleep(dice.uniform(0, 0.5))
             child.kill()
         found = {name: data for name, data in files_of(tmp_path).items() if DRAFTS not in name}
         assert found in ({}, {"file": DATA})

@@ -57,6 +57,16 @@ def test_states_are_penultimate(encoder):
     assert (states - last).norm() > 0.1 * last.norm()  # the last block would have been seen
 
 
+def test_the_activation_is_that_of_the_model(encoder, tmp_path):
+    """The first CLIPs were trained with an approximation of GELU; weights fit either."""
+    model = json.loads(Path(TINY).read_text())
+    (tmp_path / "quick.json").write_text(json.dumps({**model, "quick_gelu": True}))
+    quick = OpenClipTextEncoder(TextEncoderConfig(str(tmp_path / "quick.json"), "random"))
+    kinds = [type(each.tower.transformer.resblocks[0].mlp.gelu) for each in (encoder, quick)]
+    assert [kind.__name__ for kind in kinds] == ["GELU", "QuickGELU"]
+    assert not torch.equal(encoder(["a cat"]), quick(["a cat"]))
+
+
 def test_attention_is_causal_and_padding_is_attended(encoder):
     states = encoder(["a red cat", "a red dog"])
     torch.testing.assert_close(states[0, :3], states[1, :3])

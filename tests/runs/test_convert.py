@@ -116,6 +116,31 @@ def test_metadata_that_is_none(content, old):
         read_old_tensors(old)
 
 
+ENTRY = b"ctorch.distributed.checkpoint.metadata\nMetadata\n"
+LONG = b"(" + b"N" * 40 + b"t"
+"""opcodes of a tuple of 40"""
+
+
+@pytest.mark.parametrize(
+    ("opcodes", "told"),
+    [
+        (b"}(K\x01NK\x02Nu", "a table with a key that is int"),
+        (b"})Ns", "a table with a key that is tuple"),
+        (ENTRY + LONG + b"R", "an object of 40 parts"),
+        (ENTRY + LONG + b"\x81", "an object of 40 parts"),
+        (ENTRY + b")R" + LONG + b"b", "an object of 40 parts"),
+        (b"L7L\n", "an instruction that no metadata needs"),
+        (b"NP7\n.", "an instruction that no metadata needs"),
+        (b"\x8f", "an instruction that no metadata needs"),
+    ],
+)
+def test_what_could_take_for_ever_is_refused(opcodes, told, old):
+    """Keys whose hash the file chooses, and large arguments, of which it may have millions."""
+    (old / ".metadata").write_bytes(b"\x80\x02" + opcodes + b".")
+    with pytest.raises(CheckpointError, match=told):
+        read_old_tensors(old)
+
+
 def test_a_run_in_use_is_left_alone(make_config, make_trainer):
     run = make_trainer(make_config()).folder
     with RunLock() as lock:

@@ -14,6 +14,7 @@ import yaml
 from benchmarks.virtual_cluster import VirtualCluster
 from sd_perf.cli import main
 from sd_perf.errors import UserError
+from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 
@@ -100,13 +101,13 @@ class Submitted:
     def wait_for_step(self, samples: int) -> None:
         """Until the run has logged this position."""
         line = re.compile(rf"^{samples}/\d+ samples", re.MULTILINE)
-        self.cluster.wait(lambda: bool(line.search(self.log)), f"{samples} samples", 120)
+        self.cluster.wait(lambda: bool(line.search(self.log)), f"{samples} samples", PATIENCE)
 
     def wait(self, *states: str) -> None:
         """Until the job has ended, in one of these states."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT")
         state = lambda: self.cluster.field(self.number, "JobState")  # noqa: E731
-        self.cluster.wait(lambda: state() in ended, f"the end of the job\n{self.log}", 180)
+        self.cluster.wait(lambda: state() in ended, f"the end of the job\n{self.log}", 2 * PATIENCE)
         assert state() in (states or ("COMPLETED",)), self.log
 
 

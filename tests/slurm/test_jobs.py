@@ -11,6 +11,7 @@ import torch
 from sd_perf.runs.checkpoints import CheckpointStore, load_component
 from tests.slurm.conftest import write_preset
 from tests.small_run import train_here
+from tests.waiting import PATIENCE
 
 NODES = 2
 
@@ -69,7 +70,7 @@ def test_a_killed_node_loses_nothing(sbatch, preset, never_stopped):
     assert "resuming at sample 160 of 640" in job.log
     require_equal(weights(job.run, 640), never_stopped, 1e-5)
     job.cluster.start_node(node)
-    job.cluster.wait(lambda: job.cluster.states() == {"idle"}, "the node is back", 30)
+    job.cluster.wait(lambda: job.cluster.states() == {"idle"}, "the node is back", PATIENCE)
 
 
 def test_nodes_that_die_before_a_checkpoint(sbatch, preset, never_stopped):
@@ -81,27 +82,28 @@ def test_nodes_that_die_before_a_checkpoint(sbatch, preset, never_stopped):
         restarts = job.cluster.field(job.number, "Restarts")
         job.cluster.kill_node(node)
         elsewhere = lambda: job.cluster.field(job.number, "Restarts") != restarts  # noqa: E731, B023
-        job.cluster.wait(elsewhere, f"the job is requeued\n{job.log}", 60)
+        job.cluster.wait(elsewhere, f"the job is requeued\n{job.log}", PATIENCE)
         job.cluster.start_node(node)
     job.wait()
     require_equal(weights(job.run, 640), never_stopped, 1e-5)
-    job.cluster.wait(lambda: job.cluster.states() == {"idle"}, "the nodes are back", 30)
+    job.cluster.wait(lambda: job.cluster.states() == {"idle"}, "the nodes are back", PATIENCE)
 
 
 def test_an_evaluation_whose_node_dies_goes_on(sbatch, world):
     job = sbatch(write_preset(world, "scored", training={"max_samples": 160}), "--num-nodes", 1)
     job.wait()
     state = lambda: job.cluster.field(job.evaluation, "JobState")  # noqa: E731
-    job.cluster.wait(lambda: state() == "RUNNING", "evaluation has begun", 60)
+    job.cluster.wait(lambda: state() == "RUNNING", "evaluation has begun", PATIENCE)
     node = job.cluster.field(job.evaluation, "NodeList")
     job.cluster.kill_node(node)
-    job.cluster.wait(lambda: state() != "RUNNING", "the node is missed", 60)
+    job.cluster.wait(lambda: state() != "RUNNING", "the node is missed", PATIENCE)
     job.cluster.start_node(node)
-    job.cluster.wait(lambda: state() in ("COMPLETED", "FAILED"), "evaluation has ended", 120)
+    ended = lambda: state() in ("COMPLETED", "FAILED")  # noqa: E731
+    job.cluster.wait(ended, "evaluation has ended", PATIENCE)
     assert state() == "COMPLETED"
     [scores] = (job.run / "scores.jsonl").read_text().splitlines()
     assert json.loads(scores)["samples"] == 160
-    job.cluster.wait(lambda: job.cluster.states() == {"idle"}, "the nodes are back", 30)
+    job.cluster.wait(lambda: job.cluster.states() == {"idle"}, "the nodes are back", PATIENCE)
 
 
 def test_a_job_that_has_ended_goes_on_by_hand(sbatch, preset, never_stopped):
@@ -123,7 +125,8 @@ def test_a_run_that_cannot_be_is_not_requeued(sbatch, world):
     assert job.cluster.field(job.number, "ExitCode") == "2:0"
     assert "training.global_batch_size: 15" in job.log
     assert "failed with exit code 2; not requeued" in job.log
-    job.cluster.wait(lambda: not job.cluster.call("squeue", "-h"), "evaluation is dropped", 30)
+    dropped = lambda: not job.cluster.call("squeue", "-h")  # noqa: E731
+    job.cluster.wait(dropped, "evaluation is dropped", PATIENCE)
 
 
 def test_pre_flight_names_the_node_without_data(sbatch, world):
@@ -147,7 +150,7 @@ def test_an_unfit_node_is_left_out_when_requeued(sbatch, world):
     job.cluster.call("scontrol", "update", "nodename=n1", "state=drain", "reason=test")
     job.cluster.call("scancel", "--signal=USR1", job.number)
     left_out = lambda: job.cluster.field(job.number, "ExcNodeList") == "n2"  # noqa: E731
-    job.cluster.wait(left_out, f"n2 is left out\n{job.log}", 60)
+    job.cluster.wait(left_out, f"n2 is left out\n{job.log}", PATIENCE)
     job.cluster.call("scontrol", "update", "nodename=n1", "state=resume")
     job.wait()
     assert "requeued to go on without n2" in job.log
@@ -170,7 +173,7 @@ def test_three_trials_make_a_submission(sbatch, world):
     }
     job = sbatch(write_preset(world, "trials", **changes), "--num-nodes", 1, "--trials", 3)
     done = lambda: not job.cluster.call("squeue", "--noheader")  # noqa: E731
-    job.cluster.wait(done, "the queue is empty", 240)
+    job.cluster.wait(done, "the queue is empty", 2 * PATIENCE)
     logs = sorted(job.results.glob("results/two_nodes/stable_diffusion/result_*.txt"))
     assert [path.name for path in logs] == ["result_0.txt", "result_1.txt", "result_2.txt"]
     seeds = {

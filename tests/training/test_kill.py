@@ -13,7 +13,8 @@ import pytest
 from sd_perf.runs.checkpoints import CheckpointStore, read_state
 from sd_perf.training.callbacks.checkpointer import Checkpointer
 from tests.small_run import start_train, train
-from tests.training.test_resume import assert_bit_identical, final_tensors, wait_for
+from tests.training.test_resume import assert_bit_identical, final_tensors, logged_steps
+from tests.waiting import wait_for
 
 KILLS, IN_A_WRITE = 20, 5
 AIMS = ("any moment", "a write", "training")
@@ -27,11 +28,6 @@ def being_written(run: Path) -> bool:
     return any((run / "checkpoints").glob(".writing_*"))
 
 
-def logged_steps(run: Path) -> int:
-    path = run / "metrics.jsonl"
-    return path.read_text().count("\n") if path.is_file() else 0
-
-
 def kill_once(preset: Path, run: Path, rng: random.Random, aim: str) -> str:
     """Continue the run, kill it, and name the phase the kill hit, read off what it left behind."""
     process = start_train(preset, run, "--resume", "--training.max-samples", "1000000", *OPTIONS)
@@ -43,7 +39,7 @@ def kill_once(preset: Path, run: Path, rng: random.Random, aim: str) -> str:
         time.sleep(rng.uniform(0, 2))
     if aim == "a write":
         wait_for(lambda: being_written(run), poll=0.001)
-        time.sleep(rng.uniform(0, 0.15))
+        time.sleep(rng.choice((0, rng.uniform(0, 0.15))))
     process.kill()
     process.communicate()
     if logged_steps(run) <= steps_before:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from sd_perf.training.callbacks.checkpointer import Checkpointer
 from sd_perf.training.callbacks.metrics import MetricsFile
 from sd_perf.training.callbacks.signals import StopOnSignal
 from tests.small_run import small_config, small_trainer, start_train, train
+from tests.waiting import PATIENCE, wait_for
 
 LENGTH = {"max_samples": 80}
 """20 steps, with checkpoints after 40 and 80 samples"""
@@ -223,17 +223,11 @@ def test_signal_saves_and_stops(number, make_config, make_trainer):
 def test_signal_saves_and_leaves(number, preset, tmp_path, sd_perf):
     run = tmp_path / "run"
     process = start_train(preset, run, *ENDLESS)
-    wait_for(
-        lambda: (
-            (run / "metrics.jsonl").is_file()
-            and (run / "metrics.jsonl").read_text().count("\n") > 1
-        )
-    )
+    wait_for(lambda: logged_steps(run) > 1)
     process.send_signal(number)
-    while number == signal.SIGTERM and process.poll() is None:  # as schedulers repeat it
-        process.send_signal(number)
-        time.sleep(0.02)
-    output, errors = process.communicate(timeout=60)
+    if number == signal.SIGTERM:  # schedulers repeat it
+        wait_for(lambda: process.poll() is not None or process.send_signal(number))
+    output, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 75 and "saving after this step" in errors, errors
     assert number.name in output and "--resume" in output
     newest = CheckpointStore(run / "checkpoints").newest()
@@ -249,20 +243,14 @@ def test_signal_saves_and_leaves(number, preset, tmp_path, sd_perf):
 def test_signal_to_one_rank_stops_both(preset, tmp_path):
     run = tmp_path / "run"
     process = start_train(preset, run, *ENDLESS, processes=2)
-    wait_for(
-        lambda: (
-            (run / "metrics.jsonl").is_file()
-            and (run / "metrics.jsonl").read_text().count("\n") > 1
-        )
-    )
+    wait_for(lambda: logged_steps(run) > 1)
     process.send_signal(signal.SIGTERM)  # torchrun hands it to its workers, at different moments
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=PATIENCE)
     assert "stopped by SIGTERM and saved" in output, errors
     assert CheckpointStore(run / "checkpoints").newest() is not None
 
 
-def wait_for(condition, seconds: float = 60, poll: float = 0.02) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(poll)
+def logged_steps(run: Path) -> int:
+    """Lines of the run's metrics."""
+    path = run / "metrics.jsonl"
+    return path.read_text().count("\n") if path.is_file() else 0

@@ -26,7 +26,8 @@ from sd_perf.runs.checkpoints import CheckpointStore, load_component
 from sd_perf.training.build_step import build_step
 from sd_perf.training.callbacks.checkpointer import Checkpointer
 from tests.small_run import small_config, small_trainer
-from tests.training.test_resume import StopAt, final_tensors, relative_error, wait_for
+from tests.training.test_resume import StopAt, final_tensors, relative_error
+from tests.waiting import PATIENCE, wait_for
 
 STEPS, BATCH = 50, 16
 # Programs leave by os._exit, see tests/distributed/test_world.py.
@@ -77,7 +78,7 @@ def changes(strategy: str, accumulate: int = 1, steps: int = STEPS) -> dict[str,
 def run_ranks(count: int, runs: list[tuple[Path, dict[str, Any]]]) -> None:
     """Train one run after the other in `count` processes; a folder that exists is resumed."""
     processes = start_ranks(count, runs)
-    outputs = [process.communicate(timeout=600)[0] for process in processes]
+    outputs = [process.communicate(timeout=2 * PATIENCE)[0] for process in processes]
     assert not any(process.returncode for process in processes), "\n".join(outputs)
 
 
@@ -190,7 +191,7 @@ def test_a_rank_that_cannot_write_ends_all(tmp_path):
     """The checkpoint before stays the newest, and nothing looks like one that is not whole."""
     often = {**changes("zero1", steps=12), "checkpoint": {"every_samples": 4 * BATCH}}
     processes = start_ranks(2, [(tmp_path / "run", often)], ONE_DISK_FULL + PROGRAM)
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    outputs = [process.communicate(timeout=PATIENCE)[0] for process in processes]
     assert all(process.returncode for process in processes), outputs
     assert "rank 1 could not write its part" in "".join(outputs)
     assert saved(tmp_path / "run") == 4 * BATCH
@@ -200,10 +201,13 @@ def test_a_rank_that_cannot_write_ends_all(tmp_path):
 @pytest.mark.slow
 def test_ranks_killed_while_they_write_together(tmp_path):
     """The newest checkpoint loads, and the run that continues is the run never killed."""
-    often = {**changes("zero1"), "checkpoint": {"every_samples": BATCH}}
+
+    def often(steps: int) -> dict[str, Any]:
+        return {**changes("zero1", steps=steps), "checkpoint": {"every_samples": BATCH}}
+
     run, position = tmp_path / "run", 0
     for kill in range(4):
-        processes = start_ranks(2, [(run, often)])
+        processes = start_ranks(2, [(run, often(100_000))])  # none ends before it is killed
         wait_for(partial(is_writing_after, run, position))
         for process in processes:
             process.kill()
@@ -212,7 +216,8 @@ def test_ranks_killed_while_they_write_together(tmp_path):
         final_tensors(run)  # every tensor loads
         assert saved(run) > position
         position = saved(run)
-    run_ranks(2, [(run, often), (tmp_path / "whole", often)])
+    end = often(position // BATCH + 5)
+    run_ranks(2, [(run, end), (tmp_path / "whole", end)])
     killed, whole = final_tensors(run), final_tensors(tmp_path / "whole")
     assert all(torch.equal(killed[name], whole[name]) for name in whole)
     assert not any(run.glob("checkpoints/.writing_*"))

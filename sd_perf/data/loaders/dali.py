@@ -128,10 +128,10 @@ class DaliLoader(PortableLoader):
             yield None
             return
         own = vars(self._own)
-        stream = own.setdefault("stream", None) or torch.cuda.Stream(self._options.device)
-        own["stream"] = stream
-        with torch.cuda.stream(stream):
-            yield stream
+        if "stream" not in own:
+            own["stream"] = torch.cuda.Stream(self._options.device)
+        with torch.cuda.stream(own["stream"]):
+            yield own["stream"]
 
     def _decode(self, pictures: list[_Picture], stream: torch.cuda.Stream | None) -> torch.Tensor:
         """Pixels (B, 3, P, P) float32, in the order of the stream.

@@ -18,8 +18,6 @@ from sd_kernels.sd_v2_shapes import Architecture
 from sd_perf.tools.estimate.fused import cases
 from sd_perf.tools.estimate.ledger_recorder import BACKWARD, FORWARD, OPTIMIZER, REDUCE, Entry
 
-BETWEEN = "elementwise"
-"""the row of torch's own sums, copies and casts, as `estimate` names it"""
 _BEYOND = {
     "attention": "sums of the rows of scores, float32",
     "conv": "both matmuls of backward read the output's gradient",

@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from sd_perf.data.shard_writer import add_sample, start_shard
 from sd_perf.data.shards import ShardIndex
 from sd_perf.errors import DataError
 from sd_perf.models.readers import read_encoder
+from tests.waiting import wait_for
 
 Image = pytest.importorskip("PIL.Image", reason="needs Pillow")
 AUTOENCODER = Path(__file__).parents[3] / "assets" / "tiny" / "autoencoder.safetensors"
@@ -208,14 +208,15 @@ def test_kill_and_go_on(raw, tmp_path):
     whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").glob("*.tar")}
     out = tmp_path / "out"
     call = f"""
+import time
 from pathlib import Path
 from sd_perf.data.laion.convert import convert
 options = dict(pixels=64, image_range="benchmark", devices=["cpu"], batch_size=3)
+options["progress"] = lambda done, of: time.sleep(done >= 5)  # so that it is killed before its end
 convert(Path({str(raw)!r}), Path({str(out)!r}), Path({str(AUTOENCODER)!r}), **options)
 """
     process = subprocess.Popen([sys.executable, "-c", call])
-    while len(list(out.glob("*.tar"))) < 5 and process.poll() is None:
-        time.sleep(0.01)
+    wait_for(lambda: len(list(out.glob("*.tar"))) >= 5 or process.poll() is not None, poll=0.01)
     process.kill()
     process.wait()
     written = {path.name: path.read_bytes() for path in out.glob("*.tar")}

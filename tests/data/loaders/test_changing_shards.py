@@ -16,6 +16,7 @@ from sd_perf.data.loaders.quick_rows import QuickRows
 from sd_perf.errors import BadSampleError, DataError
 from tests.data.loaders.test_portable import NUM, delivered, loader, take
 from tests.data.test_shards import write_tar
+from tests.waiting import PATIENCE
 
 
 def test_a_shard_that_vanishes_is_read_to_the_end(make_shards):
@@ -58,7 +59,7 @@ def test_a_shard_that_shrinks_under_running_threads(make_shards):
 def test_threads_wait_for_storage_together(make_shards, monkeypatch):
     """Four batches are read at once, so that their waits overlap; with fewer this never ends."""
     source = loader(make_shards(NUM, workers=4, prefetch_batches=4), accumulate=6)
-    read, together = source._quick.read, threading.Barrier(4, timeout=20)
+    read, together = source._quick.read, threading.Barrier(4, timeout=PATIENCE)
 
     def slow(number, parts):
         together.wait()

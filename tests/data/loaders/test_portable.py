@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from sd_perf.config import DataConfig
+from sd_perf.data import threads
 from sd_perf.data.batch import Batch, LoaderOptions
 from sd_perf.data.loaders.portable import PortableLoader
 from sd_perf.data.order import SampleOrder
 from sd_perf.errors import BadSampleError, DataError
+from tests.waiting import PATIENCE, wait_for
 
 SEED, GLOBAL_BATCH, NUM = 7, 6, 10
 STEPS = 5
@@ -119,6 +121,7 @@ def test_made_ahead_but_not_further(make_shards, monkeypatch):
     monkeypatch.setattr(source._quick, "read", lambda *which: reads.append(which) or read(*which))
     stream = source.batches(0)
     next(stream)
+    wait_for(lambda: len(reads) >= 4)
     time.sleep(0.2)
     assert len(reads) == 4
     stream.close()
@@ -162,19 +165,26 @@ def test_threads_end_with_the_iterator(make_shards, end):
 
 def test_closing_does_not_finish_what_was_planned(make_shards, monkeypatch):
     source = loader(make_shards(NUM, workers=1, prefetch_batches=20), accumulate=6)
-    reads = []
+    reads, closing = [], threading.Event()
     read = source._quick.read
 
-    def slow(sample, parts):
+    def held(sample, parts):
         reads.append(sample)
-        time.sleep(0.02)
+        assert len(reads) == 1 or closing.wait(PATIENCE)
         return read(sample, parts)
 
-    monkeypatch.setattr(source._quick, "read", slow)
+    class Pool(threads.ThreadPoolExecutor):
+        def shutdown(self, wait=True, *, cancel_futures=False):
+            super().shutdown(wait=False, cancel_futures=cancel_futures)
+            closing.set()
+            super().shutdown(wait=wait)
+
+    monkeypatch.setattr(source._quick, "read", held)
+    monkeypatch.setattr(threads, "ThreadPoolExecutor", Pool)
     stream = source.batches(0)
     next(stream)
     stream.close()
-    assert len(reads) < 6
+    assert len(reads) <= 2  # what the step took, and the one under way
 
 
 def descriptors() -> int:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from sd_perf.console import TextConsole
 from sd_perf.errors import UserError
 from sd_perf.runs.lock import RunLock
+from sd_perf.tools.watch import watch_run
 from sd_perf.tools.watch.follow import FollowedLines
 from sd_perf.tools.watch.screen import duration, screen, sparkline
 from sd_perf.tools.watch.status import Status, Watcher
@@ -29,7 +30,7 @@ def shown(status: Status, width: int = 100) -> str:
 def test_a_run_under_way(tmp_path: Path) -> None:
     run = write_bare(tmp_path / "run")  # 2,560 of 6,400 samples at 50 samples/s
     (run / "checkpoints/samples_0000001280").mkdir(parents=True)
-    an_hour_ago = time.time() - 3700
+    an_hour_ago = time.time() - 3661
     os.utime(run / "checkpoints/samples_0000001280", (an_hour_ago, an_hour_ago))
     write_lines(run / "scores.jsonl", [{"samples": 1280, "fid": 40.5, "judge": 0.25, "n": 256}])
     with RunLock() as lock:
@@ -151,21 +152,24 @@ def test_a_damaged_folder_is_one_sentence(name, content, sentence, tmp_path, ref
     assert sentence in refused("watch", run, "--once")
 
 
-def test_in_a_pipe_a_line_is_printed_where_something_changed(tmp_path, sd_perf) -> None:
-    run = write_bare(tmp_path / "run")
+def test_in_a_pipe_a_line_is_printed_where_something_changed(
+    tmp_path, sd_perf, monkeypatch
+) -> None:
+    run, waits = write_bare(tmp_path / "run"), []
 
-    def train_on() -> None:
-        time.sleep(0.5)
+    def sleep(seconds: float) -> None:
+        """Nothing changes in the first two waits; in the third the run ends."""
+        waits.append(seconds)
+        if len(waits) < 3:
+            return
         last = {"samples": 6400, "loss": 0.01, "lr": 1, "samples_per_second": 50, "data_wait": 0}
         with (run / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(last) + "\n")
 
-    trainer = threading.Thread(target=train_on)
-    trainer.start()
+    monkeypatch.setattr(watch_run, "time", SimpleNamespace(sleep=sleep))
     code, output, _ = sd_perf("watch", run, "--every", "0.1")
-    trainer.join()
     first, last = output.splitlines()
-    assert code == 0
+    assert code == 0 and waits == [0.1] * 3
     assert first == f"{run}: 2,560 of 6,400, loss 0.0250, 50.0 samples/s, 77 s left, not running"
     assert last == f"{run}: 6,400 of 6,400, loss 0.0100, 50.0 samples/s, complete"
 
