@@ -57,6 +57,8 @@ def _scores_figure(run: RunContents, scores: Sequence[Score], lines: list[dict[s
             panels.append(Panel(label, _column(own, "samples"), values, style="marks"))
     alt = "Scores over samples: " + ", ".join(panel.label for panel in panels)
     caption, progress = _pictures_per_score(lines), progress_of(run)
+    if any("judge" in line for line in lines):
+        caption += " The judge is a program that reads whether a picture shows its caption."
     if scores is OF_WEIGHTS:
         panels = with_bands(panels, progress)
         if progress.curve:
