@@ -36,6 +36,7 @@ from benchmarks.gpu_workload import randomize
 from benchmarks.pairs import in_turns, pair_row
 from sd_perf.config import Config, SamplingConfig, UNetConfig
 from sd_perf.data.images import write_png
+from sd_perf.diffusion.randomness import Stream, normal
 from sd_perf.errors import UserError
 from sd_perf.evaluation import score_folder as score_folder_module
 from sd_perf.evaluation.fid import FeatureStatistics
@@ -44,6 +45,7 @@ from sd_perf.evaluation.inception import FidInception, folded
 from sd_perf.evaluation.score_folder import Scoring
 from sd_perf.models.build import build_sampling_unet
 from sd_perf.models.key_maps import scheduler_config, to_diffusers
+from sd_perf.models.merged_upsampling import merge_upsampling
 from sd_perf.models.vae import AutoencoderConfig, AutoencoderKL
 from sd_perf.optional import optional
 from sd_perf.reference.unet import UNet
@@ -90,8 +92,12 @@ class Drawing:
             evaluation = replace(config.evaluation, precision=precision)
             self.unets[precision] = build_sampling_unet(replace(config, evaluation=evaluation), CPU)
             self.unets[precision].load_state_dict(plain.state_dict())
-        decoder = autoencoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.decode = decoder.decode
+        autoencoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        merge_upsampling(autoencoder)  # both as `read_decoder` does
+        self.decode = autoencoder.decode
+        side, channels = config.data.latent_size, config.model.in_channels
+        noise = normal(0, Stream.SAMPLER, torch.arange(batch), channels * side**2)
+        self.noise = noise.view(-1, channels, side, side)
 
     def text(self, captions: list[str]) -> torch.Tensor:
         """Text states that are there already."""
@@ -107,10 +113,11 @@ class Drawing:
         return next(drawn)
 
     def theirs(self) -> Any:
-        """The pipeline's pictures of the same text states."""
+        """The pipeline's pictures (B, 3, H, W) of the same noise and text states."""
         sampling, side = self.config.sampling, 8 * self.config.data.latent_size
         return self.pipeline(
             prompt_embeds=self.context,
+            latents=self.noise,
             negative_prompt_embeds=self.uncond.expand_as(self.context),
             num_inference_steps=sampling.steps,
             guidance_scale=sampling.guidance_scale,
@@ -118,6 +125,12 @@ class Drawing:
             width=side,
             output_type="pt",
         ).images
+
+
+def levels(ours: torch.Tensor, theirs: torch.Tensor) -> dict[str, float]:
+    """How far pictures in [0, 1] are apart, in levels of 8 bits."""
+    apart = 255 * (ours - theirs).abs()
+    return {"mean": apart.mean().item(), "largest": apart.max().item()}
 
 
 def pipeline_of(unet: UNet, autoencoder: AutoencoderKL, config: Config) -> Any:
@@ -226,17 +239,17 @@ def measure(options: argparse.Namespace) -> int:
         batch = 2 if part == "100m" or options.tiny else 16
         conditions["batch"] = batch
         drawing = Drawing(config_of(part, options.tiny), batch)
-        exact, rounded = drawing.ours(), drawing.ours("bf16")
-        levels = {
-            "mean": 255 * (exact - rounded).abs().mean().item(),
-            "largest": 255 * (exact - rounded).abs().max().item(),
+        exact, rounded, theirs = drawing.ours(), drawing.ours("bf16"), drawing.theirs()
+        apart = {
+            f"{part}: 8-bit levels off in bf16": levels(exact, rounded),
+            f"{part}: 8-bit levels between generate and the pipeline": levels(exact, theirs),
         }
         sides: dict[str, Callable[[], object]] = {
             OURS: drawing.ours,
             f"{OURS}, bfloat16 UNet": partial(drawing.ours, "bf16"),
             PIPELINE: drawing.theirs,
         }
-        add(f"pictures, {part}", sides, **{f"{part}: 8-bit levels off in bf16": levels})
+        add(f"pictures, {part}", sides, **apart)
     if "fid" in options.parts:
         with tempfile.TemporaryDirectory() as folder:
             fid = Fid(Path(folder), options.pictures, side=256)

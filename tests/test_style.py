@@ -21,7 +21,7 @@ CODE_LINES = {
     "sd_perf/reference": 260,
     "sd_perf/fast": 760,
     "sd_perf/diffusion": 175,
-    "sd_perf/models": 1575,
+    "sd_perf/models": 1595,
     "sd_perf/fetch": 1200,
     "sd_perf/data": 3910,
     "sd_perf/runs": 1190,
@@ -29,12 +29,12 @@ CODE_LINES = {
     "sd_perf/training": 1860,
     "sd_perf/cluster": 1180,
     "sd_perf/distributed": 510,
-    "sd_perf/evaluation": 1400,
+    "sd_perf/evaluation": 1420,
     "sd_perf/mlperf": 1750,
-    "sd_perf/tools": 5445,
+    "sd_perf/tools": 5455,
     "sd_perf": 2765,
     "kernels": 5980,
-    "benchmarks": 6125,
+    "benchmarks": 6150,
 }
 """of each room; `sd_perf` is the command line, the config and the files beside the rooms"""
 COMMENTED = ("sd_perf/fast", "sd_perf/tools/estimate")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 from sd_perf.cli.console import CONSOLE, print_json, print_plain
 from sd_perf.cli.options import RunFolder, require_between, require_seed
@@ -21,6 +22,7 @@ def evaluate(
     until_passed: bool = False,
     wait: float | None = None,
     ema: bool = False,
+    precision: Literal["fp32", "bf16"] | None = None,
 ) -> int:
     """Score the checkpoints of a run that have no scores yet: FID, CLIP score; adds them to the
     MLPerf log.
@@ -37,6 +39,8 @@ def evaluate(
         wait: score checkpoints of a run that is under way as they come, and end with it, or when
             none came and nobody trained for so many minutes
         ema: score the average of the weights (training.ema_decay), into scores_ema.jsonl alone
+        precision: of drawing and of FID's network (default: the run's evaluation.precision); a run
+            that has scores of another precision is refused
     """
     import torch
 
@@ -51,7 +55,7 @@ def evaluate(
         require_between("--num-prompts", num_prompts, 2, config.evaluation.num_prompts)
     if wait is not None and not 0 < wait < MAX_WAIT_MINUTES:
         raise UserError(f"--wait: {wait} cannot be used; it is minutes, above 0 and below 100,000")
-    wanted = Wanted(checkpoint, num_prompts, until_passed, wait, keep_pictures, ema)
+    wanted = Wanted(checkpoint, num_prompts, until_passed, wait, keep_pictures, ema, precision)
     patience = config.run
     world = start_world(
         "auto", patience.join_seconds, patience.silence_seconds, patience.collective_seconds

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.table import Table
@@ -25,7 +25,7 @@ from sd_perf.data.prepare.captioned_images import load_captioned_image
 from sd_perf.data.prepare.image_folder import read_images
 from sd_perf.data.threads import map_ahead
 from sd_perf.distributed.world import World
-from sd_perf.errors import CheckpointError
+from sd_perf.errors import CheckpointError, UserError
 from sd_perf.evaluation.evaluator import Evaluator, features_of, require_named
 from sd_perf.evaluation.fid import FeatureStatistics
 from sd_perf.evaluation.generate import numbered_paths, save_pictures
@@ -38,7 +38,7 @@ from sd_perf.runs.checkpoint_files import read_state
 from sd_perf.runs.checkpoints import CheckpointStore, load_weights, position
 from sd_perf.runs.folder import require_of_run
 from sd_perf.runs.lock import RunLock
-from sd_perf.runs.scores import read_json_lines, read_scores, scores_path
+from sd_perf.runs.scores import read_json_lines, read_scores, rounded, scores_path
 from sd_perf.visible import visible
 
 GRID_COLUMNS = 8
@@ -114,6 +114,8 @@ class Wanted:
     """folder for all pictures, as PNGs named by their place among the prompts"""
     ema: bool = False
     """score the moving average of the weights: scores_ema.jsonl, samples_ema, and no MLPerf log"""
+    precision: Literal["fp32", "bf16"] | None = None
+    """in place of the config's evaluation.precision; scores of one run have one precision"""
 
 
 def evaluate_run(
@@ -129,9 +131,10 @@ def evaluate_run(
     has passed or is complete. Raises CheckpointError where there is nothing to evaluate.
     """
     wanted = wanted or Wanted()
-    if wanted.num_prompts is not None:
-        options = replace(config.evaluation, num_prompts=wanted.num_prompts)
-        config = replace(config, evaluation=options)
+    given = {name: getattr(wanted, name) for name in ("num_prompts", "precision")}
+    options = replace(config.evaluation, **{k: v for k, v in given.items() if v is not None})
+    usual, config = config.evaluation.precision, replace(config, evaluation=options)
+    world.on_main(lambda: _require_precision(run, options.precision, usual, wanted))
     evaluator: Evaluator | None = None
     waiting = Waiting(run, config, wanted)
     while True:
@@ -205,6 +208,24 @@ def _due(run: Path, config: Config, wanted: Wanted) -> list[tuple[int, Path]]:
     return [(samples, checkpoints[samples]) for samples in sorted(set(of_all) - done)]
 
 
+def _require_precision(run: Path, precision: str, usual: str, wanted: Wanted) -> None:
+    """UserError where scores of one precision would be recorded beside those of another.
+
+    `usual` is the config's, of which lines are that name none.
+    """
+    if wanted.num_prompts is not None:
+        return
+    lines = read_scores(run, KEYS, wanted.ema)
+    other = [each for line in lines if (each := line.get("precision", usual)) != precision]
+    if other:
+        theirs = visible(other[0])
+        raise UserError(
+            f"{scores_path(run, wanted.ema)}: holds scores in {theirs}, beside which none in "
+            f"{precision} are recorded; give --precision {theirs}, look with --num-prompts, which "
+            "records nothing, or move that file aside"
+        )
+
+
 def _passes(scores: dict[str, Any], options: EvaluationConfig) -> bool:
     return scores["fid"] <= options.fid_target and scores["clip"] >= options.clip_target
 
@@ -237,6 +258,7 @@ def _evaluate(
         scores = {
             "samples": samples,
             **evaluator.scores(measured),
+            "precision": config.evaluation.precision,
             "start_ms": int(1000 * start),
             "stop_ms": int(1000 * time.time()),
         }
@@ -361,7 +383,8 @@ def scores_table(run: Path, ema: bool = False) -> Table:
         *(["shows its caption", "shows another's"] if judged else []),
         "n",
     ]
-    table = Table(*columns, title=visible(run), title_justify="left")
+    title = f"{visible(run)}{' (drawn in bf16)' * rounded(lines)}"
+    table = Table(*columns, title=title, title_justify="left")
     for line in lines:
         shares = [f"{100 * line[key]:.0f} %" for key in ("judge", "judge_shuffled") if key in line]
         table.add_row(

@@ -12,6 +12,7 @@ from sd_perf.config import DiffusionConfig, UNetConfig
 from sd_perf.errors import CheckpointError, ConfigError
 from sd_perf.models.diffusers_folder import is_diffusers_folder, read_diffusers_unet, read_scheduler
 from sd_perf.models.key_maps import PREDICTION_TYPES, from_diffusers
+from sd_perf.models.merged_upsampling import merge_upsampling
 from sd_perf.models.onnx_autoencoder import OnnxDecoder, OnnxEncoder
 from sd_perf.models.vae import AutoencoderConfig, AutoencoderKL
 from sd_perf.models.weight_files import (
@@ -201,14 +202,16 @@ def read_decoder(
     """The decoder in an .onnx file, or in a file that `read_autoencoder` takes.
 
     It is a function from unscaled latents (B, 4, H/8, W/8) to images (B, 3, H, W) float32 in
-    [-1, 1]. It computes on the device, channels-last, in `dtype`; an .onnx file is run on the CPU,
-    in its own.
+    [-1, 1]. It computes on the device, channels-last, in `dtype`, on a CPU with merged upsampling;
+    an .onnx file is run on the CPU, in its own.
     """
     if path.suffix == ".onnx":
         onnx = OnnxDecoder(path)
         return lambda latents: onnx(latents.cpu())
     layout = torch.channels_last
     autoencoder = read_autoencoder(path).to(device, dtype, memory_format=layout)  # type: ignore[call-overload]
+    if torch.device(device).type == "cpu":
+        merge_upsampling(autoencoder)
 
     @torch.no_grad()
     def decode(latents: torch.Tensor) -> torch.Tensor:

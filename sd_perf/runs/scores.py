@@ -1,12 +1,13 @@
 """The scores of a run, and how its files of JSON lines are read.
 
 `scores.jsonl` has one JSON object per evaluated checkpoint: `samples` (its position), `fid`,
-`clip`, `n` (pictures) and, in the tiny world, the judge's shares. `scores_ema.jsonl` has the same
-of the average of the weights, `training.ema_decay`.
+`clip`, `n` (pictures), `precision` (fp32 or bf16) and, in the tiny world, the judge's shares.
+`scores_ema.jsonl` has the same of the average of the weights, `training.ema_decay`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,12 @@ def sort_out_scores(folder: Path) -> JsonLines:
             found.torn or lines.torn,
         )
     return found
+
+
+def rounded(lines: Iterable[dict[str, Any]]) -> bool:
+    """Whether lines of scores, or of the average's, are of pictures that were drawn in bf16."""
+    keys = ("precision", f"{AVERAGE}precision")
+    return "bf16" in (line.get(key) for line in lines for key in keys)
 
 
 def _of_average(line: dict[str, Any]) -> dict[str, Any]:

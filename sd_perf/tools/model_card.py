@@ -15,7 +15,7 @@ from sd_perf.fetch.manifest import artefacts
 from sd_perf.fetch.receipt import Receipt
 from sd_perf.models.companions import Named
 from sd_perf.models.diffusers_folder import LOAD_UNET, needs_loader
-from sd_perf.runs.scores import read_scores
+from sd_perf.runs.scores import read_scores, rounded
 from sd_perf.tools.config_text import as_yaml
 from sd_perf.tools.scores import SCORES
 
@@ -138,6 +138,7 @@ def _scores(trained: Trained, ema: bool) -> str:
     ]
     evaluation = trained.config.evaluation
     how = f"Prompts: `{evaluation.prompts}`. Features of the FID: `{evaluation.features}`."
+    how += " Drawn in bf16." * rounded(lines)
     return f"{_table(head, rows)}\n{how}\n"
 
 

@@ -130,11 +130,9 @@ def without_times(line: dict) -> dict:
 def test_every_checkpoint_has_a_line_with_n(config):
     lines = read_scores(Path(config.run.dir))
     assert [line["samples"] for line in lines] == [32, 64]
-    assert all(
-        line.keys()
-        == {"samples", "fid", "clip", "judge", "judge_shuffled", "n", "start_ms", "stop_ms"}
-        for line in lines
-    )
+    scores, others = {"fid", "clip", "judge", "judge_shuffled"}, {"precision", "samples", "n"}
+    assert all(line.keys() == scores | others | {"start_ms", "stop_ms"} for line in lines)
+    assert {line["precision"] for line in lines} == {"fp32"}
     assert all(
         line["n"] == PROMPTS and line["fid"] > 0 and -1 <= line["clip"] <= 1 for line in lines
     )

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from sd_perf.config import Config
 from sd_perf.distributed.world import start_world
-from sd_perf.errors import CheckpointError
+from sd_perf.errors import CheckpointError, UserError
 from sd_perf.evaluation import evaluate, measured
-from sd_perf.evaluation.evaluate import Wanted, evaluate_run
+from sd_perf.evaluation.evaluate import Wanted, evaluate_run, scores_table
 from sd_perf.evaluation.evaluator import Evaluator
 from sd_perf.runs.checkpoints import load_component
 from sd_perf.runs.lock import RunLock
@@ -180,6 +180,34 @@ def test_scores_of_the_average_stand_apart(run, monkeypatch):
     assert len(list((folder / "samples_ema").glob("*.png"))) == 1
 
 
+def test_scores_of_one_run_have_one_precision(run):
+    folder, settings = run
+    whole(folder, settings, Wanted(checkpoint=32, precision="bf16"))
+    [first] = scores_of(folder)
+    assert first["precision"] == "bf16"
+    assert scores_table(folder).title.endswith(" (drawn in bf16)")
+    with pytest.raises(UserError, match=r"scores\.jsonl: holds scores in bf16, beside .* fp32"):
+        whole(folder, settings)
+    whole(folder, settings, Wanted(checkpoint=32, num_prompts=4))
+    assert scores_of(folder) == [first]
+    whole(folder, settings, Wanted(precision="bf16"))
+    assert {line["precision"] for line in scores_of(folder)} == {"bf16"}
+    (folder / "scores.jsonl").unlink()
+    whole(folder, settings, Wanted(checkpoint=32))
+    assert scores_of(folder)[0]["fid"] != first["fid"]
+
+
+def test_lines_without_a_precision_have_the_runs(run):
+    folder, settings = run
+    whole(folder, settings, Wanted(checkpoint=32))
+    [line] = read_scores(folder)
+    del line["precision"]
+    (folder / "scores.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(UserError, match="holds scores in fp32, beside which none in bf16"):
+        whole(folder, settings, Wanted(precision="bf16"))
+    assert whole(folder, settings, Wanted(checkpoint=64))
+
+
 def test_the_checkpoint_that_is_wanted(run):
     folder, settings = run
     with pytest.raises(CheckpointError, match=r"checkpoint at 33 samples; there: 32, 64$"):
@@ -239,7 +267,7 @@ PROGRAM = """
 import os, sys
 from pathlib import Path
 from sd_perf.distributed.world import start_world, stop_world
-from sd_perf.evaluation.evaluate import Wanted, evaluate_run
+from sd_perf.evaluation.evaluate import Wanted, evaluate_run, scores_table
 from sd_perf.runs.folder import read_run_config
 
 world, folder = start_world("cpu"), Path(sys.argv[1])

@@ -27,6 +27,7 @@ from sd_perf.tools.results import Result, read_any
 PAGE = "benchmarks.html"
 MOST_BARS, MOST_ROWS = 40, 400
 """bars of a chart and rows of a table, at most; more would be skipped by a reader, too"""
+_OF_PAIRS = " The rival's time over the side's: above 1 the side is faster."
 _CURVE = {"samples": [float], "samples_per_second": [float]}
 
 
@@ -79,7 +80,9 @@ def _damaged(sentences: Sequence[str]) -> str:
 
 def _section(path: Path, result: Result[Any]) -> str:
     """A result: under which conditions, then its charts, then its rows."""
-    parts = [f"<h2>{escape(result.benchmark)}</h2>", _provenance(path, result)]
+    # A benchmark may have several files, and most are named after it.
+    heading = path.stem if path.stem.startswith(result.benchmark) else result.benchmark
+    parts = [f"<h2>{escape(heading)}</h2>", _provenance(path, result)]
     if not result.rows:
         parts.append(quiet("No rows."))
     else:
@@ -123,7 +126,9 @@ def _bars(rows: Sequence[Row], column: str) -> str:
     )
     left_out = len(values) - MOST_BARS
     more = f" The first {MOST_BARS} rows; {left_out} more are in the table." if left_out > 0 else ""
-    return figure(f'<dl class="bars">{bars}</dl>', f"{escape(title(column))}.{more}")
+    of_pairs = column == "ratio" and "side_s" in rows[0]
+    caption = f"Bars: {escape(title(column))}.{_OF_PAIRS * of_pairs}{more}"
+    return figure(f'<dl class="bars">{bars}</dl>', caption)
 
 
 def _bar(value: float, longest: float) -> str:

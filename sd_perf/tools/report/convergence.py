@@ -26,7 +26,7 @@ from sd_perf.mlperf.results import logs_of
 from sd_perf.mlperf.rules import EVAL_SAMPLES
 from sd_perf.mlperf.rulesets import ruleset_of
 from sd_perf.optional import optional
-from sd_perf.tools.html import document, figure, quiet
+from sd_perf.tools.html import document, quiet
 from sd_perf.tools.report.charts import Band, Panel, chart
 from sd_perf.tools.report.run_contents import RunContents, as_dict, read_run
 from sd_perf.tools.scores import OF_WEIGHTS
@@ -143,10 +143,11 @@ def write_convergence(progresses: Sequence[Progress], path: Path) -> None:
         f"<h2>{escape(progress.name)}</h2><p>{escape(verdict(progress))}</p>{_charts(progress)}"
         for progress in progresses
     )
-    how = quiet(
+    grey = (
         "Grey: published runs of the batch size, the mean and two standard deviations of one run "
         "to each side."
     )
+    how = quiet(grey) if any(progress.curve for progress in progresses) else ""
     with disk_errors(path, "make room there, or name another --output"):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, document("convergence – sd-perf", f"<h1>Convergence</h1>{how}{sections}"))
@@ -163,6 +164,5 @@ def _charts(progress: Progress) -> str:
         panels.append(Panel("loss (mean squared error of v)", samples, losses))
     if not panels:
         return quiet("Neither a loss nor a score is known yet.")
-    names = ", ".join(panel.label for panel in panels)
-    alt = f"{names} over samples of {progress.name}"
-    return figure(chart(with_bands(panels, progress), alt), escape(names))
+    alt = f"{', '.join(panel.label for panel in panels)} over samples of {progress.name}"
+    return chart(with_bands(panels, progress), alt)

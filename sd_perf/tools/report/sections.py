@@ -9,6 +9,7 @@ from typing import Any
 
 from sd_perf.mlperf.reference_curves import verdict as verdict_of
 from sd_perf.runs.parity_record import closest_to_limit, rows_by_level, verdict
+from sd_perf.runs.scores import rounded
 from sd_perf.tools.html import figure, quiet, table
 from sd_perf.tools.report.charts import Panel, chart, median_window
 from sd_perf.tools.report.config_table import config_table
@@ -56,6 +57,8 @@ def _scores_figure(run: RunContents, scores: Sequence[Score], lines: list[dict[s
             panels.append(Panel(label, _column(own, "samples"), values, style="marks"))
     alt = "Scores over samples: " + ", ".join(panel.label for panel in panels)
     caption, progress = _pictures_per_score(lines), progress_of(run)
+    if any("judge" in line for line in lines):
+        caption += " The judge is a program that reads whether a picture shows its caption."
     if scores is OF_WEIGHTS:
         panels = with_bands(panels, progress)
         if progress.curve:
@@ -69,7 +72,8 @@ def _pictures_per_score(scores: list[dict[str, Any]]) -> str:
         (n, len(list(lines))) for n, lines in itertools.groupby(scores, lambda line: line["n"])
     ]
     if len(counts) == 1:
-        return f"n = {counts[0][0]:,} pictures at each checkpoint."
+        drawn = ", drawn in bf16" * rounded(scores)
+        return f"n = {counts[0][0]:,} pictures at each checkpoint{drawn}."
     words = ", then ".join(
         f"{n:,} pictures at {lines} checkpoint{'s' if lines > 1 else ''}" for n, lines in counts
     )
