@@ -160,7 +160,8 @@ def _result(log: Path, events: list[Event], ruleset: str, finished: bool) -> Res
     if status == "success" and not passing:
         raise DataError(
             f"{log}: its run_stop says success, and no evaluation passes FID 90 and CLIP 0.15; "
-            "evaluate the checkpoints again, or log aborted"
+            "its targets were looser: evaluate a run whose evaluation.fid_target and clip_target "
+            "are the benchmark's, or log aborted"
         )
     return Result(
         path=log,
