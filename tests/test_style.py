@@ -21,7 +21,7 @@ CODE_LINES = {
     "sd_perf/reference": 260,
     "sd_perf/fast": 760,
     "sd_perf/diffusion": 175,
-    "sd_perf/models": 1595,
+    "sd_perf/models": 1600,
     "sd_perf/fetch": 1200,
     "sd_perf/data": 3910,
     "sd_perf/runs": 1190,

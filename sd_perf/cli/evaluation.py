@@ -56,10 +56,7 @@ def evaluate(
     if wait is not None and not 0 < wait < MAX_WAIT_MINUTES:
         raise UserError(f"--wait: {wait} cannot be used; it is minutes, above 0 and below 100,000")
     wanted = Wanted(checkpoint, num_prompts, until_passed, wait, keep_pictures, ema, precision)
-    patience = config.run
-    world = start_world(
-        "auto", patience.join_seconds, patience.silence_seconds, patience.collective_seconds
-    )
+    world = start_world("auto", *config.run.patience)
     if config.training.cpu_threads is not None:
         torch.set_num_threads(config.training.cpu_threads)
     tell = print_plain if world.is_main else lambda line: None

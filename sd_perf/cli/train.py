@@ -50,19 +50,13 @@ def train(
     from sd_perf.tools.estimate.out_of_memory import is_out_of_memory, out_of_memory
     from sd_perf.training.launch import launch
 
-    patience = settings.run
-    world = start_world(
-        settings.training.device,
-        patience.join_seconds,
-        patience.silence_seconds,
-        patience.collective_seconds,
-    )
+    world = start_world(settings.training.device, *settings.run.patience)
     try:
         stop_reason = launch(settings, world, resume=resume, fresh=fresh, console=CONSOLE)
         world.part()
     except (MemoryError, RuntimeError) as error:
         if is_overdue(error):
-            raise _overdue(patience.collective_seconds) from error
+            raise _overdue(settings.run.collective_seconds) from error
         if not is_out_of_memory(error):
             raise
         raise out_of_memory(settings, world) from error

@@ -74,13 +74,7 @@ def look(config: Config, report: Path, gpus_per_node: int, clear_caches: bool) -
     whether all did (`caches_cleared`), and the names of `unfit` nodes. UnfitNodesError on rank 0
     where there are any; the other ranks exit with status 2. `gpus_per_node` is 0 on CPUs.
     """
-    patience = config.run
-    world = start_world(
-        config.training.device,
-        patience.join_seconds,
-        patience.silence_seconds,
-        patience.collective_seconds,
-    )
+    world = start_world(config.training.device, *config.run.patience)
     # The first process of each node does it for the others.
     dropped = clear_caches and (read_place().local_rank > 0 or drop_caches()[0])
     cleared = all(world.gather(dropped))

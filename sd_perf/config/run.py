@@ -29,6 +29,11 @@ class RunConfig(Section):
     """time after which a collective that some rank has not come to ends the run, seconds; ranks may
     wait for rank 0 to build an index"""
 
+    @property
+    def patience(self) -> tuple[float, float, float]:
+        """Seconds for `distributed.world.start_world`: to join, of silence, of a collective."""
+        return self.join_seconds, self.silence_seconds, self.collective_seconds
+
 
 @dataclass(frozen=True)
 class CheckpointConfig(Section):

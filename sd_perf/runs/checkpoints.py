@@ -260,15 +260,13 @@ def load_component(path: Path, component: str) -> dict[str, torch.Tensor]:
     Raises CheckpointError where there are none, or the checkpoint is damaged. Only the files of the
     component are read.
     """
-    return _load_component(path, component, f"holds no {component}")
+    return _component(path, read_state(path), component)
 
 
-def _load_component(path: Path, component: str, lacks: str) -> dict[str, torch.Tensor]:
-    """`load_component`; `lacks` is what is said where the checkpoint holds none of it."""
-    state = read_state(path)
+def _component(path: Path, state: dict[str, Any], component: str) -> dict[str, torch.Tensor]:
     names = [name for name in state["tensors"] if name.startswith(f"{component}.")]
     if not names:
-        raise CheckpointError(f"{path}: {lacks}")
+        raise CheckpointError(f"{path}: holds no {component}")
     tensors = read_tensors(path, state, names)
     return {name.removeprefix(f"{component}."): tensor for name, tensor in tensors.items()}
 
@@ -278,10 +276,10 @@ def load_weights(path: Path, ema: bool = False) -> dict[str, torch.Tensor]:
 
     Raises CheckpointError as `load_component` does, and where the run keeps no average.
     """
-    if not ema:
-        return load_component(path, "model")
-    lacks = (
-        "holds no averaged weights, which training.ema_decay asks for; take the weights themselves "
-        "(without --ema; as model.init, with model.init_ema false)"
-    )
-    return _load_component(path, "ema", lacks)
+    state = read_state(path)
+    if ema and not any(name.startswith("ema.") for name in state["tensors"]):
+        raise CheckpointError(
+            f"{path}: holds no averaged weights, which training.ema_decay asks for; take the "
+            "weights themselves (without --ema; as model.init, with model.init_ema false)"
+        )
+    return _component(path, state, "ema" if ema else "model")

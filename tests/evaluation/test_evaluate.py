@@ -141,8 +141,11 @@ def test_every_checkpoint_has_a_line_with_n(config):
 def test_grid_and_its_captions(config):
     folder = Path(config.run.dir) / "samples"
     grid = json.loads((folder / "samples_0000000064.json").read_text())
-    assert grid == {"prompts": read_prompts(Path(config.evaluation.prompts), 8), "columns": 8}
-    assert Image.open(folder / "samples_0000000064.png").size == (8 * 64, 64)
+    assert grid == {"prompts": read_prompts(Path(config.evaluation.prompts), PROMPTS), "columns": 8}
+    pictures = Image.open(folder / "samples_0000000064.png")
+    assert pictures.size == (8 * 64, 2 * 64)
+    gap = np.asarray(pictures)[64:, (PROMPTS - 8) * 64 :]
+    assert (gap == 255).all()  # white where there is no picture
 
 
 def test_mlperf_log_passes_the_open_division(config):

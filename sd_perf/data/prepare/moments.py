@@ -71,10 +71,11 @@ def prepare_moments(
                 samples=samples,
             )
             captions = [list(sample.captions[:captions_per_image]) for sample in samples]
+            encoded = zip(samples, moments.numpy(), captions, strict=True)
+            captioned = [(*one, caption) for *one, own in encoded for caption in own]
             states = _text_states(text_encoder, captions, samples)
-            for sample, values, own in zip(samples, moments.numpy(), captions, strict=True):
-                for caption in own:
-                    writer.write(values, caption, sample.metadata, next(states))
+            for (sample, values, caption), context in zip(captioned, states, strict=True):
+                writer.write(values, caption, sample.metadata, context)
         if left_out:
             _list_left_out(left_out, Path(folder))
         return writer.num_samples
@@ -136,11 +137,11 @@ def _text_states(
     text_encoder: Callable[[list[str]], torch.Tensor] | None,
     captions: list[list[str]],
     samples: Sequence[CaptionedImage],
-) -> Iterator[np.ndarray | None]:
+) -> Sequence[np.ndarray | None]:
     """The states (T, D) float16 of each sample's captions in turn; None without a text encoder."""
     together = [caption for own in captions for caption in own]
     if text_encoder is None:
-        return iter([None] * len(together))
+        return [None] * len(together)
     context = text_encoder(together).half().cpu()
     _require_output(
         context,
@@ -148,7 +149,7 @@ def _text_states(
         what=f"text encoder (want ({len(together)}, tokens, channels))",
         samples=samples,
     )
-    return iter(context.numpy())
+    return list(context.numpy())
 
 
 def _require_output(
