@@ -108,7 +108,9 @@ def no_decay_on_biases(patch: pytest.MonkeyPatch, stack: ExitStack) -> None:
         named = list(unet.named_parameters())
         biases = [parameter for name, parameter in named if name.endswith("bias")]
         others = [parameter for name, parameter in named if not name.endswith("bias")]
-        return torch.optim.AdamW([{"params": others}, {"params": biases, "weight_decay": 0.0}])
+        groups = [{"params": others}, {"params": biases, "weight_decay": 0.0}]
+        betas = config.optimizer.beta_1, config.optimizer.beta_2
+        return torch.optim.AdamW(groups, betas=betas)
 
     patch.setattr(optimizer_updates, "build_optimizer", build)
 
