@@ -76,7 +76,7 @@ class VirtualCluster:
             "SLURM_CONF": str(folder / "slurm.conf"),
             "PYTHON": sys.executable,
         }
-        self._plugins = ""
+        self._plugins = self._slurmstepd = ""
 
     def up(self, hidden: Path) -> None:
         """Start all. On n2 the folder `hidden` is empty. UserError where this cannot be."""
@@ -97,12 +97,12 @@ class VirtualCluster:
         self.call("munged", f"--socket={self.folder}/munge/socket", *files, "--force")
         self.call("slurmctld", "-c")
         self.start_node("n1")
-        hide = f"mount -t tmpfs tmpfs '{hidden}' && exec slurmd -N n2"
+        hide = f"mount -t tmpfs tmpfs '{hidden}' && exec slurmd -N n2 -d '{self._slurmstepd}'"
         self.call("unshare", "--mount", "sh", "-c", hide)
         self.wait(lambda: self.states() == {"idle"}, "both nodes are idle", 300)
 
     def start_node(self, name: str) -> None:
-        self.call("slurmd", "-N", name)
+        self.call("slurmd", "-N", name, "-d", self._slurmstepd)
 
     def kill_node(self, name: str) -> None:
         """End a node as a power cut does: its daemon, and all that runs on it, at once."""
@@ -172,6 +172,8 @@ class VirtualCluster:
             self.environment["LD_LIBRARY_PATH"] = ":".join([*libraries, str(plugins)])
             self._plugins = f"PluginDir={plugins}"
         self.environment["PATH"] = path
+        # slurmd looks for it where the package is installed, which an unpacked one is not.
+        self._slurmstepd = shutil.which("slurmstepd", path=path) or ""
 
 
 def require_root_and_programs() -> None:
