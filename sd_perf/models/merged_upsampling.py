@@ -17,17 +17,24 @@ from sd_perf.models.vae import Upsample
 
 
 class MergedUpsample(nn.Module):
-    """`Upsample` of the autoencoder, channels-last: (B, C, H, W) -> (B, K, 2H, 2W)."""
+    """`Upsample` of the autoencoder, channels-last: (B, C, H, W) -> (B, K, 2H, 2W).
+
+    The weights are merged once, as they are when it is made.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
         self.conv = conv
+        assert conv.bias is not None
+        self.register_buffer("weight", merge(conv.weight.detach()), persistent=False)
+        self.register_buffer("bias", conv.bias.detach().repeat(4), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        assert self.conv.bias is not None
         x = x.contiguous(memory_format=torch.channels_last)
-        weight, bias = merge(self.conv.weight), self.conv.bias.repeat(4)
-        return interleave(F.conv2d(x, weight, bias, padding=1))
+        return interleave(F.conv2d(x, self.weight, self.bias, padding=1))
 
 
 def merge_upsampling(network: nn.Module) -> None:
